@@ -1,0 +1,308 @@
+"""The frozen base: runs a pretrained network as it is, and shields it from everything that could change it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sidetuning.errors import ShapeError, UnknownNameError
+from sidetuning.registry import Registry, unknown
+
+Input = Tensor | Mapping[str, Any]  # one tensor, or the keyword arguments of the network
+Kind = Literal["vector", "map", "sequence"]
+KINDS: dict[int, Kind] = {1: "vector", 2: "sequence", 3: "map"}  # by dimensions without the batch
+
+
+class Features(NamedTuple):
+    """What a base returns.
+
+    Attributes:
+        out: the code that merges see: (b, d), (b, c, h, w) or (b, t, d).
+        taps: named inner activations, batch first; channels first where they are maps.
+    """
+
+    out: Tensor
+    taps: dict[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """How to build a base again: the arguments of `load_base`."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Select:
+    """Picks the code out of what a network (the base, or a copy of it) returned, channels first."""
+
+    output: str | int | Callable[[Any], Tensor] | None
+    channels_last: bool
+
+    def __call__(self, returned: Any) -> Tensor:
+        output = self.output
+        if callable(output):
+            returned = output(returned)
+        elif isinstance(output, str):
+            returned = returned[output] if isinstance(returned, Mapping) else getattr(returned, output)
+        elif output is not None:
+            returned = returned[output]
+        if not isinstance(returned, Tensor):
+            raise ShapeError(f"the base returns a {type(returned).__name__}, not a tensor: pick one with output=")
+        return self.channels_first(returned)
+
+    def channels_first(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) to (b, c, h, w) where the network is channels last; others as they are."""
+        return x.permute(0, 3, 1, 2) if self.channels_last and x.ndim == 4 else x
+
+
+def call(net: Callable[..., Any], x: Input) -> Any:
+    """Run `net` on a tensor, or on a mapping splatted into keyword arguments."""
+    return net(**x) if isinstance(x, Mapping) else net(x)
+
+
+class Base(nn.Module):
+    """A frozen network: always in evaluation mode, without gradients, never part of a checkpoint.
+
+    The network is kept out of torch's module tree, so `parameters()`, `state_dict()`, `train()`, `apply()` and
+    `requires_grad_()` of any parent pass it by; `.to()` and the like still move it.
+
+    Args:
+        net: a module, or anything callable.
+        example: one input as the network takes it, batch dimension included; sets the shapes of everything else.
+        output: picks the code out of what `net` returns: a key or attribute, an index, or a function; by default the
+            tensor itself.
+        taps: names of submodules of `net` whose outputs are returned too.
+        channels_last: 4-d outputs and taps are (b, h, w, c) and are turned channels first.
+        mean, std: per-channel normalisation of image inputs in [0, 1]; uint8 inputs are divided by 255 first.
+        spec: how `load_base` builds it again; None for a base of your own.
+
+    Raises:
+        UnknownNameError: a tap that `net` does not have.
+        ShapeError: an output that is not (b, d), (b, t, d) or (b, c, h, w).
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(
+        self,
+        net: Callable[..., Any],
+        *,
+        example: Input,
+        output: str | int | Callable[[Any], Tensor] | None = None,
+        taps: Sequence[str] = (),
+        channels_last: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        spec: BaseSpec | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(net, nn.Module):
+            net.requires_grad_(False).eval()
+        self._hidden = (net,)  # a tuple: torch registers modules that are attributes, and must not register this one
+        self.select = Select(output, channels_last)
+        self._taps = tuple(taps)
+        self.spec = spec
+        self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", None if std is None else torch.tensor(std).view(-1, 1, 1), persistent=False)
+        for tap in taps:
+            names = [n for n, _ in net.named_modules() if n] if isinstance(net, nn.Module) else []
+            if tap not in names:
+                raise UnknownNameError(
+                    unknown("tap", tap, names[:40] if len(names) > 40 else names, verb="in the base")
+                )
+        self.example = example
+        features = self(example)
+        self.output_shape = tuple(features.out.shape[1:])
+        self.tap_shapes = {name: tuple(tap.shape[1:]) for name, tap in features.taps.items()}
+        if len(self.output_shape) not in KINDS:
+            raise ShapeError(
+                f"the base returns {tuple(features.out.shape)}; side-tuning needs (b, d), (b, t, d) or (b, c, h, w): "
+                "pick one tensor with output="
+            )
+        self.kind: Kind = KINDS[len(self.output_shape)]
+        self.width: int = self.output_shape[-1] if self.kind == "sequence" else self.output_shape[0]
+
+    @property
+    def net(self) -> Callable[..., Any]:
+        """The wrapped network."""
+        return self._hidden[0]
+
+    def prepare(self, x: Input) -> Input:
+        """Turn a raw input into what base and side see: uint8 images scaled to [0, 1], then normalised."""
+        if not isinstance(x, Tensor):
+            return x
+        if x.dtype == torch.uint8:
+            x = x.to(torch.get_default_dtype()) / 255
+        if self.mean is not None and self.std is not None:
+            if x.ndim < 3 or x.shape[-3] not in (1, self.mean.shape[0]):
+                raise ShapeError(f"this base takes images (b, {self.mean.shape[0]}, h, w), not {tuple(x.shape)}")
+            x = (x - self.mean) / self.std
+        return x
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the backward pass of a merge
+    def encode(self, inputs: Input) -> Features:
+        """Run the network on a prepared input."""
+        taps: dict[str, Tensor] = {}
+        net = self.net
+        hooks = []
+        if isinstance(net, nn.Module):
+            for name in self._taps:
+                hooks.append(net.get_submodule(name).register_forward_hook(self._keep(taps, name)))
+        try:
+            out = self.select(call(net, inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Features(out, taps)
+
+    def forward(self, x: Input) -> Features:
+        """Prepare and encode a raw input."""
+        return self.encode(self.prepare(x))
+
+    def _keep(self, taps: dict[str, Tensor], name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, (tuple, list)) else output  # transformers' layers return tuples
+            taps[name] = self.select.channels_first(tensor)
+
+        return hook
+
+    def folded(self) -> Base:
+        """A copy for inference with batch norms folded into convolutions; itself where the network cannot be traced.
+
+        Features differ from this base's by rounding only (about 1e-6 of their size).
+        """
+        net = self.net
+        if (
+            self._taps
+            or not isinstance(net, nn.Module)
+            or not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+        ):
+            return self
+        from torch.fx.experimental.optimization import fuse
+
+        try:
+            fused = fuse(net)
+        except Exception:  # tracing fails in as many ways as there are networks, and the plain one always works
+            return self
+        other = copy.copy(self)
+        other._hidden = (fused.to(memory_format=torch.channels_last),)
+        return other
+
+    def fingerprint(self) -> str:
+        """sha256 over the names, shapes, types and bytes of the network's weights and buffers.
+
+        A plain function has none: its qualified name and the shape of its output stand for it.
+        """
+        digest = hashlib.sha256()
+        net = self.net
+        own = getattr(net, "fingerprint", None)
+        if callable(own):
+            digest.update(str(own()).encode())
+        elif isinstance(net, nn.Module):
+            for name, tensor in sorted(net.state_dict().items()):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            name = getattr(net, "__qualname__", type(net).__qualname__)
+            digest.update(f"{getattr(net, '__module__', '')}.{name} {self.output_shape}".encode())
+        return digest.hexdigest()
+
+    def parameter_count(self) -> int:
+        """Parameters of the network, all frozen."""
+        net = self.net
+        return sum(p.numel() for p in net.parameters()) if isinstance(net, nn.Module) else 0
+
+    def train(self, mode: bool = True) -> Base:
+        """Stays in evaluation mode: batch norms and dropout of a pretrained network must not move."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Base:
+        # What `.to()`, `.cuda()` and `.half()` call; the one door left open to the hidden network.
+        super()._apply(fn, recurse)
+        if isinstance(self.net, nn.Module):
+            self.net._apply(fn, recurse)
+        self.example = to_device(self.example, fn)
+        return self
+
+    def extra_repr(self) -> str:
+        name = self.spec.name if self.spec else type(self.net).__name__
+        return f"{name}, {self.kind} {self.output_shape}, {self.parameter_count():,} frozen parameters"
+
+
+def to_device(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:
+    """Apply `fn` to a tensor, or to the floating tensors' companions in a mapping."""
+    if isinstance(x, Tensor):
+        return fn(x)
+    return {k: fn(v) if isinstance(v, Tensor) else v for k, v in x.items()}
+
+
+BASES: Registry[Callable[..., Base]] = Registry(
+    "base",
+    {
+        "resnet44-cifar10": "sidetuning.bases:resnet44_cifar10",
+    },
+)
+SCHEMES: Registry[Callable[..., Base]] = Registry(
+    "base scheme",
+    {
+        "timm": "sidetuning.integrations.timm:load",
+        "hf": "sidetuning.integrations.transformers:load",
+        "onnx": "sidetuning.integrations.onnx:load",
+    },
+)
+
+
+def load_base(
+    name: str,
+    *,
+    taps: Sequence[str] = (),
+    output: str | None = None,
+    revision: str | None = None,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+) -> Base:
+    """Build a pretrained base by name.
+
+    Args:
+        name: a packaged base ("resnet44-cifar10"), "timm:NAME", "hf:NAME_OR_FOLDER" or "onnx:PATH".
+        taps: names of submodules whose outputs are returned too.
+        output: which output to use; "map" gives a timm model's spatial features instead of the pooled ones, and a
+            transformers model takes the name of a field ("last_hidden_state" by default).
+        revision: of a model on the Hub.
+        pretrained: False builds timm and transformers models with random weights.
+        weights: a safetensors file to use instead of the weights that the name stands for.
+
+    Raises:
+        UnknownNameError: no such base, scheme or tap.
+        ImportError: the optional package behind the scheme is not installed.
+        OSError: the weights can neither be found nor downloaded.
+    """
+    scheme, colon, rest = name.partition(":")
+    if colon:
+        build = SCHEMES[scheme]
+        base = build(rest, taps=taps, output=output, revision=revision, pretrained=pretrained, weights=weights)
+    else:
+        if name not in BASES and any(name.endswith(s) for s in (".onnx", ".safetensors")):
+            raise UnknownNameError(f"'{name}' is a file; write onnx:{name}, or give a base's name and weights={name}")
+        base = BASES[name](taps=taps, weights=weights)
+    options: dict[str, Any] = {"taps": list(taps), "output": output, "pretrained": pretrained}
+    options["weights"] = None if weights is None else str(Path(weights).resolve())
+    base.spec = BaseSpec(name, {k: v for k, v in options.items() if v not in (None, [], True)}, revision)
+    return base
+
+
+def packaged(file: str) -> Path:
+    """The path of a file shipped in `sidetuning/bases`."""
+    return Path(str(files("sidetuning.bases").joinpath(file)))

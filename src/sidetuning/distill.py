@@ -1,0 +1,85 @@
+"""Start a side as a small imitation of the base: the paper's default initialisation (section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sidetuning.errors import TaskError
+from sidetuning.training import TrainResult, default_accelerator, train, unpack
+from sidetuning.tuner import SideTuner
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+def distill(
+    model: SideTuner,
+    task: str,
+    loader: Iterable[Any],
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    optimizer: Callable[..., Optimizer] = torch.optim.Adam,
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+    clip: float | None = 1.0,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train the side of `task` to return what the base returns, in the space of the code; no labels are used.
+
+    Args:
+        model: the model.
+        task: a task with a side.
+        loader: batches as `fit` takes them; the labels are ignored.
+        steps: optimiser steps.
+        lr, optimizer, scheduler, clip, seed, resume, accelerator, progress: as in `fit`.
+        loss: `loss(side, base)` on codes.
+
+    Raises:
+        TaskError: the task has no side, or is frozen.
+    """
+    branch = model[task]
+    if branch.side is None or branch.frozen:
+        raise TaskError(
+            f"task '{task}' has no side to distil into" if branch.side is None else f"task '{task}' is frozen"
+        )
+    if accelerator is None:
+        accelerator = default_accelerator()
+    model.to(accelerator.device)
+    built = optimizer(branch.side.parameters(), lr=lr)
+    return train(
+        _Imitation(model, task, loss), loader, built, steps=steps,
+        scheduler=None if scheduler is None else scheduler(built), clip=clip, seed=seed, resume=resume,
+        accelerator=accelerator, progress=f"distilling {task}" if progress else None,
+    )  # fmt: skip
+
+
+class _Imitation(nn.Module):
+    """The distance between a task's side and the base; holds the side alone."""
+
+    def __init__(self, model: SideTuner, task: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        branch = model[task]
+        self.side = branch.side
+        self.loss = loss
+        self._model = (model.base, branch)  # a tuple: no part of what is trained
+
+    def forward(self, batch: Any) -> Tensor:
+        base, branch = self._model
+        x, features, _ = unpack(batch)
+        inputs = base.prepare(x)
+        known = base.encode(inputs) if features is None else features
+        side = branch.side_output(inputs, known)
+        assert side is not None
+        return self.loss(side, known.out)

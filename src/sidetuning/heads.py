@@ -1,0 +1,111 @@
+"""Heads: from the merged code to a task's output. Called as `head(code)`, or `head(code, mask)` where `uses_mask`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sidetuning.base import Base, Kind
+from sidetuning.errors import TaskError
+from sidetuning.registry import Registry
+from sidetuning.sides.fit import masked_mean
+
+HEADS: Registry[Callable[..., nn.Module]] = Registry("head")
+
+
+@HEADS.register("identity")
+def identity(base: Base) -> nn.Module:
+    """The merged code itself."""
+    return nn.Identity()
+
+
+@HEADS.register("linear")
+def linear(base: Base, outputs: int = 1) -> nn.Module:
+    """A linear classifier (or regressor) on the pooled code -> (b, outputs). `head=37` is short for it."""
+    return Linear(base.kind, base.width, outputs)
+
+
+@HEADS.register("span")
+def span(base: Base) -> nn.Module:
+    """Start and end scores per token -> (b, t, 2), for extractive question answering."""
+    if base.kind != "sequence":
+        raise TaskError(f"head 'span' scores the tokens of a sequence, and this base returns a {base.kind}")
+    return Span(base.width)
+
+
+@HEADS.register("pixels")
+def pixels(base: Base, channels: int = 1, hidden: int = 64) -> nn.Module:
+    """A convolutional decoder from a map to images of the input's size -> (b, channels, H, W)."""
+    if base.kind != "map" or not isinstance(base.example, Tensor):
+        raise TaskError(f"head 'pixels' decodes a map into an image, and this base returns a {base.kind}")
+    return Pixels(base.width, base.output_shape[1:], base.example.shape[-2:], channels, hidden)
+
+
+class Linear(nn.Module):
+    """Pools maps and sequences by their mean (over unmasked tokens), then applies one linear layer.
+
+    Shape: (b, d), (b, d, h, w) or (b, t, d) -> (b, outputs).
+    """
+
+    uses_mask = True
+
+    def __init__(self, kind: Kind, width: int, outputs: int) -> None:
+        super().__init__()
+        if outputs < 1:
+            raise TaskError(f"a linear head needs at least one output, not {outputs}")
+        self.kind = kind
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, code: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.kind == "map":
+            code = code.mean((2, 3))
+        elif self.kind == "sequence":
+            code = masked_mean(code, mask)
+        return self.linear(code)  # type: ignore[no-any-return]
+
+
+class Span(nn.Module):
+    """Start and end logits; padding can never be chosen. Shape: (b, t, d) -> (b, t, 2)."""
+
+    uses_mask = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 2)
+
+    def forward(self, code: Tensor, mask: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.linear(code)
+        if mask is None:
+            return logits
+        return logits.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(logits.dtype).min)
+
+
+class Pixels(nn.Module):
+    """Doubles the map's size until it covers the image: nearest upsampling, 3x3 convolution, group norm, ReLU.
+
+    Shape: (b, c, h, w) -> (b, channels, H, W).
+    """
+
+    def __init__(self, width: int, code: tuple[int, ...], image: torch.Size, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.image = tuple(image)
+        doublings = max(0, math.ceil(math.log2(max(image[0] / code[0], image[1] / code[1]))))
+        layers: list[nn.Module] = []
+        inputs = width
+        for i in range(doublings + 1):
+            outputs = max(hidden >> max(0, i - 1), 8) // 2 * 2  # group norm wants an even number
+            if i:
+                layers.append(nn.Upsample(scale_factor=2))
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(2, outputs), nn.ReLU()]
+            inputs = outputs
+        self.decoder = nn.Sequential(*layers)
+        self.out = nn.Conv2d(inputs, channels, 3, padding=1)
+
+    def forward(self, code: Tensor) -> Tensor:
+        x = self.decoder(code)
+        if x.shape[-2:] != self.image:
+            x = nn.functional.interpolate(x, self.image, mode="bilinear", align_corners=False)
+        return self.out(x)  # type: ignore[no-any-return]

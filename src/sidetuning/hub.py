@@ -1,0 +1,107 @@
+"""Share tasks on the Hugging Face Hub: two files and a card, no pickle."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+from sidetuning.artifacts import CONFIG, TENSORS, read_config
+from sidetuning.errors import ArtifactError
+
+CARD = """
+# {task}
+
+A task learned by [side-tuning](https://arxiv.org/abs/1912.13503): a frozen base, and a side, a merge and a head that
+fit in the {size:.2f} MB of this repository. The base is not part of it and was not changed.
+
+| | |
+|---|---|
+| base | `{base}` (sha256 `{sha256}`…) |
+| side | `{side}` |
+| merge | `{merge}` |
+| head | `{head}` |
+{metrics}
+```python
+import sidetuning as st
+
+model = st.load(st.pull("{repo}"))
+y = model(x, "{task}")
+```
+"""
+
+
+def push(path: str | Path, repo: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload the task saved at `path` to the Hub, with a model card made from its `side.json`.
+
+    Args:
+        path: a task's folder.
+        repo: "user/name"; made where it does not exist.
+        private: whether a new repository is private.
+        token: by default the one that `hf auth login` left.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ArtifactError: no whole task at `path`, or the Hub refused.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    path = Path(path)
+    config = read_config(path)
+    if not (path / TENSORS).exists():
+        raise ArtifactError(f"{path / TENSORS} is missing; save the task again")
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (CONFIG, TENSORS):
+            copyfile(path / name, Path(folder) / name)
+        (Path(folder) / "README.md").write_text(
+            model_card(config, repo, (path / TENSORS).stat().st_size), encoding="utf-8"
+        )
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"sidetuning task {config['task']}")
+        except (HfHubHTTPError, OSError) as error:
+            raise ArtifactError(
+                f"the Hub did not take {repo} ({error}); check the name, the network and `hf auth login`"
+            ) from error
+    return f"https://huggingface.co/{repo}"
+
+
+def pull(repo: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """Download a task from the Hub (once; then from the Hub's cache) and return its folder, for `load` and `load_task`.
+
+    Raises:
+        ArtifactError: no such repository, no task in it, or no network.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(repo, revision=revision, token=token, allow_patterns=[CONFIG, TENSORS, "README.md"])
+        )
+    except Exception as error:  # the Hub client's errors are of many kinds, and all mean that there is no file
+        raise ArtifactError(
+            f"{repo} could not be read from the Hub ({type(error).__name__}: {error}); check name and network"
+        ) from error
+    read_config(folder)
+    return folder
+
+
+def model_card(config: dict[str, Any], repo: str, size: int) -> str:
+    """The card: YAML that the Hub reads, then what the task is made of and how to load it."""
+    from huggingface_hub import ModelCardData
+
+    spec, parts = config["base"].get("spec"), config["parts"]
+    name = spec["name"] if spec else "a base of your own"
+    on_hub = name.removeprefix("hf:") if name.startswith("hf:") else None
+    data = ModelCardData(library_name="sidetuning", tags=["side-tuning"], base_model=on_hub)
+    metrics = "".join(f"| {key} | {value:.4g} |\n" for key, value in config.get("metrics", {}).items())
+    shown = {kind: "none" if parts.get(kind) is None else parts[kind][0] for kind in ("side", "merge", "head")}
+    body = CARD.format(
+        task=config["task"], base=name, sha256=config["base"]["sha256"][:12], repo=repo, size=size / 1e6, metrics=metrics, **shown
+    )  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---\n{body}"

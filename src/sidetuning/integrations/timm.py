@@ -1,0 +1,71 @@
+"""`load_base("timm:NAME")`: any timm model as a base, with the normalisation of its pretrained configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sidetuning.base import Base
+from sidetuning.errors import UnknownNameError
+from sidetuning.registry import unknown
+from sidetuning.sides.initialise import load_weights
+
+
+def load(
+    name: str,
+    *,
+    taps: Sequence[str] = (),
+    output: str | None = None,
+    revision: str | None = None,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+) -> Base:
+    """Build the base.
+
+    Args:
+        name: a timm model, "resnet50" or "resnet50.a1_in1k".
+        taps: names of its submodules.
+        output: None for the pooled features (b, d); "map" for the last feature map (b, c, h, w), or the tokens
+            (b, t, d) of a transformer without one.
+        revision: unused by timm's names; write it as "hf_hub:repo@revision" in the name.
+        pretrained: False for random weights.
+        weights: a safetensors file of the network without its classifier.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("timm models need timm: pip install 'sidetuning[timm]'") from error
+    if not timm.is_model(name.split(".")[0]) and ":" not in name:
+        raise UnknownNameError(unknown("timm model", name, timm.list_models(), verb="known"))
+    if output not in (None, "map"):
+        raise UnknownNameError(f"output '{output}' is not known for timm models; leave it out, or give 'map'")
+    try:
+        net = timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
+    except RuntimeError as error:  # timm's word for a name or tag without weights
+        raise UnknownNameError(
+            f"timm cannot build '{name}' ({error}); pretrained=False builds it without weights"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"the weights of timm model '{name}' could not be downloaded ({error}); check the network, give weights= the "
+            "path of a safetensors file, or pretrained=False for random weights"
+        ) from error
+    if weights is not None:
+        load_weights(net, weights, f"timm model '{name}'")
+    config = net.pretrained_cfg
+    size = config.get("input_size", (3, 224, 224))
+    channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+    select = None
+    if output == "map":
+        net.forward = net.forward_features  # type: ignore[method-assign]
+    return Base(
+        net,
+        example=torch.zeros(1, *size),
+        output=select,
+        taps=taps,
+        channels_last=channels_last,
+        mean=config.get("mean"),
+        std=config.get("std"),
+    )

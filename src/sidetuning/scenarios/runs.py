@@ -1,0 +1,98 @@
+"""A run's folder: settings, metrics, matrix, tasks and resume files; the same command run again goes on in it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sidetuning.artifacts import write_json
+from sidetuning.errors import SideTuningError
+
+
+class Run:
+    """`run.json`, `metrics.jsonl`, `matrix.json`, `tasks/` and `resume/` under one folder.
+
+    Args:
+        folder: made where it does not exist.
+        scenario: the name of the scenario.
+        settings: its frozen dataclass.
+        free: names of settings that may differ when a run goes on (paths, not science).
+
+    Raises:
+        SideTuningError: the folder cannot be written, or holds a run with other settings.
+    """
+
+    def __init__(self, folder: str | Path, scenario: str, settings: Any, free: tuple[str, ...] = ()) -> None:
+        self.folder = Path(folder)
+        wanted = {k: v for k, v in asdict(settings).items() if k not in free}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "resume").mkdir(exist_ok=True)
+        except OSError as error:
+            raise SideTuningError(
+                f"{folder} cannot be written to ({error.strerror}); choose another folder with --out"
+            ) from error
+        file = self.folder / "run.json"
+        if file.exists():
+            self._check(file, scenario, wanted)
+        else:
+            versions = {name: version(name) for name in ("sidetuning", "torch", "numpy", "accelerate")}
+            versions["python"] = platform.python_version()
+            content = {"scenario": scenario, "settings": wanted, "versions": versions, "command": sys.argv}
+            try:
+                write_json(file, content)
+            except OSError as error:
+                raise SideTuningError(
+                    f"{folder} cannot be written to ({error.strerror}); choose another with --out"
+                ) from error
+
+    def _check(self, file: Path, scenario: str, wanted: Mapping[str, Any]) -> None:
+        try:
+            found = json.loads(file.read_text())
+            settings = found["settings"]
+        except (ValueError, KeyError) as error:
+            raise SideTuningError(
+                f"{file} is damaged ({error}); choose another folder with --out, or delete this one"
+            ) from error
+        if found["scenario"] != scenario:
+            raise SideTuningError(f"{self.folder} holds a run of {found['scenario']}; choose another folder with --out")
+        other = [f"{k} {settings.get(k)!r} (now {v!r})" for k, v in wanted.items() if settings.get(k) != v]
+        if other:
+            raise SideTuningError(
+                f"{self.folder} holds a run with other settings: {', '.join(other)}; choose another folder with --out, "
+                "or delete this one"
+            )
+
+    def task(self, name: str) -> Path:
+        """Where a task is saved."""
+        return self.folder / "tasks" / name
+
+    def resume(self, name: str) -> Path:
+        """The resume file of a task's training."""
+        return self.folder / "resume" / f"{name}.pt"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
+        file = self.folder / "metrics.jsonl"
+        rows = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row to `metrics.jsonl`, after dropping a line that a kill cut short."""
+        file = self.folder / "metrics.jsonl"
+        text = "".join(json.dumps(r) + "\n" for r in self.metrics())
+        with file.open("r+" if file.exists() else "w") as out:
+            out.seek(len(text.encode()))
+            out.truncate()
+            out.write(json.dumps(row) + "\n")

@@ -1,0 +1,27 @@
+"""Side networks S(x). A side is built from the base (its input and output shapes) and trained; the base is not.
+
+A registered side is a function `(base, **options) -> nn.Module`. Its module is called like the base, or, where it has
+`uses_taps = True`, as `side(taps, mask)` with the base's inner activations.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from sidetuning.registry import Registry
+
+SIDES: Registry[Callable[..., nn.Module]] = Registry(
+    "side",
+    {
+        "fcn3": "sidetuning.sides.fcn:FCN3",
+        "fcn4": "sidetuning.sides.fcn:FCN4",
+        "fcn5": "sidetuning.sides.fcn:FCN5",
+        "fcn8": "sidetuning.sides.fcn:FCN8",
+        "copy": "sidetuning.sides.copy:copy",
+        "mlp": "sidetuning.sides.mlp:mlp",
+        "transformer": "sidetuning.sides.transformer:Transformer",
+        "ladder": "sidetuning.sides.ladder:Ladder",
+    },
+)
+
+__all__ = ["SIDES"]

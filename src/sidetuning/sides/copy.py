@@ -1,0 +1,73 @@
+"""A copy of the base as the side: whole (the paper's transfer experiments) or slimmed to a fraction of its width."""
+
+from __future__ import annotations
+
+import copy as copying
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidetuning.base import Base, call
+from sidetuning.errors import ShapeError
+
+
+def copy(base: Base, width: float = 1.0) -> nn.Module:
+    """A trainable copy of the base's network with its weights.
+
+    Args:
+        base: must wrap a module.
+        width: fraction of the channels to keep; below 1 the least important ones (by the L2 norm of their weights) are
+            pruned with `torch-pruning` (extra "slim") and the code is projected back to the base's width.
+    """
+    if not isinstance(base.net, nn.Module):
+        raise ShapeError("the copy side copies a network, and this base is only callable; use another side")
+    if not 0 < width <= 1:
+        raise ShapeError(f"the copy side keeps a fraction of the channels in (0, 1], not {width}")
+    net = copying.deepcopy(base.net).requires_grad_(True)
+    if width < 1:
+        _slim(net, base, width)
+    return CopySide(net, base)
+
+
+class CopySide(nn.Module):
+    """Shape: as the base's input -> the base's output shape."""
+
+    def __init__(self, net: nn.Module, base: Base) -> None:
+        super().__init__()
+        self.net = net
+        self.select = base.select
+        code = base.select(call(net.eval(), base.prepare(base.example)))
+        channels = code.shape[-1] if base.kind == "sequence" else code.shape[1]
+        if channels == base.width:
+            self.project: nn.Module = nn.Identity()
+        else:
+            self.project = nn.Conv2d(channels, base.width, 1) if base.kind == "map" else nn.Linear(channels, base.width)
+
+    def forward(self, *tensors: Tensor, **named: Any) -> Tensor:
+        code = self.select(self.net(*tensors, **named))
+        return self.project(code)  # type: ignore[no-any-return]
+
+
+def _slim(net: nn.Module, base: Base, width: float) -> None:
+    try:
+        import torch_pruning as tp
+    except ImportError as error:
+        raise ImportError(
+            "a slimmed copy needs torch-pruning: pip install 'sidetuning[slim]', or use width=1"
+        ) from error
+    example = base.prepare(base.example)
+    with torch.enable_grad():
+        pruner = tp.pruner.MagnitudePruner(
+            net.eval(),
+            dict(example) if isinstance(example, Mapping) else example,
+            importance=tp.importance.MagnitudeImportance(p=2),
+            pruning_ratio=1 - width,
+            output_transform=base.select,
+        )
+        pruner.step()
+    for module in net.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
+            parameter.grad = None

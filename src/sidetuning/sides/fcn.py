@@ -1,0 +1,113 @@
+"""The paper's fully convolutional sides FCN3, FCN4, FCN5 and FCN8 (original code, `student_models.py`).
+
+Layer names follow the original code, so its weights load as they are. The last layer is as wide as the base's output
+(64 at most, then a 1x1 projection follows), and its map is pooled, resized or flattened to the base's shape.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sidetuning.base import Base
+from sidetuning.errors import ShapeError
+from sidetuning.sides.fit import FitMap
+
+
+def layer(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0, norm: bool = True
+) -> nn.Sequential:
+    """Convolution without bias, group norm with 2 groups, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
+    groups = 2 if outputs % 2 == 0 else 1
+    return nn.Sequential(conv, *([nn.GroupNorm(groups, outputs)] if norm else []), nn.ReLU())
+
+
+class FCN(nn.Module):
+    """What the four share. Shape: images (b, c, H, W) -> the base's output shape."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        shape = base.example.shape if isinstance(base.example, Tensor) else None
+        if shape is None or len(shape) != 4:
+            given = "a mapping" if shape is None else f"inputs {tuple(shape)}"
+            raise ShapeError(
+                f"an FCN side takes images (b, c, h, w), and this base takes {given}; use mlp or transformer"
+            )
+        self.channels = int(shape[1])
+        self.code = min(base.width, 64)
+        self.fit = FitMap(base, self.code)
+
+    def body(self, x: Tensor) -> Tensor:
+        """Images to the map (b, code, h, w)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fit(self.body(x))  # type: ignore[no-any-return]
+
+
+class FCN3(FCN):
+    """Three layers, stride 16."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__(base)
+        self.conv1 = layer(self.channels, 64, 8, stride=4, padding=1)
+        self.conv2 = layer(64, 256, 3, stride=2, padding=2)
+        self.conv3 = layer(256, self.code, 3, stride=2, norm=False)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv3(self.conv2(self.conv1(x)))  # type: ignore[no-any-return]
+
+
+class FCN4(FCN):
+    """Four layers, stride 4, for small images: the side of iCIFAR (25,904 parameters)."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__(base)
+        self.conv1 = layer(self.channels, 16, 3, padding=1)
+        self.conv2 = layer(16, 16, 3, stride=2)
+        self.conv3 = layer(16, 32, 3, stride=2)
+        self.conv5 = layer(32, self.code, 3, norm=False)  # the original has no conv4
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv5(self.conv3(self.conv2(self.conv1(x))))  # type: ignore[no-any-return]
+
+
+class FCN5(FCN):
+    """Five layers and a skip, stride 16: the side of Taskonomy (921,376 parameters at 8 channels)."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__(base)
+        self.conv1 = layer(self.channels, 64, 8, stride=4, padding=2)
+        self.conv2 = layer(64, 256, 3, stride=2, padding=1)
+        self.conv3 = layer(256, 256, 3, stride=2, padding=1)
+        self.conv4 = layer(256, 64, 3, padding=1)
+        self.conv5 = layer(64, self.code, 3, padding=1)
+        self.skip = layer(256, self.code, 3, stride=2, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x))
+        return self.conv5(self.conv4(self.conv3(x))) + self.skip(x)  # type: ignore[no-any-return]
+
+
+class FCN8(FCN):
+    """Eight layers and three skips, stride 16: the larger side (3,361,440 parameters at 8 channels)."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__(base)
+        self.conv1 = layer(self.channels, 64, 8, stride=4, padding=2)
+        self.conv2 = layer(64, 128, 3, stride=2, padding=1)
+        self.conv3 = layer(128, 256, 3, stride=2, padding=1)
+        self.conv4 = layer(256, 256, 3, padding=1)
+        self.conv5 = layer(256, 256, 3, padding=1)
+        self.conv6 = layer(256, 256, 3, padding=1)
+        self.conv7 = layer(256, 128, 3, padding=1)
+        self.conv8 = layer(128, self.code, 3, padding=1)
+        self.skip1 = layer(128, 256, 3, stride=2, padding=1)
+        self.skip2 = layer(256, 256, 3, padding=1)
+        self.skip3 = layer(256, self.code, 3, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x))
+        x = self.conv4(self.conv3(x)) + self.skip1(x)
+        x = self.conv6(self.conv5(x)) + self.skip2(x)
+        return self.conv8(self.conv7(x)) + self.skip3(x)  # type: ignore[no-any-return]

@@ -1,0 +1,90 @@
+"""How a side starts (paper, appendix): as built, xavier, low-energy, or with weights from a file (distilled)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sidetuning.base import Base, packaged
+from sidetuning.errors import ArtifactError, TaskError
+
+# Distilled sides shipped with a packaged base: (base, side) -> file beside the base's weights.
+DISTILLED = {("resnet44-cifar10", "fcn4"): "fcn4-cifar10-distilled.safetensors"}
+ENERGY = 0.01  # size of a low-energy side's output against the same side as built
+
+
+class LowEnergy(nn.Module):
+    """S'(x) = s S(x) with s = 0.01 at the start, learned: the base dominates until the side has something to say."""
+
+    def __init__(self, side: nn.Module) -> None:
+        super().__init__()
+        self.side = side
+        self.scale = nn.Parameter(torch.tensor(ENERGY))
+        self.uses_taps = getattr(side, "uses_taps", False)
+
+    def forward(self, *tensors: Tensor, **named: Tensor) -> Tensor:
+        return self.scale * self.side(*tensors, **named)  # type: ignore[no-any-return]
+
+
+def xavier(side: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases in every linear and convolutional layer; norms stay as built."""
+    for module in side.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def distilled_weights(base: Base, side: str) -> Path:
+    """The file of the distilled weights that ship for this base and side.
+
+    Raises:
+        TaskError: none ship.
+    """
+    name = base.spec.name if base.spec else "your own base"
+    if (name, side) not in DISTILLED:
+        raise TaskError(
+            f"no distilled weights ship for side '{side}' of {name}: train some with sidetuning.distill(model, task, "
+            "loader), or give init= the path of a safetensors file"
+        )
+    return packaged(DISTILLED[name, side])
+
+
+def load_weights(module: nn.Module, path: str | Path, what: str) -> None:
+    """Load a safetensors file into `module`, strictly.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, or holds other tensors; nothing is loaded then.
+    """
+    path = Path(path)
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist; it should hold the weights of {what}") from error
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is not a readable safetensors file ({error}); fetch or write it again") from error
+    expected = module.state_dict()
+    for name, value in expected.items():  # a counter that nothing here reads and older files do not have
+        if name.endswith("num_batches_tracked"):
+            tensors.setdefault(name, value)
+    problem = mismatch(expected, tensors)
+    if problem:
+        raise ArtifactError(f"{path} does not fit {what}: {problem}")
+    module.load_state_dict(tensors)
+
+
+def mismatch(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """What is missing, too many or of another shape in `given`; empty where all fits."""
+    missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing:
+        return f"{len(missing)} tensors are missing, the first is {missing[0]}"
+    if extra:
+        return f"{len(extra)} tensors are too many, the first is {extra[0]}"
+    for name, tensor in expected.items():
+        if tensor.shape != given[name].shape:
+            return f"{name} has the shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+    return ""

@@ -1,0 +1,87 @@
+"""A ladder over the base's taps (Sung et al., NeurIPS 2022): one small block per tap, gated, down-projected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sidetuning.base import Base
+from sidetuning.errors import ShapeError
+from sidetuning.sides.fit import FitMap, FitTokens, resize
+from sidetuning.sides.transformer import encoder_layer
+
+DIMENSIONS = {1: "vectors", 2: "sequences", 3: "maps"}
+
+
+class Ladder(nn.Module):
+    """h_i = block_i(g_i down_i(tap_i) + (1 - g_i) h_(i-1)), g_i = sigmoid(gate_i); then to the base's shape.
+
+    It never sees the input, only the taps, in the order in which the base was told to keep them, and sends no gradient
+    into the base. Blocks are residual 3x3 convolutions on maps, encoder layers on sequences, linear layers on vectors.
+
+    Args:
+        base: a base with taps, all maps, all sequences or all vectors.
+        width: of the ladder, to which every tap is projected down.
+        heads: attention heads, on sequences.
+    """
+
+    uses_taps = True
+
+    def __init__(self, base: Base, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        if not base.tap_shapes:
+            raise ShapeError(
+                "the ladder side climbs over taps and this base has none: name some, load_base(…, taps=[…])"
+            )
+        dimensions = {len(shape) for shape in base.tap_shapes.values()}
+        if len(dimensions) > 1 or (dimensions == {1} and base.kind != "vector"):
+            raise ShapeError(f"the ladder's taps must be all maps, all sequences or all vectors, not {base.tap_shapes}")
+        self.names = list(base.tap_shapes)
+        self.dimension = dimensions.pop()
+        channels = [shape[0] if len(shape) == 3 else shape[-1] for shape in base.tap_shapes.values()]
+        if self.dimension == 3:
+            self.down = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+            self.blocks = nn.ModuleList(_MapBlock(width) for _ in channels)
+            self.fit: nn.Module = FitMap(base, width)
+        else:
+            self.down = nn.ModuleList(nn.Linear(c, width) for c in channels)
+            sequence = self.dimension == 2
+            self.blocks = nn.ModuleList(
+                encoder_layer(width, heads) if sequence else _VectorBlock(width) for _ in channels
+            )
+            if sequence and base.kind == "map":
+                raise ShapeError("a ladder over sequences cannot make a map")
+            self.fit = FitTokens(base, width) if sequence else nn.Linear(width, base.width)
+        self.gates = nn.Parameter(torch.zeros(len(channels)))
+
+    def forward(self, taps: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+        """Taps, and the mask of their tokens where they are sequences, to the base's output shape."""
+        h: Tensor | None = None
+        padding = None if mask is None else mask == 0
+        for name, down, block, gate in zip(self.names, self.down, self.blocks, self.gates.sigmoid(), strict=True):
+            rung = down(taps[name])
+            if h is not None:
+                h = resize(h, rung.shape[-2:]) if self.dimension == 3 else h
+                rung = gate * rung + (1 - gate) * h
+            h = block(rung, src_key_padding_mask=padding) if self.dimension == 2 else block(rung)
+        return self.fit(h, mask) if self.dimension == 2 else self.fit(h)  # type: ignore[no-any-return]
+
+
+class _MapBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2 if width % 2 == 0 else 1, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(self.norm(x).relu())  # type: ignore[no-any-return]
+
+
+class _VectorBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x).relu())  # type: ignore[no-any-return]

@@ -1,0 +1,323 @@
+"""The heart: one frozen base, and per task a branch of side, merge and head that the other tasks cannot touch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from sidetuning.base import Base, Features, Input
+from sidetuning.branch import Branch, build_branch
+from sidetuning.errors import ShapeError, SideTuningError, TaskError, UnknownNameError
+from sidetuning.registry import unknown
+
+
+class SideTuner(nn.Module):
+    """A base and its tasks.
+
+    `parameters()` and `state_dict()` are those of the branches: the base is never trained and never saved with a task.
+    The model starts and stays in evaluation mode; `fit` puts the branch that it trains, and only that, in training mode.
+
+    Args:
+        base: a `Base`; wrap a module of your own with `Base(module, example=x)`.
+    """
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        if not isinstance(base, Base):
+            raise TypeError(f"SideTuner takes a Base, not a {type(base).__name__}: wrap it, Base(module, example=x)")
+        self.base = base
+        self.branches = nn.ModuleDict()
+        self.eval()
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks in the order in which they were added."""
+        return list(self.branches)
+
+    def __getitem__(self, task: str) -> Branch:
+        if task not in self.branches:
+            raise UnknownNameError(unknown("task", task, self.tasks, verb="in this model"))
+        branch = self.branches[task]
+        assert isinstance(branch, Branch)
+        return branch
+
+    def __contains__(self, task: object) -> bool:
+        return task in self.branches
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.branches)
+
+    def add_task(
+        self,
+        name: str,
+        *,
+        side: str | nn.Module | None,
+        head: int | str | nn.Module,
+        merge: str | nn.Module = "alpha",
+        laterals: Sequence[str] = (),
+        prenorm: bool = False,
+        init: str | Path | None = None,
+        side_options: Mapping[str, Any] | None = None,
+        merge_options: Mapping[str, Any] | None = None,
+        head_options: Mapping[str, Any] | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> Branch:
+        """Add a task; the others do not change.
+
+        Args:
+            name: letters, digits, "-" and "_".
+            side: a registered side, your own module, or None with a merge that ignores it.
+            head: number of outputs of a linear head, a registered head, or your own module.
+            merge: a registered merge, or your own module, called as `merge(base, side, laterals)`.
+            laterals: earlier tasks whose side outputs, detached, the merge takes too (the dense variant).
+            prenorm: group-normalise the merged code before the head, as the original code does.
+            init: how the side starts. None: as built. "xavier". "low-energy": its output scaled to 1 %. "zero": the
+                merged output starts as the base's (a gate at 0 in the merge). "distilled": the weights that ship for
+                this base and side. A path: a safetensors file of the side's weights.
+            side_options, merge_options, head_options: keyword arguments of registered parts.
+            labels: names of the classes, kept with the task.
+
+        Returns:
+            The new branch, in evaluation mode, on the base's device.
+
+        Raises:
+            TaskError: the name is taken or not allowed, or parts do not go together.
+            UnknownNameError: a part, an option or a lateral that does not exist.
+            ShapeError: a side or head that does not fit the base's shapes.
+        """
+        self._check_name(name)
+        for lateral in laterals:
+            self[lateral]  # raises, with near names
+        branch = build_branch(
+            self.base, side=side, head=head, merge=merge, laterals=laterals, prenorm=prenorm, init=init,
+            side_options=side_options, merge_options=merge_options, head_options=head_options,
+        )  # fmt: skip
+        branch.labels = None if labels is None else list(labels)
+        return self.add_branch(name, branch)
+
+    def add_branch(self, name: str, branch: Branch) -> Branch:
+        """Add a branch that is built already; `add_task` and `load_task` end here."""
+        self._check_name(name)
+        for lateral in branch.config.laterals:
+            if self[lateral].side is None:
+                raise TaskError(f"task '{lateral}' has no side, so it cannot be a lateral of '{name}'")
+        self._check_shapes(name, branch)
+        self.branches[name] = branch
+        return branch
+
+    def _check_name(self, name: str) -> None:
+        if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+            raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
+        if name in self.branches:
+            raise TaskError(f"task '{name}' exists already; remove_task('{name}') first, or choose another name")
+
+    def _check_shapes(self, name: str, branch: Branch) -> None:
+        """One dry forward on the base's example: shapes that do not fit are found now."""
+        branch.eval()
+        inputs = self.base.prepare(self.base.example)
+        features = self.base.encode(inputs)
+        example = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+        branch.to(example.device)
+        try:
+            with torch.no_grad():
+                branch(inputs, features, self.lateral_outputs(branch, inputs, features))
+        except SideTuningError:
+            raise
+        except Exception as error:
+            shapes = f"input {tuple(example.shape)}, base output {tuple(features.out.shape)}"
+            raise ShapeError(f"the parts of task '{name}' do not fit each other ({shapes}): {error}") from error
+
+    def remove_task(self, name: str) -> None:
+        """Remove a task. Raises TaskError where a later task has it as a lateral."""
+        self[name]
+        users = [t for t in self.tasks if name in self[t].config.laterals]
+        if users:
+            raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
+        del self.branches[name]
+
+    def freeze_task(self, name: str, frozen: bool = True) -> None:
+        """Freeze a task's parameters (`fit` then refuses it), or thaw them."""
+        self[name].requires_grad_(not frozen)
+
+    @overload
+    def forward(self, x: Input, task: str, *, features: Features | Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Input, *, tasks: Sequence[str], features: Features | Tensor | None = None) -> list[Tensor]: ...
+
+    def forward(
+        self,
+        x: Input,
+        task: str | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        features: Features | Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Run one task on a batch, or a task per sample.
+
+        Args:
+            x: a batch as the base takes it, batch first.
+            task: the task of the whole batch.
+            tasks: the task of each sample instead; one base pass serves them all.
+            features: what the base returned for `x`, to spare the base pass.
+
+        Returns:
+            With `task` the task's output; with `tasks` a list of each sample's output, without the batch dimension.
+        """
+        if (task is None) == (tasks is None):
+            raise TaskError("name one task for the batch, model(x, 'pets'), or one per sample, model(x, tasks=[…])")
+        for name in [task] if task is not None else tasks or []:
+            self[name]
+        inputs = self.base.prepare(x)
+        known = self._features(inputs, features)
+        if task is not None:
+            branch = self[task]
+            return branch(inputs, known, self.lateral_outputs(branch, inputs, known))  # type: ignore[no-any-return]
+        return self._forward_mixed(inputs, list(tasks or []), known)
+
+    def _forward_mixed(self, inputs: Input, tasks: list[str], features: Features) -> list[Tensor]:
+        if len(tasks) != len(features.out):
+            raise ShapeError(f"{len(tasks)} tasks for a batch of {len(features.out)}; name one per sample")
+        outputs: list[Tensor] = [features.out] * len(tasks)
+        for name in dict.fromkeys(tasks):
+            rows = torch.tensor([i for i, t in enumerate(tasks) if t == name], device=features.out.device)
+            part, known = select_rows(inputs, rows), select_features(features, rows)
+            branch = self[name]
+            out = branch(part, known, self.lateral_outputs(branch, part, known))
+            for i, row in zip(rows.tolist(), out, strict=True):
+                outputs[i] = row
+        return outputs
+
+    def forward_all(
+        self, x: Input, *, tasks: Sequence[str] | None = None, features: Features | Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Every task's output (or that of `tasks`) from one base pass, or none where `features` are given."""
+        names = self.tasks if tasks is None else list(tasks)
+        inputs = self.base.prepare(x)
+        known = self._features(inputs, features)
+        memo: dict[str, Tensor] = {}  # a side that is also a lateral runs once
+
+        def side(name: str) -> Tensor | None:
+            if name not in memo:
+                out = self[name].side_output(inputs, known)
+                if out is None:
+                    return None
+                memo[name] = out
+            return memo[name]
+
+        outputs = {}
+        for name in names:
+            branch = self[name]
+            laterals = [out.detach() for t in branch.config.laterals if (out := side(t)) is not None]
+            outputs[name] = branch.output(inputs, known, side(name), laterals)
+        return outputs
+
+    def _features(self, inputs: Input, features: Features | Tensor | None) -> Features:
+        if features is None:
+            return self.base.encode(inputs)
+        if isinstance(features, Tensor):
+            features = Features(features)
+        expected = self.base.output_shape[-1:] if self.base.kind == "sequence" else self.base.output_shape
+        if tuple(features.out.shape[-len(expected) :]) != expected:
+            raise ShapeError(f"the features given are {tuple(features.out.shape)}; this base returns (b, {expected})")
+        return features
+
+    @torch.no_grad()
+    def lateral_outputs(self, branch: Branch, inputs: Input, features: Features) -> list[Tensor]:
+        """The detached side outputs of the earlier tasks that `branch` takes as laterals."""
+        outputs = [self[name].side_output(inputs, features) for name in branch.config.laterals]
+        return [out for out in outputs if out is not None]
+
+    def save_task(self, name: str, path: str | Path, *, metrics: Mapping[str, float] | None = None) -> None:
+        """Write a task to `path`/side.json and `path`/side.safetensors; see `artifacts.save_task`."""
+        from sidetuning.artifacts import save_task  # artifacts build on this module
+
+        save_task(self, name, path, metrics=metrics)
+
+    def load_task(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        any_base: bool = False,
+        side: nn.Module | None = None,
+        merge: nn.Module | None = None,
+        head: nn.Module | None = None,
+    ) -> str:
+        """Add the task saved at `path` and return its name; see `artifacts.load_task`."""
+        from sidetuning.artifacts import load_task
+
+        return load_task(self, path, name=name, any_base=any_base, side=side, merge=merge, head=head)
+
+    def summary(self) -> Summary:
+        """Parameters and memory of the base and of every task; `print` it."""
+        base = self.base.parameter_count()
+        rows = []
+        for name in self.tasks:
+            branch = self[name]
+            counts = [
+                sum(p.numel() for p in m.parameters()) if m else 0 for m in (branch.side, branch.merge, branch.head)
+            ]
+            size = sum(t.numel() * t.element_size() for t in branch.state_dict().values())
+            rows.append(TaskSummary(name, *counts, size, branch.frozen, branch.alpha))
+        return Summary(base, rows)
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """Parameters of a task's parts, the bytes of its tensors, and the weight of the base where the merge is alpha."""
+
+    task: str
+    side: int
+    merge: int
+    head: int
+    bytes: int
+    frozen: bool
+    alpha: float | None
+
+    @property
+    def total(self) -> int:
+        """All parameters of the task."""
+        return self.side + self.merge + self.head
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model is made of."""
+
+    base: int
+    tasks: list[TaskSummary]
+
+    def __str__(self) -> str:
+        lines = [f"base: {self.base:,} parameters, frozen"]
+        width = max([len(t.task) for t in self.tasks], default=4)
+        for t in self.tasks:
+            share = f" ({t.total / self.base:.1%} of the base)" if self.base else ""
+            alpha = "" if t.alpha is None else f", alpha {t.alpha:.2f}"
+            state = ", frozen" if t.frozen else ""
+            lines.append(
+                f"{t.task:{width}}: {t.total:,} parameters{share} = side {t.side:,} + merge {t.merge:,} + head {t.head:,}, "
+                f"{t.bytes / 1e6:.2f} MB{alpha}{state}"
+            )
+        return "\n".join(lines)
+
+
+def select_rows(x: Input, rows: Tensor) -> Input:
+    """Samples `rows` of a batch."""
+    if isinstance(x, Tensor):
+        return x[rows]
+    return {k: v[rows] if isinstance(v, Tensor) else v for k, v in x.items()}
+
+
+def select_features(features: Features, rows: Tensor) -> Features:
+    """Samples `rows` of a batch of features."""
+    return Features(features.out[rows], {k: v[rows] for k, v in features.taps.items()})
