@@ -39,9 +39,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -99,7 +99,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     for name, kind in (("task", str), ("parts", dict), ("base", dict), ("tensors_sha256", str)):
         if not isinstance(config.get(name), kind):
             raise ArtifactError(f"{file} has no valid field '{name}'; fetch or save the task again")
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def load_task(
@@ -150,7 +150,7 @@ def load_task(
     missing = [lateral for lateral in parts.laterals if lateral not in model]
     if missing:
         raise TaskError(f"task '{name}' uses the sides of {', '.join(missing)}; load those tasks first")
-    options = {
+    options: dict[str, Any] = {
         f"{kind}_options": None if given[kind] or not getattr(parts, kind) else getattr(parts, kind)[1]
         for kind in given
     }

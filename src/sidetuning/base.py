@@ -30,7 +30,7 @@ class Features(NamedTuple):
     """
 
     out: Tensor
-    taps: dict[str, Tensor] = {}
+    taps: dict[str, Tensor] = {}  # noqa: RUF012  (named tuples share their defaults; nothing writes to this one)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Branch(nn.Module):
             out = self.side(features.taps, mask_of(inputs))
         else:
             out = call(self.side, inputs)
-        return out  # type: ignore[no-any-return]
+        return out
 
     def forward(self, inputs: Input, features: Features, laterals: Sequence[Tensor] = ()) -> Tensor:
         """The task's output from a prepared input, the base's features and earlier tasks' side outputs."""
@@ -73,8 +73,8 @@ class Branch(nn.Module):
             raise ShapeError(f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree")
         code = self.norm(self.merge(base, side, laterals))
         if getattr(self.head, "uses_mask", False):
-            return self.head(code, mask_of(inputs))  # type: ignore[no-any-return]
-        return self.head(code)  # type: ignore[no-any-return]
+            return self.head(code, mask_of(inputs))
+        return self.head(code)
 
     @property
     def alpha(self) -> float | None:
@@ -102,7 +102,8 @@ def build_branch(
     head_options: Mapping[str, Any] | None = None,
 ) -> Branch:
     """Build the branch that `SideTuner.add_task` describes, in evaluation mode."""
-    merge_module, merge_name = merge, (CUSTOM, {})
+    merge_module: Any = merge
+    merge_name: tuple[str, dict[str, Any]] = (CUSTOM, {})
     if isinstance(merge, str):
         options = dict(merge_options or {})
         merge_module = MERGES.build(merge, base.kind, base.width, len(laterals), options=options)

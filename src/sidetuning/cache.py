@@ -336,7 +336,7 @@ def _put(handle: int, f: _Field, value: Tensor, row: int) -> None:
     array = np.ascontiguousarray(value.detach().cpu().numpy().astype(f.dtype, copy=False))
     if array.shape[1:] != f.shape:
         raise ShapeError(f"sample {row} has the shape {array.shape[1:]}, the first one has {f.shape}")
-    data, offset = memoryview(array).cast("B"), row * f.bytes
+    data, offset = array.tobytes(), row * f.bytes
     while data:
         written = os.pwrite(handle, data, offset)
         data, offset = data[written:], offset + written

@@ -64,7 +64,7 @@ class Linear(nn.Module):
             code = code.mean((2, 3))
         elif self.kind == "sequence":
             code = masked_mean(code, mask)
-        return self.linear(code)  # type: ignore[no-any-return]
+        return self.linear(code)
 
 
 class Span(nn.Module):
@@ -108,4 +108,4 @@ class Pixels(nn.Module):
         x = self.decoder(code)
         if x.shape[-2:] != self.image:
             x = nn.functional.interpolate(x, self.image, mode="bilinear", align_corners=False)
-        return self.out(x)  # type: ignore[no-any-return]
+        return self.out(x)

@@ -287,4 +287,4 @@ class _Residual(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(x)  # type: ignore[no-any-return]
+        return x + self.net(x)

@@ -11,7 +11,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ def fit(
     if steps is not None and epochs is not None:
         raise TaskError("give epochs or steps, not both")
     if steps is None:
-        if not hasattr(loader, "__len__"):
+        if not isinstance(loader, Sized):
             raise TaskError("a loader without a length needs steps=")
         steps = (epochs or 1) * len(loader)
     if accelerator is None:

@@ -47,7 +47,7 @@ class SideTuner(nn.Module):
         assert isinstance(branch, Branch)
         return branch
 
-    def __contains__(self, task: object) -> bool:
+    def __contains__(self, task: str) -> bool:
         return task in self.branches
 
     def __iter__(self) -> Iterator[str]:
@@ -181,7 +181,7 @@ class SideTuner(nn.Module):
         known = self._features(inputs, features)
         if task is not None:
             branch = self[task]
-            return branch(inputs, known, self.lateral_outputs(branch, inputs, known))  # type: ignore[no-any-return]
+            return branch(inputs, known, self.lateral_outputs(branch, inputs, known))
         return self._forward_mixed(inputs, list(tasks or []), known)
 
     def _forward_mixed(self, inputs: Input, tasks: list[str], features: Features) -> list[Tensor]:
@@ -268,7 +268,7 @@ class SideTuner(nn.Module):
                 sum(p.numel() for p in m.parameters()) if m else 0 for m in (branch.side, branch.merge, branch.head)
             ]
             size = sum(t.numel() * t.element_size() for t in branch.state_dict().values())
-            rows.append(TaskSummary(name, *counts, size, branch.frozen, branch.alpha))
+            rows.append(TaskSummary(name, counts[0], counts[1], counts[2], size, branch.frozen, branch.alpha))
         return Summary(base, rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def load(
     if output not in (None, "map"):
         raise UnknownNameError(f"output '{output}' is not known for timm models; leave it out, or give 'map'")
     try:
-        net = timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
+        net: Any = timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
     except RuntimeError as error:  # timm's word for a name or tag without weights
         raise UnknownNameError(
             f"timm cannot build '{name}' ({error}); pretrained=False builds it without weights"
@@ -54,16 +55,14 @@ def load(
         ) from error
     if weights is not None:
         load_weights(net, weights, f"timm model '{name}'")
-    config = net.pretrained_cfg
+    config: dict[str, Any] = net.pretrained_cfg
     size = config.get("input_size", (3, 224, 224))
     channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
-    select = None
     if output == "map":
-        net.forward = net.forward_features  # type: ignore[method-assign]
+        net.forward = net.forward_features
     return Base(
         net,
         example=torch.zeros(1, *size),
-        output=select,
         taps=taps,
         channels_last=channels_last,
         mean=config.get("mean"),

@@ -91,7 +91,7 @@ class Tuned(nn.Module):
         self._base = (base,)  # for its normalisation only
 
     def logits(self, x: Tensor, task: int) -> Tensor:
-        return self.heads[task](self.net(self._base[0].prepare(x)))  # type: ignore[no-any-return]
+        return self.heads[task](self.net(self._base[0].prepare(x)))
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(self.logits(batch[0], self.task), batch[1])

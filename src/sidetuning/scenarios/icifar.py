@@ -53,7 +53,7 @@ class Settings:
     """Weight decay of sides and heads."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    prenorm: bool = True
+    prenorm: bool = False
     """Group-normalise the merged code before the head, as the original code does."""
     tasks: int = 10
     """How many of the ten tasks to learn."""

@@ -57,6 +57,9 @@ class Settings:
 class Classifier(nn.Module):
     """The net with a throw-away classifier; `forward` is the training objective."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.net = resnet44().to(memory_format=torch.channels_last)
@@ -67,7 +70,7 @@ class Classifier(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """uint8 (b, 3, h, w) -> (b, 10)."""
         x = (images.float() / 255 - self.mean) / self.std
-        return self.head(self.net(x.contiguous(memory_format=torch.channels_last)))  # type: ignore[no-any-return]
+        return self.head(self.net(x.contiguous(memory_format=torch.channels_last)))
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch

@@ -47,7 +47,7 @@ class CopySide(nn.Module):
 
     def forward(self, *tensors: Tensor, **named: Any) -> Tensor:
         code = self.select(self.net(*tensors, **named))
-        return self.project(code)  # type: ignore[no-any-return]
+        return self.project(code)
 
 
 def _slim(net: nn.Module, base: Base, width: float) -> None:

@@ -42,7 +42,7 @@ class FCN(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fit(self.body(x))  # type: ignore[no-any-return]
+        return self.fit(self.body(x))
 
 
 class FCN3(FCN):
@@ -55,7 +55,7 @@ class FCN3(FCN):
         self.conv3 = layer(256, self.code, 3, stride=2, norm=False)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.conv3(self.conv2(self.conv1(x)))  # type: ignore[no-any-return]
+        return self.conv3(self.conv2(self.conv1(x)))
 
 
 class FCN4(FCN):
@@ -69,7 +69,7 @@ class FCN4(FCN):
         self.conv5 = layer(32, self.code, 3, norm=False)  # the original has no conv4
 
     def body(self, x: Tensor) -> Tensor:
-        return self.conv5(self.conv3(self.conv2(self.conv1(x))))  # type: ignore[no-any-return]
+        return self.conv5(self.conv3(self.conv2(self.conv1(x))))
 
 
 class FCN5(FCN):
@@ -86,7 +86,7 @@ class FCN5(FCN):
 
     def body(self, x: Tensor) -> Tensor:
         x = self.conv2(self.conv1(x))
-        return self.conv5(self.conv4(self.conv3(x))) + self.skip(x)  # type: ignore[no-any-return]
+        return self.conv5(self.conv4(self.conv3(x))) + self.skip(x)
 
 
 class FCN8(FCN):
@@ -110,4 +110,4 @@ class FCN8(FCN):
         x = self.conv2(self.conv1(x))
         x = self.conv4(self.conv3(x)) + self.skip1(x)
         x = self.conv6(self.conv5(x)) + self.skip2(x)
-        return self.conv8(self.conv7(x)) + self.skip3(x)  # type: ignore[no-any-return]
+        return self.conv8(self.conv7(x)) + self.skip3(x)

@@ -32,7 +32,7 @@ class FitMap(nn.Module):
             tokens = x.flatten(2)  # (b, c, h*w)
             x = F.interpolate(tokens, self.shape[0], mode="linear") if tokens.shape[2] != self.shape[0] else tokens
             x = x.transpose(1, 2)
-        return self.project(x)  # type: ignore[no-any-return]
+        return self.project(x)
 
 
 class FitTokens(nn.Module):
@@ -46,7 +46,7 @@ class FitTokens(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.kind == "vector":
             x = masked_mean(x, mask)
-        return self.project(x)  # type: ignore[no-any-return]
+        return self.project(x)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ class LowEnergy(nn.Module):
         self.uses_taps = getattr(side, "uses_taps", False)
 
     def forward(self, *tensors: Tensor, **named: Tensor) -> Tensor:
-        return self.scale * self.side(*tensors, **named)  # type: ignore[no-any-return]
+        return self.scale * self.side(*tensors, **named)
 
 
 def xavier(side: nn.Module) -> None:

@@ -64,7 +64,7 @@ class Ladder(nn.Module):
                 h = resize(h, rung.shape[-2:]) if self.dimension == 3 else h
                 rung = gate * rung + (1 - gate) * h
             h = block(rung, src_key_padding_mask=padding) if self.dimension == 2 else block(rung)
-        return self.fit(h, mask) if self.dimension == 2 else self.fit(h)  # type: ignore[no-any-return]
+        return self.fit(h, mask) if self.dimension == 2 else self.fit(h)
 
 
 class _MapBlock(nn.Module):
@@ -74,7 +74,7 @@ class _MapBlock(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(self.norm(x).relu())  # type: ignore[no-any-return]
+        return x + self.conv(self.norm(x).relu())
 
 
 class _VectorBlock(nn.Module):
@@ -84,4 +84,4 @@ class _VectorBlock(nn.Module):
         self.linear = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(self.norm(x).relu())  # type: ignore[no-any-return]
+        return x + self.linear(self.norm(x).relu())

@@ -40,7 +40,7 @@ class FlatMLP(nn.Module):
         x = x.flatten(1)
         if x.shape[1] != self.inputs:
             raise ShapeError(f"the mlp side was built for inputs of {self.inputs} numbers, not {x.shape[1]}")
-        return self.net(x).unflatten(1, self.shape)  # type: ignore[no-any-return]
+        return self.net(x).unflatten(1, self.shape)
 
 
 class TokenMLP(nn.Module):
@@ -60,4 +60,4 @@ class TokenMLP(nn.Module):
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Only the ids (or the sequence) and the mask are used; the rest is what transformers' tokenizers add."""
-        return self.fit(self.net(self.embed(input_ids)), attention_mask)  # type: ignore[no-any-return]
+        return self.fit(self.net(self.embed(input_ids)), attention_mask)

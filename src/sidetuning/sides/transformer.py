@@ -47,8 +47,8 @@ class Transformer(nn.Module):
             x = layer(x, src_key_padding_mask=padding)
         x = self.norm(x)
         if self.embed.grid is not None:
-            return self.fit(x.transpose(1, 2).unflatten(2, self.embed.grid))  # type: ignore[no-any-return]
-        return self.fit(x, attention_mask)  # type: ignore[no-any-return]
+            return self.fit(x.transpose(1, 2).unflatten(2, self.embed.grid))
+        return self.fit(x, attention_mask)
 
 
 def encoder_layer(width: int, heads: int) -> nn.TransformerEncoderLayer:
