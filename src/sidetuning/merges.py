@@ -151,10 +151,8 @@ class MLP(Merge):
     def __init__(self, kind: Kind, width: int, laterals: int = 0) -> None:
         super().__init__(kind, width, laterals)
         self.base_net = _net(kind, width)
+        self.side_net: nn.Module = nn.Identity()
         self.lateral_nets = nn.ModuleList(_net(kind, width) for _ in range(laterals))
-
-    def side_net(self, side: Tensor) -> Tensor:
-        return side
 
     def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
         merged: Tensor = self.base_net(base) + self.side_net(side)
@@ -177,7 +175,7 @@ class MLP2(MLP):
 
     def __init__(self, kind: Kind, width: int, laterals: int = 0) -> None:
         super().__init__(kind, width, laterals)
-        self.side_net = _net(kind, width)  # type: ignore[method-assign]
+        self.side_net = _net(kind, width)
 
 
 @MERGES.register("res-mlp")
@@ -186,7 +184,7 @@ class ResMLP2(MLP):
 
     def __init__(self, kind: Kind, width: int, laterals: int = 0) -> None:
         super().__init__(kind, width, laterals)
-        self.side_net = _Residual(_net(kind, width))  # type: ignore[method-assign]
+        self.side_net = _Residual(_net(kind, width))
 
 
 @MERGES.register("concat")

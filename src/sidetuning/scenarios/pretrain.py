@@ -1,6 +1,6 @@
 """`sidetuning pretrain cifar10`: make the packaged base, a ResNet-44 on CIFAR-10, and the FCN4 side distilled from it.
 
-Resumable; about two hours on two CPU cores. The weights land in `--out` as safetensors, with a card.
+Resumable; about an hour and a half on two CPU cores. The weights land in `--out` as safetensors, with a card.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch.nn.functional as F
 import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from sidetuning.artifacts import atomic_write
 from sidetuning.base import Base
 from sidetuning.bases import IMAGENET_MEAN, IMAGENET_STD
 from sidetuning.bases.resnet_cifar import resnet44
+from sidetuning.cache import cache_features, loader_over
 from sidetuning.data.cifar import load_images, random_flip_crop
 from sidetuning.distill import distill
 from sidetuning.training import seeded, train
@@ -38,18 +40,18 @@ class Settings:
     """A folder with train/<class>/*.png and test/<class>/*.png, or parquet files, or a data set on the Hub."""
     out: str = "runs/pretrain-cifar10"
     """Folder for the weights and the resume files."""
-    epochs: tuple[int, ...] = (40, 8)
-    """Passes of each one-cycle schedule; the second restarts from the weights of the first."""
-    lr: tuple[float, ...] = (0.2, 0.05)
-    """Peak learning rate of each schedule."""
+    epochs: int = 40
+    """Passes over the training images, under one one-cycle schedule."""
+    lr: float = 0.2
+    """Its peak learning rate."""
     batch: int = 128
     """Images per step."""
     weight_decay: float = 5e-4
     """On convolutions and the classifier, none on norms and biases."""
     precision: Literal["no", "bf16"] = "bf16"
     """Mixed precision."""
-    distill_epochs: int = 12
-    """Passes in which the FCN4 learns to imitate the base."""
+    distill_epochs: int = 16
+    """Passes over cached features in which the FCN4 learns to imitate the base."""
     seed: int = 0
     """Of initial weights, order and augmentation."""
 
@@ -111,28 +113,27 @@ def main(settings: Settings) -> None:
     with seeded(s.seed):
         model = Classifier()
     loader = AugmentedBatches(images, labels, s.batch)
-    for cycle, (epochs, lr) in enumerate(zip(s.epochs, s.lr, strict=True)):
-        steps = epochs * len(loader)
-        optimizer = torch.optim.SGD(groups(model, s.weight_decay), lr=lr, momentum=0.9, nesterov=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.15, cycle_momentum=False)
-        train(
-            model, loader, optimizer, steps=steps, scheduler=schedule, seed=s.seed + cycle, resume=out / f"cycle-{cycle}.pt",
-            validate=lambda: {"accuracy on 2,000 test images": model.accuracy(test_images[few], test_labels[few])},
-            accelerator=Accelerator(mixed_precision=s.precision), progress=f"ResNet-44 on CIFAR-10, schedule {cycle + 1}",
-        )  # fmt: skip
-        print(
-            f"after schedule {cycle + 1}: accuracy on all test images {model.accuracy(test_images, test_labels):.4f}",
-            flush=True,
-        )
+    steps = s.epochs * len(loader)
+    optimizer = torch.optim.SGD(groups(model, s.weight_decay), lr=s.lr, momentum=0.9, nesterov=True)
+    train(
+        model, loader, optimizer, steps=steps, seed=s.seed, resume=out / "train.pt",
+        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, steps + 1, pct_start=0.15, cycle_momentum=False),
+        validate=lambda: {"accuracy on 2,000 test images": model.accuracy(test_images[few], test_labels[few])},
+        accelerator=Accelerator(mixed_precision=s.precision), progress="ResNet-44 on CIFAR-10",
+    )  # fmt: skip
+    print(f"accuracy on the 10,000 test images: {model.accuracy(test_images, test_labels):.4f}", flush=True)
     write(out / "resnet44-cifar10.safetensors", model.net)
 
-    tuner = SideTuner(Base(model.net, example=EXAMPLE, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    base = Base(model.net, example=EXAMPLE, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    tuner = SideTuner(base)
     with seeded(s.seed):
         branch = tuner.add_task("imitation", side="fcn4", head="identity")
-    steps = s.distill_epochs * len(loader)
+    cached = cache_features(base, TensorDataset(images, labels), out / "cache", views=2, augment=augment, seed=s.seed)
+    passes = loader_over(cached, batch_size=s.batch)
+    steps = s.distill_epochs * len(passes)
     distill(
-        tuner, "imitation", AugmentedBatches(images, labels, 64 if s.batch > 64 else s.batch), steps=steps, seed=s.seed,
-        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps), resume=out / "distill.pt",
+        tuner, "imitation", passes, steps=steps, lr=2e-3, seed=s.seed, resume=out / "distill.pt",
+        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps),
     )  # fmt: skip
     assert branch.side is not None
     write(out / "fcn4-cifar10-distilled.safetensors", branch.side)
@@ -141,6 +142,11 @@ def main(settings: Settings) -> None:
         code = tuner.base.encode(x).out
         error = F.mse_loss(branch.side(x), code) / code.var()
     print(f"the side leaves {error:.3f} of the code's variance unexplained on test images; weights in {out}")
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The views that the side is distilled on."""
+    return random_flip_crop(images, padding=4, generator=generator)
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

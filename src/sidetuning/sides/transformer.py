@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidetuning.base import Base
@@ -53,4 +54,9 @@ class Transformer(nn.Module):
 
 def encoder_layer(width: int, heads: int) -> nn.TransformerEncoderLayer:
     """One pre-norm layer without dropout, batch first."""
-    return nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+    return nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, _gelu, batch_first=True, norm_first=True)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    # Not `F.gelu` itself: torch would take another path, with other rounding, where no gradient is needed.
+    return F.gelu(x)

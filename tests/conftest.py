@@ -1,0 +1,108 @@
+"""Small bases, data and paths that the tests share."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import sidetuning as st
+
+SHARED = Path(__file__).parents[2] / "shared"  # optional: the original authors' weights and outputs
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+def conv_base(taps: tuple[str, ...] = ()) -> st.Base:
+    """Images (b, 3, 32, 32) -> (b, 16)."""
+    with st.seeded(1):
+        return st.Base(conv_net(), example=torch.zeros(1, 3, 32, 32), taps=taps, mean=[0.5] * 3, std=[0.2] * 3)
+
+
+def map_base(taps: tuple[str, ...] = ()) -> st.Base:
+    """Images (b, 3, 32, 32) -> (b, 16, 8, 8)."""
+    with st.seeded(1):
+        return st.Base(conv_net()[:5], example=torch.zeros(1, 3, 32, 32), taps=taps)
+
+
+class TinyBert(nn.Module):
+    """Token ids and a mask -> (b, t, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.embedding(input_ids), src_key_padding_mask=attention_mask == 0)
+
+
+def sequence_base(taps: tuple[str, ...] = ()) -> st.Base:
+    example = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    with st.seeded(1):
+        return st.Base(TinyBert(), example=example, taps=taps)
+
+
+def mlp_base(taps: tuple[str, ...] = ()) -> st.Base:
+    """Vectors (b, 12) -> (b, 16)."""
+    with st.seeded(1):
+        net = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16))
+        return st.Base(net, example=torch.zeros(1, 12), taps=taps)
+
+
+BASES = {"conv": conv_base, "map": map_base, "sequence": sequence_base, "mlp": mlp_base}
+TAPS = {"conv": ("2", "4"), "map": ("2", "4"), "sequence": ("embedding", "layer"), "mlp": ("0", "1")}
+
+
+def inputs(kind: str, batch: int = 4, seed: int = 0) -> st.Input:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "sequence":
+        mask = torch.ones(batch, 6, dtype=torch.long)
+        mask[0, 4:] = 0
+        return {"input_ids": torch.randint(0, 50, (batch, 6), generator=generator), "attention_mask": mask}
+    shape = (batch, 12) if kind == "mlp" else (batch, 3, 32, 32)
+    return torch.rand(shape, generator=generator)
+
+
+def write_parquet(folder: Path, split: str, images: np.ndarray, labels: list[int]) -> None:
+    """A split in the Hub's layout."""
+    cells = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"img": cells, "fine_label": labels})
+    pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture(scope="session")
+def tiny_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 classes, 12 training and 4 test images each: noise around a colour per class."""
+    folder = tmp_path_factory.mktemp("tiny-cifar")
+    rng = np.random.default_rng(0)
+    colours = rng.integers(40, 215, (20, 1, 1, 3))
+    for split, n in (("train", 12), ("test", 4)):
+        labels = [c for c in range(20) for _ in range(n)]
+        images = (colours[labels] + rng.normal(0, 20, (len(labels), 32, 32, 3))).clip(0, 255).astype(np.uint8)
+        write_parquet(folder, split, images, labels)
+    return folder
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.exists():
+        pytest.skip("the reference material is not here")
+    return SHARED

@@ -1,0 +1,166 @@
+"""Bases of every origin: timm, transformers, ONNX, functions, modules; and what the library imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import conv_base, conv_net, inputs
+from torch import nn
+
+import sidetuning as st
+
+SOURCE = Path(st.__file__).parent
+IMAGES = torch.rand(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("resnet18", "vector"), ("mobilenetv3_small_050", "vector"), ("vit_tiny_patch16_224", "vector")],
+)
+def test_timm_models(name: str, kind: str) -> None:
+    base = st.load_base(f"timm:{name}", pretrained=False)
+    assert base.kind == kind
+    model = st.SideTuner(base)
+    model.add_task("pets", side="fcn5", head=7)
+    assert model(torch.rand(2, 3, 224, 224), "pets").shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto"])
+def test_timm_maps_are_channels_first_whatever_the_layout(name: str) -> None:
+    tap = "layers.0" if name.startswith("swin") else "stages.0"
+    base = st.load_base(f"timm:{name}", pretrained=False, output="map", taps=[tap])
+    assert base.kind == "map"
+    assert base.output_shape[1] == base.output_shape[2] == 7
+    assert base.tap_shapes[tap][1:] == (56, 56)
+    model = st.SideTuner(base)
+    model.add_task("ladder", side="ladder", head=3, merge="film")
+    model.add_task("fcn", side="fcn3", head=3)
+    assert {k: v.shape for k, v in model.forward_all(torch.rand(1, 3, 224, 224)).items()} == {
+        "ladder": (1, 3),
+        "fcn": (1, 3),
+    }
+
+
+def test_transformers_encoder(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path)
+    base = st.load_base(f"hf:{tmp_path}", taps=["encoder.layer.0", "encoder.layer.2"])
+    assert base.kind == "sequence"
+    assert base.width == 32
+    model = st.SideTuner(base)
+    model.add_task("squad", side="ladder", head="span", merge="sum")
+    model.add_task("topic", side="transformer", head=4)
+    ids = torch.randint(0, 99, (2, 12))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    assert model(batch, "squad").shape == (2, 12, 2)
+    assert model(batch, "topic").shape == (2, 4)
+    model.save_task("topic", tmp_path / "topic")
+    assert torch.equal(st.load(tmp_path / "topic")(batch, "topic"), model(batch, "topic"))
+
+
+def test_onnx_session(tmp_path: Path) -> None:
+    net = conv_net().eval()
+    path = tmp_path / "net.onnx"
+    script = "import sys, torch; sys.path.insert(0, sys.argv[2]); from conftest import conv_net; torch.manual_seed(0)\n"
+    script += "n = conv_net().eval(); torch.save(n.state_dict(), sys.argv[1] + '.pt')\n"
+    script += "torch.onnx.export(n, (torch.zeros(2, 3, 32, 32),), sys.argv[1], dynamo=True, dynamic_shapes=({0: 'b'},))"
+    subprocess.run(
+        [sys.executable, "-c", script, str(path), str(Path(__file__).parent)], check=True, capture_output=True
+    )
+    net.load_state_dict(torch.load(f"{path}.pt", weights_only=True))
+    base = st.load_base(f"onnx:{path}")
+    x = inputs("conv", 3)
+    with torch.no_grad():
+        assert torch.allclose(base(x).out, net(x), atol=1e-5)
+    model = st.SideTuner(base)
+    model.add_task("a", side="fcn4", head=2)
+    st.fit(model, "a", [(x, torch.tensor([0, 1, 0]))], steps=2, progress=False)
+    model.save_task("a", tmp_path / "a")
+    assert torch.equal(st.load(tmp_path / "a")(x, "a"), model(x, "a"))
+    with pytest.raises(st.UnknownNameError, match="no taps"):
+        st.load_base(f"onnx:{path}", taps=["conv"])
+
+
+def test_a_function_is_a_base() -> None:
+    base = st.Base(lambda x: x.mean((2, 3)), example=torch.zeros(1, 3, 16, 16))
+    model = st.SideTuner(base)
+    model.add_task("a", side="fcn4", head=2)
+    assert model(torch.rand(2, 3, 16, 16), "a").shape == (2, 2)
+    with pytest.raises(st.ShapeError, match="only callable"):
+        model.add_task("b", side="copy", head=2)
+
+
+def test_the_fingerprint_follows_weights_and_buffers() -> None:
+    base, again = conv_base(), conv_base()
+    first = base.fingerprint()
+    assert first == again.fingerprint()
+    assert len(first) == 64
+    assert isinstance(again.net, nn.Sequential)
+    again.net[1].running_mean += 1e-3
+    assert again.fingerprint() != first
+
+
+def test_uint8_and_float_images_are_the_same_to_the_base() -> None:
+    base = conv_base()
+    x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(base(x).out, base(x.float() / 255).out)
+
+
+def test_folding_batch_norms_only_rounds() -> None:
+    base = conv_base()
+    folded = base.folded()
+    x = inputs("conv")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.net.modules())
+    assert torch.allclose(folded(x).out, base(x).out, atol=1e-5)
+
+
+def test_names_that_do_not_exist() -> None:
+    with pytest.raises(st.UnknownNameError, match="did you mean 'resnet44-cifar10'"):
+        st.load_base("resnet44-cifar")
+    with pytest.raises(st.UnknownNameError, match="did you mean 'timm'"):
+        st.load_base("tim:resnet18")
+    with pytest.raises(st.UnknownNameError, match="timm model"):
+        st.load_base("timm:resnet1800", pretrained=False)
+    with pytest.raises(st.UnknownNameError, match="tap"):
+        conv_base(taps=("layer9",))
+    with pytest.raises(st.UnknownNameError, match="does not exist"):
+        st.load_base("onnx:nowhere.onnx")
+    with pytest.raises(st.ShapeError, match="pick one with output="):
+        st.Base(lambda x: {"a": x}, example=torch.zeros(1, 3))
+
+
+def test_outputs_that_are_not_tensors_are_picked() -> None:
+    net = lambda x: {"code": (x, x.mean(1))}  # noqa: E731
+    assert st.Base(net, example=torch.zeros(1, 3), output=lambda y: y["code"][0]).output_shape == (3,)
+
+
+def test_importing_needs_no_optional_package() -> None:
+    code = "import sys, sidetuning; bad = {'timm', 'transformers', 'gymnasium', 'onnxruntime', 'sklearn'} & set(sys.modules)"
+    code += "; sys.exit(str(bad) if bad else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LEVELS = {  # a module imports only from lower levels, or from its own
+    "errors": 0, "registry": 1, "base": 2, "sides": 3, "merges": 3, "heads": 3, "branch": 4, "tuner": 5, "bases": 6,
+    "artifacts": 6, "hub": 7, "cache": 7, "training": 7, "data": 7, "integrations": 7, "distill": 8, "continual": 8,
+    "scenarios": 9, "cli": 10, "__init__": 99,
+}  # fmt: skip
+
+
+def test_imports_point_one_way() -> None:
+    for file in SOURCE.rglob("*.py"):
+        part = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+        for node in ast.parse(file.read_text()).body:  # imports inside functions are lazy on purpose
+            module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None
+            if module and module.startswith("sidetuning."):
+                target = module.split(".")[1]
+                assert LEVELS[target] <= LEVELS[part], f"{file} imports {module}"
+                leaf = target in ("integrations", "data") and part not in ("integrations", "data", "scenarios")
+                assert not leaf, f"{file} imports the leaf {module}"
