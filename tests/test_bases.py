@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import conv_base, conv_net, inputs
 from torch import nn
 
 import sidetuning as st
+from conftest import conv_base, conv_net, inputs
 
 SOURCE = Path(st.__file__).parent
 IMAGES = torch.rand(2, 3, 64, 64)

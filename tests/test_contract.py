@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import BASES, TAPS, inputs
 from torch import Tensor, nn
 
 import sidetuning as st
+from conftest import BASES, TAPS, inputs
 from sidetuning.merges import dense_merges
 
 SIDES = {

@@ -144,14 +144,15 @@ def _from_parquet(files: list[Path]) -> ImageSet:
     names: list[str] = []
     for file in files:
         try:
-            table = pq.read_table(file)
+            parquet = pq.ParquetFile(file)
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{file} is no readable parquet file ({error}); download it again") from error
-        image_column = _column(file, table.column_names, IMAGE_COLUMNS)
-        label_column = _column(file, table.column_names, LABEL_COLUMNS)
-        cells += [row["bytes"] if isinstance(row, dict) else row for row in table[image_column].to_pylist()]
-        labels += table[label_column].to_pylist()
-        names = names or _class_names(table.schema, label_column)
+        columns = parquet.schema_arrow.names
+        image_column, label_column = _column(file, columns, IMAGE_COLUMNS), _column(file, columns, LABEL_COLUMNS)
+        names = names or _class_names(parquet.schema_arrow, label_column)
+        for batch in parquet.iter_batches(2000, columns=[image_column, label_column]):  # a whole table is large twice
+            cells += [row["bytes"] if isinstance(row, dict) else row for row in batch[image_column].to_pylist()]
+            labels += batch[label_column].to_pylist()
     if not names:
         names = [str(i) for i in range(max(filter(None, labels), default=0) + 1)]
     return ImageSet(cells, labels, names, str(files[0] if len(files) == 1 else files[0].parent))

@@ -12,6 +12,7 @@ import tyro
 from torch.utils.data import DataLoader
 
 from sidetuning.base import load_base
+from sidetuning.branch import build_branch
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.continual import AccuracyMatrix
 from sidetuning.data.cifar import load_images
@@ -85,6 +86,8 @@ def run(settings: Settings) -> Result:
     classes = len(train_set.names)
     if classes < s.tasks * CLASSES_PER_TASK:
         raise DataError(f"{s.data} has {classes} classes; {s.tasks} tasks of ten need {s.tasks * CLASSES_PER_TASK}")
+
+    build_branch(base, side=s.side, merge=s.merge, head=1, init=s.init)  # an unknown part is found before the long work
 
     started = time.perf_counter()
     cached = {"train": cache_features(base, train_set, Path(s.cache).expanduser()),

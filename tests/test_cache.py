@@ -1,0 +1,283 @@
+"""The feature cache: right features, no second base pass, and no half-written cache that is taken for a whole one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+import sidetuning as st
+from conftest import conv_base, map_base, mlp_base
+from sidetuning import cache
+
+
+class Toy(Dataset[tuple[Tensor, int]]):
+    """Vectors (12,) with labels i % 3; remembers what was read in bulk, and fails once at a row if asked."""
+
+    def __init__(self, n: int = 10, fail_at: int | None = None) -> None:
+        self.x = torch.rand(n, 12, generator=torch.Generator().manual_seed(0))
+        self.read: list[int] = []
+        self.fail_at = fail_at
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.x[index], index % 3
+
+    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, int]]:
+        if self.fail_at in rows:
+            raise RuntimeError("killed")
+        self.read += rows
+        return [self[i] for i in rows]
+
+
+def noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return x + torch.rand(x.shape, generator=generator)
+
+
+def fill(path: Path, base: st.Base | None = None, data: Dataset[Any] | None = None, **options: Any) -> st.CachedFeatures:
+    options = {"progress": False, "identity": "toy", **options}
+    return st.cache_features(base or mlp_base(), Toy() if data is None else data, path, **options)
+
+
+@pytest.fixture
+def no_base_pass(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def forbid() -> None:
+        def encode(*_: object) -> None:
+            raise AssertionError("a base pass")
+
+        monkeypatch.setattr(st.Base, "encode", encode)
+
+    return forbid
+
+
+@pytest.mark.parametrize("make", [mlp_base, conv_base, map_base])
+def test_cached_features_are_the_bases(make: Callable[[], st.Base], tmp_path: Path) -> None:
+    base = make()
+    x = torch.rand(9, *base.example.shape[1:], generator=torch.Generator().manual_seed(4))
+    y = torch.arange(9)
+    cached = st.cache_features(base, TensorDataset(x, y), tmp_path, progress=False, batch_size=4)
+    got_x, features, got_y = cached.__getitems__(list(range(9)))
+    assert torch.equal(got_x, x)
+    assert torch.equal(got_y, y) and torch.equal(cached.labels, y)
+    torch.testing.assert_close(features.out, base(x).out, rtol=1e-4, atol=1e-5)
+    one_x, one, one_y = cached[3]
+    assert torch.equal(one_x, x[3]) and torch.equal(one.out, features.out[3]) and int(one_y) == 3
+
+
+def test_a_second_call_does_no_base_pass(tmp_path: Path, no_base_pass: Callable[[], None]) -> None:
+    base, data = mlp_base(), Toy()
+    first = fill(tmp_path, base, data)
+    no_base_pass()
+    second = fill(tmp_path, base, data)
+    assert first.folder == second.folder and data.read == list(range(10))
+
+
+def test_other_weights_data_type_or_views_get_another_folder(tmp_path: Path) -> None:
+    other = mlp_base()
+    with torch.no_grad():
+        other.net[0].bias[0] += 1  # type: ignore[index]
+    folders = [
+        fill(tmp_path).folder, fill(tmp_path, other).folder, fill(tmp_path, identity="else").folder,
+        fill(tmp_path, dtype="float16").folder, fill(tmp_path, views=2, augment=noise).folder,
+        fill(tmp_path, views=2, augment=noise, seed=1).folder,
+    ]  # fmt: skip
+    assert len(set(folders)) == len(folders)
+
+
+def test_the_identity_of_data_is_its_content(tmp_path: Path) -> None:
+    data, same, other = Toy(), Toy(), Toy()
+    other.x[7, 3] += 1
+    a, b, c = (fill(tmp_path, data=d, identity=None).folder for d in (data, same, other))
+    assert a == b != c
+
+
+def test_views_are_augmented_but_the_first_and_repeat_with_the_seed(tmp_path: Path) -> None:
+    base, data = mlp_base(), Toy()
+    one = fill(tmp_path / "a", base, data, views=3, augment=noise)
+    two = fill(tmp_path / "b", base, data, views=3, augment=noise)
+    seen = []
+    for view in range(3):
+        one.view = two.view = view
+        x, features, y = one.__getitems__(list(range(10)))
+        x2, features2, _ = two.__getitems__(list(range(10)))
+        assert torch.equal(x, x2) and torch.equal(features.out, features2.out)
+        torch.testing.assert_close(features.out, base(x).out)
+        assert y.tolist() == [i % 3 for i in range(10)]
+        seen.append(x)
+    assert torch.equal(seen[0], data.x)
+    assert not torch.equal(seen[1], data.x) and not torch.equal(seen[1], seen[2])
+    other = fill(tmp_path / "a", base, data, views=3, augment=noise, seed=1)
+    other.view = 1
+    assert not torch.equal(other.__getitems__(list(range(10)))[0], seen[1])
+
+
+def test_a_view_is_drawn_at_random_unless_named(tmp_path: Path) -> None:
+    cached = fill(tmp_path, views=4, augment=noise)
+    with st.seeded(0):
+        draws = torch.stack([cached.__getitems__([5])[0] for _ in range(60)])
+    assert len(draws.unique(dim=0)) == 4
+
+
+def test_views_need_augment(tmp_path: Path) -> None:
+    with pytest.raises(st.CacheError, match="augment="):
+        fill(tmp_path, views=2)
+
+
+@pytest.mark.parametrize("part", ["data set", "augment"])
+def test_a_killed_writer_goes_on_without_reading_what_is_done(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "CHUNK", 4)
+    base, data, calls = mlp_base(), Toy(10, fail_at=6 if part == "data set" else None), 0
+
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if part == "augment" and calls == 2:
+            raise RuntimeError("killed")
+        return noise(x, generator)
+
+    options: dict[str, Any] = {"views": 2, "augment": augment, "batch_size": 2}
+    with pytest.raises(RuntimeError, match="killed"):
+        fill(tmp_path, base, data, **options)
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(st.CacheError, match="no finished cache"):
+        st.CachedFeatures(folder)
+    data.read, data.fail_at = [], None
+    cached = fill(tmp_path, base, data, **options)
+    assert data.read == ([*range(4, 10), *range(10)] if part == "data set" else list(range(10)))
+    whole = fill(tmp_path / "whole", base, Toy(), views=2, augment=noise, batch_size=2)
+    for view in range(2):
+        cached.view = whole.view = view
+        a, b = cached.__getitems__(list(range(10))), whole.__getitems__(list(range(10)))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1].out, b[1].out) and torch.equal(a[2], b[2])
+
+
+def test_a_folder_without_meta_is_no_cache(tmp_path: Path) -> None:
+    folder = fill(tmp_path).folder
+    (folder / "meta.json").unlink()
+    with pytest.raises(st.CacheError, match=r"meta\.json is missing"):
+        st.CachedFeatures(folder)
+
+
+def test_a_full_disk_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    data = Toy()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(st.CacheError, match="full"):
+            fill(tmp_path, data=data)
+    assert data.read == []
+    assert len(fill(tmp_path, data=data)) == 10
+
+
+def test_a_read_only_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def read_only(path: Any, *rest: Any, **named: Any) -> int:
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(st.CacheError, match="cannot be written to"):
+        fill(tmp_path)
+
+
+@pytest.mark.parametrize(("views", "dtype"), [(1, "float32"), (3, "float32"), (2, "float16")])
+def test_cache_bytes_is_what_the_fields_take(views: int, dtype: str, tmp_path: Path) -> None:
+    base = mlp_base(("0",))
+    cached = fill(tmp_path, base, views=views, augment=noise, dtype=dtype)
+    on_disk = sum((cached.folder / name).stat().st_size for name in cached.fields)
+    assert st.cache_bytes(base, Toy(), views, dtype) == on_disk > 0
+
+
+def test_a_loader_gives_relabelled_rows_of_a_subset(tmp_path: Path) -> None:
+    base = mlp_base()
+    cached = fill(tmp_path, base)
+    loader = st.loader_over(cached, batch_size=2, shuffle=True, indices=[1, 4, 7, 2, 5], relabel=lambda y: y - 1)
+    batches = list(loader)
+    assert [len(y) for _, _, y in batches] == [2, 2, 1] and len(loader) == 3
+    for x, features, _ in batches:
+        assert isinstance(features, st.Features)
+        torch.testing.assert_close(features.out, base(x).out)
+    rows = {tuple(x.tolist()): int(y) for xs, _, ys in batches for x, y in zip(xs, ys, strict=True)}
+    assert rows == {tuple(Toy().x[i].tolist()): i % 3 - 1 for i in (1, 4, 7, 2, 5)}
+
+
+def test_a_loader_without_shuffling_keeps_the_order(tmp_path: Path) -> None:
+    cached = fill(tmp_path)
+    ordered = torch.cat([x for x, _, _ in st.loader_over(cached, batch_size=3, shuffle=False)])
+    assert torch.equal(ordered, Toy().x)
+    with st.seeded(0):
+        shuffled = torch.cat([x for x, _, _ in st.loader_over(cached, batch_size=3)])
+    assert not torch.equal(shuffled, ordered)
+
+
+def test_taps_are_cached(tmp_path: Path) -> None:
+    base = mlp_base(("0", "1"))
+    cached = fill(tmp_path, base)
+    x, features, _ = cached.__getitems__([8, 2])
+    assert list(features.taps) == ["0", "1"]
+    for name, tap in base(x).taps.items():
+        torch.testing.assert_close(features.taps[name], tap)
+    assert set(cached[0][1].taps) == {"0", "1"}
+
+
+def test_half_precision_is_half_the_size_and_read_as_single(tmp_path: Path) -> None:
+    base = mlp_base()
+    cached = fill(tmp_path, base, dtype="float16")
+    x, features, _ = cached.__getitems__(list(range(10)))
+    assert (cached.folder / "out").stat().st_size == 10 * 16 * 2
+    assert features.out.dtype == torch.float32
+    torch.testing.assert_close(features.out, base(x).out, rtol=2e-3, atol=1e-3)
+    assert not torch.equal(features.out, base(x).out)
+    with pytest.raises(st.CacheError, match="float32 or float16"):
+        fill(tmp_path, dtype="int8")
+
+
+@pytest.mark.parametrize("field", ["x", "out", "y"])
+def test_a_truncated_field_is_refused(field: str, tmp_path: Path) -> None:
+    folder = fill(tmp_path).folder
+    file = folder / field
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(st.CacheError, match="wrong size"):
+        fill(tmp_path)
+    file.unlink()
+    with pytest.raises(st.CacheError, match="missing"):
+        st.CachedFeatures(folder)
+
+
+def test_cached_features_spare_every_base_pass(tmp_path: Path, no_base_pass: Callable[[], None]) -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("a", side="mlp", head=3)
+    model.add_task("b", side="mlp", head=2, laterals=["a"])
+    cached = fill(tmp_path, model.base)
+    x, features, y = cached.__getitems__(list(range(10)))
+    expected = model.forward_all(x)
+    no_base_pass()
+    for name, output in model.forward_all(x, features=features).items():
+        torch.testing.assert_close(output, expected[name])
+    st.fit(model, "a", [(x, features, y)], steps=1, progress=False)
+    with pytest.raises(AssertionError, match="a base pass"):
+        model.forward_all(x)
+
+
+def test_inputs_that_are_no_tensor_are_refused(tmp_path: Path) -> None:
+    class Words(Toy):
+        def __getitem__(self, index: int) -> Any:
+            return {"ids": torch.arange(3)}, 0
+
+    with pytest.raises(st.ShapeError, match="one tensor"):
+        fill(tmp_path, data=Words())
