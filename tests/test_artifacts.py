@@ -57,7 +57,9 @@ def refused(path: Path, match: str) -> None:
 
 
 @pytest.mark.parametrize("init", [None, "zero", "low-energy", "xavier"])
-@pytest.mark.parametrize(("kind", "side", "merge"), [("mlp", "mlp", "film"), ("conv", "fcn4", "mlp2"), ("sequence", "ladder", "alpha")])
+@pytest.mark.parametrize(
+    ("kind", "side", "merge"), [("mlp", "mlp", "film"), ("conv", "fcn4", "mlp2"), ("sequence", "ladder", "alpha")]
+)
 def test_a_round_trip_gives_bitwise_the_same_outputs(
     kind: str, side: str, merge: str, init: str | None, tmp_path: Path
 ) -> None:

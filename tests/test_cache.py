@@ -43,7 +43,9 @@ def noise(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + torch.rand(x.shape, generator=generator)
 
 
-def fill(path: Path, base: st.Base | None = None, data: Dataset[Any] | None = None, **options: Any) -> st.CachedFeatures:
+def fill(
+    path: Path, base: st.Base | None = None, data: Dataset[Any] | None = None, **options: Any
+) -> st.CachedFeatures:
     options = {"progress": False, "identity": "toy", **options}
     return st.cache_features(base or mlp_base(), Toy() if data is None else data, path, **options)
 

@@ -72,7 +72,7 @@ def test_unknown_tasks_bases_and_taps_come_with_near_ones() -> None:
         st.load_base("resnet44-cifar")
     with pytest.raises(st.UnknownNameError, match="timm"):
         st.load_base("tim:resnet18")
-    with pytest.raises(st.UnknownNameError, match="tap 'embeding'.*'embedding'"):
+    with pytest.raises(st.UnknownNameError, match=r"tap 'embeding'.*'embedding'"):
         sequence_base(("embeding",))
 
 
@@ -295,7 +295,7 @@ def test_a_corrupt_image_is_named_by_its_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": cells, "fine_label": [0, 1, 2]}), file)
     data = load_images(tmp_path, "train")
     assert data[0][0].shape == data[2][0].shape == (3, 32, 32)
-    with pytest.raises(st.DataError, match="row 1 of .*cannot be decoded"):
+    with pytest.raises(st.DataError, match=r"row 1 of .*cannot be decoded"):
         data[1]
 
 
@@ -324,7 +324,7 @@ def test_an_image_of_another_size_is_named_by_its_row(tmp_path: Path) -> None:
 
 def test_a_label_outside_the_classes_is_named_by_its_row(tmp_path: Path) -> None:
     write_parquet(tmp_path, "train", images(), [0, -1, 2])
-    with pytest.raises(st.DataError, match="row 1 .*-1"):
+    with pytest.raises(st.DataError, match=r"row 1 .*-1"):
         load_images(tmp_path, "train")
     (file,) = tmp_path.iterdir()
     cells = pq.read_table(file)["img"].to_pylist()
