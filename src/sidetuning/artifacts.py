@@ -23,7 +23,7 @@ from torch import nn
 
 from sidetuning.base import Base, load_base
 from sidetuning.branch import CUSTOM, BranchConfig, build_branch
-from sidetuning.errors import ArtifactError, TaskError
+from sidetuning.errors import ArtifactError, SideTuningError, TaskError
 from sidetuning.sides.initialise import mismatch
 from sidetuning.tuner import SideTuner
 
@@ -99,6 +99,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     for name, kind in (("task", str), ("parts", dict), ("base", dict), ("tensors_sha256", str)):
         if not isinstance(config.get(name), kind):
             raise ArtifactError(f"{file} has no valid field '{name}'; fetch or save the task again")
+    wrong = _wrong_field(config)
+    if wrong:
+        raise ArtifactError(f"{file} has no valid field '{wrong}'; fetch or save the task again")
     return config
 
 
@@ -139,14 +142,14 @@ def load_task(
             f"{path} was trained on another base: sha256 {str(config['base'].get('sha256'))[:12]}…, this one has "
             f"{own[:12]}…; load its own base, {_spec_text(config)}, or pass any_base=True"
         )
+    given = {"side": side, "merge": merge, "head": head}
     try:
         parts = BranchConfig(**config["parts"])
-        given = {"side": side, "merge": merge, "head": head}
-        chosen = {kind: _part(path, kind, getattr(parts, kind), given[kind]) for kind in given}
-    except (TypeError, ValueError) as error:
-        if isinstance(error, TaskError):
-            raise
-        raise ArtifactError(f"{path / CONFIG} describes its parts in a way that cannot be read ({error})") from error
+    except TypeError as error:
+        raise ArtifactError(
+            f"{path / CONFIG} has a field in 'parts' that this library does not know ({error})"
+        ) from error
+    chosen = {kind: _part(path, kind, getattr(parts, kind), given[kind]) for kind in given}
     missing = [lateral for lateral in parts.laterals if lateral not in model]
     if missing:
         raise TaskError(f"task '{name}' uses the sides of {', '.join(missing)}; load those tasks first")
@@ -154,9 +157,14 @@ def load_task(
         f"{kind}_options": None if given[kind] or not getattr(parts, kind) else getattr(parts, kind)[1]
         for kind in given
     }
-    branch = build_branch(
-        model.base, **chosen, **options, laterals=parts.laterals, prenorm=parts.prenorm, init=parts.init
-    )  # fmt: skip
+    try:
+        branch = build_branch(
+            model.base, **chosen, **options, laterals=parts.laterals, prenorm=parts.prenorm, init=parts.init
+        )  # fmt: skip
+    except SideTuningError:
+        raise
+    except Exception as error:  # options of the wrong type or value, which each part meets in its own way
+        raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
     branch.labels = config.get("labels")
     tensors = _read_tensors(path / TENSORS, config["tensors_sha256"])
     problem = mismatch(branch.state_dict(), tensors)
@@ -189,7 +197,12 @@ def load(path: str | Path, *, base: Base | None = None) -> SideTuner:
             raise ArtifactError(
                 f"{path} was trained on a base without a recorded spec; build it and pass load(…, base=base)"
             )
-        base = load_base(spec["name"], revision=spec.get("revision"), **spec.get("options", {}))
+        try:
+            base = load_base(spec["name"], revision=spec.get("revision"), **spec["options"])
+        except TypeError as error:
+            raise ArtifactError(
+                f"{path} names a base that cannot be built ({error}); build it and pass load(…, base=base)"
+            ) from error
     model = SideTuner(base)
     waiting = dict(configs)
     while waiting:  # tasks come after their laterals
@@ -207,6 +220,31 @@ def load(path: str | Path, *, base: Base | None = None) -> SideTuner:
 def _task_folders(path: Path) -> list[Path]:
     root = path / "tasks" if (path / "tasks").is_dir() else path
     return sorted(p.parent for p in root.glob(f"*/{CONFIG}"))
+
+
+def _wrong_field(config: dict[str, Any]) -> str | None:
+    """The first field that is not what `save_task` writes: a downloaded file may hold anything."""
+    parts, spec, labels = config["parts"], config["base"].get("spec"), config.get("labels")
+
+    def part(value: Any) -> bool:
+        return isinstance(value, list) and [type(v) for v in value] == [str, dict]
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+    checks = {
+        "parts.side": parts.get("side") is None or part(parts.get("side")),
+        "parts.merge": part(parts.get("merge")),
+        "parts.head": part(parts.get("head")),
+        "parts.laterals": texts(parts.get("laterals")),
+        "parts.prenorm": isinstance(parts.get("prenorm"), bool),
+        "parts.init": parts.get("init") in (None, "zero", "low-energy"),
+        "labels": labels is None or texts(labels),
+        "base.sha256": isinstance(config["base"].get("sha256"), str),
+        "base.spec": spec is None
+        or (isinstance(spec, dict) and isinstance(spec.get("name"), str) and isinstance(spec.get("options"), dict)),
+    }
+    return next((name for name, right in checks.items() if not right), None)
 
 
 def _part(path: Path, kind: str, recorded: Any, given: nn.Module | None) -> Any:

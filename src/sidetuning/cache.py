@@ -25,6 +25,7 @@ from sidetuning.artifacts import write_json
 from sidetuning.base import Base, Features
 from sidetuning.errors import CacheError, ShapeError
 
+FORMAT_VERSION = 1
 CHUNK = 1000  # samples between two markers, and the unit of work of a process
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -55,13 +56,18 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
         self.folder = Path(folder)
         try:
             meta = json.loads((self.folder / "meta.json").read_text())
+            if meta["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format_version {meta['format_version']}, this library reads {FORMAT_VERSION}")
+            self.samples, self.views = int(meta["samples"]), int(meta["views"])
+            self.fields = {name: _Field(tuple(f["shape"]), f["dtype"]) for name, f in meta["fields"].items()}
         except FileNotFoundError as error:
             raise CacheError(
                 f"{folder} is no finished cache: meta.json is missing; run cache_features again"
             ) from error
-        self.samples, self.views = int(meta["samples"]), int(meta["views"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            message = f"{folder}/meta.json cannot be read ({error}); delete {folder} and run cache_features again"
+            raise CacheError(message) from error
         self.view: int | None = None if self.views > 1 else 0
-        self.fields = {name: _Field(tuple(f["shape"]), f["dtype"]) for name, f in meta["fields"].items()}
         self._arrays = {name: self._open(name, f) for name, f in self.fields.items()}
 
     def _open(self, name: str, f: _Field) -> Array:
@@ -306,7 +312,9 @@ def _write(
     state.wait_for_everyone()
     if all((folder / "done" / f"{view}-{start}").exists() for view, start in chunks):
         about = {name: {"shape": list(f.shape), "dtype": f.dtype} for name, f in fields.items()}
-        write_json(folder / "meta.json", {"format_version": 1, "samples": n, "views": views, "fields": about})
+        write_json(
+            folder / "meta.json", {"format_version": FORMAT_VERSION, "samples": n, "views": views, "fields": about}
+        )
     else:
         raise CacheError(f"{folder} is still being written by another process; run again when that one has ended")
     state.wait_for_everyone()

@@ -182,16 +182,21 @@ def evaluate(
     sums: dict[str, float] = dict.fromkeys(["loss", *metrics], 0.0)
     samples = 0
     batches = accelerator.prepare(loader) if isinstance(loader, torch.utils.data.DataLoader) else loader
-    for batch in batches:
-        x, features, y = unpack(send_to_device(batch, accelerator.device))
-        output = model(x, task, features=features)
-        _check_labels(output, y)
-        each = {"loss": loss(output, y).expand(len(y)), **{name: metric(output, y) for name, metric in metrics.items()}}
-        for name, values in each.items():
-            gathered = accelerator.gather_for_metrics(values.contiguous())
-            sums[name] += float(gathered.sum())
-        samples += len(gathered)
-    branch.train(training)
+    try:
+        for batch in batches:
+            x, features, y = unpack(send_to_device(batch, accelerator.device))
+            output = model(x, task, features=features)
+            _check_labels(output, y)
+            each = {
+                "loss": loss(output, y).expand(len(y)),
+                **{name: metric(output, y) for name, metric in metrics.items()},
+            }
+            for name, values in each.items():
+                gathered = accelerator.gather_for_metrics(values.contiguous())
+                sums[name] += float(gathered.sum())
+            samples += len(gathered)
+    finally:
+        branch.train(training)
     if samples == 0:
         raise DataError("the loader gave no batch: its data set is empty, or its iterator was used up")
     return {**{name: total / samples for name, total in sums.items()}, "samples": float(samples)}
@@ -243,12 +248,13 @@ class _TaskObjective(nn.Module):
 def _check_labels(output: Any, target: Tensor) -> None:
     """Class labels must have an output; on a GPU the loss itself would kill the process."""
     if isinstance(output, Tensor) and output.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64:
-        low, high = int(target.min()), int(target.max())
-        if (low < 0 and low != -100) or high >= output.shape[1]:
-            bad = high if high >= output.shape[1] else low
-            raise DataError(
-                f"the label {bad} is out of range: the head has {output.shape[1]} outputs, 0 … {output.shape[1] - 1}"
-            )
+        labels = target[target != -100]  # what cross-entropy ignores
+        if len(labels) == 0:
+            return
+        low, high, outputs = int(labels.min()), int(labels.max()), output.shape[1]
+        if low < 0 or high >= outputs:
+            bad = high if high >= outputs else low
+            raise DataError(f"the label {bad} is out of range: the head has {outputs} outputs, 0 … {outputs - 1}")
 
 
 def train(
@@ -302,45 +308,47 @@ def train(
 
     started = saved = time.monotonic()
     bar = _bar(progress, steps, state.step, accelerator)
-    objective.train()
-    with seeded(seed):
-        while state.step < steps:
-            _seed_all(_mix(seed, state.epoch))
-            _seed_loader(loader, _mix(seed, state.epoch))
-            iterator, any_batch = iter(batches), False
-            for _ in range(state.batch):  # of this pass, already trained on
-                next(iterator)
-                any_batch = True
-            if rng is not None:
-                torch.set_rng_state(rng)
-                rng = None
-            for batch in iterator:
-                any_batch = True
-                batch = send_to_device(batch, accelerator.device)
-                loss = _step(wrapped, batch, optimizer, scheduler, clip, accelerator, state.step)
-                state.losses.append(loss)
-                state.step, state.batch = state.step + 1, state.batch + 1
-                bar.update(1)
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if state.step == steps:
-                    break
-                if path is not None and time.monotonic() - saved > save_every:
-                    _save(path, state, objective, optimizer, scheduler, accelerator)
-                    saved = time.monotonic()
-            else:
-                state.epoch, state.batch = state.epoch + 1, 0
-            if not any_batch:
-                raise TrainingError("the loader gave no batch: its data set is empty, or its iterator was used up")
-            if validate is not None and (state.batch == 0 or state.step == steps):
-                objective.eval()
-                row = {"step": float(state.step), **validate()}
-                objective.train()
-                state.validation.append(row)
-                bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
-        if path is not None:
-            _save(path, state, objective, optimizer, scheduler, accelerator)
-    bar.close()
-    objective.eval()
+    try:
+        objective.train()
+        with seeded(seed):
+            while state.step < steps:
+                _seed_all(_mix(seed, state.epoch))
+                _seed_loader(loader, _mix(seed, state.epoch))
+                iterator, any_batch = iter(batches), False
+                for _ in range(state.batch):  # of this pass, already trained on
+                    next(iterator)
+                    any_batch = True
+                if rng is not None:
+                    torch.set_rng_state(rng)
+                    rng = None
+                for batch in iterator:
+                    any_batch = True
+                    batch = send_to_device(batch, accelerator.device)
+                    loss = _step(wrapped, batch, optimizer, scheduler, clip, accelerator, state.step)
+                    state.losses.append(loss)
+                    state.step, state.batch = state.step + 1, state.batch + 1
+                    bar.update(1)
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    if state.step == steps:
+                        break
+                    if path is not None and time.monotonic() - saved > save_every:
+                        _save(path, state, objective, optimizer, scheduler, accelerator)
+                        saved = time.monotonic()
+                else:
+                    state.epoch, state.batch = state.epoch + 1, 0
+                if not any_batch:
+                    raise TrainingError("the loader gave no batch: its data set is empty, or its iterator was used up")
+                if validate is not None and (state.batch == 0 or state.step == steps):
+                    objective.eval()
+                    row = {"step": float(state.step), **validate()}
+                    objective.train()
+                    state.validation.append(row)
+                    bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            if path is not None:
+                _save(path, state, objective, optimizer, scheduler, accelerator)
+    finally:
+        bar.close()
+        objective.eval()
     return TrainResult(state.step, time.monotonic() - started, state.losses, state.validation)
 
 
@@ -373,10 +381,13 @@ def _step(
     accelerator: Accelerator,
     step: int,
 ) -> float:
+    buffers = [(b, b.clone()) for b in wrapped.buffers()]  # running statistics, which the forward pass already moves
     with accelerator.autocast():
         loss = wrapped(batch)
     value = float(accelerator.reduce(loss.detach(), "mean"))
     if not math.isfinite(value):
+        for buffer, before in buffers:
+            buffer.copy_(before)
         raise TrainingError(
             f"the loss is {value} at step {step}; the weights are those before this step. "
             "Lower the learning rate, clip the gradient, or look for NaN in the inputs and labels."

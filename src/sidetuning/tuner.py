@@ -115,10 +115,10 @@ class SideTuner(nn.Module):
         return branch
 
     def _check_name(self, name: str) -> None:
-        if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
-            raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
         if name in self.branches:
             raise TaskError(f"task '{name}' exists already; remove_task('{name}') first, or choose another name")
+        if not re.fullmatch(r"[\w-]+", name) or hasattr(self.branches, name):
+            raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
 
     def _check_shapes(self, name: str, branch: Branch) -> None:
         """One dry forward on the base's example: shapes that do not fit are found now."""

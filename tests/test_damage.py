@@ -1,0 +1,85 @@
+"""What a NaN, an interruption or a file that somebody wrote by hand must not break."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sidetuning as st
+from conftest import conv_base, inputs
+
+
+@pytest.fixture
+def model() -> st.SideTuner:
+    model = st.SideTuner(conv_base())
+    model.add_task("a", side="mlp", merge="mlp2", head=3)
+    return model
+
+
+def test_a_nan_leaves_weights_and_running_statistics_as_they_were(model: st.SideTuner) -> None:
+    before = {k: v.clone() for k, v in model["a"].state_dict().items()}
+    x = torch.full((4, 3, 32, 32), float("nan"))
+    with pytest.raises(st.TrainingError, match="loss is nan at step 0"):
+        st.fit(model, "a", [(x, torch.tensor([0, 1, 2, 0]))], progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in model["a"].state_dict().items())
+    assert not model["a"].training
+
+
+def test_an_interrupted_fit_leaves_the_branch_in_evaluation_mode(model: st.SideTuner) -> None:
+    def interrupt(*_: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        st.fit(model, "a", [(inputs("conv"), torch.zeros(4).long())], loss=interrupt, progress=False)
+    assert not model["a"].training
+
+
+@pytest.mark.parametrize("name", ["training", "_modules", "_parameters", "pop", "", "a b"])
+def test_names_that_torch_needs_are_refused(model: st.SideTuner, name: str) -> None:
+    with pytest.raises(st.TaskError, match="cannot be a task's name"):
+        model.add_task(name, side="mlp", head=2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("side", ["mlp", "x"]), ("merge", None), ("laterals", None), ("laterals", 5), ("init", "/etc/passwd"),
+        ("side", ["mlp", {"hidden": "a"}]), ("prenorm", "yes"), ("colour", "red"),
+    ],
+)  # fmt: skip
+def test_parts_written_by_hand_are_refused(model: st.SideTuner, tmp_path: Path, field: str, value: Any) -> None:
+    model.save_task("a", tmp_path)
+    config = json.loads((tmp_path / "side.json").read_text())
+    config["parts"][field] = value
+    (tmp_path / "side.json").write_text(json.dumps(config))
+    with pytest.raises(st.ArtifactError, match=r"side\.json"):
+        model.load_task(tmp_path, name="b")
+    assert model.tasks == ["a"]
+
+
+@pytest.mark.parametrize("spec", ["x", 5, {"options": {}}, {"name": "resnet44-cifar10", "options": {"colour": 1}}])
+def test_a_base_spec_written_by_hand_is_refused(model: st.SideTuner, tmp_path: Path, spec: Any) -> None:
+    model.save_task("a", tmp_path)
+    config = json.loads((tmp_path / "side.json").read_text())
+    config["base"]["spec"] = spec
+    (tmp_path / "side.json").write_text(json.dumps(config))
+    with pytest.raises(st.ArtifactError):
+        st.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format_version": 9}'])
+def test_a_damaged_cache_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(st.CacheError, match="delete"):
+        st.CachedFeatures(tmp_path)
+
+
+def test_ignored_labels_are_fine_and_negative_ones_are_not(model: st.SideTuner) -> None:
+    x = inputs("conv")
+    st.fit(model, "a", [(x, torch.tensor([0, -100, 2, 1]))], progress=False)
+    with pytest.raises(st.DataError, match="label -5 is out of range"):
+        st.fit(model, "a", [(x, torch.tensor([0, -100, -5, 1]))], progress=False)
