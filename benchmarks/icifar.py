@@ -77,9 +77,12 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="runs/benchmarks")
     parser.add_argument("--cache", default="~/.cache/sidetuning")
     parser.add_argument("--cell", nargs=2)
+    parser.add_argument("--table", action="store_true", help="only print the table of docs/benchmarks.md")
     given = parser.parse_args()
     if given.cell:
         one(given, given.cell[0], int(given.cell[1]))
+    elif given.table:
+        print(table())
     else:
         for seed in range(given.seeds):
             for merge in given.merges:

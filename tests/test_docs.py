@@ -1,0 +1,22 @@
+"""The numbers in the documents are those of the committed results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_icifar_table_is_made_from_the_results() -> None:
+    command = [sys.executable, "benchmarks/icifar.py", "--table"]
+    table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    assert table.count("\n") == 5
+    assert table in (ROOT / "docs/benchmarks.md").read_text()
+
+
+def test_no_document_names_a_path_of_one_machine() -> None:
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*"), *ROOT.glob("benchmarks/results/*"), *ROOT.glob("src/**/*.md")]
+    assert files
+    assert not [f for f in files if "/work/" in f.read_text() or "/root/" in f.read_text() or "/tmp/" in f.read_text()]
