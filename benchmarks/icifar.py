@@ -11,6 +11,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from sidetuning.scenarios import icifar
 MERGES = ("mlp2", "alpha", "base-only", "side-only")
 
 
-def one(arguments: argparse.Namespace, merge: str, seed: int) -> None:
+def one(arguments: argparse.Namespace, merge: str, seed: int, name: str | None = None) -> None:
     """Run one cell and write its result."""
     weights = Path(arguments.weights) if arguments.weights else None
     settings = icifar.Settings(
@@ -34,7 +35,7 @@ def one(arguments: argparse.Namespace, merge: str, seed: int) -> None:
     public = {k: v for k, v in asdict(settings).items() if k not in ("data", "out", "cache", "base_weights", "init")}
     matrix = result.matrix
     record(
-        f"icifar-{label(arguments)}-{merge}-{seed}",
+        name or f"icifar-{label(arguments)}-{merge}-{seed}",
         {
             "settings": public, "weights": label(arguments), "average": matrix.average, "learned": matrix.learned,
             "final": matrix.final, "forgetting": matrix.forgetting, "alphas": result.alphas,
@@ -77,10 +78,15 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="runs/benchmarks")
     parser.add_argument("--cache", default="~/.cache/sidetuning")
     parser.add_argument("--cell", nargs=2)
+    parser.add_argument("--whole", action="store_true", help="one run of mlp2 with nothing cached, for its time")
     parser.add_argument("--table", action="store_true", help="only print the table of docs/benchmarks.md")
     given = parser.parse_args()
     if given.cell:
         one(given, given.cell[0], int(given.cell[1]))
+    elif given.whole:
+        with tempfile.TemporaryDirectory() as folder:
+            given.cache = given.out = folder
+            one(given, "mlp2", 0, "whole-icifar")
     elif given.table:
         print(table())
     else:

@@ -133,7 +133,7 @@ def main(settings: Settings) -> None:
     side, tuned = side_tune(settings, splits), fine_tune(settings, splits)
     side.save(Path(settings.out) / "matrix.json")
     for title, matrix in (
-        ("Side-tuning: one frozen base, a small side per task", side),
+        ("Side-tuning: a frozen base and small sides", side),
         ("Fine-tuning: one network, task after task", tuned),
     ):
         console.print(table(title, matrix))
@@ -149,7 +149,7 @@ def table(title: str, matrix: AccuracyMatrix) -> object:
     """A matrix in percent, one row per task learned."""
     from rich.table import Table
 
-    out = Table(title=title + " (accuracy in %)", title_justify="left")
+    out = Table(title=f"{title}, in %", title_justify="left")
     out.add_column("after learning")
     for task in matrix.tasks:
         out.add_column(task, justify="right")
