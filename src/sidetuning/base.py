@@ -178,6 +178,15 @@ class Base(nn.Module):
 
         return hook
 
+    def with_taps(self, taps: Sequence[str]) -> Base:
+        """The same network with these taps instead."""
+        net, select = self.net, self.select
+        mean, std = [None if t is None else t.flatten().tolist() for t in (self.mean, self.std)]
+        return Base(
+            net, example=self.example, output=select.output, taps=taps, channels_last=select.channels_last,
+            mean=mean, std=std, spec=self.spec,
+        )  # fmt: skip
+
     def folded(self) -> Base:
         """A copy for inference with batch norms folded into convolutions; itself where the network cannot be traced.
 

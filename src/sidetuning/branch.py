@@ -71,10 +71,7 @@ class Branch(nn.Module):
         base = features.out
         if side is not None and side.shape != base.shape:
             raise ShapeError(f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree")
-        code = self.norm(self.merge(base, side, laterals))
-        if getattr(self.head, "uses_mask", False):
-            return self.head(code, mask_of(inputs))
-        return self.head(code)
+        return decode(self.head, self.norm(self.merge(base, side, laterals)), inputs)
 
     @property
     def alpha(self) -> float | None:
@@ -153,6 +150,13 @@ def _build(
     if not isinstance(part, nn.Module):
         raise TaskError(f"a {registry.kind} is a registered name or a torch module, not a {type(part).__name__}")
     return part, (CUSTOM, {})
+
+
+def decode(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
+    """Run a head on a code, with the mask of the inputs where it takes one."""
+    if getattr(head, "uses_mask", False):
+        return head(code, mask_of(inputs))
+    return head(code)
 
 
 def mask_of(inputs: Input) -> Tensor | None:

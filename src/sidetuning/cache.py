@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -164,8 +164,16 @@ def cache_bytes(base: Base, dataset: Dataset[Any], views: int = 1, dtype: str = 
     return sum(f.bytes * n * (1 if name == "y" else views) for name, f in fields.items())
 
 
+class Rows(Protocol):
+    """A data set that is read by the batch: `cached[rows]` in one go, (x, features, y)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, rows: list[int], /) -> tuple[Any, Any, Tensor]: ...
+
+
 def loader_over(
-    cached: CachedFeatures,
+    cached: Rows,
     *,
     batch_size: int = 128,
     shuffle: bool = True,
@@ -176,7 +184,7 @@ def loader_over(
     """A loader of `(x, features, y)` batches, each read in one go.
 
     Args:
-        cached: what `cache_features` returned.
+        cached: what `cache_features` returned, or another data set that gives batches of `(x, features, y)`.
         batch_size: samples per batch; the last one may be smaller.
         shuffle: whether to draw a new order in every pass.
         indices: use only these samples.
@@ -191,14 +199,14 @@ def loader_over(
 
 @dataclass
 class _Subset(Dataset[Any]):
-    cached: CachedFeatures
+    cached: Rows
     indices: Tensor | None
     relabel: Callable[[Tensor], Tensor] | None
 
     def __len__(self) -> int:
         return len(self.cached) if self.indices is None else len(self.indices)
 
-    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Features, Tensor]:
+    def __getitems__(self, rows: list[int]) -> tuple[Any, Any, Tensor]:
         x, features, y = self.cached.__getitems__(rows if self.indices is None else self.indices[rows].tolist())
         return x, features, y if self.relabel is None else self.relabel(y)
 

@@ -12,7 +12,7 @@ import tyro
 
 from sidetuning import __version__
 from sidetuning.errors import SideTuningError
-from sidetuning.scenarios import demo, icifar, predict, pretrain
+from sidetuning.scenarios import compare, demo, icifar, predict, pretrain
 
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 
@@ -24,6 +24,7 @@ class Parts:
 
 Command = (
     Annotated[icifar.Settings, tyro.conf.subcommand("icifar")]
+    | Annotated[compare.Settings, tyro.conf.subcommand("compare")]
     | Annotated[predict.Settings, tyro.conf.subcommand("predict")]
     | Annotated[pretrain.Settings, tyro.conf.subcommand("pretrain")]
     | Annotated[demo.Settings, tyro.conf.subcommand("demo")]
@@ -61,13 +62,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: Any) -> None:
     """Dispatch on the dataclass that the arguments made."""
-    for scenario in (icifar, predict, pretrain, demo):
+    for scenario in (icifar, compare, predict, pretrain, demo):
         if isinstance(settings, scenario.Settings):
             scenario.main(settings)
             return
     from sidetuning import BASES, HEADS, MERGES, SIDES
+    from sidetuning.methods import METHODS
 
-    for registry in (BASES, SIDES, MERGES, HEADS):
+    for registry in (BASES, SIDES, MERGES, HEADS, METHODS):
         print(f"{registry.kind}: {', '.join(registry.names())}")
     print("more bases: timm:NAME, hf:NAME_OR_FOLDER, onnx:PATH")
 

@@ -1,7 +1,9 @@
-"""Measures of learning tasks one after another, from the matrix of accuracies."""
+"""Measures of learning tasks one after another, from the matrix of accuracies (paper, section 4.1)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,8 +50,72 @@ class AccuracyMatrix:
         """What each task lost from when it was learned to the end (the paper: the rise of an old task's error)."""
         return [learned - final for learned, final in zip(self.learned, self.final, strict=True)]
 
+    @property
+    def backward_transfer(self) -> float:
+        """How much later tasks improved earlier ones: mean of final - learned over all tasks but the last.
+
+        The measure of Lopez-Paz and Ranzato (2017); negative where a method forgets, 0 for a single task.
+        """
+        changes = [-f for f in self.forgetting[:-1]]
+        return sum(changes) / len(changes) if changes else 0.0
+
     def save(self, path: str | Path) -> None:
         """Write tasks and rows as JSON."""
         write_json(
             path, {"tasks": self.tasks, "accuracy": self.rows, "average": self.average, "forgetting": self.forgetting}
         )
+
+
+FLOOR = 1e-3  # smallest error that a ratio divides by: one mistake in a thousand images
+
+
+def forward_transfer(in_sequence: Sequence[float], first: Sequence[float]) -> float:
+    """What earlier tasks bring to later ones: mean accuracy of tasks learned in sequence, less that of the same learned first.
+
+    Args:
+        in_sequence: accuracy of task k just after it was learned in the sequence.
+        first: its accuracy where it is the first task that the method learns.
+    """
+    _same_length(in_sequence, first)
+    return sum(a - b for a, b in zip(in_sequence, first, strict=True)) / len(first)
+
+
+def rigidity(in_sequence: Sequence[float], first: Sequence[float]) -> float:
+    """How much worse tasks are learned because of earlier ones: mean log ratio of errors, in sequence over first.
+
+    0 for a method whose tasks do not touch each other, log 2 where the error doubles, negative where earlier tasks help.
+    The paper takes the ratio of losses; errors, 1 - accuracy, stand for them here.
+    """
+    _same_length(in_sequence, first)
+    ratios = [math.log(max(1 - a, FLOOR) / max(1 - b, FLOOR)) for a, b in zip(in_sequence, first, strict=True)]
+    return sum(ratios) / len(ratios)
+
+
+def average_rank(table: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean rank of every method over tasks, 1 the best; equal values share the mean of their ranks.
+
+    Args:
+        table: method -> value per task, higher is better, all of one length.
+    """
+    columns = list(table.values())
+    for column in columns[1:]:
+        _same_length(columns[0], column)
+    ranks = dict.fromkeys(table, 0.0)
+    for task in zip(*columns, strict=True):
+        for name, value in zip(table, task, strict=True):
+            ranks[name] += sum(other > value for other in task) + (sum(other == value for other in task) + 1) / 2
+    return {name: total / len(columns[0]) for name, total in ranks.items()}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (sample standard deviation over the root of n); the error of one value is 0."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return mean, 0.0
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def _same_length(a: Sequence[float], b: Sequence[float]) -> None:
+    if len(a) != len(b) or not a:
+        raise ValueError(f"{len(a)} values cannot be compared with {len(b)}: give one for each task")

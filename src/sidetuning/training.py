@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -147,9 +147,19 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(1) == target).float()
 
 
+class TaskModel(Protocol):
+    """What `evaluate` needs: a `SideTuner`, or a method."""
+
+    def __getitem__(self, task: str, /) -> nn.Module: ...
+
+    def __call__(self, x: Input, task: str, *, features: Features | Tensor | None = None) -> Tensor: ...
+
+    def to(self, device: torch.device, /) -> Any: ...
+
+
 @torch.no_grad()
 def evaluate(
-    model: SideTuner,
+    model: TaskModel,
     task: str,
     loader: Iterable[Any],
     *,
@@ -160,7 +170,7 @@ def evaluate(
     """Average the loss and metrics of a task over a loader.
 
     Args:
-        model: the model.
+        model: a `SideTuner`, or a method.
         task: the task.
         loader: as in `fit`; a `DataLoader` is sharded over the launched processes.
         loss: `loss(output, target)`, averaged over samples.
@@ -186,7 +196,7 @@ def evaluate(
         for batch in batches:
             x, features, y = unpack(send_to_device(batch, accelerator.device))
             output = model(x, task, features=features)
-            _check_labels(output, y)
+            check_labels(output, y)
             each = {
                 "loss": loss(output, y).expand(len(y)),
                 **{name: metric(output, y) for name, metric in metrics.items()},
@@ -213,7 +223,7 @@ def parameter_groups(branch: Branch, weight_decay: float) -> list[dict[str, Any]
 
 
 def unpack(batch: Any) -> tuple[Input, Features | None, Tensor]:
-    """`(x, y)`, `(x, features, y)` or a mapping with "labels" to x, features or None, and y."""
+    """`(x, y)`, `(x, features or None, y)` or a mapping with "labels" to x, features or None, and y."""
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise DataError(f"a batch that is a mapping needs the key 'labels'; it has {', '.join(batch)}")
@@ -222,7 +232,9 @@ def unpack(batch: Any) -> tuple[Input, Features | None, Tensor]:
         return batch[0], None, batch[1]
     if isinstance(batch, (tuple, list)) and len(batch) == 3:
         features = batch[1]
-        return batch[0], Features(features) if isinstance(features, Tensor) else Features(*features), batch[2]
+        if features is not None:
+            features = Features(features) if isinstance(features, Tensor) else Features(*features)
+        return batch[0], features, batch[2]
     raise DataError("a batch is (x, y), (x, features, y) or a mapping with 'labels'")
 
 
@@ -241,11 +253,11 @@ class _TaskObjective(nn.Module):
         inputs = model.base.prepare(x)
         known = model.base.encode(inputs) if features is None else features
         output = self.branch(inputs, known, model.lateral_outputs(self.branch, inputs, known))
-        _check_labels(output, y)
+        check_labels(output, y)
         return self.loss(output, y)
 
 
-def _check_labels(output: Any, target: Tensor) -> None:
+def check_labels(output: Any, target: Tensor) -> None:
     """Class labels must have an output; on a GPU the loss itself would kill the process."""
     if isinstance(output, Tensor) and output.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64:
         labels = target[target != -100]  # what cross-entropy ignores

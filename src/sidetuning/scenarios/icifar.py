@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import resource
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from sidetuning.base import load_base
-from sidetuning.branch import build_branch
+from sidetuning.base import Base, load_base
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.continual import AccuracyMatrix
-from sidetuning.data.cifar import load_images
+from sidetuning.data.cifar import ImageSet, load_images
 from sidetuning.errors import DataError
+from sidetuning.methods import METHODS, Method, Recipe, Task
+from sidetuning.results import RunResult
 from sidetuning.scenarios.runs import Run
-from sidetuning.training import evaluate, fit, seeded
-from sidetuning.tuner import SideTuner
+from sidetuning.training import evaluate
 
 CLASSES_PER_TASK = 10
+FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
 
 
 @dataclass(frozen=True)
@@ -32,118 +36,176 @@ class Settings:
     """A folder with train*.parquet and test*.parquet in the Hub's layout, or a data set on the Hub."""
     out: str = "runs/icifar"
     """Folder of the run; the same command run again goes on where it stopped."""
+    method: str = "sidetune"
+    """sidetune, features, finetune, independent, scratch, ewc, psp, pnn, residual-adapter, lora, piggyback or boosting."""
     merge: str = "mlp2"
     """How base and side are fused: mlp2, alpha, base-only, side-only, …"""
     side: str = "fcn4"
     """Side network."""
+    side_width: float = 1.0
+    """Fraction of the base's channels that the side "copy" keeps."""
     init: str | None = "distilled"
     """How the side starts: distilled, xavier, low-energy, zero, or a safetensors file of its weights."""
     dense: bool = False
     """Feed the sides of all earlier tasks into the merge (the paper's dense variant)."""
+    stages: int = 2
+    """Sides per task, for the method boosting."""
     base: str = "resnet44-cifar10"
     """Base network."""
     base_weights: str | None = None
     """A safetensors file of the base's weights to use instead of the packaged ones."""
     samples: int = 20_000
     """Training images per task, repetitions included (four passes over 5,000)."""
+    share: float = 1.0
+    """Part of each task's training images that is used; the number of steps stays."""
     batch: int = 128
     """Images per step."""
     lr: float = 1e-3
     """Learning rate of Adam."""
     weight_decay: float = 0.0
-    """Weight decay of sides and heads."""
+    """Weight decay of kernels and matrices; merges, norms and biases have none."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     prenorm: bool = False
     """Group-normalise the merged code before the head, as the original code does."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of training; fast where the processor knows bfloat16."""
     tasks: int = 10
     """How many of the ten tasks to learn."""
+    order: int | None = None
+    """Learn the tasks in a random order drawn from this seed, instead of label order."""
+    alone: bool = False
+    """Learn every task as if it were the first, with a method of its own; what rigidity is measured against."""
     seed: int = 0
     """Of initial weights and of the order of the images."""
     cache: str = "~/.cache/sidetuning"
     """Folder of base features, shared by all runs."""
     save_every: Annotated[float, tyro.conf.arg(help="Seconds between two resume files while a task is trained.")] = 10.0
+    progress: bool = True
+    """Show progress bars."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run measured; the content of its table."""
-
-    matrix: AccuracyMatrix
-    alphas: list[float | None]
-    parameters_per_task: int
-    base_parameters: int
-    base_seconds: float
-    task_seconds: list[float]
-
-
-def run(settings: Settings) -> Result:
-    """Learn the tasks in order, saving each as it is done; evaluates every task after every task."""
+def run(settings: Settings) -> RunResult:
+    """Learn the tasks in order, saving after each; evaluates every task after every task."""
     s = settings
-    folder = Run(s.out, "icifar", s, free=("data", "out", "cache", "save_every"))
+    folder = Run(s.out, "icifar", s, free=FREE)
     base = load_base(s.base, weights=s.base_weights)
+    methods = [build_method(s, base)]
+    build_method(s, base).add(Task("dry-run", CLASSES_PER_TASK))  # an unknown part is found before the long work
     train_set, test_set = load_images(s.data, "train"), load_images(s.data, "test")
     classes = len(train_set.names)
     if classes < s.tasks * CLASSES_PER_TASK:
         raise DataError(f"{s.data} has {classes} classes; {s.tasks} tasks of ten need {s.tasks * CLASSES_PER_TASK}")
 
-    build_branch(base, side=s.side, merge=s.merge, head=1, init=s.init)  # an unknown part is found before the long work
-
     started = time.perf_counter()
-    cached = {"train": cache_features(base, train_set, Path(s.cache).expanduser()),
-              "test": cache_features(base, test_set, Path(s.cache).expanduser())}  # fmt: skip
+    train, test = [prepare(methods[0], base, images, s) for images in (train_set, test_set)]
     base_seconds = time.perf_counter() - started
 
-    model = SideTuner(base)
-    names = [f"classes-{10 * k}-{10 * k + 9}" for k in range(s.tasks)]
-    matrix = AccuracyMatrix(names)
-    steps = -(-s.samples // s.batch)
+    order = task_order(s)
+    names = [f"classes-{10 * k}-{10 * k + 9}" for k in order]
+    recipe = Recipe(-(-s.samples // s.batch), s.lr, s.weight_decay, s.clip, seed=s.seed, precision=s.precision)
     done = {row["task"]: row for row in folder.metrics() if "accuracy" in row}
-    seconds: list[float] = []
-    for k, name in enumerate(names):
-        laterals = names[:k] if s.dense else []
+    matrix = AccuracyMatrix(names)
+    if done:
+        methods = [build_method(s, base) for _ in done] if s.alone else methods
+        for method, name in zip(methods, done, strict=False):
+            method.load(folder.tasks(name if s.alone else ""))
+    for k, name in zip(order, names, strict=True):
         if name in done:
-            model.load_task(folder.task(name))
-            seconds.append(done[name]["seconds"])
             matrix.add(done[name]["accuracy"])
             continue
-        with seeded(s.seed * 1000 + k):
-            model.add_task(
-                name, side=s.side, merge=s.merge, head=CLASSES_PER_TASK, init=s.init, prenorm=s.prenorm,
-                laterals=laterals, labels=train_set.names[10 * k : 10 * k + 10],
-            )  # fmt: skip
-        loader = task_loader(cached["train"], k, s.batch, shuffle=True)
-        result = fit(
-            model, name, loader, steps=steps, lr=s.lr, weight_decay=s.weight_decay, clip=s.clip, optimizer=torch.optim.Adam,
-            seed=s.seed, resume=folder.resume(name), save_every=s.save_every,
+        if s.alone and k != order[0]:
+            methods.append(build_method(s, base))
+        method = methods[-1]
+        labels = train_set.names[CLASSES_PER_TASK * k : CLASSES_PER_TASK * (k + 1)]
+        result = method.learn(
+            Task(name, CLASSES_PER_TASK, labels=labels, seed=s.seed * 1000 + k),
+            task_loader(train, k, s.batch, shuffle=True, share=s.share), recipe,
+            resume=folder.resume(name), save_every=s.save_every, progress=s.progress,
         )  # fmt: skip
-        seconds.append(result.seconds)
-        row = [
-            evaluate(model, t, task_loader(cached["test"], j, 500, shuffle=False))["accuracy"]
-            for j, t in enumerate(names[: k + 1])
-        ]
-        matrix.add(row)
-        model.save_task(name, folder.task(name), metrics={"accuracy": row[-1]})
-        folder.append({"task": name, "accuracy": row, "seconds": result.seconds, "loss": result.losses[-1]})
-        folder.resume(name).unlink(missing_ok=True)
+        accuracy = {}
+        for j, learned in zip(order, names[: len(matrix.rows) + 1], strict=False):
+            if s.alone and learned != name:
+                accuracy[learned] = done[learned]["accuracy"][-1]  # no other network touched it
+            else:
+                accuracy[learned] = evaluate(method, learned, task_loader(test, j, 500, shuffle=False))["accuracy"]
+        method.save(folder.tasks(name if s.alone else ""), metrics={"accuracy": accuracy[name]})
+        row = {
+            "task": name, "accuracy": list(accuracy.values()), "seconds": result.seconds, "loss": result.losses[-1],
+            "added": method.added(name), "shared": method.shared(), "alpha": method.alpha(name),
+        }  # fmt: skip
+        matrix.add(list(accuracy.values()))
+        folder.append(row)
+        done[name] = row
+        folder.done(name)
     matrix.save(folder.folder / "matrix.json")
-    summary = model.summary()
-    return Result(
-        matrix,
-        [model[n].alpha for n in names],
-        max(t.total for t in summary.tasks),
-        summary.base,
-        base_seconds,
-        seconds,
-    )
+    rows = [done[name] for name in names]
+    final = RunResult(
+        method=s.method, variant="", seed=s.seed, tasks=names, accuracy=matrix.rows, alone=None,
+        alphas=[row["alpha"] for row in rows], parameters=[row["added"] for row in rows],
+        shared_parameters=rows[-1]["shared"], seconds=[row["seconds"] for row in rows],
+        base_seconds=base_seconds if methods[0].uses_features else 0.0,
+        peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        settings={k: v for k, v in asdict(s).items() if k not in FREE},
+    )  # fmt: skip
+    final.save(folder.folder / "result.json")
+    return final
 
 
-def task_loader(cached: CachedFeatures, task: int, batch: int, *, shuffle: bool) -> DataLoader[object]:
-    """The images of one task's ten classes, with labels 0 … 9."""
+def build_method(settings: Settings, base: Base) -> Method:
+    """The method that the settings name, without tasks."""
+    s = settings
+    options: dict[str, dict[str, Any]] = {  # of the other methods: their own defaults
+        "sidetune": {
+            "side": s.side,
+            "merge": s.merge,
+            "init": s.init,
+            "prenorm": s.prenorm,
+            "dense": s.dense,
+            "side_options": {"width": s.side_width} if s.side == "copy" else {},
+        },
+        "features": {"prenorm": s.prenorm},
+        "boosting": {"stages": s.stages, "side": s.side, "merge": s.merge, "init": s.init, "prenorm": s.prenorm},
+    }
+    return METHODS.build(s.method, base, options=options.get(s.method, {}))
+
+
+def task_order(settings: Settings) -> list[int]:
+    """Positions of the tasks in label order, or shuffled."""
+    if settings.order is None:
+        return list(range(settings.tasks))
+    return torch.randperm(settings.tasks, generator=torch.Generator().manual_seed(settings.order)).tolist()
+
+
+class Images(Dataset[Any]):
+    """Batches of images without features, for methods that run a network of their own."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images, self.labels = images.tensors()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, None, Tensor]:
+        return self.images[list(rows)], None, self.labels[list(rows)]
+
+
+def prepare(method: Method, base: Base, images: ImageSet, settings: Settings) -> CachedFeatures | Images:
+    """Images with cached base features where the method uses them."""
+    if not method.uses_features:
+        return Images(images)
+    return cache_features(base, images, Path(settings.cache).expanduser(), progress=settings.progress)
+
+
+def task_loader(
+    data: CachedFeatures | Images, task: int, batch: int, *, shuffle: bool, share: float = 1.0
+) -> DataLoader[object]:
+    """The images of one task's ten classes, with labels 0 … 9; a `share` below 1 takes the first ones of each class."""
     first = CLASSES_PER_TASK * task
-    labels = cached.labels
-    indices = ((labels >= first) & (labels < first + CLASSES_PER_TASK)).nonzero().flatten()
-    return loader_over(cached, batch_size=batch, shuffle=shuffle, indices=indices, relabel=lambda y: y - first)  # type: ignore[return-value]
+    labels = data.labels
+    chosen = [(labels == first + c).nonzero().flatten() for c in range(CLASSES_PER_TASK)]
+    indices = torch.cat([rows[: max(1, round(share * len(rows)))] for rows in chosen]).sort().values
+    return loader_over(data, batch_size=batch, shuffle=shuffle, indices=indices, relabel=lambda y: y - first)  # type: ignore[return-value]
 
 
 def main(settings: Settings) -> None:
@@ -151,29 +213,31 @@ def main(settings: Settings) -> None:
     show(run(settings), settings)
 
 
-def show(result: Result, settings: Settings) -> None:
+def show(result: RunResult, settings: Settings) -> None:
     """The table of a run."""
     from rich.console import Console
     from rich.table import Table
 
     matrix = result.matrix
-    table = Table(title=f"iCIFAR, {settings.merge}, seed {settings.seed}: accuracy in %", caption_justify="left")
+    what = settings.merge if settings.method == "sidetune" else settings.method
+    table = Table(title=f"iCIFAR, {what}, seed {settings.seed}: accuracy in %", caption_justify="left")
     for column in ("task", "when learned", "at the end", "forgotten", "alpha", "seconds"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for i, name in enumerate(matrix.tasks):
         alpha = result.alphas[i]
         table.add_row(
             name, f"{100 * matrix.learned[i]:.1f}", f"{100 * matrix.final[i]:.1f}", f"{100 * matrix.forgetting[i]:.1f}",
-            "–" if alpha is None else f"{alpha:.3f}", f"{result.task_seconds[i]:.1f}",
+            "–" if alpha is None else f"{alpha:.3f}", f"{result.seconds[i]:.1f}",
         )  # fmt: skip
     average = [sum(v) / len(v) for v in (matrix.learned, matrix.final, matrix.forgetting)]
     table.add_section()
-    table.add_row("average", *(f"{100 * v:.1f}" for v in average), "", f"{sum(result.task_seconds):.1f} in all")
+    table.add_row("average", *(f"{100 * v:.1f}" for v in average), "", f"{sum(result.seconds):.1f} in all")
     console = Console()
     console.print(table)
-    share = result.parameters_per_task / result.base_parameters
+    added, shared = max(result.parameters), result.shared_parameters
+    share = f" ({added / shared:.1%})" if shared else ""
     console.print(
-        f"base: {result.base_parameters:,} parameters, frozen; each task adds at most {result.parameters_per_task:,} ({share:.1%}).\n"
-        f"base features: {result.base_seconds:.1f} s; sides: {sum(result.task_seconds):.1f} s. Run folder: {settings.out}",
+        f"shared by all tasks: {shared:,} parameters; each task adds at most {added:,}{share}.\n"
+        f"base features: {result.base_seconds:.1f} s; training: {sum(result.seconds):.1f} s. Run folder: {settings.out}",
         highlight=False,
     )

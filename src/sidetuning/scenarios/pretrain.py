@@ -40,10 +40,10 @@ class Settings:
     """A folder with train/<class>/*.png and test/<class>/*.png, or parquet files, or a data set on the Hub."""
     out: str = "runs/pretrain-cifar10"
     """Folder for the weights and the resume files."""
-    epochs: int = 40
-    """Passes over the training images, under one one-cycle schedule."""
-    lr: float = 0.2
-    """Its peak learning rate."""
+    epochs: tuple[int, ...] = (40, 16)
+    """Passes over the training images in each one-cycle schedule; the later ones start from the earlier one's weights."""
+    lr: tuple[float, ...] = (0.2, 0.1)
+    """The peak learning rate of each."""
     batch: int = 128
     """Images per step."""
     weight_decay: float = 5e-4
@@ -113,14 +113,15 @@ def main(settings: Settings) -> None:
     with seeded(s.seed):
         model = Classifier()
     loader = AugmentedBatches(images, labels, s.batch)
-    steps = s.epochs * len(loader)
-    optimizer = torch.optim.SGD(groups(model, s.weight_decay), lr=s.lr, momentum=0.9, nesterov=True)
-    train(
-        model, loader, optimizer, steps=steps, seed=s.seed, resume=out / "train.pt",
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, steps + 1, pct_start=0.15, cycle_momentum=False),
-        validate=lambda: {"accuracy on 2,000 test images": model.accuracy(test_images[few], test_labels[few])},
-        accelerator=Accelerator(mixed_precision=s.precision), progress="ResNet-44 on CIFAR-10",
-    )  # fmt: skip
+    for k, (epochs, lr) in enumerate(zip(s.epochs, s.lr, strict=True)):
+        steps = epochs * len(loader)
+        optimizer = torch.optim.SGD(groups(model, s.weight_decay), lr=lr, momentum=0.9, nesterov=True)
+        train(
+            model, loader, optimizer, steps=steps, seed=s.seed + k, resume=out / f"cycle-{k}.pt",
+            scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.15, cycle_momentum=False),
+            validate=lambda: {"accuracy on 2,000 test images": model.accuracy(test_images[few], test_labels[few])},
+            accelerator=Accelerator(mixed_precision=s.precision), progress=f"ResNet-44 on CIFAR-10, cycle {k}",
+        )  # fmt: skip
     print(f"accuracy on the 10,000 test images: {model.accuracy(test_images, test_labels):.4f}", flush=True)
     write(out / "resnet44-cifar10.safetensors", model.net)
 

@@ -69,9 +69,14 @@ class Run:
                 "or delete this one"
             )
 
-    def task(self, name: str) -> Path:
-        """Where a task is saved."""
+    def tasks(self, name: str = "") -> Path:
+        """Where a method saves its tasks; a method that has one task alone goes by that task's name."""
         return self.folder / "tasks" / name
+
+    def done(self, name: str) -> None:
+        """Forget the resume files of a task that is learned and saved."""
+        for file in (self.folder / "resume").glob(f"{name}.pt*"):
+            file.unlink()
 
     def resume(self, name: str) -> Path:
         """The resume file of a task's training."""

@@ -1,0 +1,374 @@
+"""The contract of a method: learn a task, answer for a task, count what it keeps, save, load, resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from sidetuning.artifacts import atomic_write, write_json
+from sidetuning.base import Base, Features, Input
+from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
+from sidetuning.heads import HEADS
+from sidetuning.registry import unknown
+from sidetuning.sides.initialise import mismatch
+from sidetuning.training import Loss, TrainResult, check_labels, seeded, train, unpack
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+FORMAT_VERSION = 1
+CONFIG, TENSORS = "method.json", "method.safetensors"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned.
+
+    Attributes:
+        name: letters, digits, "-" and "_".
+        head: outputs of a linear classifier, or the name of a registered head.
+        loss: `loss(output, target)`.
+        labels: names of the classes.
+        seed: of the weights that are drawn for this task.
+    """
+
+    name: str
+    head: int | str
+    loss: Loss = F.cross_entropy
+    labels: list[str] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; one recipe serves all methods of a comparison.
+
+    Attributes:
+        steps: optimiser steps per task.
+        lr: learning rate.
+        weight_decay: on matrices and kernels; scalars, biases, norms and merges get none.
+        clip: largest gradient norm, None for no limit.
+        optimizer: called as `optimizer(groups, lr=lr)`.
+        scheduler: called with the optimiser; stepped after every step.
+        seed: orders the batches.
+        precision: "bf16" runs forward passes under bfloat16 autocast.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    optimizer: Callable[..., Optimizer] = torch.optim.Adam
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    seed: int = 0
+    precision: Literal["no", "bf16"] = "no"
+
+
+class Method(nn.Module):
+    """A way to learn tasks one after another from one pretrained base.
+
+    `method(x, task)` answers for a task. A subclass says how a task is added (`add`), which module learning it may
+    change (`part`), how it answers (`output`), and what it keeps (`added`, `shared`).
+
+    Args:
+        base: the base; never changed, whatever the method.
+
+    Attributes:
+        name: under which the method is registered.
+        options: the subclass's arguments, kept to build it again.
+        tasks: those learned, in order.
+        uses_features: whether `output` reads the frozen base's features, which a cache can hold.
+        sequential: whether learning a task may change what is learned of others.
+        phases: into how many runs of the optimiser a task's training is split.
+    """
+
+    name: ClassVar[str]
+    uses_features: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
+    phases: int = 1
+
+    def __init__(self, base: Base, **options: Any) -> None:
+        super().__init__()
+        self.base = base
+        self.options = options
+        self.tasks: dict[str, Task] = {}
+
+    # what a subclass says ---------------------------------------------------------------------------------------
+
+    def add(self, task: Task) -> None:
+        """Build what the task needs. Called with torch's generator seeded by `task.seed`."""
+        raise NotImplementedError
+
+    def part(self, task: str) -> nn.Module:
+        """The module that learning the task changes; what of it requires a gradient is trained."""
+        raise NotImplementedError
+
+    def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
+        """The task's output for a prepared input; `features` are the base's where the method `uses_features`."""
+        raise NotImplementedError
+
+    def added(self, task: str) -> int:
+        """Numbers that must be kept for this task alone: parameters and statistics, in units of one float."""
+        raise NotImplementedError
+
+    def shared(self) -> int:
+        """Numbers that are kept once for all tasks."""
+        return self.base.parameter_count()
+
+    def penalty(self) -> Tensor | float:
+        """A term added to the loss."""
+        return 0.0
+
+    def begin(self, task: str, phase: int) -> None:
+        """Called before each of the `phases` in which a task is learned."""
+
+    def learned(self, task: Task, loader: Iterable[Any]) -> None:
+        """Called when a task's training has ended."""
+
+    def alpha(self, task: str) -> float | None:
+        """The weight of the base in the task's merge, where it has one."""
+        return None
+
+    def groups(self, task: str, weight_decay: float) -> list[dict[str, Any]]:
+        """What of the task's part is trained, as parameter groups for an optimiser."""
+        trained = [p for p in self.part(task).parameters() if p.requires_grad]
+        matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay}
+        rest = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+        return [group for group in (matrices, rest) if group["params"]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by name in `state_dict()`; a subclass leaves out what the base can give again."""
+        return self.state_dict()
+
+    # what they share --------------------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        task: Task,
+        loader: Iterable[Any],
+        recipe: Recipe,
+        *,
+        resume: str | Path | None = None,
+        save_every: float = 60.0,
+        progress: bool = True,
+    ) -> TrainResult:
+        """Learn a task.
+
+        Args:
+            task: the task, of a name not learned yet.
+            loader: of `(x, y)`, `(x, features, y)` or mappings with "labels", as `fit` takes them.
+            recipe: how to train.
+            resume: file of the training's state; an interrupted call goes on from it.
+            save_every: seconds between two writes of it.
+            progress: show a bar.
+
+        Raises:
+            TaskError: the task is learned already, or its name is not allowed.
+            TrainingError, DataError: as `fit`.
+        """
+        if task.name in self.tasks:
+            raise TaskError(f"task '{task.name}' is learned already; choose another name")
+        self._add(task)
+        results = []
+        try:
+            for phase in range(self.phases):
+                self.begin(task.name, phase)
+                optimizer = recipe.optimizer(self.groups(task.name, recipe.weight_decay), lr=recipe.lr)
+                results.append(train(
+                    _Objective(self, task, recipe.precision), loader, optimizer,
+                    steps=recipe.steps // self.phases + (phase < recipe.steps % self.phases),
+                    scheduler=None if recipe.scheduler is None else recipe.scheduler(optimizer), clip=recipe.clip,
+                    seed=recipe.seed, resume=resume if resume is None or phase == 0 else f"{resume}.{phase}",
+                    save_every=save_every, progress=f"{self.name}: {task.name}" if progress else None,
+                ))  # fmt: skip
+            started = time.monotonic()
+            with seeded(task.seed):
+                self.learned(task, loader)
+        except BaseException:
+            del self.tasks[task.name]  # it can be learned again; what was trained so far is in the resume file
+            raise
+        self.eval()
+        seconds = sum(r.seconds for r in results) + time.monotonic() - started
+        return TrainResult(recipe.steps, seconds, [loss for r in results for loss in r.losses])
+
+    def _add(self, task: Task) -> None:
+        if not re.fullmatch(r"[\w-]+", task.name) or hasattr(nn.ModuleDict, task.name):
+            raise TaskError(
+                f"'{task.name}' cannot be a task's name; use letters, digits, - and _ (no method of a dict)"
+            )
+        with seeded(task.seed):
+            self.add(task)
+        self.tasks[task.name] = task
+        self.to(device_of(self.base.example))
+        self.eval()
+
+    def __getitem__(self, task: str) -> nn.Module:
+        if task not in self.tasks:
+            raise UnknownNameError(unknown("task", task, list(self.tasks), verb="learned"))
+        return self.part(task)
+
+    def forward(self, x: Input, task: str, *, features: Features | Tensor | None = None) -> Tensor:
+        """Answer for a task.
+
+        Args:
+            x: a batch as the base takes it.
+            task: the task.
+            features: what the base returned for `x`, to spare the base pass of a method that `uses_features`.
+        """
+        self[task]
+        inputs = self.base.prepare(x)
+        if isinstance(features, Tensor):
+            features = Features(features)
+        if features is None and self.uses_features:
+            features = self.base.encode(inputs)
+        return self.output(inputs, features, task)
+
+    def head(self, task: Task) -> nn.Module:
+        """A new head for a task."""
+        name, options = ("linear", {"outputs": task.head}) if isinstance(task.head, int) else (task.head, {})
+        head = HEADS.build(name, self.base, options=options)
+        assert isinstance(head, nn.Module)
+        return head
+
+    def save(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> None:
+        """Write all tasks to `folder`/method.json and the tensors beside it, atomically.
+
+        Args:
+            folder: made where it does not exist.
+            metrics: numbers to record with the task learned last.
+        """
+        folder = Path(folder)
+        sha256 = self.write_tensors(folder, metrics)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "method": self.name,
+            "options": self.options,
+            "base": self.base.fingerprint(),
+            "tasks": [{"name": t.name, "head": t.head, "labels": t.labels} for t in self.tasks.values()],
+            "metrics": dict(metrics or {}),
+            "sha256": sha256,
+        }
+        write_json(folder / CONFIG, config)
+
+    def write_tensors(self, folder: Path, metrics: Mapping[str, float] | None) -> str:
+        """Write `method.safetensors` and return its sha256."""
+        content = save({k: v.detach().cpu().contiguous() for k, v in self.tensors().items()})
+        with atomic_write(folder / TENSORS) as temporary:
+            temporary.write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote into this method, which must have learned nothing yet.
+
+        Raises:
+            TaskError: it has learned something.
+            ArtifactError: the folder is missing, damaged, or of another method or base.
+        """
+        folder = Path(folder)
+        if self.tasks:
+            raise TaskError(f"this method has learned {', '.join(self.tasks)}; load into a new one")
+        config = read_config(folder)
+        if config["method"] != self.name:
+            raise ArtifactError(f"{folder} holds the method '{config['method']}', not '{self.name}'")
+        if config["base"] != self.base.fingerprint():
+            raise ArtifactError(
+                f"{folder} was learned from another base (sha256 {config['base'][:12]}…); load that one"
+            )
+        for t in config["tasks"]:
+            self._add(Task(t["name"], t["head"], labels=t["labels"]))
+            self.loading(t["name"])
+        self.read_tensors(folder, config["sha256"])
+
+    def read_tensors(self, folder: Path, sha256: str) -> None:
+        """Read `method.safetensors` into the tasks, which are built already."""
+        file = folder / TENSORS
+        try:
+            content = file.read_bytes()
+            tensors = parse(content)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{file} cannot be read ({error}); learn the tasks again") from error
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ArtifactError(f"{file} is not the file that {CONFIG} names (sha256 differs); learn the tasks again")
+        problem = mismatch(self.tensors(), tensors)
+        if problem:
+            raise ArtifactError(f"{file} does not fit: {problem}")
+        self.load_state_dict({**self.state_dict(), **tensors})
+
+    def loading(self, task: str) -> None:
+        """Called in `load` after a task was added: puts it in the form it has once learned."""
+
+
+def load_method(folder: str | Path, base: Base) -> Method:
+    """Build the method saved in `folder`, with all its tasks, on `base`."""
+    from sidetuning.methods import METHODS
+
+    config = read_config(Path(folder))
+    method: Method = METHODS.build(config["method"], base, options=config["options"])
+    method.load(folder)
+    return method
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `method.json`, checked."""
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{file} does not exist; give the folder that save() wrote") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file} cannot be read ({error}); learn the tasks again") from error
+    fields = {"method": str, "options": dict, "base": str, "tasks": list, "sha256": str}
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(f"{file} has an unknown format_version; this library reads {FORMAT_VERSION}")
+    for name, kind in fields.items():
+        if not isinstance(config.get(name), kind):
+            raise ArtifactError(f"{file} is damaged: '{name}' is missing or no {kind.__name__}; learn the tasks again")
+    return config
+
+
+class _Objective(nn.Module):
+    """The loss of one task; holds what learning it may change, so that this is what is trained and resumed."""
+
+    def __init__(self, method: Method, task: Task, precision: str) -> None:
+        super().__init__()
+        self.part = method.part(task.name)
+        self._given = (method, task)  # a tuple: the other tasks are no part of the objective
+        self.precision = precision
+
+    def forward(self, batch: Any) -> Tensor:
+        method, task = self._given
+        x, features, y = unpack(batch)
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            inputs = method.base.prepare(x)
+            if features is None and method.uses_features:
+                features = method.base.encode(inputs)
+            output = method.output(inputs, features, task.name)
+        output = output.float()
+        check_labels(output, y)
+        return task.loss(output, y) + method.penalty()
+
+
+def count(module: nn.Module) -> int:
+    """Parameters and running statistics of a module."""
+    buffers = sum(b.numel() for b in module.buffers() if b.is_floating_point())
+    return sum(p.numel() for p in module.parameters()) + buffers
+
+
+def device_of(x: Input) -> torch.device:
+    """Where an input lies."""
+    tensors = [x] if isinstance(x, Tensor) else [v for v in x.values() if isinstance(v, Tensor)]
+    return tensors[0].device

@@ -1,0 +1,85 @@
+"""Parameter superposition (Cheung et al., 2019) with binary contexts: many networks in one set of weights."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sidetuning.base import Base, Features, Input
+from sidetuning.branch import decode
+from sidetuning.methods.finetune import FineTune
+from sidetuning.methods.method import Task, count
+
+
+class PSP(FineTune):
+    """Every task sees each convolution and linear layer through its own random signs, W * c_k.
+
+    A context c_k has a sign for every input of a layer: (1, in, kh, kw) or (1, in). What one task learns looks like noise
+    to the others. The pretrained weights are folded with the first context, W = W_0 * c_0, so that the first task starts
+    from the base as it is. Biases and the scales of norms are shared; running statistics of batch norms are kept per task.
+
+    Args:
+        base: the base; its copy is tuned.
+        seed: of the contexts; they are drawn again rather than kept.
+    """
+
+    name: ClassVar[str] = "psp"
+
+    def __init__(self, base: Base, seed: int = 0) -> None:
+        super().__init__(base)
+        self.options = {"seed": seed}
+        self.statistics = nn.ModuleDict()
+        self._contexts: dict[str, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for name, context in self.contexts(0).items():
+                self.trunk.get_parameter(name).mul_(context)
+
+    def contexts(self, index: int) -> dict[str, Tensor]:
+        """The signs of the task at a position in the sequence, by the name of the weight that they multiply."""
+        signs = {}
+        for i, (name, layer) in enumerate(self.trunk.layers().items()):
+            generator = torch.Generator().manual_seed((int(self.options["seed"]) * 1009 + index) * 10_007 + i)
+            shape = (1, *layer.weight.shape[1:])
+            signs[f"net.{name}.weight"] = torch.randint(0, 2, shape, generator=generator).float() * 2 - 1
+        return signs
+
+    def add(self, task: Task) -> None:
+        super().add(task)
+        self._contexts[task.name] = self.contexts(len(self.tasks))
+        self.statistics[task.name] = Statistics(self.trunk)
+
+    def part(self, task: str) -> nn.Module:
+        return nn.ModuleList([self.trunk, self.heads[task], self.statistics[task]])
+
+    def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
+        weights = dict(self.trunk.named_parameters())
+        seen = {name: superpose(weights[name], signs) for name, signs in self._contexts[task].items()}
+        statistics = self.statistics[task]
+        assert isinstance(statistics, Statistics)
+        code = functional_call(self.trunk, {**seen, **statistics.tensors()}, (inputs,))
+        return decode(self.heads[task], code, inputs)
+
+    def added(self, task: str) -> int:
+        return count(self.heads[task]) + count(self.statistics[task])
+
+
+def superpose(weight: Tensor, context: Tensor) -> Tensor:
+    """The weight that a task sees: (out, in, …) * (1, in, …)."""
+    return weight * context.to(weight.device)
+
+
+class Statistics(nn.Module):
+    """A copy of a module's buffers: the running statistics of one task."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.names = {name.replace(".", "/"): name for name, _ in module.named_buffers()}
+        for key, name in self.names.items():
+            self.register_buffer(key, module.get_buffer(name).clone())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers under their names in the module."""
+        return {name: self.get_buffer(key) for key, name in self.names.items()}

@@ -1,0 +1,282 @@
+"""What runs measured, and the summary of several: one row per method and variant, over its seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sidetuning.artifacts import write_json
+from sidetuning.continual import AccuracyMatrix, average_rank, mean_and_error, rigidity
+from sidetuning.errors import ArtifactError, SideTuningError
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run measured: one method, in one variant, with one seed.
+
+    Attributes:
+        method: "sidetune", "ewc", …
+        variant: tells the cells of an ablation of one method apart, such as "merge=alpha"; "" where there is one.
+        seed: of the run.
+        tasks: names, in the order of learning.
+        accuracy: `accuracy[i][j]`, in 0 … 1, is that of task j after learning task i, j <= i.
+        alone: accuracy of each task where it is the first one learned; None where that was not measured.
+        alphas: the base's weight in the merge of each task; None where the merge has no alpha.
+        parameters: how many each task added (trained and kept for it).
+        shared_parameters: how many serve all tasks, such as the base's.
+        seconds: training time of each task.
+        base_seconds: time to compute the base's features; 0 where nothing is computed ahead.
+        peak_memory_mb: the most memory the run held, in MB; None where it was not measured.
+        settings: JSON values, shown as they are; they may be nested, such as {"versions": {…}}.
+
+    Raises:
+        ArtifactError: lists of the wrong length, or an accuracy outside 0 … 1.
+    """
+
+    method: str
+    variant: str
+    seed: int
+    tasks: list[str]
+    accuracy: list[list[float]]
+    alone: list[float] | None
+    alphas: list[float | None]
+    parameters: list[int]
+    shared_parameters: int
+    seconds: list[float]
+    base_seconds: float
+    peak_memory_mb: float | None
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        n = len(self.tasks)
+        if not n:
+            raise ArtifactError("there are no tasks")
+        for name in ("accuracy", "alone", "alphas", "parameters", "seconds"):
+            values = getattr(self, name)
+            if values is not None and len(values) != n:
+                raise ArtifactError(f"'{name}' has {len(values)} entries for {n} tasks")
+        for i, row in enumerate(self.accuracy):
+            if len(row) != i + 1:
+                raise ArtifactError(f"row {i} of 'accuracy' has {len(row)} numbers, not {i + 1}")
+        for value in (v for row in [*self.accuracy, self.alone or []] for v in row):
+            if not 0 <= value <= 1:  # NaN too
+                raise ArtifactError(f"an accuracy is {value}, not in 0 … 1")
+        amounts = [*self.parameters, *self.seconds, self.shared_parameters, self.base_seconds, self.peak_memory_mb or 0]
+        if not all(0 <= v < math.inf for v in amounts) or not all(math.isfinite(a or 0) for a in self.alphas):
+            raise ArtifactError("a number of parameters, a time, a memory or an alpha is negative or not finite")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunResult:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: no such file, not JSON, a key missing or unknown, or values that do not fit each other.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{path} does not exist; run the comparison first") from error
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} is not a result in JSON ({error}); delete it and run again") from error
+        names = {f.name for f in fields(cls)}
+        found = set(content) if isinstance(content, dict) else set()
+        for word, keys in (("lacks", names - found), ("has the unknown", found - names)):
+            if keys:
+                raise ArtifactError(f"{path} {word} {', '.join(map(repr, sorted(keys)))}; delete it and run again")
+        try:
+            if not all(isinstance(text, str) for text in (content["method"], content["variant"], *content["tasks"])):
+                raise TypeError("a name is not a text")
+            for key, kind in (("tasks", list), ("settings", dict), ("seed", int)):
+                if not isinstance(content[key], kind):
+                    raise TypeError(f"'{key}' is {content[key]!r}")
+            return cls(**content)
+        except (ArtifactError, TypeError) as error:  # a TypeError also where numbers are texts
+            raise ArtifactError(f"{path} is damaged: {error}; delete it and run again") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, atomically."""
+        write_json(path, asdict(self))
+
+    @property
+    def label(self) -> str:
+        """Method and variant."""
+        return f"{self.method} · {self.variant}" if self.variant else self.method
+
+    @property
+    def matrix(self) -> AccuracyMatrix:
+        """The accuracies with their measures."""
+        return AccuracyMatrix(self.tasks, self.accuracy)
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and its standard error, 0 for one seed."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One method in one variant, over its seeds.
+
+    Attributes:
+        accuracy: average over the tasks at the end, in 0 … 1.
+        forgetting: what a task lost from when it was learned to the end, in 0 … 1, average over all tasks but the last.
+        rigidity: mean log ratio of errors, learned in sequence over learned alone; None where alone was not measured.
+        rank: average over tasks among the rows, 1 the best; None for a single row, or where rows share no seed.
+        parameters: added per task, mean.
+        seconds: of training per task, mean.
+        base_seconds: the longest of the seeds, because later ones find the features in the cache.
+        peak_memory_mb: the most of the seeds, in MB.
+    """
+
+    method: str
+    variant: str
+    seeds: int
+    accuracy: Estimate
+    forgetting: Estimate
+    rigidity: Estimate | None
+    rank: Estimate | None
+    parameters: float
+    shared_parameters: int
+    seconds: float
+    base_seconds: float
+    peak_memory_mb: float | None
+
+    @property
+    def label(self) -> str:
+        """Method and variant."""
+        return f"{self.method} · {self.variant}" if self.variant else self.method
+
+
+class Column(NamedTuple):
+    """A column of the summary: its value in a row, and how many decimals it has."""
+
+    heading: str
+    unit: str
+    value: Callable[[SummaryRow], float | Estimate | None]
+    decimals: int = 1
+
+
+COLUMNS = (
+    Column("Accuracy", "%", lambda r: Estimate(100 * r.accuracy.mean, 100 * r.accuracy.error)),
+    Column("Forgetting", "points", lambda r: Estimate(100 * r.forgetting.mean, 100 * r.forgetting.error)),
+    Column("Rigidity", "log ratio", lambda r: r.rigidity, 2),
+    Column("Rank", "average", lambda r: r.rank),
+    Column("Parameters", "per task", lambda r: r.parameters, 0),
+    Column("Parameters", "shared", lambda r: r.shared_parameters, 0),
+    Column("Training", "s per task", lambda r: r.seconds),
+    Column("Base", "s, once", lambda r: r.base_seconds),
+    Column("Memory", "peak, MB", lambda r: r.peak_memory_mb, 0),
+    Column("Seeds", "", lambda r: r.seeds, 0),
+)
+
+
+def summary_table(results: Sequence[RunResult]) -> list[SummaryRow]:
+    """One row per method and variant, in the order of first appearance.
+
+    Raises:
+        SideTuningError: no results, two of one seed, or results of different tasks.
+    """
+    groups = groups_of(results)
+    ranks = _ranks(groups)
+    rows = []
+    for runs, rank in zip(groups, ranks, strict=True):
+        rigid = [rigidity(r.matrix.learned, r.alone) for r in runs if r.alone is not None]
+        memory = [r.peak_memory_mb for r in runs if r.peak_memory_mb is not None]
+        row = SummaryRow(
+            method=runs[0].method,
+            variant=runs[0].variant,
+            seeds=len(runs),
+            accuracy=_estimate([r.matrix.average for r in runs]),
+            forgetting=_estimate([0.0 - r.matrix.backward_transfer for r in runs]),
+            rigidity=_estimate(rigid) if rigid else None,
+            rank=_estimate(rank) if rank else None,
+            parameters=mean([p for r in runs for p in r.parameters]),
+            shared_parameters=max(r.shared_parameters for r in runs),
+            seconds=mean([s for r in runs for s in r.seconds]),
+            base_seconds=max(r.base_seconds for r in runs),
+            peak_memory_mb=max(memory, default=None),
+        )
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: Sequence[SummaryRow]) -> str:
+    """The summary as a table in Markdown, without the columns that nobody has; ± is the standard error over seeds."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |\n"
+
+    def escaped(name: str) -> str:
+        return " ".join(name.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+    columns = used_columns(rows)
+    text = line(["Method", *(f"{c.heading}, {c.unit}".removesuffix(", ") for c in columns)]) + line(
+        ["---", *("---:" for _ in columns)]
+    )
+    return text + "".join(
+        line([escaped(r.label), *(number_text(c.value(r), c.decimals) for c in columns)]) for r in rows
+    )
+
+
+def groups_of(results: Sequence[RunResult]) -> list[list[RunResult]]:
+    """The runs of every method and variant, by seed; of all results, once they are found to be comparable."""
+    if not results:
+        raise SideTuningError("there are no results to report; run the comparison first")
+    groups: dict[tuple[str, str], dict[int, RunResult]] = {}
+    for result in results:
+        if sorted(result.tasks) != sorted(results[0].tasks):
+            raise SideTuningError(
+                f"{result.label} learned {', '.join(result.tasks)} and {results[0].label} {', '.join(results[0].tasks)}; "
+                "make a report of results on the same tasks"
+            )
+        runs = groups.setdefault((result.method, result.variant), {})
+        if runs and result.tasks != next(iter(runs.values())).tasks:
+            raise SideTuningError(f"{result.label} learned its tasks in different orders; give each order a variant")
+        if result.seed in runs:
+            raise SideTuningError(f"{result.label} has two results of seed {result.seed}; give one of them")
+        runs[result.seed] = result
+    return [[runs[seed] for seed in sorted(runs)] for runs in groups.values()]
+
+
+def _ranks(groups: Sequence[Sequence[RunResult]]) -> list[list[float]]:
+    """The average rank of every row with each seed that all rows have; empty where there is nothing to compare."""
+    finals = [
+        {run.seed: [a for _, a in sorted(zip(run.tasks, run.matrix.final, strict=True))] for run in runs}
+        for runs in groups
+    ]
+    shared = sorted(set.intersection(*(set(f) for f in finals))) if len(groups) > 1 else []
+    by_seed = [average_rank({str(i): final[seed] for i, final in enumerate(finals)}) for seed in shared]
+    return [[ranks[str(i)] for ranks in by_seed] for i in range(len(groups))]
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    return Estimate(*mean_and_error(values))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def means(lists: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of equally long lists, entry by entry."""
+    return [mean(column) for column in zip(*lists, strict=True)]
+
+
+def used_columns(rows: Sequence[SummaryRow]) -> list[Column]:
+    return [c for c in COLUMNS if any(c.value(row) is not None for row in rows)]
+
+
+def number_text(value: float | Estimate | None, decimals: int = 1) -> str:
+    """A number for people: 12,345.6, 83.1 ± 0.2, – for none; never a negative zero."""
+    if value is None:
+        return "–"
+    mean, error = value if isinstance(value, Estimate) else (value, 0.0)
+    text = f"{mean:,.{decimals}f}"
+    text = text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+    return f"{text} ± {error:,.{decimals}f}" if error else text

@@ -1,0 +1,249 @@
+"""`sidetuning compare icifar`: methods, or variants of one, on the same data with the same budget, and a report of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tqdm import tqdm
+
+from sidetuning.errors import SideTuningError, UnknownNameError
+from sidetuning.methods import METHODS
+from sidetuning.registry import unknown
+from sidetuning.report import write_report
+from sidetuning.results import RunResult, markdown, summary_table
+from sidetuning.scenarios import icifar
+from sidetuning.scenarios.runs import Run
+
+Grid = Literal["methods", "merge", "init", "side", "order", "dense", "base", "data", "boosting"]
+MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", "mlp", "mlp2", "res-mlp", "concat")
+# What a task learned first amounts to, where tasks touch each other: such a method's first task is a fine-tuned copy of the base.
+FIRST = {"finetune": "independent", "ewc": "independent", "psp": "independent"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare methods on one scenario, cell by cell; the same command again goes on where it stopped."""
+
+    scenario: Annotated[Literal["icifar"], tyro.conf.Positional]
+    """What is learned."""
+    grid: Grid = "methods"
+    """What varies: the method, or for an ablation of side-tuning its merge, initialisation (init), side, the order of tasks,
+    dense laterals, what is heard (base, side, or both), the share of the training data, or boosting against bigger sides."""
+    methods: tuple[str, ...] = ()
+    """Methods of the grids methods, order and data; by default those that the grid is about."""
+    seeds: int = 3
+    """Runs of every cell, with seeds 0, 1, …"""
+    data: str = "uoft-cs/cifar100"
+    """A folder with train*.parquet and test*.parquet in the Hub's layout, or a data set on the Hub."""
+    out: str = "runs/compare"
+    """Folder of the cells' runs, the table and the report."""
+    base_weights: str | None = None
+    """A safetensors file of the base's weights to use instead of the packaged ones."""
+    init: str | None = "distilled"
+    """How sides start, where the grid does not say."""
+    samples: int = 20_000
+    """Training images per task, repetitions included."""
+    tasks: int = 10
+    """How many of the ten tasks to learn."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of methods that train whole networks; fast where the processor knows bfloat16."""
+    cache: str = "~/.cache/sidetuning"
+    """Folder of base features, shared by all runs."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    variant: str
+    settings: icifar.Settings
+
+    @property
+    def folder(self) -> Path:
+        """Where it runs."""
+        return Path(self.settings.out)
+
+
+def cells(s: Settings) -> Iterator[Cell]:
+    """The runs of the grid, seed by seed, so that an interrupted grid has whole seeds."""
+    for seed in range(s.seeds):
+        common = icifar.Settings(
+            data=s.data, base_weights=s.base_weights, init=s.init, samples=s.samples, tasks=s.tasks, seed=seed,
+            cache=s.cache, progress=False,
+        )  # fmt: skip
+        for variant, settings in GRIDS[s.grid](common, s.methods):
+            whole = not METHODS[settings.method].uses_features  # type: ignore[attr-defined]
+            name = re.sub(r"[^\w.]+", "-", f"{settings.method} {variant} {seed}".replace("%", ""))
+            precision = s.precision if whole else "no"
+            yield Cell(variant, replace(settings, out=str(Path(s.out) / name), precision=precision))
+
+
+Variants = Iterator[tuple[str, icifar.Settings]]
+
+
+def methods_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+    """Every method at the same budget."""
+    names = ("sidetune", "features", "independent", "finetune", "ewc", "psp", "pnn", "residual-adapter", "lora", "piggyback", "scratch", "boosting")  # fmt: skip
+    for method in methods or names:
+        yield "", replace(common, method=method)
+
+
+def merge_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+    """Every merge operator."""
+    for merge in MERGES:
+        yield f"merge={merge}", replace(common, merge=merge)
+
+
+def init_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+    """How the side starts; "copy" is a copy of the base, slimmed to a quarter of its width, as the side."""
+    for init in ("distilled", "low-energy", "zero", "xavier"):
+        yield f"init={init}", replace(common, init=common.init if init == "distilled" else init)
+    yield "init=copy", replace(common, side="copy", side_width=0.25, init=None)
+
+
+def side_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+    """Sides of growing size, all from random weights, since distilled ones ship for fcn4 alone."""
+    for side in ("fcn4", "fcn5", "fcn8"):
+        yield f"side={side}", replace(common, side=side, init=None)
+    for width in (0.25, 0.5):
+        yield f"side=copy, width={width}", replace(common, side="copy", side_width=width, init=None)
+
+
+def order_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+    """Label order and two random orders of the tasks."""
+    for method in methods or ("sidetune", "finetune"):
+        for order in (None, 1, 2):
+            yield (
+                f"order={'label' if order is None else f'random {order}'}",
+                replace(common, method=method, order=order),
+            )
+
+
+def dense_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+    """With and without the sides of earlier tasks."""
+    for merge in ("alpha", "mlp2"):
+        for dense in (False, True):
+            yield f"merge={merge}{', dense' if dense else ''}", replace(common, merge=merge, dense=dense)
+
+
+def base_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+    """The base alone, the side alone, and both."""
+    for name, merge in (("base alone", "base-only"), ("side alone", "side-only"), ("base and side", "mlp2")):
+        yield name, replace(common, merge=merge)
+
+
+def data_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+    """1, 10 and 100 % of each task's images, at the same number of steps: who overfits?"""
+    for method in methods or ("sidetune", "features", "independent", "finetune"):
+        for share in (0.01, 0.1, 1.0):
+            yield f"data={share:.0%}", replace(common, method=method, share=share)
+
+
+def boosting_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+    """Several small sides, one after another, against one bigger side."""
+    for stages in (1, 2, 3):
+        yield f"stages={stages}", replace(common, method="boosting", stages=stages)
+    yield "side=fcn4", common
+    yield "side=copy, width=0.5", replace(common, side="copy", side_width=0.5, init=None)
+
+
+GRIDS: dict[str, Callable[[icifar.Settings, Sequence[str]], Variants]] = {
+    "methods": methods_grid, "merge": merge_grid, "init": init_grid, "side": side_grid, "order": order_grid,
+    "dense": dense_grid, "base": base_grid, "data": data_grid, "boosting": boosting_grid,
+}  # fmt: skip
+
+
+def run(settings: Settings) -> list[RunResult]:
+    """Run the cells that have no result yet, each in a process of its own, and write table and report.
+
+    Raises:
+        SideTuningError: a cell failed; the others' results stay.
+    """
+    s = settings
+    for method in s.methods:
+        if method not in METHODS:
+            raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
+    Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds"))
+    todo = list(cells(s))
+    results: list[RunResult] = []
+    bar = tqdm(total=len(todo) * s.tasks, unit="task", dynamic_ncols=True)
+    with bar:
+        for cell in todo:
+            bar.set_description(f"{cell.folder.name}")
+            result = one(cell, bar)
+            results.append(replace(result, variant=cell.variant))
+            finish(s, results)
+    return results
+
+
+def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
+    """The result of a cell: read where it is there, else run; a process of its own makes its peak memory its own."""
+    file, metrics, start = cell.folder / "result.json", cell.folder / "metrics.jsonl", bar.n
+    if file.exists():
+        Run(cell.folder, "icifar", cell.settings, free=icifar.FREE)  # refuses a run with other settings
+        bar.update(cell.settings.tasks)
+        return RunResult.load(file)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        future = pool.submit(icifar.run, cell.settings)
+        try:
+            while not future.done():
+                time.sleep(0.5)
+                learned = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+                bar.update(start + learned - bar.n)
+            bar.update(start + cell.settings.tasks - bar.n)
+            return future.result()
+        except BrokenProcessPool as error:
+            raise SideTuningError(
+                f"the run in {cell.folder} was killed, perhaps for want of memory; the same command goes on from there"
+            ) from error
+
+
+def finish(settings: Settings, results: Sequence[RunResult]) -> None:
+    """Write `table.md` and `report.html` of the results so far."""
+    with_first = add_alone(results)
+    table = markdown(summary_table(with_first))
+    out = Path(settings.out)
+    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    title = f"iCIFAR: {settings.grid}" if settings.grid != "methods" else "iCIFAR: methods compared"
+    write_report(with_first, out / "report.html", title=title)
+
+
+def add_alone(results: Sequence[RunResult]) -> list[RunResult]:
+    """Fill in how well each task is learned first: what it got in the sequence, for methods whose tasks do not touch.
+
+    The first task of fine-tuning, EWC and PSP is a fine-tuned copy of the base, so theirs is the run of `independent` with
+    the same seed, where there is one.
+    """
+    runs = {(r.method, r.variant, r.seed): r for r in results}
+    filled = []
+    for r in results:
+        other = FIRST.get(r.method)
+        if other is not None:
+            first = runs.get((other, r.variant, r.seed))
+            alone = None if first is None else [first.matrix.learned[first.tasks.index(t)] for t in r.tasks]
+        else:
+            touches = r.method == "pnn" or r.settings.get("dense")
+            alone = None if touches else r.matrix.learned
+        filled.append(replace(r, alone=alone))
+    return filled
+
+
+def main(settings: Settings) -> None:
+    """Run the grid and print its table."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    results = run(settings)
+    console = Console(width=max(120, shutil.get_terminal_size().columns))
+    console.print(Markdown(markdown(summary_table(add_alone(results)))))
+    console.print(f"table: {settings.out}/table.md; report: {settings.out}/report.html", highlight=False)

@@ -1,0 +1,386 @@
+"""The report: its numbers, its independence of any network, and how it behaves in a browser, wide and on a phone."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidetuning.errors import ArtifactError, SideTuningError
+from sidetuning.report import write_report
+from sidetuning.results import RunResult, markdown, summary_table
+
+HOSTILE = '<img src=x onerror="alert(1)">|</script><b>'
+
+
+def result(method: str = "sidetune", **changes: Any) -> RunResult:
+    """Two tasks; nothing is forgotten."""
+    values: dict[str, Any] = {
+        "method": method, "variant": "", "seed": 0, "tasks": ["cats", "dogs"], "accuracy": [[0.8], [0.8, 0.6]],
+        "alone": None, "alphas": [0.5, 0.25], "parameters": [100, 300], "shared_parameters": 5000, "seconds": [2.0, 4.0],
+        "base_seconds": 10.0, "peak_memory_mb": 256.0, "settings": {"lr": 0.001, "versions": {"torch": "2.4"}},
+    }  # fmt: skip
+    return RunResult(**{**values, **changes})
+
+
+def comparison(methods: int = 12, seeds: int = 3, tasks: int = 10) -> list[RunResult]:
+    """As `compare` makes them: half of the methods forget, one in three has alphas, some miss measures."""
+    draw = random.Random(0)
+    names = [f"classes-{10 * k}-{10 * k + 9}" for k in range(tasks)]
+    results = []
+    for m in range(methods):
+        for seed in range(seeds):
+            start = [0.85 - 0.01 * m + draw.uniform(-0.03, 0.03) for _ in names]
+            loss = 0.03 * (m % 2)
+            rows = [[max(0.1, start[j] - loss * (i - j)) for j in range(i + 1)] for i in range(tasks)]
+            run = RunResult(
+                method=f"method-{m // 2}", variant=f"merge={m % 2}", seed=seed, tasks=names, accuracy=rows,
+                alone=start if m % 3 else None, alphas=[None if m % 3 else draw.random() for _ in names],
+                parameters=[10 ** (2 + m % 5)] * tasks, shared_parameters=669_400,
+                seconds=[draw.uniform(5, 50) for _ in names], base_seconds=30.0 * (m % 2 == 0),
+                peak_memory_mb=draw.uniform(200, 2000) if m % 4 else None,
+                settings={"lr": 1e-3, "seed": seed, "versions": {"torch": "2.4"}},
+            )  # fmt: skip
+            results.append(run)
+    return results
+
+
+# ---- numbers
+
+
+def test_summary_by_hand() -> None:
+    forgets = {"accuracy": [[0.9], [0.5, 0.7]], "alone": [0.9, 0.85], "peak_memory_mb": None, "alphas": [None, None]}
+    rows = summary_table(
+        [
+            result(),  # final 0.8 0.6
+            result("finetune", **forgets),  # final 0.5 0.7
+            result(seed=1, accuracy=[[0.6], [0.6, 0.4]], base_seconds=0.5, peak_memory_mb=300.0),
+            result("finetune", seed=2, **forgets),
+        ]
+    )
+    assert [(r.method, r.seeds) for r in rows] == [("sidetune", 2), ("finetune", 2)]
+    ours, other = rows
+    assert ours.accuracy == pytest.approx((0.6, 0.1))  # 0.7 and 0.5: deviation 0.1 · √2, over √2
+    assert ours.forgetting == (0, 0) and other.forgetting == pytest.approx((0.4, 0))  # the last task cannot forget
+    assert ours.rigidity is None and other.rigidity == pytest.approx((0.5 * 0.693147, 0), abs=1e-6)  # errors ×1 and ×2
+    assert ours.rank == (1.5, 0) and other.rank == (
+        1.5,
+        0,
+    )  # of seed 0 alone, which both have: first and second, once each
+    assert (ours.parameters, ours.shared_parameters, ours.seconds) == (200, 5000, 3)
+    assert (ours.base_seconds, ours.peak_memory_mb, other.peak_memory_mb) == (10, 300, None)
+
+
+def test_variants_are_rows_of_their_own_and_ranks_need_company() -> None:
+    assert summary_table([result()])[0].rank is None
+    rows = summary_table([result(variant="merge=alpha"), result(variant="merge=sum")])
+    assert [r.label for r in rows] == ["sidetune · merge=alpha", "sidetune · merge=sum"]
+    assert all(r.rank == (1.5, 0) for r in rows)
+    assert all(r.rank is None for r in summary_table([result(), result("ewc", seed=1)]))  # no seed in common
+
+
+def test_markdown() -> None:
+    table = markdown(
+        summary_table([result(peak_memory_mb=None), result(seed=1, accuracy=[[0.6], [0.6, 0.4]], peak_memory_mb=None)])
+    )
+    head, line, row = table.splitlines()
+    assert "Accuracy, %" in head and "Rank" not in head and "Memory" not in head and "Rigidity" not in head
+    assert row.startswith("| sidetune | 60.0 ± 10.0 | 0.0 | 200 | 5,000 | 3.0 | 10.0 | 2 |")
+    assert head.count("|") == line.count("|") == row.count("|")
+    escaped = markdown(summary_table([result("a|b\n<i>")])).splitlines()
+    assert len(escaped) == 3 and escaped[2].startswith("| a\\|b &lt;i> |")
+
+
+def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
+    with pytest.raises(SideTuningError, match="no results"):
+        write_report([], tmp_path / "r.html", title="none")
+    with pytest.raises(SideTuningError, match="ewc learned cats, cows and sidetune cats, dogs"):
+        summary_table([result(), result("ewc", tasks=["cats", "cows"])])
+    with pytest.raises(SideTuningError, match="two results of seed 0"):
+        summary_table([result(), result()])
+    assert not list(tmp_path.iterdir())
+
+
+# ---- files
+
+
+def test_result_survives_its_file(tmp_path: Path) -> None:
+    run = result(alone=[0.8, 0.6], alphas=[None, 0.5])
+    run.save(tmp_path / "result.json")
+    assert RunResult.load(tmp_path / "result.json") == run
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda c: c.pop("alphas"), "lacks 'alphas'"),
+        (lambda c: c.update(extra=1), "unknown 'extra'"),
+        (lambda c: c.update(tasks=["cats"]), "'accuracy' has 2 entries for 1 tasks"),
+        (lambda c: c.update(tasks="ab"), "'tasks' is 'ab'"),
+        (lambda c: c["accuracy"][1].pop(), "row 1 of 'accuracy' has 1 numbers, not 2"),
+        (lambda c: c["accuracy"][1].__setitem__(0, float("nan")), "an accuracy is nan"),
+        (lambda c: c["accuracy"][1].__setitem__(0, 80.0), "an accuracy is 80.0"),
+        (lambda c: c["accuracy"][1].__setitem__(0, "0.8"), "is damaged"),
+        (lambda c: c.update(seconds=[1.0, -1.0]), "negative"),
+        (lambda c: c.update(seed="0"), "'seed' is '0'"),
+        (lambda c: c.update(method=3), "a name is not a text"),
+        (lambda c: c.update(tasks=[], accuracy=[], alphas=[], parameters=[], seconds=[]), "no tasks"),
+    ],
+)  # fmt: skip
+def test_damaged_results_say_so(tmp_path: Path, damage: Any, words: str) -> None:
+    content = asdict(result())
+    damage(content)
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError) as caught:
+        RunResult.load(file)
+    assert words in str(caught.value) and str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"method": "side', "\udcff"])
+def test_files_that_are_no_results(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "result.json"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ArtifactError, match=r"result\.json"):
+        RunResult.load(file)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        RunResult.load(tmp_path / "other.json")
+
+
+# ---- the page
+
+
+def page(results: list[RunResult], folder: Path, **options: Any) -> str:
+    return write_report(results, folder / "report.html", title=options.pop("title", "Report"), **options).read_text()
+
+
+def test_page_is_complete_small_and_reproducible(tmp_path: Path) -> None:
+    html = page(comparison(), tmp_path)
+    assert html.startswith("<!doctype html>")
+    assert len(html.encode()) < 400_000
+    assert not re.search(r"https?://|//[a-z]+\.|url\(|@import|\bsrc=|<link", html)
+    assert page(comparison(), tmp_path) == html
+    assert (
+        html.count("<svg class=") == 2 and html.count('aria-labelledby="curve') == 2 * 12
+    )  # a panel and its chart each
+
+
+@pytest.mark.parametrize("field", ["method", "variant", "tasks", "settings", "title", "notes"])
+def test_hostile_texts_stay_text(tmp_path: Path, field: str) -> None:
+    options = {"title": HOSTILE} if field == "title" else {"notes": [HOSTILE]} if field == "notes" else {}
+    own = {"tasks": [HOSTILE, "dogs"], "settings": {HOSTILE: {HOSTILE: HOSTILE}}, "method": HOSTILE, "variant": HOSTILE}
+    changes = {field: own[field]} if field in own else {}
+    html = page([replace(result(), **changes), replace(result(), seed=1, **changes)], tmp_path, **options)
+    html += page([replace(result(), **changes), result("ewc", tasks=changes.get("tasks", ["cats", "dogs"]))], tmp_path)
+    assert "&lt;img src=x onerror=" in html
+    assert "<img" not in html and "<b>" not in html and html.count("</script>") == 2
+
+
+def test_single_run_in_words(tmp_path: Path) -> None:
+    html = page([result()], tmp_path)
+    text = " ".join(re.sub(r"<[^>]+>", "", html.split('class="lead">')[1].split("</p>")[0]).split())
+    assert text == (
+        "sidetune learned 2 tasks one after another, with seed 0. At the end it is right on 70.0 % of the test examples, on "
+        "average over the tasks, and it forgot nothing: every earlier task is as accurate as when it was learned. A task adds "
+        "200 parameters to the 5,000 that all tasks share, and trains in 3.0 s, after 10.0 s for the features of the base, once."
+    )
+    assert 'id="parameters"' not in html and "±" not in html and "over seeds" not in html
+    lost = page([result(accuracy=[[0.8], [0.7, 0.6]])], tmp_path)
+    assert "lost 10.0 points" in lost and "10.0 points forgotten" in lost
+    assert "gained 10.0 points" in page([result(accuracy=[[0.8], [0.9, 0.6]])], tmp_path)
+
+
+def test_comparison_in_words(tmp_path: Path) -> None:
+    html = page([result(), result("finetune", accuracy=[[0.9], [0.5, 0.7]])], tmp_path)
+    text = " ".join(re.sub(r"<[^>]+>", "", html.split('class="lead">')[1].split("</p>")[0]).split())
+    assert "2 methods learned 2 tasks one after another, with 1 seed." in text
+    assert (
+        "At the end sidetune is the most accurate, with 70.0 % on average over all tasks, before finetune with 60.0 %."
+        in text
+    )
+    assert "sidetune forgets nothing at all; finetune forgets most: an earlier task loses 40.0 points" in text
+
+
+def test_alphas_only_where_there_are_some(tmp_path: Path) -> None:
+    none = {"alphas": [None, None]}
+    assert 'id="alpha"' not in page([result(**none)], tmp_path)
+    html = page(
+        [result(**none), result("mixed", alphas=[None, 0.75]), result("mixed", seed=1, alphas=[None, 0.25])], tmp_path
+    )
+    cells = html.split('id="alpha"')[1].split("<tbody>")[1].split("</tbody>")[0]
+    assert re.findall(r"<td[^>]*>([^<]*)<", cells) == ["–", "0.50"]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_extreme_results_make_a_page(tmp_path: Path, value: float) -> None:
+    one = {
+        "tasks": ["only"],
+        "accuracy": [[value]],
+        "alphas": [None],
+        "parameters": [0],
+        "seconds": [0.0],
+        "base_seconds": 0.0,
+    }
+    html = page([result(**one), result("m" * 300, **one, variant="v" * 300)], tmp_path)
+    assert "nan" not in html.replace("–", "") and "0 drawn at 1" in html
+    many = comparison(methods=20, seeds=1, tasks=25)
+    assert len(page(many, tmp_path).encode()) < 1_000_000
+
+
+# ---- in a browser
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("chromium or chromedriver is not installed")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("reports")
+    odd = [
+        result(HOSTILE * 4, variant="x" * 200, tasks=["t" * 120, HOSTILE]),
+        result("ewc", tasks=["t" * 120, HOSTILE]),
+    ]
+    of = {"comparison": comparison(), "single": [result()], "odd": odd}
+    return {k: write_report(v, folder / f"{k}.html", title=k * 20, notes=["n" * 300]) for k, v in of.items()}
+
+
+def show(browser: Any, file: Path, width: int, scheme: str = "light") -> None:
+    """Open a report in a window of that width; headless windows have a minimum width, the emulated ones have none."""
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"media": "", "features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(file.as_uri())
+
+
+# Names and headings that are wrong, and the width of everything that does not scroll by itself.
+AUDIT = """
+document.querySelectorAll("details").forEach((d) => { d.open = true; });
+const named = (e) => (e.getAttribute("aria-labelledby") || "").split(" ").filter(Boolean)
+  .map((id) => document.getElementById(id)?.textContent.trim()).join("") || e.getAttribute("aria-label") || e.alt;
+const ids = [...document.querySelectorAll("[id]")].map((e) => e.id);
+const levels = [...document.querySelectorAll("h1,h2,h3,h4")].map((h) => +h.localName[1]);
+return {
+  unnamed: [...document.querySelectorAll("svg:not([aria-hidden=true]),img,[role=region],section,nav")]
+    .filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 100)),
+  repeated: ids.filter((id, i) => ids.indexOf(id) !== i),
+  headings: levels.filter((l) => l === 1).length === 1 && levels.every((l, i) => i === 0 || l <= levels[i - 1] + 1),
+  landmarks: ["header", "nav", "main", "footer"].map((l) => document.querySelectorAll(l).length),
+  unscoped: document.querySelectorAll("th:not([scope])").length,
+  untabbable: [...document.querySelectorAll(".scroll")].filter((e) => e.tabIndex !== 0).length,
+  width: document.documentElement.scrollWidth, inner: innerWidth,
+  loads: performance.getEntriesByType("resource").map((e) => e.name),
+};
+"""
+
+# The lowest contrast of any text with what is behind it (WCAG 2).
+CONTRAST = r"""
+const parse = (s) => s.match(/[\d.]+/g).map(Number);
+const light = (c) => { const [r, g, b] = c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const page = parse(getComputedStyle(document.body).backgroundColor);
+let worst = [99, ""];
+for (const e of document.querySelectorAll("body *")) {
+  const style = getComputedStyle(e), svg = e instanceof SVGElement;
+  if (["title", "desc", "script"].includes(e.localName)) continue;
+  if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
+  let back = page;
+  for (let p = e; p && p !== document.body; p = p.parentElement) {
+    const [r, g, b, a = 1] = parse(getComputedStyle(p).backgroundColor);
+    if (a > 0) { back = [r, g, b].map((v, i) => v * a + page[i] * (1 - a)); break; }
+  }
+  const [low, high] = [light(parse(svg ? style.fill : style.color).slice(0, 3)), light(back)].sort((a, b) => a - b);
+  const ratio = (high + 0.05) / (low + 0.05);
+  if (ratio < worst[0]) worst = [ratio, e.outerHTML.slice(0, 100)];
+}
+return worst;
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+@pytest.mark.parametrize("name", ["comparison", "single", "odd"])
+def test_browser_finds_nothing_wrong(browser: Any, reports: dict[str, Path], name: str, width: int) -> None:
+    show(browser, reports[name], width)
+    found = browser.execute_script(AUDIT)
+    assert found["inner"] == width and found["width"] <= width
+    assert found["unnamed"] == [] and found["repeated"] == [] and found["unscoped"] == 0 and found["untabbable"] == 0
+    assert found["headings"] and found["landmarks"] == [1, 1, 1, 1]
+    assert found["loads"] == []
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(browser: Any, reports: dict[str, Path], scheme: str) -> None:
+    show(browser, reports["comparison"], 1280, scheme)
+    ratio, element = browser.execute_script(CONTRAST)
+    assert ratio >= 4.5, element
+
+
+def test_tables_show_the_numbers_and_sort(browser: Any, reports: dict[str, Path]) -> None:
+    show(browser, reports["comparison"], 1280)
+    cells = "return [...document.querySelectorAll('#summary tbody tr')].map((r) => [...r.cells].map((c) => c.textContent.trim()))"
+    rows = browser.execute_script(cells)
+    expected = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in markdown(summary_table(comparison())).splitlines()[2:]
+    ]
+    assert [row[1:] for row in rows] == [row[1:] for row in expected]
+    matrix = browser.execute_script(
+        "return [...document.querySelector('.heat tbody').rows[9].cells].map((c) => c.textContent)"
+    )
+    first = [run.accuracy[9] for run in comparison()[:3]]
+    assert matrix[1:] == [f"{100 * sum(column) / 3:.1f}" for column in zip(*first, strict=True)]
+
+    button = browser.find_element("css selector", "#summary thead th:nth-child(2) button")
+    for order in ("descending", "ascending"):
+        button.send_keys("\ue007")  # enter
+        accuracies = [float(row[1].split()[0]) for row in browser.execute_script(cells)]
+        assert accuracies == sorted(accuracies, reverse=order == "descending") and len(accuracies) == 12
+        assert browser.execute_script("return document.querySelector('#summary [aria-sort]').ariaSort") == order
+
+
+def test_details_open_by_keyboard_and_in_print(browser: Any, reports: dict[str, Path]) -> None:
+    show(browser, reports["comparison"], 375)
+    opened = "return [...document.querySelectorAll('#matrices details')].map((d) => d.open)"
+    assert browser.execute_script(opened) == [True] * 2 + [False] * 10
+    for number, key in ((3, "\ue007"), (4, "\ue00d")):  # enter, space
+        browser.find_element("css selector", f"#matrices details:nth-child({number}) summary").send_keys(key)
+        assert browser.execute_script(opened)[number - 1]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    hidden = "return [...document.querySelectorAll('details > *')].filter((e) => !e.checkVisibility()).length"
+    assert browser.execute_script(hidden) == 0
+    metrics = {
+        "width": 720,
+        "height": 1000,
+        "deviceScaleFactor": 1,
+        "mobile": False,
+    }  # A4 between its margins, CSS pixels
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 720
