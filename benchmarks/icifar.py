@@ -39,8 +39,8 @@ def one(arguments: argparse.Namespace, merge: str, seed: int, name: str | None =
         {
             "settings": public, "weights": label(arguments), "average": matrix.average, "learned": matrix.learned,
             "final": matrix.final, "forgetting": matrix.forgetting, "alphas": result.alphas,
-            "parameters_per_task": result.parameters_per_task, "base_seconds": result.base_seconds,
-            "task_seconds": result.task_seconds, "whole_seconds": time.perf_counter() - started,
+            "parameters_per_task": max(result.parameters), "base_seconds": result.base_seconds,
+            "task_seconds": result.seconds, "whole_seconds": time.perf_counter() - started,
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
     )  # fmt: skip

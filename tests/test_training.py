@@ -134,6 +134,23 @@ def test_a_run_resumes_over_cached_random_views(tmp_path: Path) -> None:
     assert same(*ends)
 
 
+def test_python_and_numpy_draws_go_on_in_the_middle_of_a_pass(tmp_path: Path) -> None:
+    """A loss that draws from all three generators, as augmentations do."""
+
+    def noisy(stop: int | None = None) -> Any:
+        inner = F.cross_entropy if stop is None else stopping(stop)
+        return lambda output, target: inner(output, target) * (1 + random.random() + np.random.rand() + torch.rand(()))
+
+    options: dict[str, Any] = {"steps": 20, "save_every": 0.0, "progress": False}
+    whole = build()
+    st.fit(whole, "t", loader(), loss=noisy(), **options)
+    with pytest.raises(Stop):
+        st.fit(build(), "t", loader(), loss=noisy(stop=11), resume=tmp_path / "r", **options)
+    model = build()
+    st.fit(model, "t", loader(), loss=noisy(), resume=tmp_path / "r", **options)
+    assert same(state(model), state(whole))
+
+
 def test_the_resume_file_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "resume.pt"
     st.fit(build(), "t", loader(), steps=2, resume=file, progress=False)

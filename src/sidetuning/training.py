@@ -314,7 +314,7 @@ def train(
     else:
         batches = loader
     state = _Position(seed=seed, steps=steps)
-    rng: Tensor | None = None
+    rng: dict[str, Any] | None = None
     if path is not None and path.exists():
         rng = _restore(path, state, objective, optimizer, scheduler)
 
@@ -331,7 +331,7 @@ def train(
                     next(iterator)
                     any_batch = True
                 if rng is not None:
-                    torch.set_rng_state(rng)
+                    _set_generators(rng)
                     rng = None
                 for batch in iterator:
                     any_batch = True
@@ -441,7 +441,7 @@ def _save(
         "objective": objective.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "rng": torch.get_rng_state(),
+        "rng": _generators(),
     }
     with atomic_write(path) as temporary:
         torch.save(content, temporary)
@@ -449,8 +449,8 @@ def _save(
 
 def _restore(
     path: Path, state: _Position, objective: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None
-) -> Tensor:
-    """Read `path` into the run and return the state of torch's generator."""
+) -> dict[str, Any]:
+    """Read `path` into the run and return the states of the generators."""
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
         position = content["position"]
@@ -471,8 +471,22 @@ def _restore(
     if scheduler is not None:
         scheduler.load_state_dict(content["scheduler"])
     vars(state).update(position)
-    rng: Tensor = content["rng"]
+    rng: dict[str, Any] = content["rng"]
     return rng
+
+
+def _generators() -> dict[str, Any]:
+    """The states of python's, numpy's and torch's generators, of types that `torch.load(weights_only=True)` reads."""
+    state = np.random.get_state(legacy=False)
+    state["state"]["key"] = torch.from_numpy(state["state"]["key"].astype(np.int64))
+    return {"python": random.getstate(), "numpy": state, "torch": torch.get_rng_state()}
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    numpy = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
+    torch.set_rng_state(states["torch"])
 
 
 def _bar(label: str | None, steps: int, done: int, accelerator: Accelerator) -> Any:
