@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,24 @@ def tiny_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images = (colours[labels] + rng.normal(0, 20, (len(labels), 32, 32, 3))).clip(0, 255).astype(np.uint8)
         write_parquet(folder, split, images, labels)
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Gives a file system of a size such as "256k", really full when it is; a second call resizes it. Needs to be root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def disk(size: str) -> Path:
+        option = f"size={size}" if not folder.is_mount() else f"remount,size={size}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", folder], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+        return folder
+
+    yield disk
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture

@@ -184,6 +184,12 @@ def test_a_full_disk_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest
     assert len(fill(tmp_path, data=data)) == 10
 
 
+def test_a_file_system_that_is_really_full(small_disk: Callable[[str], Path]) -> None:
+    with pytest.raises(st.CacheError, match="full"):
+        fill(small_disk("12k"))
+    assert len(fill(small_disk("4m"))) == 10
+
+
 def test_a_read_only_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 

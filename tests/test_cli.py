@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,22 @@ def test_mistakes_are_one_sentence(run: Path, tiny_cifar: Path, tmp_path: Path) 
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "b", cache, "--merge", "alhpa")), "'alhpa'", "'alpha'")
     (tmp_path / "file").touch()
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "file" / "run", cache)), "cannot be written to")
+
+
+def test_a_full_disk_loses_nothing(run: Path, tiny_cifar: Path, small_disk: Callable[[str], Path]) -> None:
+    """First the cache does not fit, then the tasks, then all goes on to the same weights as on a large disk."""
+    folder = small_disk("300k")
+    one_sentence(
+        sidetuning(*icifar(tiny_cifar, folder / "run", folder / "cache")), "disk", "full", "goes on from there"
+    )
+    small_disk("1300k")
+    done = sidetuning(*icifar(tiny_cifar, folder / "run", folder / "cache"))
+    assert done.returncode == 1 and (folder / "run" / "metrics.jsonl").exists()
+    assert "the disk is full" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    small_disk("64m")
+    done = sidetuning(*icifar(tiny_cifar, folder / "run", folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert hashes(folder / "run") == hashes(run)
 
 
 def newest(folder: Path) -> int:

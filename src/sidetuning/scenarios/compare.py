@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -194,7 +196,7 @@ def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
         bar.update(cell.settings.tasks)
         return RunResult.load(file)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        future = pool.submit(icifar.run, cell.settings)
+        future = pool.submit(run_cell, cell.settings)
         try:
             while not future.done():
                 time.sleep(0.5)
@@ -208,12 +210,25 @@ def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
             ) from error
 
 
+def run_cell(settings: icifar.Settings) -> RunResult:
+    """What the cell's process does; it ends with its parent, so that a killed grid leaves nothing running."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    return icifar.run(settings)
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def finish(settings: Settings, results: Sequence[RunResult]) -> None:
     """Write `table.md` and `report.html` of the results so far."""
     with_first = add_alone(results)
     table = markdown(summary_table(with_first))
     out = Path(settings.out)
-    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table, encoding="utf-8")
     title = f"iCIFAR: {settings.grid}" if settings.grid != "methods" else "iCIFAR: methods compared"
     write_report(with_first, out / "report.html", title=title)
 

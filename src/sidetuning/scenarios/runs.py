@@ -31,6 +31,7 @@ class Run:
     def __init__(self, folder: str | Path, scenario: str, settings: Any, free: tuple[str, ...] = ()) -> None:
         self.folder = Path(folder)
         wanted = {k: v for k, v in asdict(settings).items() if k not in free}
+        wanted = json.loads(json.dumps(wanted))  # as it will be read: tuples are lists
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "resume").mkdir(exist_ok=True)
