@@ -95,11 +95,13 @@ def load_images(source: str | Path, split: str) -> ImageSet:
 
 def decode_image(data: bytes) -> Tensor:
     """An encoded image to uint8 (3, h, w); raises DataError where it is damaged."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             array = np.array(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise DataError("the image cannot be decoded: its bytes are of no format that Pillow knows") from error
     except Exception as error:  # Pillow's decoders raise whatever their formats make them
         raise DataError(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
     return torch.from_numpy(array).permute(2, 0, 1)

@@ -1,0 +1,62 @@
+"""The grids of `sidetuning compare icifar`, recorded cell by cell: `python benchmarks/compare.py --data FOLDER --grid methods`.
+
+A cell that has its result is not run again. `--table` prints the table of a grid from the results.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+
+import tyro
+from tqdm import tqdm
+
+from common import RESULTS, record
+from sidetuning.results import RunResult, markdown, summary_table
+from sidetuning.scenarios import compare
+
+
+@dataclass(frozen=True)
+class Settings(compare.Settings):
+    """Run and record a grid."""
+
+    out: str = "runs/benchmarks/compare"
+    """Folder of the cells' runs."""
+    table: bool = False
+    """Only print the table of the grid."""
+
+
+def name(settings: Settings, cell: compare.Cell) -> str:
+    """The result file of a cell."""
+    return f"compare-{settings.grid}-{cell.folder.name}"
+
+
+def run(settings: Settings) -> None:
+    """Run and record the cells that have no result yet."""
+    todo = [c for c in compare.cells(settings) if not (RESULTS / f"{name(settings, c)}.json").exists()]
+    with tqdm(total=len(todo) * settings.tasks, unit="task") as bar:
+        for cell in todo:
+            bar.set_description(cell.folder.name)
+            result = replace(compare.one(cell, bar), variant=cell.variant)
+            public = {k: v for k, v in result.settings.items() if k not in ("base_weights", "init") or v == "distilled"}
+            record(name(settings, cell), asdict(replace(result, settings=public)))
+
+
+def results(grid: str) -> list[RunResult]:
+    """All recorded runs of a grid, in the grid's order."""
+    known = {f.name for f in fields(RunResult)}
+    found = {}
+    for file in RESULTS.glob(f"compare-{grid}-*.json"):
+        content = json.loads(file.read_text())
+        run = RunResult(**{k: v for k, v in content.items() if k in known})
+        found[run.method, run.variant, run.seed] = run
+    cells = compare.cells(compare.Settings("icifar", grid=grid, seeds=9))  # type: ignore[arg-type]
+    order = [(c.settings.method, c.variant, c.settings.seed) for c in cells]
+    return compare.add_alone([found[key] for key in order if key in found])
+
+
+if __name__ == "__main__":
+    given = tyro.cli(Settings, config=(tyro.conf.OmitArgPrefixes,))
+    if not given.table:
+        run(given)
+    print(markdown(summary_table(results(given.grid))))
