@@ -41,6 +41,7 @@ class SideTune(Method):
         )
         self._branch = dict(self.options)
         self.model = SideTuner(base)
+        self._saved: set[Path] = set()
 
     def add(self, task: Task) -> None:
         given = self._branch
@@ -70,10 +71,11 @@ class SideTune(Method):
         return self.model[task].alpha
 
     def write_tensors(self, folder: Path, metrics: Mapping[str, float] | None) -> str:
-        """Write each task to a folder of its own under `folder`, as `SideTuner.save_task` does; those there stay."""
+        """Write each task to a folder of its own under `folder`, as `SideTuner.save_task` does, once: a task does not change."""
         for task in self.model.tasks:
-            if not (folder / task / "side.json").exists():
+            if folder / task not in self._saved:
                 self.model.save_task(task, folder / task, metrics=metrics)
+                self._saved.add(folder / task)
         return ""
 
     def read_tensors(self, folder: Path, sha256: str) -> None:
@@ -81,3 +83,4 @@ class SideTune(Method):
             self.model.remove_task(task)
         for task in self.tasks:
             self.model.load_task(folder / task)
+            self._saved.add(folder / task)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sidetuning.base import Base, load_base
+from sidetuning.base import load_base
 from sidetuning.continual import AccuracyMatrix
-from sidetuning.training import accuracy, evaluate, fit, seeded, train
-from sidetuning.tuner import SideTuner
+from sidetuning.methods import METHODS, Method, Recipe, Task
+from sidetuning.training import evaluate
 
 TASKS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 
@@ -61,61 +59,21 @@ def digits(seed: int) -> list[Split]:
     return splits
 
 
-def side_tune(s: Settings, splits: list[Split]) -> AccuracyMatrix:
-    """A side per task on one frozen base."""
-    model = SideTuner(load_base(s.base))
+def learn_all(method: Method, splits: list[Split], s: Settings) -> AccuracyMatrix:
+    """Learn the tasks one after another; every task so far is tested after each."""
     matrix = AccuracyMatrix([name(pair) for pair in TASKS])
-    for k, task in enumerate(matrix.tasks):
-        with seeded(s.seed + k):
-            model.add_task(task, side="fcn4", merge="mlp2", head=2, init="distilled", labels=[str(d) for d in TASKS[k]])
-        fit(model, task, DataLoader(splits[k].train, 32, shuffle=True), epochs=s.epochs, seed=s.seed)
-        matrix.add(
-            [
-                evaluate(model, t, DataLoader(splits[j].test, 256))["accuracy"]
-                for j, t in enumerate(matrix.tasks[: k + 1])
-            ]
-        )
-        model.save_task(task, Path(s.out) / "tasks" / task, metrics={"accuracy": matrix.learned[-1]})
-    return matrix
-
-
-class Tuned(nn.Module):
-    """Fine-tuning: one network for all tasks, a head for each; `forward` is the loss of the task being learned."""
-
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        assert isinstance(base.net, nn.Module)
-        self.net = copy.deepcopy(base.net).requires_grad_(True)
-        self.heads = nn.ModuleList(nn.Linear(base.width, 2) for _ in TASKS)
-        self.task = 0
-        self._base = (base,)  # for its normalisation only
-
-    def logits(self, x: Tensor, task: int) -> Tensor:
-        return self.heads[task](self.net(self._base[0].prepare(x)))
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(self.logits(batch[0], self.task), batch[1])
-
-
-def fine_tune(s: Settings, splits: list[Split]) -> AccuracyMatrix:
-    """The same base, tuned through the tasks one after another."""
-    matrix = AccuracyMatrix([name(pair) for pair in TASKS])
-    with seeded(s.seed):
-        model = Tuned(load_base(s.base))
-    for k, task in enumerate(matrix.tasks):
-        model.task = k
-        loader = DataLoader(splits[k].train, 32, shuffle=True)
-        trained = [*model.net.parameters(), *model.heads[k].parameters()]
-        train(
-            model, loader, torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0), steps=s.epochs * len(loader), clip=1.0,
-            seed=s.seed, progress=f"fine-tuning {task}",
-        )  # fmt: skip
-        row = []
-        for j in range(k + 1):
-            x, y = splits[j].test.tensors
-            with torch.no_grad():
-                row.append(float(accuracy(model.logits(x, j), y).mean()))
+    for k, (task, pair, split) in enumerate(zip(matrix.tasks, TASKS, splits, strict=True)):
+        loader = DataLoader(split.train, 32, shuffle=True)
+        recipe = Recipe(s.epochs * len(loader), lr=1e-3, optimizer=torch.optim.AdamW, seed=s.seed)
+        method.learn(Task(task, 2, labels=[str(d) for d in pair], seed=s.seed + k), loader, recipe)
+        row = [
+            evaluate(method, t, DataLoader(splits[j].test, 256))["accuracy"]
+            for j, t in enumerate(matrix.tasks[: k + 1])
+        ]
         matrix.add(row)
+        method.save(
+            Path(s.out) / ("tasks" if method.name == "sidetune" else method.name), metrics={"accuracy": row[-1]}
+        )
     return matrix
 
 
@@ -130,7 +88,9 @@ def main(settings: Settings) -> None:
 
     console = Console()
     splits = digits(settings.seed)
-    side, tuned = side_tune(settings, splits), fine_tune(settings, splits)
+    base = load_base(settings.base)
+    side = learn_all(METHODS["sidetune"](base, side="fcn4", merge="mlp2", init="distilled"), splits, settings)
+    tuned = learn_all(METHODS["finetune"](base), splits, settings)
     side.save(Path(settings.out) / "matrix.json")
     for title, matrix in (
         ("Side-tuning: a frozen base and small sides", side),
