@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sidetuning.errors import ShapeError, UnknownNameError
 from sidetuning.registry import Registry, unknown
@@ -193,18 +195,21 @@ class Base(nn.Module):
         Features differ from this base's by rounding only (about 1e-6 of their size).
         """
         net = self.net
-        if (
-            self._taps
-            or not isinstance(net, nn.Module)
-            or not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-        ):
+        if not isinstance(net, nn.Module) or not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
             return self
-        from torch.fx.experimental.optimization import fuse
-
         try:
-            fused = fuse(net)
+            pairs = _foldable(net)
         except Exception:  # tracing fails in as many ways as there are networks, and the plain one always works
             return self
+        fused = copy.deepcopy(net)
+        for conv, norm in pairs:
+            if norm in self._taps or conv in self._taps:
+                continue
+            conv_module: Any = fused.get_submodule(conv)
+            norm_module: Any = fused.get_submodule(norm)
+            for name, module in ((conv, fuse_conv_bn_eval(conv_module, norm_module)), (norm, nn.Identity())):
+                parent, _, child = name.rpartition(".")
+                setattr(fused.get_submodule(parent), child, module)
         other = copy.copy(self)
         other._hidden = (fused.to(memory_format=torch.channels_last),)
         return other
@@ -248,6 +253,24 @@ class Base(nn.Module):
     def extra_repr(self) -> str:
         name = self.spec.name if self.spec else type(self.net).__name__
         return f"{name}, {self.kind} {self.output_shape}, {self.parameter_count():,} frozen parameters"
+
+
+def _foldable(net: nn.Module) -> list[tuple[str, str]]:
+    """Names of convolutions and of the batch norms that alone read them, each called once."""
+    nodes = list(torch.fx.symbolic_trace(net).graph.nodes)
+    modules = dict(net.named_modules())
+    calls = [str(n.target) for n in nodes if n.op == "call_module"]
+    pairs = []
+    for node in nodes:
+        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        if isinstance(before, torch.fx.Node) and before.op == "call_module" and len(before.users) == 1:
+            conv, norm = str(before.target), str(node.target)
+            once = calls.count(conv) == calls.count(norm) == 1
+            if once and isinstance(modules[conv], nn.Conv2d):
+                pairs.append((conv, norm))
+    return pairs
 
 
 def to_device(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:

@@ -21,6 +21,7 @@ SIDES: Registry[Callable[..., nn.Module]] = Registry(
         "mlp": "sidetuning.sides.mlp:mlp",
         "transformer": "sidetuning.sides.transformer:Transformer",
         "ladder": "sidetuning.sides.ladder:Ladder",
+        "fusion": "sidetuning.sides.fusion:Fusion",
     },
 )
 
