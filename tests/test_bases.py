@@ -121,6 +121,17 @@ def test_folding_batch_norms_only_rounds() -> None:
     assert torch.allclose(folded(x).out, base(x).out, atol=1e-5)
 
 
+def test_folding_keeps_taps() -> None:
+    base = conv_base(("2", "4"))
+    folded, x = base.folded(), inputs("conv")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.net.modules())
+    for tap in ("2", "4"):
+        assert torch.allclose(folded(x).taps[tap], base(x).taps[tap], atol=1e-5)
+    between = conv_base(("0", "1"))  # what lies between a convolution and its norm can only be seen unfolded
+    assert torch.allclose(between.folded()(x).taps["0"], between(x).taps["0"], atol=1e-5)
+    assert torch.allclose(between.folded()(x).taps["1"], between(x).taps["1"], atol=1e-5)
+
+
 def test_names_that_do_not_exist() -> None:
     with pytest.raises(st.UnknownNameError, match="did you mean 'resnet44-cifar10'"):
         st.load_base("resnet44-cifar")

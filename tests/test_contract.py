@@ -13,8 +13,8 @@ from conftest import BASES, TAPS, inputs
 from sidetuning.merges import dense_merges
 
 SIDES = {
-    "conv": ["fcn4", "fcn5", "copy", "mlp", "transformer", "ladder"],
-    "map": ["fcn3", "fcn4", "fcn8", "copy", "mlp", "transformer", "ladder"],
+    "conv": ["fcn4", "fcn5", "copy", "mlp", "transformer", "ladder", "fusion"],
+    "map": ["fcn3", "fcn4", "fcn8", "copy", "mlp", "transformer", "ladder", "fusion"],
     "sequence": ["mlp", "transformer", "ladder", "copy"],
     "mlp": ["mlp", "transformer", "ladder", "copy"],
 }

@@ -146,6 +146,7 @@ def test_a_convolutional_side_needs_images(side: str) -> None:
         (mlp_base, {"init": "xaviar"}, st.TaskError, "xaviar"),
         (mlp_base, {"init": Path("nowhere.safetensors")}, st.ArtifactError, "does not exist"),
         (mlp_base, {"side": "ladder"}, st.ShapeError, "taps"),
+        (mlp_base, {"side": "fusion"}, st.ShapeError, "taps"),
         (mlp_base, {"side": None}, st.TaskError, "needs a side"),
         (mlp_base, {"merge": "film", "laterals": ["old"]}, st.TaskError, "no dense variant"),
         (mlp_base, {"merge_options": {"init": 1.0}}, st.TaskError, r"\(0, 1\)"),

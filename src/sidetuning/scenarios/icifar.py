@@ -5,27 +5,35 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
 from sidetuning.base import Base, load_base
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.continual import AccuracyMatrix
 from sidetuning.data.cifar import ImageSet, load_images
-from sidetuning.errors import DataError
+from sidetuning.errors import DataError, SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
 from sidetuning.scenarios.runs import Run
-from sidetuning.training import evaluate
 
 CLASSES_PER_TASK = 10
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
+# The most accurate recipe found within the paper's parameters per task and ten minutes on two cores (docs/benchmarks.md).
+BEST: dict[str, Any] = {
+    "side": "fusion", "side_shift": 2, "taps": ("layer2", "layer3"), "merge": "sum", "init": None, "mirror": True,
+    "samples": 28 * 5000, "lr": 6e-3, "optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle", "smoothing": 0.1,
+    "clip": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ class Settings:
     """A folder with train*.parquet and test*.parquet in the Hub's layout, or a data set on the Hub."""
     out: str = "runs/icifar"
     """Folder of the run; the same command run again goes on where it stopped."""
+    recipe: Literal["paper", "best"] = "paper"
+    """The paper's protocol, or the most accurate one for no more parameters per task: a side on inner maps of the base,
+    mirrored and shifted, 28 passes. It sets side, taps, merge, init, mirror, samples, optimiser and schedule."""
     method: str = "sidetune"
     """sidetune, features, finetune, independent, scratch, ewc, psp, pnn, residual-adapter, lora, piggyback or boosting."""
     merge: str = "mlp2"
@@ -44,6 +55,10 @@ class Settings:
     """Side network."""
     side_width: float = 1.0
     """Fraction of the base's channels that the side "copy" keeps."""
+    side_shift: int = 0
+    """Augmentation of the side "fusion": cells of the largest map by which maps are moved at random."""
+    taps: tuple[str, ...] = ()
+    """Inner modules of the base whose outputs sides such as fusion and ladder read."""
     init: str | None = "distilled"
     """How the side starts: distilled, xavier, low-energy, zero, or a safetensors file of its weights."""
     dense: bool = False
@@ -58,14 +73,22 @@ class Settings:
     """Training images per task, repetitions included (four passes over 5,000)."""
     share: float = 1.0
     """Part of each task's training images that is used; the number of steps stays."""
+    mirror: bool = False
+    """Train on mirrored images too, and average the answer over an image and its mirror image."""
     batch: int = 128
     """Images per step."""
     lr: float = 1e-3
-    """Learning rate of Adam."""
+    """Learning rate, at its peak."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """Adam, or AdamW."""
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    """Of the learning rate; one-cycle warms up for a quarter of the steps and ends near 0."""
+    smoothing: float = 0.0
+    """Label smoothing of the training loss."""
     weight_decay: float = 0.0
     """Weight decay of kernels and matrices; merges, norms and biases have none."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; None for no limit."""
     prenorm: bool = False
     """Group-normalise the merged code before the head, as the original code does."""
     precision: Literal["no", "bf16"] = "no"
@@ -87,9 +110,9 @@ class Settings:
 
 def run(settings: Settings) -> RunResult:
     """Learn the tasks in order, saving after each; evaluates every task after every task."""
-    s = settings
+    s = with_recipe(settings)
     folder = Run(s.out, "icifar", s, free=FREE)
-    base = load_base(s.base, weights=s.base_weights)
+    base = load_base(s.base, weights=s.base_weights, taps=s.taps)
     methods = [build_method(s, base)]
     build_method(s, base).add(Task("dry-run", CLASSES_PER_TASK))  # an unknown part is found before the long work
     train_set, test_set = load_images(s.data, "train"), load_images(s.data, "test")
@@ -98,12 +121,14 @@ def run(settings: Settings) -> RunResult:
         raise DataError(f"{s.data} has {classes} classes; {s.tasks} tasks of ten need {s.tasks * CLASSES_PER_TASK}")
 
     started = time.perf_counter()
-    train, test = [prepare(methods[0], base, images, s) for images in (train_set, test_set)]
+    train = prepare(methods[0], base, train_set, s)
+    test = views_of(prepare(methods[0], base, test_set, s))
     base_seconds = time.perf_counter() - started
 
     order = task_order(s)
     names = [f"classes-{10 * k}-{10 * k + 9}" for k in order]
-    recipe = Recipe(-(-s.samples // s.batch), s.lr, s.weight_decay, s.clip, seed=s.seed, precision=s.precision)
+    recipe = recipe_of(s)
+    loss = partial(F.cross_entropy, label_smoothing=s.smoothing)
     done = {row["task"]: row for row in folder.metrics() if "accuracy" in row}
     matrix = AccuracyMatrix(names)
     if done:
@@ -119,7 +144,7 @@ def run(settings: Settings) -> RunResult:
         method = methods[-1]
         labels = train_set.names[CLASSES_PER_TASK * k : CLASSES_PER_TASK * (k + 1)]
         result = method.learn(
-            Task(name, CLASSES_PER_TASK, labels=labels, seed=s.seed * 1000 + k),
+            Task(name, CLASSES_PER_TASK, loss, labels, seed=s.seed * 1000 + k),
             task_loader(train, k, s.batch, shuffle=True, share=s.share), recipe,
             resume=folder.resume(name), save_every=s.save_every, progress=s.progress,
         )  # fmt: skip
@@ -128,7 +153,7 @@ def run(settings: Settings) -> RunResult:
             if s.alone and learned != name:
                 accuracy[learned] = done[learned]["accuracy"][-1]  # no other network touched it
             else:
-                accuracy[learned] = evaluate(method, learned, task_loader(test, j, 500, shuffle=False))["accuracy"]
+                accuracy[learned] = test_accuracy(method, learned, test, j)
         method.save(folder.tasks(name if s.alone else ""), metrics={"accuracy": accuracy[name]})
         row = {
             "task": name, "accuracy": list(accuracy.values()), "seconds": result.seconds, "loss": result.losses[-1],
@@ -162,12 +187,39 @@ def build_method(settings: Settings, base: Base) -> Method:
             "init": s.init,
             "prenorm": s.prenorm,
             "dense": s.dense,
-            "side_options": {"width": s.side_width} if s.side == "copy" else {},
+            "side_options": {"copy": {"width": s.side_width}, "fusion": {"shift": s.side_shift}}.get(s.side, {}),
         },
         "features": {"prenorm": s.prenorm},
         "boosting": {"stages": s.stages, "side": s.side, "merge": s.merge, "init": s.init, "prenorm": s.prenorm},
     }
     return METHODS.build(s.method, base, options=options.get(s.method, {}))
+
+
+def with_recipe(settings: Settings) -> Settings:
+    """The settings with those that their recipe sets.
+
+    Raises:
+        SideTuningError: one of these is given, and is another.
+    """
+    if settings.recipe == "paper":
+        return settings
+    plain = Settings()
+    for name, value in BEST.items():
+        if getattr(settings, name) not in (value, getattr(plain, name)):
+            flag = name.replace("_", "-")
+            raise SideTuningError(f"--recipe {settings.recipe} sets --{flag} itself, to {value}; leave one of them out")
+    return replace(settings, **BEST)
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """How every task is trained."""
+    s = settings
+    steps = -(-s.samples // s.batch)
+    one_cycle = partial(OneCycleLR, max_lr=s.lr, total_steps=steps + 1, pct_start=0.25, cycle_momentum=False)
+    return Recipe(
+        steps, s.lr, s.weight_decay, s.clip, optimizer=torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam,
+        scheduler=one_cycle if s.schedule == "one-cycle" else None, seed=s.seed, precision=s.precision,
+    )  # fmt: skip
 
 
 def task_order(settings: Settings) -> list[int]:
@@ -192,14 +244,47 @@ class Images(Dataset[Any]):
 
 def prepare(method: Method, base: Base, images: ImageSet, settings: Settings) -> CachedFeatures | Images:
     """Images with cached base features where the method uses them."""
+    s = settings
     if not method.uses_features:
+        if s.mirror:
+            raise SideTuningError(f"mirror reads cached features, and the method {s.method} uses none; leave it out")
         return Images(images)
-    return cache_features(base, images, Path(settings.cache).expanduser(), progress=settings.progress)
+    return cache_features(
+        base, images, Path(s.cache).expanduser(), views=2 if s.mirror else 1, augment=mirror if s.mirror else None,
+        dtype="float16" if s.taps else "float32", progress=s.progress,
+    )  # fmt: skip
+
+
+def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The second view of every image."""
+    return images.flip(-1)
+
+
+def views_of(data: CachedFeatures | Images) -> list[CachedFeatures | Images]:
+    """A data set per view, instead of one that gives a random view."""
+    if isinstance(data, Images):
+        return [data]
+    views = [CachedFeatures(data.folder) for _ in range(data.views)]
+    for i, view in enumerate(views):
+        view.view = i
+    return list(views)
+
+
+@torch.no_grad()
+def test_accuracy(method: Method, name: str, views: Sequence[CachedFeatures | Images], task: int) -> float:
+    """The share of a task's test images whose mean answer over the views is right."""
+    right = total = 0
+    for batches in zip(*(task_loader(view, task, 500, shuffle=False) for view in views), strict=True):
+        answers = [method(x, name, features=features).softmax(1) for x, features, _ in batches]
+        y = batches[0][2]
+        right += int((sum(answers[1:], answers[0]).argmax(1) == y).sum())
+        total += len(y)
+    return right / total
 
 
 def task_loader(
     data: CachedFeatures | Images, task: int, batch: int, *, shuffle: bool, share: float = 1.0
-) -> DataLoader[object]:
+) -> DataLoader[Any]:
     """The images of one task's ten classes, with labels 0 … 9; a `share` below 1 takes the first ones of each class."""
     first = CLASSES_PER_TASK * task
     labels = data.labels

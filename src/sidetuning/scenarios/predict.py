@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -45,15 +46,23 @@ def predict(settings: Settings) -> list[Answer]:
     example = model.base.example
     assert isinstance(example, Tensor)
     batch = torch.stack([read(Path(i), tuple(example.shape[-2:])) for i in settings.images])  # (b, 3, h, w) in [0, 1]
+    views = [batch, batch.flip(-1)] if averages_mirror_images(Path(settings.run)) else [batch]
     with torch.no_grad():
-        outputs = model.forward_all(batch)
+        each = [model.forward_all(view) for view in views]
+    outputs = {task: torch.stack([F.softmax(o[task], 1) for o in each]).mean(0) for task in model.tasks}
     answers = []
     for i, image in enumerate(settings.images):
         for task, output in outputs.items():
-            probability, best = F.softmax(output[i], 0).max(0)
+            probability, best = output[i].max(0)
             labels = model[task].labels
             answers.append(Answer(image, task, labels[int(best)] if labels else str(int(best)), float(probability)))
     return answers
+
+
+def averages_mirror_images(run: Path) -> bool:
+    """Whether the run's own accuracy is that of answers averaged over an image and its mirror image."""
+    file = run / "run.json"
+    return file.exists() and bool(json.loads(file.read_text()).get("settings", {}).get("mirror"))
 
 
 def read(path: Path, size: tuple[int, ...]) -> Tensor:
