@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sidetuning.artifacts import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,6 +29,7 @@ def record(name: str, content: dict[str, Any]) -> None:
     about = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} cores, {processor()}",
+        "threads": torch.get_num_threads(),
         "versions": {p: version(p) for p in ("sidetuning", "torch", "numpy", "accelerate")}
         | {"python": platform.python_version()},
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -121,7 +121,7 @@ def test_an_unknown_method_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_share_takes_the_same_part_of_every_class(tiny_cifar: Path) -> None:
-    data = icifar.Images(icifar.load_images(str(tiny_cifar), "train"))
+    data = icifar.Images(*icifar.load_images(str(tiny_cifar), "train").tensors(), view=0)
     loader = icifar.task_loader(data, 1, 100, shuffle=False, share=0.25)
     ((x, features, y),) = list(loader)
     assert features is None and len(x) == 30

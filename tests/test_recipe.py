@@ -74,3 +74,14 @@ def test_a_run_answers_by_the_mean_over_mirror_images(tiny_cifar: Path, tmp_path
     assert answer.probability == pytest.approx(float((views[0] + views[1])[0].max()) / 2, abs=1e-4)
     again = icifar.run(replace(settings, out=str(tmp_path / "again")))
     assert again.accuracy == result.accuracy
+
+
+def test_a_network_of_its_own_sees_mirrored_and_cropped_images() -> None:
+    images, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)
+    plain, mirrored = icifar.views_of(icifar.Images(images, labels, view=None))
+    assert isinstance(plain, icifar.Images)
+    assert torch.equal(plain.__getitems__([2])[0], images[2:3])
+    assert torch.equal(mirrored.__getitems__([2])[0], images[2:3].flip(-1))
+    with st.seeded(0):
+        x, _, y = icifar.Images(images, labels, view=None).__getitems__([0, 1, 2, 3])
+    assert x.shape == images.shape and torch.equal(y, labels) and not torch.equal(x, images)

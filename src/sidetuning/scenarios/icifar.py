@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from sidetuning.base import Base, load_base
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.continual import AccuracyMatrix
-from sidetuning.data.cifar import ImageSet, load_images
+from sidetuning.data.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
@@ -74,7 +74,8 @@ class Settings:
     share: float = 1.0
     """Part of each task's training images that is used; the number of steps stays."""
     mirror: bool = False
-    """Train on mirrored images too, and average the answer over an image and its mirror image."""
+    """Train on mirrored images too, and average the answer over an image and its mirror image. Methods that train a
+    network of their own see randomly cropped ones too."""
     batch: int = 128
     """Images per step."""
     lr: float = 1e-3
@@ -230,25 +231,30 @@ def task_order(settings: Settings) -> list[int]:
 
 
 class Images(Dataset[Any]):
-    """Batches of images without features, for methods that run a network of their own."""
+    """Batches of images without features, for methods that run a network of their own.
 
-    def __init__(self, images: ImageSet) -> None:
-        self.images, self.labels = images.tensors()
+    Attributes:
+        view: 0 gives images as they are, 1 mirrored, None at random and cropped after padding by 4.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, view: int | None) -> None:
+        self.images, self.labels, self.view = images, labels, view
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, None, Tensor]:
-        return self.images[list(rows)], None, self.labels[list(rows)]
+        x = self.images[list(rows)]
+        if self.view is None:
+            x = random_flip_crop(x, padding=4)
+        return x.flip(-1) if self.view == 1 else x, None, self.labels[list(rows)]
 
 
 def prepare(method: Method, base: Base, images: ImageSet, settings: Settings) -> CachedFeatures | Images:
-    """Images with cached base features where the method uses them."""
+    """Images, to be augmented where the settings say so, with cached base features where the method uses them."""
     s = settings
     if not method.uses_features:
-        if s.mirror:
-            raise SideTuningError(f"mirror reads cached features, and the method {s.method} uses none; leave it out")
-        return Images(images)
+        return Images(*images.tensors(), view=None if s.mirror else 0)
     return cache_features(
         base, images, Path(s.cache).expanduser(), views=2 if s.mirror else 1, augment=mirror if s.mirror else None,
         dtype="float16" if s.taps else "float32", progress=s.progress,
@@ -263,7 +269,7 @@ def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
 def views_of(data: CachedFeatures | Images) -> list[CachedFeatures | Images]:
     """A data set per view, instead of one that gives a random view."""
     if isinstance(data, Images):
-        return [data]
+        return [data] if data.view == 0 else [Images(data.images, data.labels, view) for view in (0, 1)]
     views = [CachedFeatures(data.folder) for _ in range(data.views)]
     for i, view in enumerate(views):
         view.view = i
