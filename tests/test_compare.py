@@ -18,6 +18,7 @@ from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS
 from sidetuning.results import RunResult
 from sidetuning.scenarios import compare, icifar
+from sidetuning.scenarios.runs import Run
 
 CLI = [sys.executable, "-m", "sidetuning.cli"]
 
@@ -94,6 +95,39 @@ def test_alone_is_the_first_task_of_every_order(tiny_cifar: Path, tmp_path: Path
     assert again.accuracy == alone.accuracy
     with pytest.raises(SideTuningError, match="other settings"):
         icifar.run(replace(common, out=str(tmp_path / "alone")))
+
+
+@pytest.mark.parametrize("method", ["ewc", "independent"])
+@pytest.mark.parametrize("moment", ["append", "save", "done"])
+def test_a_run_that_ends_while_a_task_is_written(
+    method: str, moment: str, tiny_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the row of metrics, the saved tasks and the end of the resume file, at the second task."""
+    given = icifar.Settings(
+        data=str(tiny_cifar), out=str(tmp_path / "run"), tasks=2, samples=64, batch=32, method=method, progress=False,
+        alone=method == "independent",
+    )  # fmt: skip
+    whole = icifar.run(replace(given, out=str(tmp_path / "whole")))
+    owner = METHODS[method] if moment == "save" else Run
+    real, calls = getattr(owner, moment), []
+
+    def ends(self: object, *args: object, **named: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, ends)
+        with pytest.raises(KeyboardInterrupt):
+            icifar.run(given)
+    resumed = icifar.run(given)
+    assert resumed.accuracy == whole.accuracy
+    names = [json.loads(line)["task"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert names == resumed.tasks
+    assert list((tmp_path / "run/resume").iterdir()) == []
+    tensors = [sorted(f.name for f in (tmp_path / run / "tasks").rglob("*.safetensors")) for run in ("run", "whole")]
+    assert tensors[0] == tensors[1]  # named by their content
 
 
 def test_every_grid_names_its_cells_apart_and_builds() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sidetuning as st
 from conftest import BASES, SHARED, TAPS, conv_base, inputs, mlp_base
-from sidetuning.methods import METHODS, Method, Recipe, Task, load_method
+from sidetuning.methods import METHODS, Method, Recipe, Task, load_method, saved_tasks
 from sidetuning.methods.boosting import Boosting
 from sidetuning.methods.ewc import EWC
 from sidetuning.methods.lora import LoRA
@@ -432,6 +432,26 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         build("conv", "finetune").learn(Task("a", 3), [(inputs("conv"), torch.full((4,), 3))], QUIET, progress=False)
 
 
+def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("finetune", "sidetune"):
+        method, folder = build("conv", name), tmp_path / name
+        learn(method, "conv", "a")
+        method.save(folder)
+        before = method(inputs("conv"), "a").detach()
+        method.learn(Task("b", 3, seed=1), batches("conv", 1), QUIET, progress=False)
+        with monkeypatch.context() as patch:
+            patch.setattr("sidetuning.methods.method.write_json", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                method.save(folder)
+        again = load_method(folder, method.base)
+        assert list(again.tasks) == saved_tasks(folder) == ["a"]
+        assert torch.equal(again(inputs("conv"), "a"), before)
+        method.save(folder)
+        assert saved_tasks(folder) == ["a", "b"]
+        assert len(list(folder.glob("*.safetensors"))) <= 1
+    assert saved_tasks(tmp_path / "nowhere") == []
+
+
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     method = build("conv", "finetune")
     learn(method, "conv", "a")
@@ -443,7 +463,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         build("conv", "independent").load(folder)
     with pytest.raises(st.TaskError, match="load into a new one"):
         method.load(folder)
-    config, tensors = folder / "method.json", folder / "method.safetensors"
+    config = folder / "method.json"
+    (tensors,) = folder.glob("*.safetensors")
     good, content = config.read_text(), tensors.read_bytes()
     for text, match in (
         ("{", "cannot be read"),
@@ -456,7 +477,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     config.write_text(good)
     for broken in (content[: len(content) // 2], content[:-4] + b"\1\2\3\4", b""):
         tensors.write_bytes(broken)
-        with pytest.raises(st.ArtifactError, match=r"cannot be read|sha256 differs"):
+        with pytest.raises(st.ArtifactError, match=r"cannot be read|was changed"):
             load_method(folder, method.base)
     with pytest.raises(st.ArtifactError, match="does not exist"):
         load_method(tmp_path / "nowhere", method.base)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 FORMAT_VERSION = 1
-CONFIG, TENSORS = "method.json", "method.safetensors"
+CONFIG = "method.json"
 
 
 @dataclass(frozen=True)
@@ -245,14 +245,17 @@ class Method(nn.Module):
         return head
 
     def save(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> None:
-        """Write all tasks to `folder`/method.json and the tensors beside it, atomically.
+        """Write all tasks to `folder`/method.json and the tensors beside it.
+
+        The tensors' file is named by its content and `method.json`, which names it, is written last: a save that is cut
+        short leaves the one before it as it was.
 
         Args:
             folder: made where it does not exist.
             metrics: numbers to record with the task learned last.
         """
         folder = Path(folder)
-        sha256 = self.write_tensors(folder, metrics)
+        file = self.write_tensors(folder, metrics)
         config = {
             "format_version": FORMAT_VERSION,
             "method": self.name,
@@ -260,16 +263,20 @@ class Method(nn.Module):
             "base": self.base.fingerprint(),
             "tasks": [{"name": t.name, "head": t.head, "labels": t.labels} for t in self.tasks.values()],
             "metrics": dict(metrics or {}),
-            "sha256": sha256,
+            "tensors": file,
         }
         write_json(folder / CONFIG, config)
+        for old in folder.glob("method-*.safetensors"):
+            if old.name != file:
+                old.unlink()
 
     def write_tensors(self, folder: Path, metrics: Mapping[str, float] | None) -> str:
-        """Write `method.safetensors` and return its sha256."""
+        """Write the tensors and return the name of their file, which is their sha256."""
         content = save({k: v.detach().cpu().contiguous() for k, v in self.tensors().items()})
-        with atomic_write(folder / TENSORS) as temporary:
+        file = f"method-{hashlib.sha256(content).hexdigest()}.safetensors"
+        with atomic_write(folder / file) as temporary:
             temporary.write_bytes(content)
-        return hashlib.sha256(content).hexdigest()
+        return file
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote into this method, which must have learned nothing yet.
@@ -291,18 +298,18 @@ class Method(nn.Module):
         for t in config["tasks"]:
             self._add(Task(t["name"], t["head"], labels=t["labels"]))
             self.loading(t["name"])
-        self.read_tensors(folder, config["sha256"])
+        self.read_tensors(folder, config["tensors"])
 
-    def read_tensors(self, folder: Path, sha256: str) -> None:
-        """Read `method.safetensors` into the tasks, which are built already."""
-        file = folder / TENSORS
+    def read_tensors(self, folder: Path, name: str) -> None:
+        """Read the tensors into the tasks, which are built already."""
+        file = folder / name
         try:
             content = file.read_bytes()
             tensors = parse(content)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{file} cannot be read ({error}); learn the tasks again") from error
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise ArtifactError(f"{file} is not the file that {CONFIG} names (sha256 differs); learn the tasks again")
+        if f"method-{hashlib.sha256(content).hexdigest()}.safetensors" != name:
+            raise ArtifactError(f"{file} was changed: its sha256 is not the one in its name; learn the tasks again")
         problem = mismatch(self.tensors(), tensors)
         if problem:
             raise ArtifactError(f"{file} does not fit: {problem}")
@@ -322,6 +329,11 @@ def load_method(folder: str | Path, base: Base) -> Method:
     return method
 
 
+def saved_tasks(folder: Path) -> list[str]:
+    """Names of the tasks that `save` wrote to a folder; none where it wrote nothing yet."""
+    return [task["name"] for task in read_config(folder)["tasks"]] if (folder / CONFIG).exists() else []
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of `method.json`, checked."""
     file = folder / CONFIG
@@ -331,7 +343,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file} does not exist; give the folder that save() wrote") from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{file} cannot be read ({error}); learn the tasks again") from error
-    fields = {"method": str, "options": dict, "base": str, "tasks": list, "sha256": str}
+    fields = {"method": str, "options": dict, "base": str, "tasks": list, "tensors": str}
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(f"{file} has an unknown format_version; this library reads {FORMAT_VERSION}")
     for name, kind in fields.items():

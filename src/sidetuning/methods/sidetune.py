@@ -78,7 +78,7 @@ class SideTune(Method):
                 self._saved.add(folder / task)
         return ""
 
-    def read_tensors(self, folder: Path, sha256: str) -> None:
+    def read_tensors(self, folder: Path, name: str) -> None:
         for task in reversed(self.model.tasks):
             self.model.remove_task(task)
         for task in self.tasks:

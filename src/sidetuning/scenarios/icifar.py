@@ -22,7 +22,7 @@ from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.continual import AccuracyMatrix
 from sidetuning.data.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning.errors import DataError, SideTuningError
-from sidetuning.methods import METHODS, Method, Recipe, Task
+from sidetuning.methods import METHODS, Method, Recipe, Task, saved_tasks
 from sidetuning.results import RunResult
 from sidetuning.scenarios.runs import Run
 
@@ -130,7 +130,9 @@ def run(settings: Settings) -> RunResult:
     names = [f"classes-{10 * k}-{10 * k + 9}" for k in order]
     recipe = recipe_of(s)
     loss = partial(F.cross_entropy, label_smoothing=s.smoothing)
-    done = {row["task"]: row for row in folder.metrics() if "accuracy" in row}
+    rows = {row["task"]: row for row in folder.metrics()}
+    saved = [n for n in names if n in saved_tasks(folder.tasks(n if s.alone else ""))]
+    done = {name: rows[name] for name in saved}  # a task is saved after its row is written
     matrix = AccuracyMatrix(names)
     if done:
         methods = [build_method(s, base) for _ in done] if s.alone else methods
@@ -138,6 +140,7 @@ def run(settings: Settings) -> RunResult:
             method.load(folder.tasks(name if s.alone else ""))
     for k, name in zip(order, names, strict=True):
         if name in done:
+            folder.done(name)
             matrix.add(done[name]["accuracy"])
             continue
         if s.alone and k != order[0]:
@@ -155,21 +158,22 @@ def run(settings: Settings) -> RunResult:
                 accuracy[learned] = done[learned]["accuracy"][-1]  # no other network touched it
             else:
                 accuracy[learned] = test_accuracy(method, learned, test, j)
-        method.save(folder.tasks(name if s.alone else ""), metrics={"accuracy": accuracy[name]})
         row = {
             "task": name, "accuracy": list(accuracy.values()), "seconds": result.seconds, "loss": result.losses[-1],
             "added": method.added(name), "shared": method.shared(), "alpha": method.alpha(name),
         }  # fmt: skip
         matrix.add(list(accuracy.values()))
-        folder.append(row)
-        done[name] = row
+        if name not in rows:  # else killed between the next two lines; its resume file has brought back what it learned
+            folder.append(row)
+        method.save(folder.tasks(name if s.alone else ""), metrics={"accuracy": accuracy[name]})
         folder.done(name)
+        done[name] = row
     matrix.save(folder.folder / "matrix.json")
-    rows = [done[name] for name in names]
+    learned_rows = [done[name] for name in names]
     final = RunResult(
         method=s.method, variant="", seed=s.seed, tasks=names, accuracy=matrix.rows, alone=None,
-        alphas=[row["alpha"] for row in rows], parameters=[row["added"] for row in rows],
-        shared_parameters=rows[-1]["shared"], seconds=[row["seconds"] for row in rows],
+        alphas=[row["alpha"] for row in learned_rows], parameters=[row["added"] for row in learned_rows],
+        shared_parameters=learned_rows[-1]["shared"], seconds=[row["seconds"] for row in learned_rows],
         base_seconds=base_seconds if methods[0].uses_features else 0.0,
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         settings={k: v for k, v in asdict(s).items() if k not in FREE},
