@@ -58,7 +58,7 @@ def save_task(model: SideTuner, task: str, path: str | Path, *, metrics: Mapping
     The tensors go first, `side.json`, which names their sha256, last: a folder is a task only when whole.
     """
     branch, base, path = model[task], model.base, Path(path)
-    data = save({k: v.detach().contiguous() for k, v in branch.state_dict().items()}, metadata={"format": "pt"})
+    data = _tensor_bytes(branch)
     spec = None if base.spec is None else asdict(base.spec)
     config = {
         "format_version": FORMAT_VERSION,
@@ -75,6 +75,21 @@ def save_task(model: SideTuner, task: str, path: str | Path, *, metrics: Mapping
     with atomic_write(path / TENSORS) as temporary:
         temporary.write_bytes(data)
     write_json(path / CONFIG, config)
+
+
+def is_saved(model: SideTuner, task: str, path: str | Path) -> bool:
+    """Whether the folder `path` holds this task with the weights that it has now."""
+    try:
+        config = read_config(path)
+        content = (Path(path) / TENSORS).read_bytes()
+    except (ArtifactError, OSError):
+        return False
+    sha256 = hashlib.sha256(_tensor_bytes(model[task])).hexdigest()
+    return config["task"] == task and config["tensors_sha256"] == sha256 == hashlib.sha256(content).hexdigest()
+
+
+def _tensor_bytes(branch: nn.Module) -> bytes:
+    return save({k: v.detach().contiguous() for k, v in branch.state_dict().items()}, metadata={"format": "pt"})
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -188,6 +203,11 @@ def load(path: str | Path, *, base: Base | None = None) -> SideTuner:
     path = Path(path)
     folders = [path] if (path / CONFIG).exists() else _task_folders(path)
     if not folders:
+        other = next((f for f in (path, path / "tasks") if (f / "method.json").exists()), None)
+        if other is not None:
+            raise ArtifactError(
+                f"{other} holds tasks of another method than side-tuning; load them with methods.load_method"
+            )
         raise ArtifactError(f"{path} holds no saved task ({CONFIG}); give the folder of a task or of a run")
     configs = {folder: read_config(folder) for folder in folders}
     if base is None:

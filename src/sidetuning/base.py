@@ -114,20 +114,12 @@ class Base(nn.Module):
             net.requires_grad_(False).eval()
         self._hidden = (net,)  # a tuple: torch registers modules that are attributes, and must not register this one
         self.select = Select(output, channels_last)
-        self._taps = tuple(taps)
         self.spec = spec
         self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", None if std is None else torch.tensor(std).view(-1, 1, 1), persistent=False)
-        for tap in taps:
-            names = [n for n, _ in net.named_modules() if n] if isinstance(net, nn.Module) else []
-            if tap not in names:
-                raise UnknownNameError(
-                    unknown("tap", tap, names[:40] if len(names) > 40 else names, verb="in the base")
-                )
         self.example = example
-        features = self(example)
+        features = self._set_taps(taps)
         self.output_shape = tuple(features.out.shape[1:])
-        self.tap_shapes = {name: tuple(tap.shape[1:]) for name, tap in features.taps.items()}
         if len(self.output_shape) not in KINDS:
             raise ShapeError(
                 f"the base returns {tuple(features.out.shape)}; side-tuning needs (b, d), (b, t, d) or (b, c, h, w): "
@@ -135,6 +127,20 @@ class Base(nn.Module):
             )
         self.kind: Kind = KINDS[len(self.output_shape)]
         self.width: int = self.output_shape[-1] if self.kind == "sequence" else self.output_shape[0]
+
+    def _set_taps(self, taps: Sequence[str]) -> Features:
+        """Choose the taps, and see what the example gives then."""
+        net = self.net
+        for tap in taps:
+            names = [n for n, _ in net.named_modules() if n] if isinstance(net, nn.Module) else []
+            if tap not in names:
+                raise UnknownNameError(
+                    unknown("tap", tap, names[:40] if len(names) > 40 else names, verb="in the base")
+                )
+        self._taps = tuple(taps)
+        features = self(self.example)
+        self.tap_shapes = {name: tuple(tap.shape[1:]) for name, tap in features.taps.items()}
+        return features
 
     @property
     def net(self) -> Callable[..., Any]:
@@ -182,12 +188,9 @@ class Base(nn.Module):
 
     def with_taps(self, taps: Sequence[str]) -> Base:
         """The same network with these taps instead."""
-        net, select = self.net, self.select
-        mean, std = [None if t is None else t.flatten().tolist() for t in (self.mean, self.std)]
-        return Base(
-            net, example=self.example, output=select.output, taps=taps, channels_last=select.channels_last,
-            mean=mean, std=std, spec=self.spec,
-        )  # fmt: skip
+        other = copy.copy(self)
+        other._set_taps(taps)
+        return other
 
     def folded(self) -> Base:
         """A copy for inference with batch norms folded into convolutions; itself where the network cannot be traced.
@@ -203,8 +206,8 @@ class Base(nn.Module):
             return self
         fused = copy.deepcopy(net)
         for conv, norm in pairs:
-            if norm in self._taps or conv in self._taps:
-                continue
+            if any(_within(conv, tap) != _within(norm, tap) for tap in self._taps):
+                continue  # the tap sees what lies between them
             conv_module: Any = fused.get_submodule(conv)
             norm_module: Any = fused.get_submodule(norm)
             for name, module in ((conv, fuse_conv_bn_eval(conv_module, norm_module)), (norm, nn.Identity())):
@@ -255,6 +258,10 @@ class Base(nn.Module):
         return f"{name}, {self.kind} {self.output_shape}, {self.parameter_count():,} frozen parameters"
 
 
+def _within(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(parent + ".")
+
+
 def _foldable(net: nn.Module) -> list[tuple[str, str]]:
     """Names of convolutions and of the batch norms that alone read them, each called once."""
     nodes = list(torch.fx.symbolic_trace(net).graph.nodes)
@@ -262,7 +269,8 @@ def _foldable(net: nn.Module) -> list[tuple[str, str]]:
     calls = [str(n.target) for n in nodes if n.op == "call_module"]
     pairs = []
     for node in nodes:
-        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        if not isinstance(module, nn.BatchNorm2d) or module.running_mean is None:
             continue
         before = node.args[0]
         if isinstance(before, torch.fx.Node) and before.op == "call_module" and len(before.users) == 1:

@@ -61,7 +61,7 @@ def distill(
     return train(
         _Imitation(model, task, loss), loader, built, steps=steps,
         scheduler=None if scheduler is None else scheduler(built), clip=clip, seed=seed, resume=resume,
-        accelerator=accelerator, progress=f"distilling {task}" if progress else None,
+        accelerator=accelerator, progress=f"distilling {task}" if progress else None, label=f"imitation {task}",
     )  # fmt: skip
 
 

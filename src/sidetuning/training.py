@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run did: optimiser steps, seconds of this process, the loss of every step, validation rows."""
+    """What a training run did: optimiser steps, seconds, interrupted ones included, the loss of every step, validation rows."""
 
     steps: int
     seconds: float
@@ -139,6 +139,7 @@ def fit(
         _TaskObjective(model, task, loss), loader, built, steps=steps,
         scheduler=None if scheduler is None else scheduler(built), clip=clip, seed=seed, resume=resume,
         save_every=save_every, validate=check, accelerator=accelerator, progress=task if progress else None,
+        label=f"task {task}",
     )  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def evaluate(
     model.to(accelerator.device)
     metrics = {"accuracy": accuracy} if metrics is None else metrics
     branch = model[task]
-    training = branch.training
+    modes = [(module, module.training) for module in branch.modules()]
     branch.eval()
     sums: dict[str, float] = dict.fromkeys(["loss", *metrics], 0.0)
     samples = 0
@@ -206,7 +207,8 @@ def evaluate(
                 sums[name] += float(gathered.sum())
             samples += len(gathered)
     finally:
-        branch.train(training)
+        for module, training in modes:
+            module.training = training
     if samples == 0:
         raise DataError("the loader gave no batch: its data set is empty, or its iterator was used up")
     return {**{name: total / samples for name, total in sums.items()}, "samples": float(samples)}
@@ -283,6 +285,7 @@ def train(
     validate: Callable[[], Mapping[str, float]] | None = None,
     accelerator: Accelerator | None = None,
     progress: str | None = None,
+    label: str = "",
 ) -> TrainResult:
     """Minimise `objective(batch)` over the batches of `loader` for `steps` optimiser steps.
 
@@ -297,38 +300,41 @@ def train(
         resume: file that holds the state of the run; written every `save_every` seconds and at the end, read at the start.
         validate: called at the end of every pass over the loader and after the last step; its numbers are kept.
         accelerator: how to place and spread the work; by default one that splits each batch over the processes.
-        progress: label of the progress bar; None shows none.
+        progress: text of the progress bar; None shows none.
+        label: what is trained; a resume file of something else is refused.
 
     Raises:
-        TrainingError: the loss is not finite (the weights are left as they were before that step), or `resume` holds
-            the state of another run.
+        TrainingError: the loss is not finite (the weights are left as they were before that step), `resume` holds the
+            state of another run, or the loader gives fewer batches than before the interruption.
     """
     from accelerate.utils import send_to_device
 
     if accelerator is None:
         accelerator = default_accelerator()
     path = None if resume is None else Path(resume)
+    state = _Position(seed=seed, steps=steps, label=label, optimizer=type(optimizer).__name__)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    if isinstance(loader, torch.utils.data.DataLoader):
-        batches = accelerator.prepare(loader)
-    else:
-        batches = loader
-    state = _Position(seed=seed, steps=steps)
+    batches = accelerator.prepare(loader) if isinstance(loader, torch.utils.data.DataLoader) else loader
     rng: dict[str, Any] | None = None
     if path is not None and path.exists():
         rng = _restore(path, state, objective, optimizer, scheduler)
 
-    started = saved = time.monotonic()
+    saved = time.monotonic()
+    started = saved - state.seconds
     bar = _bar(progress, steps, state.step, accelerator)
     try:
         objective.train()
         with seeded(seed):
             while state.step < steps:
                 _seed_all(_mix(seed, state.epoch))
-                _seed_loader(loader, _mix(seed, state.epoch))
+                seed_loader(loader, _mix(seed, state.epoch))
                 iterator, any_batch = iter(batches), False
                 for _ in range(state.batch):  # of this pass, already trained on
-                    next(iterator)
+                    if next(iterator, None) is None:
+                        raise TrainingError(
+                            f"{path} stopped at batch {state.batch} of a pass, and the loader ends before it; resume with "
+                            "the same data, or delete the file to start over"
+                        )
                     any_batch = True
                 if rng is not None:
                     _set_generators(rng)
@@ -344,6 +350,7 @@ def train(
                     if state.step == steps:
                         break
                     if path is not None and time.monotonic() - saved > save_every:
+                        state.seconds = time.monotonic() - started
                         _save(path, state, objective, optimizer, scheduler, accelerator)
                         saved = time.monotonic()
                 else:
@@ -356,12 +363,13 @@ def train(
                     objective.train()
                     state.validation.append(row)
                     bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            state.seconds = time.monotonic() - started
             if path is not None:
                 _save(path, state, objective, optimizer, scheduler, accelerator)
     finally:
         bar.close()
         objective.eval()
-    return TrainResult(state.step, time.monotonic() - started, state.losses, state.validation)
+    return TrainResult(state.step, state.seconds, state.losses, state.validation)
 
 
 def default_accelerator() -> Accelerator:
@@ -377,6 +385,9 @@ class _Position:
 
     seed: int
     steps: int
+    label: str = ""
+    optimizer: str = ""
+    seconds: float = 0.0
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -418,7 +429,7 @@ def _mix(seed: int, epoch: int) -> int:
     return (seed * 1_000_003 + epoch * 7_919 + 1) % 2**63
 
 
-def _seed_loader(loader: Iterable[Any], seed: int) -> None:
+def seed_loader(loader: Iterable[Any], seed: int) -> None:
     """A loader or sampler with a generator of its own does not hear the global seed."""
     for holder in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         generator = getattr(holder, "generator", None)
@@ -461,6 +472,12 @@ def _restore(
             f"{path} belongs to a run of {position['steps']} steps with seed {position['seed']}, this one has "
             f"{state.steps} steps and seed {state.seed}; give another resume file, or delete this one to start over"
         )
+    for name in ("label", "optimizer"):
+        if position.get(name, "") != getattr(state, name):
+            raise TrainingError(
+                f"{path} holds the state of {position.get(name) or 'something else'}, not of {getattr(state, name)}; give "
+                "another resume file, or delete this one to start over"
+            )
     try:
         objective.load_state_dict(content["objective"])
     except RuntimeError as error:
@@ -479,7 +496,8 @@ def _generators() -> dict[str, Any]:
     """The states of python's, numpy's and torch's generators, of types that `torch.load(weights_only=True)` reads."""
     state = np.random.get_state(legacy=False)
     state["state"]["key"] = torch.from_numpy(state["state"]["key"].astype(np.int64))
-    return {"python": random.getstate(), "numpy": state, "torch": torch.get_rng_state()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": state, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def _set_generators(states: dict[str, Any]) -> None:
@@ -487,6 +505,8 @@ def _set_generators(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
     torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def _bar(label: str | None, steps: int, done: int, accelerator: Accelerator) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Boosting(Method):
     Args:
         base: the base.
         stages: sides per task.
-        side, merge, init, prenorm: as in `SideTuner.add_task`; the merge must have a dense variant.
+        side, merge, init, prenorm, side_options: as in `SideTuner.add_task`; the merge must have a dense variant.
     """
 
     name: ClassVar[str] = "boosting"
@@ -35,8 +36,10 @@ class Boosting(Method):
         merge: str = "mlp2",
         init: str | None = None,
         prenorm: bool = False,
+        side_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(base, stages=stages, side=side, merge=merge, init=init, prenorm=prenorm)
+        options = {"stages": stages, "side": side, "merge": merge, "init": init, "prenorm": prenorm}
+        super().__init__(base, {**options, "side_options": dict(side_options or {})})
         if stages < 1:
             raise TaskError(f"boosting needs at least one stage, not {stages}")
         self.model = SideTuner(base)
@@ -44,17 +47,30 @@ class Boosting(Method):
         self.stage: dict[str, str] = {}  # the branch that answers for a task
 
     def add(self, task: Task) -> None:
+        self._build(task, self.options["init"])
+
+    def rebuild(self, task: Task) -> None:
+        init = self.options["init"]
+        self._build(task, init if init in ("zero", "low-energy") else None)  # weights come from the file then
+
+    def _build(self, task: Task, init: str | None) -> None:
         given = self.options
-        names = [f"{task.name}-{i + 1}" for i in range(given["stages"])]
-        for name in reversed(names):
-            if name in self.model:  # left by training that did not end
-                self.model.remove_task(name)
+        names = self._stages(task.name)
         for i, name in enumerate(names):
             self.model.add_task(
-                name, side=given["side"], merge=given["merge"], head=task.head, init=given["init"],
-                prenorm=given["prenorm"], laterals=names[:i], labels=task.labels,
+                name, side=given["side"], merge=given["merge"], head=task.head, init=init, prenorm=given["prenorm"],
+                laterals=names[:i], labels=task.labels, side_options=given["side_options"],
             )  # fmt: skip
         self.stage[task.name] = names[-1]
+
+    def _stages(self, task: str) -> list[str]:
+        return [f"{task}-{i + 1}" for i in range(self.options["stages"])]
+
+    def remove(self, task: str) -> None:
+        for name in reversed(self._stages(task)):
+            if name in self.model:
+                self.model.remove_task(name)
+        self.stage.pop(task, None)
 
     def begin(self, task: str, phase: int) -> None:
         self.stage[task] = f"{task}-{phase + 1}"

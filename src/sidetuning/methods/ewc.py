@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sidetuning.base import Base, Input
-from sidetuning.errors import TaskError
+from sidetuning.errors import TaskError, TrainingError
 from sidetuning.methods.finetune import FineTune
 from sidetuning.methods.method import Task
 from sidetuning.training import unpack
@@ -21,7 +21,7 @@ class EWC(FineTune):
     """Fine-tuning that pays for moving weights that earlier tasks need.
 
     After task k: F_k = mean over samples of (d log p(y|x) / d w)^2, the diagonal Fisher from per-sample gradients. The loss of
-    later tasks has `coefficient` * sum_k F_k (w - w_k)^2. That sum of N penalties is, up to a constant, the one quadratic
+    later tasks has `coefficient` * sum_k F_k (w - w_k)^2, without the paper's 1/2. That sum of N penalties is, up to a constant, the one quadratic
     F (w - c)^2 with F = sum_k F_k and c = sum_k F_k w_k / F, so two vectors are kept, however many the tasks.
 
     Args:
@@ -49,6 +49,13 @@ class EWC(FineTune):
         self.centre: Tensor
         self.register_buffer("precision", torch.zeros(size))
         self.register_buffer("centre", torch.zeros(size))
+
+    def add(self, task: Task) -> None:
+        if isinstance(task.head, int) and task.head < 2:
+            raise TaskError(
+                f"EWC's Fisher is that of a classifier, and task '{task.name}' has {task.head} output; use finetune"
+            )
+        super().add(task)
 
     def penalty(self) -> Tensor | float:
         if not self.precision.any():
@@ -90,13 +97,19 @@ class EWC(FineTune):
             known = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
             total += flat(known) ** 2
             n += 1
+        if n == 0:
+            raise TrainingError(
+                "EWC's Fisher saw no sample: give a loader that can be read more than once, and samples > 0"
+            )
         return total / n
 
     def _samples(self, loader: Iterable[Any]) -> Iterator[tuple[Input, Tensor]]:
         """Single samples: the square of a batch's mean gradient would be another number."""
+        from accelerate.utils import send_to_device
+
         left = int(self.options["samples"])
         for batch in loader:
-            x, _, y = unpack(batch)
+            x, _, y = unpack(send_to_device(batch, self.centre.device))
             for row in range(len(y)):
                 if left == 0:
                     return

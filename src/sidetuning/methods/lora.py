@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import decode
+from sidetuning.errors import TaskError
 from sidetuning.methods.method import Method, Task, count
 from sidetuning.methods.trunk import Trunk
 
@@ -28,14 +33,19 @@ class LoRA(Method):
     name: ClassVar[str] = "lora"
 
     def __init__(self, base: Base, rank: int = 8, scale: int | None = None) -> None:
-        super().__init__(base, rank=rank, scale=scale)
+        super().__init__(base, {"rank": rank, "scale": scale})
         try:
             from peft import LoraConfig
         except ImportError as error:
             raise ImportError("the method 'lora' needs peft: pip install 'sidetuning[lora]'") from error
         self.trunk = Trunk(base, frozen=True)
-        targets = [n for n, m in self.trunk.layers().items() if not (isinstance(m, nn.Conv2d) and m.groups > 1)]
-        self._config = LoraConfig(r=rank, lora_alpha=scale or 2 * rank, target_modules=targets, bias="none")
+        targets = [n for n, m in self.trunk.layers().items() if adaptable(m)]
+        if not targets:
+            raise TaskError(
+                "lora adapts linear layers and convolutions, and this base has none; use sidetune or features"
+            )
+        pattern = "|".join(re.escape(n) for n in targets)  # matched in full; a list would match ends of names too
+        self._config = LoraConfig(r=rank, lora_alpha=scale or 2 * rank, target_modules=pattern, bias="none")
         self.heads = nn.ModuleDict()
 
     def add(self, task: Task) -> None:
@@ -45,27 +55,34 @@ class LoRA(Method):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a second adapter is added is the point
             inject_adapter_in_model(self._config, self.trunk.net, task.name)
-        self._activate(task.name)
+
+    def remove(self, task: str) -> None:
+        super().remove(task)
+        for module in self._layers():
+            if task in module.lora_A:
+                module.set_adapter([other for other in module.lora_A if other != task])  # the active one is not deleted
+                module.delete_adapter(task)
 
     def part(self, task: str) -> nn.Module:
-        self._activate(task)
         return nn.ModuleList([self.trunk, self.heads[task]])
 
-    def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
-        self._activate(task)
-        return decode(self.heads[task], self.trunk(inputs), inputs)
+    def trained(self, task: str) -> list[nn.Parameter]:
+        return [*self._of(task).values(), *self.heads[task].parameters()]
 
-    def _activate(self, task: str) -> None:
-        """peft's layers keep the active adapter as state; it is set before every use, so that none is left over."""
+    def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
+        for module in self._layers():  # peft keeps the active adapter as state: it is set before every use
+            module.set_adapter(task)
+        for name, parameter in self.trunk.named_parameters():  # which that froze again; `groups` says what is trained
+            parameter.requires_grad_("lora_" in name)
+        with no_fast_path():
+            return decode(self.heads[task], self.trunk(inputs), inputs)
+
+    def _layers(self) -> list[Any]:
         from peft.tuners.lora import LoraLayer
 
-        for module in self.trunk.net.modules():
-            if isinstance(module, LoraLayer):
-                module.set_adapter(task)
-                for name, parameter in module.named_parameters():  # a new adapter leaves the earlier ones trainable
-                    parameter.requires_grad_("lora_" in name and name.split(".")[1] == task)
+        return [m for m in self.trunk.net.modules() if isinstance(m, LoraLayer)]
 
-    def _of(self, task: str) -> dict[str, Tensor]:
+    def _of(self, task: str) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.trunk.named_parameters() if "lora_" in n and n.split(".")[-2] == task}
 
     def added(self, task: str) -> int:
@@ -73,3 +90,21 @@ class LoRA(Method):
 
     def tensors(self) -> dict[str, Any]:
         return {k: v for k, v in super().tensors().items() if "lora_" in k or k.startswith("heads.")}
+
+
+def adaptable(layer: nn.Module) -> bool:
+    """Grouped convolutions are none of peft's; the output projection of `nn.MultiheadAttention` is read, not called."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1
+    return type(layer) is not nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
+@contextlib.contextmanager
+def no_fast_path() -> Iterator[None]:
+    """torch's fused transformer layer reads weights and would pass the adapters by."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

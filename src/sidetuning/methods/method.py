@@ -24,7 +24,16 @@ from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
 from sidetuning.heads import HEADS
 from sidetuning.registry import unknown
 from sidetuning.sides.initialise import mismatch
-from sidetuning.training import Loss, TrainResult, check_labels, seeded, train, unpack
+from sidetuning.training import (
+    Loss,
+    TrainResult,
+    check_labels,
+    default_accelerator,
+    seed_loader,
+    seeded,
+    train,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -63,7 +72,7 @@ class Recipe:
         weight_decay: on matrices and kernels; scalars, biases, norms and merges get none.
         clip: largest gradient norm, None for no limit.
         optimizer: called as `optimizer(groups, lr=lr)`.
-        scheduler: called with the optimiser; stepped after every step.
+        scheduler: called with the optimiser and the number of its steps; stepped after every step.
         seed: orders the batches.
         precision: "bf16" runs forward passes under bfloat16 autocast.
     """
@@ -73,7 +82,7 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float | None = 1.0
     optimizer: Callable[..., Optimizer] = torch.optim.Adam
-    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
     seed: int = 0
     precision: Literal["no", "bf16"] = "no"
 
@@ -86,6 +95,7 @@ class Method(nn.Module):
 
     Args:
         base: the base; never changed, whatever the method.
+        options: the subclass's other arguments, as JSON values.
 
     Attributes:
         name: under which the method is registered.
@@ -101,10 +111,10 @@ class Method(nn.Module):
     sequential: ClassVar[bool] = False
     phases: int = 1
 
-    def __init__(self, base: Base, **options: Any) -> None:
+    def __init__(self, base: Base, options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.base = base
-        self.options = options
+        self.options = dict(options or {})
         self.tasks: dict[str, Task] = {}
 
     # what a subclass says ---------------------------------------------------------------------------------------
@@ -127,7 +137,7 @@ class Method(nn.Module):
 
     def shared(self) -> int:
         """Numbers that are kept once for all tasks."""
-        return self.base.parameter_count()
+        return count(self.base.net) if isinstance(self.base.net, nn.Module) else 0
 
     def penalty(self) -> Tensor | float:
         """A term added to the loss."""
@@ -139,13 +149,27 @@ class Method(nn.Module):
     def learned(self, task: Task, loader: Iterable[Any]) -> None:
         """Called when a task's training has ended."""
 
+    def remove(self, task: str) -> None:
+        """Take back what `add` built; called where learning the task did not end."""
+        for child in self.children():
+            if isinstance(child, nn.ModuleDict) and task in child:
+                del child[task]
+
+    def rebuild(self, task: Task) -> None:
+        """Build a task in the form that it has once learned; `load` then reads its tensors."""
+        self.add(task)
+
     def alpha(self, task: str) -> float | None:
         """The weight of the base in the task's merge, where it has one."""
         return None
 
+    def trained(self, task: str) -> list[nn.Parameter]:
+        """The parameters that learning the task trains."""
+        return [p for p in self.part(task).parameters() if p.requires_grad]
+
     def groups(self, task: str, weight_decay: float) -> list[dict[str, Any]]:
-        """What of the task's part is trained, as parameter groups for an optimiser."""
-        trained = [p for p in self.part(task).parameters() if p.requires_grad]
+        """What is trained, as parameter groups for an optimiser."""
+        trained = self.trained(task)
         matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay}
         rest = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
         return [group for group in (matrices, rest) if group["params"]]
@@ -182,36 +206,45 @@ class Method(nn.Module):
         """
         if task.name in self.tasks:
             raise TaskError(f"task '{task.name}' is learned already; choose another name")
-        self._add(task)
+        self.to(default_accelerator().device)
+        before = {k: v.clone() for k, v in self.state_dict().items()} if self.sequential else None
         results = []
         try:
+            self._add(task, self.add)
             for phase in range(self.phases):
                 self.begin(task.name, phase)
+                steps = recipe.steps // self.phases + (phase < recipe.steps % self.phases)
                 optimizer = recipe.optimizer(self.groups(task.name, recipe.weight_decay), lr=recipe.lr)
-                results.append(train(
-                    _Objective(self, task, recipe.precision), loader, optimizer,
-                    steps=recipe.steps // self.phases + (phase < recipe.steps % self.phases),
-                    scheduler=None if recipe.scheduler is None else recipe.scheduler(optimizer), clip=recipe.clip,
+                result = train(
+                    _Objective(self, task, recipe.precision), loader, optimizer, steps=steps,
+                    scheduler=None if recipe.scheduler is None else recipe.scheduler(optimizer, steps), clip=recipe.clip,
                     seed=recipe.seed, resume=resume if resume is None or phase == 0 else f"{resume}.{phase}",
                     save_every=save_every, progress=f"{self.name}: {task.name}" if progress else None,
-                ))  # fmt: skip
+                    label=f"{self.name}, task {task.name}",
+                )  # fmt: skip
+                results.append(result)
             started = time.monotonic()
+            seed_loader(loader, task.seed)
             with seeded(task.seed):
                 self.learned(task, loader)
-        except BaseException:
-            del self.tasks[task.name]  # it can be learned again; what was trained so far is in the resume file
+        except BaseException:  # as if it had not begun; what was trained so far is in the resume file
+            self.tasks.pop(task.name, None)
+            self.remove(task.name)
+            if before is not None:
+                self.load_state_dict(before)
+            self.eval()
             raise
         self.eval()
         seconds = sum(r.seconds for r in results) + time.monotonic() - started
         return TrainResult(recipe.steps, seconds, [loss for r in results for loss in r.losses])
 
-    def _add(self, task: Task) -> None:
-        if not re.fullmatch(r"[\w-]+", task.name) or hasattr(nn.ModuleDict, task.name):
+    def _add(self, task: Task, add: Callable[[Task], None]) -> None:
+        if not re.fullmatch(r"[\w-]+", task.name) or hasattr(nn.ModuleDict(), task.name):
             raise TaskError(
-                f"'{task.name}' cannot be a task's name; use letters, digits, - and _ (no method of a dict)"
+                f"'{task.name}' cannot be a task's name; use letters, digits, - and _ (and no attribute of a dict)"
             )
         with seeded(task.seed):
-            self.add(task)
+            add(task)
         self.tasks[task.name] = task
         self.to(device_of(self.base.example))
         self.eval()
@@ -272,7 +305,7 @@ class Method(nn.Module):
 
     def write_tensors(self, folder: Path, metrics: Mapping[str, float] | None) -> str:
         """Write the tensors and return the name of their file, which is their sha256."""
-        content = save({k: v.detach().cpu().contiguous() for k, v in self.tensors().items()})
+        content = save({k: v.detach().cpu().contiguous().clone() for k, v in self.tensors().items()})  # tied ones apart
         file = f"method-{hashlib.sha256(content).hexdigest()}.safetensors"
         with atomic_write(folder / file) as temporary:
             temporary.write_bytes(content)
@@ -295,10 +328,15 @@ class Method(nn.Module):
             raise ArtifactError(
                 f"{folder} was learned from another base (sha256 {config['base'][:12]}…); load that one"
             )
-        for t in config["tasks"]:
-            self._add(Task(t["name"], t["head"], labels=t["labels"]))
-            self.loading(t["name"])
-        self.read_tensors(folder, config["tensors"])
+        try:
+            for t in config["tasks"]:
+                self._add(Task(t["name"], t["head"], labels=t["labels"]), self.rebuild)
+            self.read_tensors(folder, config["tensors"])
+        except BaseException:
+            for task in list(self.tasks):
+                self.tasks.pop(task)
+                self.remove(task)
+            raise
 
     def read_tensors(self, folder: Path, name: str) -> None:
         """Read the tensors into the tasks, which are built already."""
@@ -314,9 +352,6 @@ class Method(nn.Module):
         if problem:
             raise ArtifactError(f"{file} does not fit: {problem}")
         self.load_state_dict({**self.state_dict(), **tensors})
-
-    def loading(self, task: str) -> None:
-        """Called in `load` after a task was added: puts it in the form it has once learned."""
 
 
 def load_method(folder: str | Path, base: Base) -> Method:

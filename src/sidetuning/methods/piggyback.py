@@ -44,19 +44,19 @@ class Piggyback(Method):
         return nn.ModuleList([self.masks[task], self.heads[task]])
 
     def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
-        weights = dict(self.trunk.named_parameters())
         masks = self.masks[task]
         assert isinstance(masks, Masks)
-        masked = {name: weights[name] * mask for name, mask in masks.binary().items()}
-        return decode(self.heads[task], functional_call(self.trunk, masked, (inputs,)), inputs)
+        masked = {name: self.trunk.get_parameter(name) * mask for name, mask in masks.binary().items()}
+        return decode(self.heads[task], functional_call(self.trunk, masked, (inputs,), tie_weights=False), inputs)
 
     def learned(self, task: Task, loader: Iterable[Any]) -> None:
-        self.loading(task.name)
-
-    def loading(self, task: str) -> None:
-        masks = self.masks[task]
+        masks = self.masks[task.name]
         assert isinstance(masks, Masks)
         masks.settle()
+
+    def rebuild(self, task: Task) -> None:
+        self.add(task)
+        self.learned(task, ())
 
     def added(self, task: str) -> int:
         masks = self.masks[task]

@@ -35,7 +35,7 @@ class PNN(Method):
     name: ClassVar[str] = "pnn"
 
     def __init__(self, base: Base, taps: Sequence[str] = ()) -> None:
-        super().__init__(base, taps=list(taps))
+        super().__init__(base)
         if not taps:
             children = base.net.named_children() if isinstance(base.net, nn.Module) else ()
             taps = list(base.tap_shapes) or [n for n, m in children if isinstance(m, nn.Sequential)]
@@ -43,6 +43,7 @@ class PNN(Method):
             raise TaskError(
                 "progressive networks join columns at taps, and this base has none: name submodules, taps=[…]"
             )
+        self.options = {"taps": list(taps)}
         self.first = base.with_taps(taps)
         self.columns = nn.ModuleDict()
         self.heads = nn.ModuleDict()

@@ -35,7 +35,8 @@ class PSP(FineTune):
         self._contexts: dict[str, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, context in self.contexts(0).items():
-                self.trunk.get_parameter(name).mul_(context)
+                weight = self.trunk.get_parameter(name)
+                weight.mul_(context.to(weight.device))
 
     def contexts(self, index: int) -> dict[str, Tensor]:
         """The signs of the task at a position in the sequence, by the name of the weight that they multiply."""
@@ -48,18 +49,18 @@ class PSP(FineTune):
 
     def add(self, task: Task) -> None:
         super().add(task)
-        self._contexts[task.name] = self.contexts(len(self.tasks))
+        device = self.trunk.get_parameter(next(iter(self.contexts(0)))).device
+        self._contexts[task.name] = {n: c.to(device) for n, c in self.contexts(len(self.tasks)).items()}
         self.statistics[task.name] = Statistics(self.trunk)
 
     def part(self, task: str) -> nn.Module:
         return nn.ModuleList([self.trunk, self.heads[task], self.statistics[task]])
 
     def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
-        weights = dict(self.trunk.named_parameters())
-        seen = {name: superpose(weights[name], signs) for name, signs in self._contexts[task].items()}
+        seen = {n: superpose(self.trunk.get_parameter(n), signs) for n, signs in self._contexts[task].items()}
         statistics = self.statistics[task]
         assert isinstance(statistics, Statistics)
-        code = functional_call(self.trunk, {**seen, **statistics.tensors()}, (inputs,))
+        code = functional_call(self.trunk, {**seen, **statistics.tensors()}, (inputs,), tie_weights=False)
         return decode(self.heads[task], code, inputs)
 
     def added(self, task: str) -> int:
@@ -68,7 +69,7 @@ class PSP(FineTune):
 
 def superpose(weight: Tensor, context: Tensor) -> Tensor:
     """The weight that a task sees: (out, in, …) * (1, in, …)."""
-    return weight * context.to(weight.device)
+    return weight * context.to(weight.device)  # no copy where it lies there already
 
 
 class Statistics(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -85,8 +86,7 @@ class Adapters(nn.Module):
         self.norm_names = []
         for name, module in trunk.named_modules():
             if isinstance(module, nn.BatchNorm2d):
-                own = nn.BatchNorm2d(module.num_features)
-                own.load_state_dict(module.state_dict())
+                own = copy.deepcopy(module).requires_grad_(True)
                 self.norms[name.replace(".", "/")] = own
                 self.norm_names.append(name)
 

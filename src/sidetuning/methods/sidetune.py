@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from sidetuning.artifacts import is_saved
 from sidetuning.base import Base, Features, Input
-from sidetuning.methods.method import Method, Task
+from sidetuning.methods.method import Method, Task, count
 from sidetuning.training import parameter_groups
 from sidetuning.tuner import SideTuner
 
@@ -36,17 +37,13 @@ class SideTune(Method):
         dense: bool = False,
         side_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            base, side=side, merge=merge, init=init, prenorm=prenorm, dense=dense, side_options=dict(side_options or {})
-        )
+        options = {"side": side, "merge": merge, "init": init, "prenorm": prenorm, "dense": dense}
+        super().__init__(base, {**options, "side_options": dict(side_options or {})})
         self._branch = dict(self.options)
         self.model = SideTuner(base)
-        self._saved: set[Path] = set()
 
     def add(self, task: Task) -> None:
         given = self._branch
-        if task.name in self.model:  # left by training that did not end
-            self.model.remove_task(task.name)
         laterals = self.model.tasks if given["dense"] else []
         self.model.add_task(
             task.name, side=given["side"], merge=given["merge"], head=task.head, init=given["init"],
@@ -65,22 +62,25 @@ class SideTune(Method):
         return parameter_groups(self.model[task], weight_decay)
 
     def added(self, task: str) -> int:
-        return sum(p.numel() for p in self.model[task].parameters())
+        return count(self.model[task])
+
+    def remove(self, task: str) -> None:
+        if task in self.model:
+            self.model.remove_task(task)
+
+    def rebuild(self, task: Task) -> None:
+        """Nothing: `read_tensors` builds each task from its own folder."""
 
     def alpha(self, task: str) -> float | None:
         return self.model[task].alpha
 
     def write_tensors(self, folder: Path, metrics: Mapping[str, float] | None) -> str:
-        """Write each task to a folder of its own under `folder`, as `SideTuner.save_task` does, once: a task does not change."""
-        for task in self.model.tasks:
-            if folder / task not in self._saved:
-                self.model.save_task(task, folder / task, metrics=metrics)
-                self._saved.add(folder / task)
+        """Write each task to a folder of its own under `folder`, as `SideTuner.save_task` does; what is there already stays."""
+        for task in self.tasks:
+            if not is_saved(self.model, task, folder / task):
+                self.model.save_task(task, folder / task, metrics=metrics if task == list(self.tasks)[-1] else None)
         return ""
 
     def read_tensors(self, folder: Path, name: str) -> None:
-        for task in reversed(self.model.tasks):
-            self.model.remove_task(task)
         for task in self.tasks:
             self.model.load_task(folder / task)
-            self._saved.add(folder / task)

@@ -30,7 +30,10 @@ class Trunk(nn.Module):
                 f"this method trains the base's network, and {type(base.net).__name__} is no torch module; "
                 "sidetune, features and boosting need none"
             )
-        self.net = copy.deepcopy(base.net).requires_grad_(not frozen)
+        net = copy.deepcopy(base.net).requires_grad_(not frozen)
+        self.net = (
+            nn.Sequential(net) if isinstance(net, (nn.Conv2d, nn.Linear)) else net
+        )  # so that each layer has a name
         self.frozen = frozen
         self.select = base.select
         self.images = any(isinstance(m, nn.Conv2d) for m in self.net.modules())
@@ -50,13 +53,13 @@ class Trunk(nn.Module):
         return super().train(mode and not self.frozen)
 
     def layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
-        """The convolutions and linear layers, by name in `net`."""
+        """The convolutions and linear layers, by name in `net`; not the joint input projection of `nn.MultiheadAttention`."""
         return {n: m for n, m in self.net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 
 @torch.no_grad()
 def reinitialise(net: nn.Module) -> None:
-    """Draw all weights anew, as their modules do when built.
+    """Draw all weights anew, by each module's own `reset_parameters`: as torch builds them, not as the net's author may have.
 
     A parameter that no module knows how to draw (a class token, a position embedding, a layer scale) is shuffled: that keeps
     its size and forgets what it learned.

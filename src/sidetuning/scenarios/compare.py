@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
+from sidetuning.base import load_base
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS
 from sidetuning.registry import unknown
@@ -175,8 +176,11 @@ def run(settings: Settings) -> list[RunResult]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
-    Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds"))
     todo = list(cells(s))
+    base = load_base("resnet44-cifar10")
+    for method in {cell.settings.method for cell in todo}:  # a package that is missing is said before hours of work
+        icifar.build_method(replace(todo[0].settings, method=method, init=None), base)
+    Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods"))
     results: list[RunResult] = []
     bar = tqdm(total=len(todo) * s.tasks, unit="task", dynamic_ncols=True)
     with bar:

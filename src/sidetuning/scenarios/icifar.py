@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,7 +23,7 @@ from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.continual import AccuracyMatrix
 from sidetuning.data.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning.errors import DataError, SideTuningError
-from sidetuning.methods import METHODS, Method, Recipe, Task, saved_tasks
+from sidetuning.methods import METHODS, Method, Recipe, Task, device_of, saved_tasks
 from sidetuning.results import RunResult
 from sidetuning.scenarios.runs import Run
 
@@ -163,7 +164,9 @@ def run(settings: Settings) -> RunResult:
             "added": method.added(name), "shared": method.shared(), "alpha": method.alpha(name),
         }  # fmt: skip
         matrix.add(list(accuracy.values()))
-        if name not in rows:  # else killed between the next two lines; its resume file has brought back what it learned
+        if name in rows:  # killed between the next two lines; its resume file has brought back what it had learned
+            row = rows[name]
+        else:
             folder.append(row)
         method.save(folder.tasks(name if s.alone else ""), metrics={"accuracy": accuracy[name]})
         folder.done(name)
@@ -185,18 +188,14 @@ def run(settings: Settings) -> RunResult:
 def build_method(settings: Settings, base: Base) -> Method:
     """The method that the settings name, without tasks."""
     s = settings
+    side = {
+        "side": s.side, "merge": s.merge, "init": s.init, "prenorm": s.prenorm,
+        "side_options": {"copy": {"width": s.side_width}, "fusion": {"shift": s.side_shift}}.get(s.side, {}),
+    }  # fmt: skip
     options: dict[str, dict[str, Any]] = {  # of the other methods: their own defaults
-        "sidetune": {
-            "side": s.side,
-            "merge": s.merge,
-            "init": s.init,
-            "prenorm": s.prenorm,
-            "dense": s.dense,
-            "side_options": {"copy": {"width": s.side_width}, "fusion": {"shift": s.side_shift}}.get(s.side, {}),
-        },
-        "features": {"prenorm": s.prenorm},
-        "boosting": {"stages": s.stages, "side": s.side, "merge": s.merge, "init": s.init, "prenorm": s.prenorm},
-    }
+        "sidetune": {**side, "dense": s.dense}, "boosting": {**side, "stages": s.stages},
+        "features": {"prenorm": s.prenorm}, "psp": {"seed": s.seed},
+    }  # fmt: skip
     return METHODS.build(s.method, base, options=options.get(s.method, {}))
 
 
@@ -204,7 +203,7 @@ def with_recipe(settings: Settings) -> Settings:
     """The settings with those that their recipe sets.
 
     Raises:
-        SideTuningError: one of these is given, and is another.
+        SideTuningError: one of these is neither what the recipe sets nor the paper's.
     """
     if settings.recipe == "paper":
         return settings
@@ -220,7 +219,10 @@ def recipe_of(settings: Settings) -> Recipe:
     """How every task is trained."""
     s = settings
     steps = -(-s.samples // s.batch)
-    one_cycle = partial(OneCycleLR, max_lr=s.lr, total_steps=steps + 1, pct_start=0.25, cycle_momentum=False)
+
+    def one_cycle(optimizer: Optimizer, steps: int) -> OneCycleLR:
+        return OneCycleLR(optimizer, s.lr, total_steps=steps + 1, pct_start=0.25, cycle_momentum=False)
+
     return Recipe(
         steps, s.lr, s.weight_decay, s.clip, optimizer=torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam,
         scheduler=one_cycle if s.schedule == "one-cycle" else None, seed=s.seed, precision=s.precision,
@@ -283,8 +285,12 @@ def views_of(data: CachedFeatures | Images) -> list[CachedFeatures | Images]:
 @torch.no_grad()
 def test_accuracy(method: Method, name: str, views: Sequence[CachedFeatures | Images], task: int) -> float:
     """The share of a task's test images whose mean answer over the views is right."""
+    from accelerate.utils import send_to_device
+
     right = total = 0
+    device = device_of(method.base.example)
     for batches in zip(*(task_loader(view, task, 500, shuffle=False) for view in views), strict=True):
+        batches = send_to_device(batches, device)
         answers = [method(x, name, features=features).softmax(1) for x, features, _ in batches]
         y = batches[0][2]
         right += int((sum(answers[1:], answers[0]).argmax(1) == y).sum())
@@ -305,7 +311,7 @@ def task_loader(
 
 def main(settings: Settings) -> None:
     """Run and print the table."""
-    show(run(settings), settings)
+    show(run(settings), with_recipe(settings))
 
 
 def show(result: RunResult, settings: Settings) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sidetuning.artifacts import load
 from sidetuning.data.cifar import decode_image
-from sidetuning.errors import DataError
+from sidetuning.errors import ArtifactError, DataError
 from sidetuning.sides.fit import resize
 
 
@@ -61,8 +61,15 @@ def predict(settings: Settings) -> list[Answer]:
 
 def averages_mirror_images(run: Path) -> bool:
     """Whether the run's own accuracy is that of answers averaged over an image and its mirror image."""
-    file = run / "run.json"
-    return file.exists() and bool(json.loads(file.read_text()).get("settings", {}).get("mirror"))
+    for file in (run / "run.json", run.parent.parent / "run.json"):  # of a run, or of a task within one
+        if file.exists():
+            try:
+                return bool(json.loads(file.read_text())["settings"].get("mirror"))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ArtifactError(
+                    f"{file} is damaged ({error}); give the folder of a whole run or of a task"
+                ) from error
+    return False
 
 
 def read(path: Path, size: tuple[int, ...]) -> Tensor:

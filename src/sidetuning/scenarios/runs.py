@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ class Run:
 
     def __init__(self, folder: str | Path, scenario: str, settings: Any, free: tuple[str, ...] = ()) -> None:
         self.folder = Path(folder)
+        defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
+        self._free, self._defaults = free, json.loads(json.dumps({k: v for k, v in defaults.items() if k not in free}))
         wanted = {k: v for k, v in asdict(settings).items() if k not in free}
         wanted = json.loads(json.dumps(wanted))  # as it will be read: tuples are lists
         try:
@@ -57,13 +59,15 @@ class Run:
         try:
             found = json.loads(file.read_text())
             settings = found["settings"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise SideTuningError(
                 f"{file} is damaged ({error}); choose another folder with --out, or delete this one"
             ) from error
         if found["scenario"] != scenario:
             raise SideTuningError(f"{self.folder} holds a run of {found['scenario']}; choose another folder with --out")
-        other = [f"{k} {settings.get(k)!r} (now {v!r})" for k, v in wanted.items() if settings.get(k) != v]
+        settings = {**self._defaults, **settings}  # an older version's file does not have the newest settings
+        names = [*wanted, *(k for k in settings if k not in wanted and k not in self._free)]
+        other = [f"{k} {settings.get(k)!r} (now {wanted.get(k)!r})" for k in names if settings.get(k) != wanted.get(k)]
         if other:
             raise SideTuningError(
                 f"{self.folder} holds a run with other settings: {', '.join(other)}; choose another folder with --out, "
