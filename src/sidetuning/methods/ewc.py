@@ -26,7 +26,7 @@ class EWC(FineTune):
 
     Args:
         base: the base; its copy is tuned.
-        coefficient: of the penalty (1e4 in the original's iCIFAR, where F was another, smaller one).
+        coefficient: of the penalty; the balance between forgetting and rigidity. (The original has 1e4, of another, smaller F.)
         samples: how many samples the Fisher is estimated from.
         labels: y of the Fisher: drawn from the model's own answer (the Fisher information), or the data's (the empirical one).
         running: None sums the penalties; a number g keeps one, F = g F + F_k around the newest weights.
@@ -37,7 +37,7 @@ class EWC(FineTune):
     def __init__(
         self,
         base: Base,
-        coefficient: float = 1e4,
+        coefficient: float = 100.0,
         samples: int = 500,
         labels: Literal["model", "data"] = "model",
         running: float | None = None,

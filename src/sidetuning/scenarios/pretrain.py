@@ -53,8 +53,8 @@ class Settings:
     """On convolutions and the classifier, none on norms and biases."""
     precision: Literal["no", "bf16"] = "bf16"
     """Mixed precision."""
-    distill_epochs: int = 8
-    """Passes over cached features in which the FCN4 learns to imitate the base; more make a side that learns tasks worse."""
+    distill_epochs: int = 20
+    """Passes over cached features in which the FCN4 learns to imitate the base."""
     seed: int = 0
     """Of initial weights, order and augmentation."""
 
