@@ -7,7 +7,9 @@ bitwise the same weights as one that was not.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import math
 import random
 import time
@@ -376,7 +378,18 @@ def default_accelerator() -> Accelerator:
     """An accelerator that splits each batch over the processes: the step is the same however many there are."""
     from accelerate import Accelerator, DataLoaderConfiguration
 
-    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    if accelerator.num_processes > 1:
+        _leave_at_exit()
+    return accelerator
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """End the process group before the interpreter does: its threads, still running, would abort a finished process."""
+    from accelerate import PartialState
+
+    atexit.register(PartialState().destroy_process_group)
 
 
 @dataclass
