@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,14 @@ def test_the_icifar_table_is_made_from_the_results() -> None:
     table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     assert table.count("\n") == 5
     assert table in (ROOT / "docs/benchmarks.md").read_text()
+
+
+def test_the_tables_of_grids_are_made_from_the_results() -> None:
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    for grid in re.findall(r"--grid (\w+)", text):
+        command = [sys.executable, "benchmarks/compare.py", "icifar", "--grid", grid, "--table"]
+        table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+        assert table.count("\n") > 2 and table in text, grid
 
 
 def test_no_document_names_a_path_of_one_machine() -> None:
