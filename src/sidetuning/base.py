@@ -217,6 +217,13 @@ class Base(nn.Module):
         other._hidden = (fused.to(memory_format=torch.channels_last),)
         return other
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs: where its example input lies."""
+        example = self.example
+        tensors = [example] if isinstance(example, Tensor) else [v for v in example.values() if isinstance(v, Tensor)]
+        return tensors[0].device
+
     def fingerprint(self) -> str:
         """sha256 over the names, shapes, types and bytes of the network's weights and buffers.
 

@@ -245,7 +245,7 @@ def _fields(base: Base, dataset: Dataset[Any], dtype: str) -> dict[str, _Field]:
     x, y = dataset[0]
     if not isinstance(x, Tensor):
         raise ShapeError(f"cache_features keeps inputs that are one tensor, not a {type(x).__name__}")
-    features = base(x.unsqueeze(0).to(_device(base)))
+    features = base(x.unsqueeze(0).to(base.device))
     label = torch.as_tensor(y)
     fields = {"x": _of(x), "out": _Field(tuple(features.out.shape[1:]), dtype)}
     fields.update({f"tap.{name}": _Field(tuple(tap.shape[1:]), dtype) for name, tap in features.taps.items()})
@@ -254,10 +254,6 @@ def _fields(base: Base, dataset: Dataset[Any], dtype: str) -> dict[str, _Field]:
 
 def _of(tensor: Tensor) -> _Field:
     return _Field(tuple(tensor.shape), str(tensor.numpy().dtype))
-
-
-def _device(base: Base) -> torch.device:
-    return base.example.device if isinstance(base.example, Tensor) else torch.device("cpu")
 
 
 def _write(
@@ -303,7 +299,7 @@ def _write(
                 x, y = _fetch(dataset, batch)
                 if view > 0 and augment is not None:
                     x = augment(x, generator)
-                features = fast(x.to(_device(base)))
+                features = fast(x.to(base.device))
                 values = {"x": x, "out": features.out, **{f"tap.{k}": v for k, v in features.taps.items()}}
                 for name, value in values.items():
                     _put(handles[name], fields[name], value, view * n + first)

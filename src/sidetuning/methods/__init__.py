@@ -7,7 +7,7 @@ logits = method(x, "pets")
 
 from collections.abc import Callable
 
-from sidetuning.methods.method import Method, Recipe, Task, device_of, load_method, saved_tasks
+from sidetuning.methods.method import Method, Recipe, Task, load_method, saved_tasks
 from sidetuning.registry import Registry
 
 METHODS: Registry[Callable[..., Method]] = Registry(
@@ -28,4 +28,4 @@ METHODS: Registry[Callable[..., Method]] = Registry(
     },
 )
 
-__all__ = ["METHODS", "Method", "Recipe", "Task", "device_of", "load_method", "saved_tasks"]
+__all__ = ["METHODS", "Method", "Recipe", "Task", "load_method", "saved_tasks"]

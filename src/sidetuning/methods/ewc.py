@@ -21,8 +21,8 @@ class EWC(FineTune):
     """Fine-tuning that pays for moving weights that earlier tasks need.
 
     After task k: F_k = mean over samples of (d log p(y|x) / d w)^2, the diagonal Fisher from per-sample gradients. The loss of
-    later tasks has `coefficient` * sum_k F_k (w - w_k)^2, without the paper's 1/2. That sum of N penalties is, up to a constant, the one quadratic
-    F (w - c)^2 with F = sum_k F_k and c = sum_k F_k w_k / F, so two vectors are kept, however many the tasks.
+    later tasks has `coefficient` * sum_k F_k (w - w_k)^2, without the paper's 1/2. That sum of N penalties is, up to a
+    constant, the one quadratic F (w - c)^2 with F = sum_k F_k and c = sum_k F_k w_k / F, so two vectors are kept, however many the tasks.
 
     Args:
         base: the base; its copy is tuned.

@@ -246,7 +246,7 @@ class Method(nn.Module):
         with seeded(task.seed):
             add(task)
         self.tasks[task.name] = task
-        self.to(device_of(self.base.example))
+        self.to(self.base.device)
         self.eval()
 
     def __getitem__(self, task: str) -> nn.Module:
@@ -413,9 +413,3 @@ def count(module: nn.Module) -> int:
     """Parameters and running statistics of a module."""
     buffers = sum(b.numel() for b in module.buffers() if b.is_floating_point())
     return sum(p.numel() for p in module.parameters()) + buffers
-
-
-def device_of(x: Input) -> torch.device:
-    """Where an input lies."""
-    tensors = [x] if isinstance(x, Tensor) else [v for v in x.values() if isinstance(v, Tensor)]
-    return tensors[0].device

@@ -31,9 +31,8 @@ class Trunk(nn.Module):
                 "sidetune, features and boosting need none"
             )
         net = copy.deepcopy(base.net).requires_grad_(not frozen)
-        self.net = (
-            nn.Sequential(net) if isinstance(net, (nn.Conv2d, nn.Linear)) else net
-        )  # so that each layer has a name
+        bare = isinstance(net, (nn.Conv2d, nn.Linear))
+        self.net = nn.Sequential(net) if bare else net  # so that each layer has a name
         self.frozen = frozen
         self.select = base.select
         self.images = any(isinstance(m, nn.Conv2d) for m in self.net.modules())

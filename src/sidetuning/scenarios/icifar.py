@@ -23,7 +23,7 @@ from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.continual import AccuracyMatrix
 from sidetuning.data.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning.errors import DataError, SideTuningError
-from sidetuning.methods import METHODS, Method, Recipe, Task, device_of, saved_tasks
+from sidetuning.methods import METHODS, Method, Recipe, Task, saved_tasks
 from sidetuning.results import RunResult
 from sidetuning.scenarios.runs import Run
 
@@ -288,7 +288,7 @@ def test_accuracy(method: Method, name: str, views: Sequence[CachedFeatures | Im
     from accelerate.utils import send_to_device
 
     right = total = 0
-    device = device_of(method.base.example)
+    device = method.base.device
     for batches in zip(*(task_loader(view, task, 500, shuffle=False) for view in views), strict=True):
         batches = send_to_device(batches, device)
         answers = [method(x, name, features=features).softmax(1) for x, features, _ in batches]
