@@ -299,6 +299,7 @@ BASES: Registry[Callable[..., Base]] = Registry(
     "base",
     {
         "resnet44-cifar10": "sidetuning.bases:resnet44_cifar10",
+        "resnet-doom-curvature": "sidetuning.bases:resnet_doom_curvature",
     },
 )
 SCHEMES: Registry[Callable[..., Base]] = Registry(

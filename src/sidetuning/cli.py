@@ -12,7 +12,7 @@ import tyro
 
 from sidetuning import __version__
 from sidetuning.errors import SideTuningError
-from sidetuning.scenarios import compare, demo, icifar, predict, pretrain
+from sidetuning.scenarios import compare, demo, icifar, predict, pretrain, render_doom
 
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 
@@ -27,6 +27,7 @@ Command = (
     | Annotated[compare.Settings, tyro.conf.subcommand("compare")]
     | Annotated[predict.Settings, tyro.conf.subcommand("predict")]
     | Annotated[pretrain.Settings, tyro.conf.subcommand("pretrain")]
+    | Annotated[render_doom.Settings, tyro.conf.subcommand("render-doom")]
     | Annotated[demo.Settings, tyro.conf.subcommand("demo")]
     | Annotated[Parts, tyro.conf.subcommand("parts")]
 )
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: Any) -> None:
     """Dispatch on the dataclass that the arguments made."""
-    for scenario in (icifar, compare, predict, pretrain, demo):
+    for scenario in (icifar, compare, predict, pretrain, render_doom, demo):
         if isinstance(settings, scenario.Settings):
             scenario.main(settings)
             return

@@ -86,6 +86,8 @@ class Span(nn.Module):
 class Pixels(nn.Module):
     """Doubles the map's size until it covers the image: nearest upsampling, 3x3 convolution, group norm, ReLU.
 
+    The last doubling is a sub-pixel convolution (Shi et al. 2016): layers at the full size would cost more than all the others.
+
     Shape: (b, c, h, w) -> (b, channels, H, W).
     """
 
@@ -95,17 +97,18 @@ class Pixels(nn.Module):
         doublings = max(0, math.ceil(math.log2(max(image[0] / code[0], image[1] / code[1]))))
         layers: list[nn.Module] = []
         inputs = width
-        for i in range(doublings + 1):
+        for i in range(max(1, doublings)):
             outputs = max(hidden >> max(0, i - 1), 8) // 2 * 2  # group norm wants an even number
             if i:
                 layers.append(nn.Upsample(scale_factor=2))
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(2, outputs), nn.ReLU()]
             inputs = outputs
         self.decoder = nn.Sequential(*layers)
-        self.out = nn.Conv2d(inputs, channels, 3, padding=1)
+        last = 2 if doublings else 1
+        self.out = nn.Sequential(nn.Conv2d(inputs, channels * last**2, 3, padding=1), nn.PixelShuffle(last))
 
     def forward(self, code: Tensor) -> Tensor:
-        x = self.decoder(code)
+        x = self.out(self.decoder(code))
         if x.shape[-2:] != self.image:
             x = nn.functional.interpolate(x, self.image, mode="bilinear", align_corners=False)
-        return self.out(x)
+        return x

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +23,7 @@ from sidetuning.registry import unknown
 from sidetuning.report import write_report
 from sidetuning.results import RunResult, markdown, summary_table
 from sidetuning.scenarios import icifar
-from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.runs import Run, end_with_parent
 
 Grid = Literal["methods", "merge", "init", "side", "order", "dense", "base", "data", "boosting"]
 MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", "mlp", "mlp2", "res-mlp", "concat")
@@ -216,15 +214,8 @@ def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
 
 def run_cell(settings: icifar.Settings) -> RunResult:
     """What the cell's process does; it ends with its parent, so that a killed grid leaves nothing running."""
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    end_with_parent()
     return icifar.run(settings)
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def finish(settings: Settings, results: Sequence[RunResult]) -> None:

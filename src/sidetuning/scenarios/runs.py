@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import platform
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
@@ -36,7 +39,6 @@ class Run:
         wanted = json.loads(json.dumps(wanted))  # as it will be read: tuples are lists
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "resume").mkdir(exist_ok=True)
         except OSError as error:
             raise SideTuningError(
                 f"{folder} cannot be written to ({error.strerror}); choose another folder with --out"
@@ -85,6 +87,7 @@ class Run:
 
     def resume(self, name: str) -> Path:
         """The resume file of a task's training."""
+        (self.folder / "resume").mkdir(exist_ok=True)
         return self.folder / "resume" / f"{name}.pt"
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -106,3 +109,15 @@ class Run:
             out.seek(len(text.encode()))
             out.truncate()
             out.write(json.dumps(row) + "\n")
+
+
+def end_with_parent() -> None:
+    """In a process that another one has started: end when that one ends, even if it was killed."""
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -13,7 +13,10 @@ from sidetuning.base import Base, packaged
 from sidetuning.errors import ArtifactError, TaskError
 
 # Distilled sides shipped with a packaged base: (base, side) -> file beside the base's weights.
-DISTILLED = {("resnet44-cifar10", "fcn4"): "fcn4-cifar10-distilled.safetensors"}
+DISTILLED = {
+    ("resnet44-cifar10", "fcn4"): "fcn4-cifar10-distilled.safetensors",
+    ("resnet-doom-curvature", "fcn5"): "fcn5-doom-curvature-distilled.safetensors",  # at a quarter of its width
+}
 ENERGY = 0.01  # size of a low-energy side's output against the same side as built
 
 
