@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
@@ -28,13 +29,18 @@ class Settings(compare.Settings):
 
 def name(settings: Settings, cell: compare.Cell) -> str:
     """The result file of a cell."""
-    return f"compare-{settings.grid}-{cell.folder.name}"
+    return f"{prefix(settings.scenario, settings.grid)}-{cell.folder.name}"
+
+
+def prefix(scenario: str, grid: str) -> str:
+    """What the names of a grid's result files start with."""
+    return f"compare-{grid}" if scenario == "icifar" else f"compare-{scenario}-{grid}"
 
 
 def run(settings: Settings) -> None:
     """Run and record the cells that have no result yet."""
     todo = [c for c in compare.cells(settings) if not (RESULTS / f"{name(settings, c)}.json").exists()]
-    with tqdm(total=len(todo) * settings.tasks, unit="task") as bar:
+    with tqdm(total=sum(cell.tasks for cell in todo), unit="task") as bar:
         for cell in todo:
             bar.set_description(cell.folder.name)
             result = replace(compare.one(cell, bar), variant=cell.variant)
@@ -42,15 +48,15 @@ def run(settings: Settings) -> None:
             record(name(settings, cell), asdict(replace(result, settings=public)))
 
 
-def results(grid: str) -> list[RunResult]:
+def results(grid: str, scenario: Literal["icifar", "itaskonomy"] = "icifar") -> list[RunResult]:
     """All recorded runs of a grid, in the grid's order."""
     known = {f.name for f in fields(RunResult)}
     found = {}
-    for file in RESULTS.glob(f"compare-{grid}-*.json"):
+    for file in RESULTS.glob(f"{prefix(scenario, grid)}-*.json"):
         content = json.loads(file.read_text())
         run = RunResult(**{k: v for k, v in content.items() if k in known})
         found[run.method, run.variant, run.seed] = run
-    cells = compare.cells(compare.Settings("icifar", grid=grid, seeds=9))  # type: ignore[arg-type]
+    cells = compare.cells(compare.Settings(scenario, grid=grid, seeds=9))  # type: ignore[arg-type]
     order = [(c.settings.method, c.variant, c.settings.seed) for c in cells]
     return compare.add_alone([found[key] for key in order if key in found])
 
@@ -59,4 +65,4 @@ if __name__ == "__main__":
     given = tyro.cli(Settings, config=(tyro.conf.OmitArgPrefixes,))
     if not given.table:
         run(given)
-    print(markdown(summary_table(results(given.grid))))
+    print(markdown(summary_table(results(given.grid, given.scenario))))

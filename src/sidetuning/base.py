@@ -192,6 +192,13 @@ class Base(nn.Module):
         other._set_taps(taps)
         return other
 
+    def with_example(self, example: Input) -> Base:
+        """The same network for inputs of another size; parts are built for the shapes that this example gives."""
+        other = copy.copy(self)
+        other.example = example
+        other.output_shape = tuple(other._set_taps(self._taps).out.shape[1:])
+        return other
+
     def folded(self) -> Base:
         """A copy for inference with batch norms folded into convolutions; itself where the network cannot be traced.
 

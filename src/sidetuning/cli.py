@@ -12,7 +12,7 @@ import tyro
 
 from sidetuning import __version__
 from sidetuning.errors import SideTuningError
-from sidetuning.scenarios import compare, demo, icifar, predict, pretrain, render_doom
+from sidetuning.scenarios import compare, demo, icifar, itaskonomy, predict, pretrain, render_doom, transfer
 
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 
@@ -24,7 +24,9 @@ class Parts:
 
 Command = (
     Annotated[icifar.Settings, tyro.conf.subcommand("icifar")]
+    | Annotated[itaskonomy.Settings, tyro.conf.subcommand("itaskonomy")]
     | Annotated[compare.Settings, tyro.conf.subcommand("compare")]
+    | Annotated[transfer.Settings, tyro.conf.subcommand("transfer")]
     | Annotated[predict.Settings, tyro.conf.subcommand("predict")]
     | Annotated[pretrain.Settings, tyro.conf.subcommand("pretrain")]
     | Annotated[render_doom.Settings, tyro.conf.subcommand("render-doom")]
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: Any) -> None:
     """Dispatch on the dataclass that the arguments made."""
-    for scenario in (icifar, compare, predict, pretrain, render_doom, demo):
+    for scenario in (icifar, itaskonomy, transfer, compare, predict, pretrain, render_doom, demo):
         if isinstance(settings, scenario.Settings):
             scenario.main(settings)
             return

@@ -93,8 +93,8 @@ class Pixels(nn.Module):
 
     def __init__(self, width: int, code: tuple[int, ...], image: torch.Size, channels: int, hidden: int) -> None:
         super().__init__()
-        self.image = tuple(image)
-        doublings = max(0, math.ceil(math.log2(max(image[0] / code[0], image[1] / code[1]))))
+        self.scale = (image[0] / code[0], image[1] / code[1])
+        doublings = max(0, math.ceil(math.log2(max(self.scale))))
         layers: list[nn.Module] = []
         inputs = width
         for i in range(max(1, doublings)):
@@ -109,6 +109,7 @@ class Pixels(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         x = self.out(self.decoder(code))
-        if x.shape[-2:] != self.image:
-            x = nn.functional.interpolate(x, self.image, mode="bilinear", align_corners=False)
+        image = (round(code.shape[-2] * self.scale[0]), round(code.shape[-1] * self.scale[1]))
+        if x.shape[-2:] != image:
+            x = nn.functional.interpolate(x, image, mode="bilinear", align_corners=False)
         return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import difflib
 import hashlib
@@ -426,6 +427,16 @@ class Taskonomy(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self._get(index, (*self.domains, "mask"))
+
+    def read(self, index: int, domain: str) -> Tensor:
+        """One of the asked domains of one frame, or its "mask"."""
+        return self._get(index, [domain])[domain]
+
+    def only(self, domain: str) -> Taskonomy:
+        """The same frames with one of their domains; its fingerprint does not depend on the others."""
+        other = copy.copy(self)
+        other.domains, other._needed, other._mask_source = (domain,), [_tensor_domain(domain)], None
+        return other
 
     def path(self, index: int, domain: str) -> Path:
         """The file of one frame."""

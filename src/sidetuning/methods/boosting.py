@@ -58,7 +58,7 @@ class Boosting(Method):
         names = self._stages(task.name)
         for i, name in enumerate(names):
             self.model.add_task(
-                name, side=given["side"], merge=given["merge"], head=task.head, init=init, prenorm=given["prenorm"],
+                name, side=given["side"], merge=given["merge"], head=task.head, head_options=task.head_options, init=init, prenorm=given["prenorm"],
                 laterals=names[:i], labels=task.labels, side_options=given["side_options"],
             )  # fmt: skip
         self.stage[task.name] = names[-1]

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -53,6 +53,7 @@ class Task:
         loss: `loss(output, target)`.
         labels: names of the classes.
         seed: of the weights that are drawn for this task.
+        head_options: arguments of a registered head, JSON values.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Task:
     loss: Loss = F.cross_entropy
     labels: list[str] | None = None
     seed: int = 0
+    head_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class Method(nn.Module):
     def head(self, task: Task) -> nn.Module:
         """A new head for a task."""
         name, options = ("linear", {"outputs": task.head}) if isinstance(task.head, int) else (task.head, {})
-        head = HEADS.build(name, self.base, options=options)
+        head = HEADS.build(name, self.base, options={**options, **task.head_options})
         assert isinstance(head, nn.Module)
         return head
 
@@ -294,7 +296,10 @@ class Method(nn.Module):
             "method": self.name,
             "options": self.options,
             "base": self.base.fingerprint(),
-            "tasks": [{"name": t.name, "head": t.head, "labels": t.labels} for t in self.tasks.values()],
+            "tasks": [
+                {"name": t.name, "head": t.head, "labels": t.labels, "head_options": dict(t.head_options)}
+                for t in self.tasks.values()
+            ],
             "metrics": dict(metrics or {}),
             "tensors": file,
         }
@@ -330,7 +335,8 @@ class Method(nn.Module):
             )
         try:
             for t in config["tasks"]:
-                self._add(Task(t["name"], t["head"], labels=t["labels"]), self.rebuild)
+                options = t.get("head_options", {})
+                self._add(Task(t["name"], t["head"], labels=t["labels"], head_options=options), self.rebuild)
             self.read_tensors(folder, config["tensors"])
         except BaseException:
             for task in list(self.tasks):

@@ -46,7 +46,7 @@ class SideTune(Method):
         given = self._branch
         laterals = self.model.tasks if given["dense"] else []
         self.model.add_task(
-            task.name, side=given["side"], merge=given["merge"], head=task.head, init=given["init"],
+            task.name, side=given["side"], merge=given["merge"], head=task.head, head_options=task.head_options, init=given["init"],
             prenorm=given["prenorm"], laterals=laterals, labels=task.labels, side_options=given["side_options"],
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`sidetuning compare icifar`: methods, or variants of one, on the same data with the same budget, and a report of them."""
+"""`sidetuning compare icifar` and `compare itaskonomy`: methods, or variants of one, on the same data with the same budget, and a report of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from sidetuning.methods import METHODS
 from sidetuning.registry import unknown
 from sidetuning.report import write_report
 from sidetuning.results import RunResult, markdown, summary_table
-from sidetuning.scenarios import icifar
+from sidetuning.scenarios import icifar, itaskonomy
+from sidetuning.scenarios.dense import ORDER
 from sidetuning.scenarios.runs import Run, end_with_parent
 
 Grid = Literal["methods", "merge", "init", "side", "order", "dense", "base", "data", "boosting"]
 MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", "mlp", "mlp2", "res-mlp", "concat")
+DENSE_GRIDS = ("methods", "merge", "init", "side", "order", "dense", "base")
+Given = icifar.Settings | itaskonomy.Settings
 # What a task learned first amounts to, where tasks touch each other: such a method's first task is a fine-tuned copy of the base.
 FIRST = {"finetune": "independent", "ewc": "independent", "psp": "independent"}
 
@@ -35,7 +38,7 @@ FIRST = {"finetune": "independent", "ewc": "independent", "psp": "independent"}
 class Settings:
     """Compare methods on one scenario, cell by cell; the same command again goes on where it stopped."""
 
-    scenario: Annotated[Literal["icifar"], tyro.conf.Positional]
+    scenario: Annotated[Literal["icifar", "itaskonomy"], tyro.conf.Positional]
     """What is learned."""
     grid: Grid = "methods"
     """What varies: the method, or for an ablation of side-tuning its merge, initialisation (init), side, the order of tasks,
@@ -44,8 +47,8 @@ class Settings:
     """Methods of the grids methods, order and data; by default those that the grid is about."""
     seeds: int = 3
     """Runs of every cell, with seeds 0, 1, …"""
-    data: str = "uoft-cs/cifar100"
-    """A folder with train*.parquet and test*.parquet in the Hub's layout, or a data set on the Hub."""
+    data: str | None = None
+    """As the scenario's own --data; by default the scenario's."""
     out: str = "runs/compare"
     """Folder of the cells' runs, the table and the report."""
     base_weights: str | None = None
@@ -53,11 +56,15 @@ class Settings:
     init: str | None = "distilled"
     """How sides start, where the grid does not say."""
     samples: int = 20_000
-    """Training images per task, repetitions included."""
-    tasks: int = 10
-    """How many of the ten tasks to learn."""
+    """Training images per task, repetitions included (icifar)."""
+    frames: int | None = None
+    """Training frames, None for all (itaskonomy)."""
+    epochs: float = 3.0
+    """Passes over them, per task (itaskonomy)."""
+    tasks: int | None = None
+    """Learn the first so many tasks alone."""
     precision: Literal["no", "bf16"] = "no"
-    """Mixed precision of methods that train whole networks; fast where the processor knows bfloat16."""
+    """Mixed precision of methods that train whole networks, and of decoders; fast where the processor knows bfloat16."""
     cache: str = "~/.cache/sidetuning"
     """Folder of base features, shared by all runs."""
 
@@ -67,52 +74,77 @@ class Cell:
     """One run of the grid."""
 
     variant: str
-    settings: icifar.Settings
+    settings: Given
 
     @property
     def folder(self) -> Path:
         """Where it runs."""
         return Path(self.settings.out)
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks it learns."""
+        tasks = self.settings.tasks
+        return tasks if isinstance(tasks, int) else len(tasks)
+
 
 def cells(s: Settings) -> Iterator[Cell]:
     """The runs of the grid, seed by seed, so that an interrupted grid has whole seeds."""
     for seed in range(s.seeds):
-        common = icifar.Settings(
-            data=s.data, base_weights=s.base_weights, init=s.init, samples=s.samples, tasks=s.tasks, seed=seed,
-            cache=s.cache, progress=False,
-        )  # fmt: skip
-        for variant, settings in GRIDS[s.grid](common, s.methods):
+        for variant, settings in GRIDS[s.grid](common(s, seed), s.methods):
             whole = not METHODS[settings.method].uses_features  # type: ignore[attr-defined]
             name = re.sub(r"[^\w.]+", "-", f"{settings.method} {variant} {seed}".replace("%", ""))
-            precision = s.precision if whole else "no"
+            precision = s.precision if whole or s.scenario == "itaskonomy" else "no"
             yield Cell(variant, replace(settings, out=str(Path(s.out) / name), precision=precision))
 
 
-Variants = Iterator[tuple[str, icifar.Settings]]
+def common(s: Settings, seed: int) -> Given:
+    """What all cells of a seed share."""
+    if s.scenario == "icifar":
+        plain = icifar.Settings(samples=s.samples, tasks=s.tasks or icifar.Settings.tasks)
+        data: str = s.data or plain.data
+        return replace(
+            plain, data=data, base_weights=s.base_weights, init=s.init, seed=seed, cache=s.cache, progress=False
+        )
+    if s.grid not in DENSE_GRIDS:
+        raise SideTuningError(f"--grid {s.grid} is one of icifar's; itaskonomy has {', '.join(DENSE_GRIDS)}")
+    tasks = itaskonomy.Settings(frames=s.frames, epochs=s.epochs, tasks=ORDER[: s.tasks])
+    return replace(
+        tasks,
+        data=s.data or tasks.data,
+        base_weights=s.base_weights,
+        init=s.init,
+        seed=seed,
+        cache=s.cache,
+        progress=False,
+    )
 
 
-def methods_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+Variants = Iterator[tuple[str, Any]]
+
+
+def methods_grid(common: Any, methods: Sequence[str]) -> Variants:
     """Every method at the same budget."""
-    names = ("sidetune", "features", "independent", "finetune", "ewc", "psp", "pnn", "residual-adapter", "lora", "piggyback", "scratch", "boosting")  # fmt: skip
-    for method in methods or names:
+    names = ("sidetune", "features", "independent", "finetune", "ewc", "psp", "pnn", "scratch")
+    more = ("residual-adapter", "lora", "piggyback", "boosting") if isinstance(common, icifar.Settings) else ()
+    for method in methods or (*names, *more):
         yield "", replace(common, method=method)
 
 
-def merge_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+def merge_grid(common: Any, methods: Sequence[str]) -> Variants:
     """Every merge operator."""
     for merge in MERGES:
         yield f"merge={merge}", replace(common, merge=merge)
 
 
-def init_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+def init_grid(common: Any, methods: Sequence[str]) -> Variants:
     """How the side starts; "copy" is a copy of the base, slimmed to a quarter of its width, as the side."""
     for init in ("distilled", "low-energy", "zero", "xavier"):
         yield f"init={init}", replace(common, init=common.init if init == "distilled" else init)
     yield "init=copy", replace(common, side="copy", side_width=0.25, init=None)
 
 
-def side_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+def side_grid(common: Any, methods: Sequence[str]) -> Variants:
     """Sides of growing size, all from random weights, since distilled ones ship for fcn4 alone."""
     for side in ("fcn4", "fcn5", "fcn8"):
         yield f"side={side}", replace(common, side=side, init=None)
@@ -120,7 +152,7 @@ def side_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
         yield f"side=copy, width={width}", replace(common, side="copy", side_width=width, init=None)
 
 
-def order_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+def order_grid(common: Any, methods: Sequence[str]) -> Variants:
     """Label order and two random orders of the tasks."""
     for method in methods or ("sidetune", "finetune"):
         for order in (None, 1, 2):
@@ -130,27 +162,27 @@ def order_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
             )
 
 
-def dense_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+def dense_grid(common: Any, methods: Sequence[str]) -> Variants:
     """With and without the sides of earlier tasks."""
     for merge in ("alpha", "mlp2"):
         for dense in (False, True):
             yield f"merge={merge}{', dense' if dense else ''}", replace(common, merge=merge, dense=dense)
 
 
-def base_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+def base_grid(common: Any, methods: Sequence[str]) -> Variants:
     """The base alone, the side alone, and both."""
     for name, merge in (("base alone", "base-only"), ("side alone", "side-only"), ("base and side", "mlp2")):
         yield name, replace(common, merge=merge)
 
 
-def data_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+def data_grid(common: Any, methods: Sequence[str]) -> Variants:
     """1, 10 and 100 % of each task's images, at the same number of steps: who overfits?"""
     for method in methods or ("sidetune", "features", "independent", "finetune"):
         for share in (0.01, 0.1, 1.0):
             yield f"data={share:.0%}", replace(common, method=method, share=share)
 
 
-def boosting_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
+def boosting_grid(common: Any, methods: Sequence[str]) -> Variants:
     """Several small sides, one after another, against one bigger side."""
     for stages in (1, 2, 3):
         yield f"stages={stages}", replace(common, method="boosting", stages=stages)
@@ -158,7 +190,7 @@ def boosting_grid(common: icifar.Settings, methods: Sequence[str]) -> Variants:
     yield "side=copy, width=0.5", replace(common, side="copy", side_width=0.5, init=None)
 
 
-GRIDS: dict[str, Callable[[icifar.Settings, Sequence[str]], Variants]] = {
+GRIDS: dict[str, Callable[[Any, Sequence[str]], Variants]] = {
     "methods": methods_grid, "merge": merge_grid, "init": init_grid, "side": side_grid, "order": order_grid,
     "dense": dense_grid, "base": base_grid, "data": data_grid, "boosting": boosting_grid,
 }  # fmt: skip
@@ -175,12 +207,13 @@ def run(settings: Settings) -> list[RunResult]:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
     todo = list(cells(s))
-    base = load_base("resnet44-cifar10")
+    base = load_base(todo[0].settings.base, weights=todo[0].settings.base_weights)
+    scenario: Any = icifar if s.scenario == "icifar" else itaskonomy
     for method in {cell.settings.method for cell in todo}:  # a package that is missing is said before hours of work
-        icifar.build_method(replace(todo[0].settings, method=method, init=None), base)
+        scenario.build_method(replace(todo[0].settings, method=method, init=None), base)
     Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods"))
     results: list[RunResult] = []
-    bar = tqdm(total=len(todo) * s.tasks, unit="task", dynamic_ncols=True)
+    bar = tqdm(total=sum(cell.tasks for cell in todo), unit="task", dynamic_ncols=True)
     with bar:
         for cell in todo:
             bar.set_description(f"{cell.folder.name}")
@@ -194,8 +227,10 @@ def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
     """The result of a cell: read where it is there, else run; a process of its own makes its peak memory its own."""
     file, metrics, start = cell.folder / "result.json", cell.folder / "metrics.jsonl", bar.n
     if file.exists():
-        Run(cell.folder, "icifar", cell.settings, free=icifar.FREE)  # refuses a run with other settings
-        bar.update(cell.settings.tasks)
+        scenario = icifar if isinstance(cell.settings, icifar.Settings) else itaskonomy
+        name = scenario.__name__.rpartition(".")[2]
+        Run(cell.folder, name, cell.settings, free=scenario.FREE)  # refuses a run with other settings
+        bar.update(cell.tasks)
         return RunResult.load(file)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         future = pool.submit(run_cell, cell.settings)
@@ -204,7 +239,7 @@ def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
                 time.sleep(0.5)
                 learned = len(metrics.read_text().splitlines()) if metrics.exists() else 0
                 bar.update(start + learned - bar.n)
-            bar.update(start + cell.settings.tasks - bar.n)
+            bar.update(start + cell.tasks - bar.n)
             return future.result()
         except BrokenProcessPool as error:
             raise SideTuningError(
@@ -212,10 +247,10 @@ def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
             ) from error
 
 
-def run_cell(settings: icifar.Settings) -> RunResult:
+def run_cell(settings: Given) -> RunResult:
     """What the cell's process does; it ends with its parent, so that a killed grid leaves nothing running."""
     end_with_parent()
-    return icifar.run(settings)
+    return icifar.run(settings) if isinstance(settings, icifar.Settings) else itaskonomy.run(settings)
 
 
 def finish(settings: Settings, results: Sequence[RunResult]) -> None:
@@ -224,7 +259,8 @@ def finish(settings: Settings, results: Sequence[RunResult]) -> None:
     table = markdown(summary_table(with_first))
     out = Path(settings.out)
     (out / "table.md").write_text(table, encoding="utf-8")
-    title = f"iCIFAR: {settings.grid}" if settings.grid != "methods" else "iCIFAR: methods compared"
+    name = "iCIFAR" if settings.scenario == "icifar" else "iTaskonomy"
+    title = f"{name}: {settings.grid}" if settings.grid != "methods" else f"{name}: methods compared"
     write_report(with_first, out / "report.html", title=title)
 
 

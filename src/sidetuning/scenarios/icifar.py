@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from sidetuning.base import Base, load_base
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
-from sidetuning.continual import AccuracyMatrix
 from sidetuning.data.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning.errors import DataError, SideTuningError
-from sidetuning.methods import METHODS, Method, Recipe, Task, saved_tasks
+from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
 from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.sequence import Lesson, Score, learn_in_order
 
 CLASSES_PER_TASK = 10
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
@@ -115,74 +114,33 @@ def run(settings: Settings) -> RunResult:
     s = with_recipe(settings)
     folder = Run(s.out, "icifar", s, free=FREE)
     base = load_base(s.base, weights=s.base_weights, taps=s.taps)
-    methods = [build_method(s, base)]
-    build_method(s, base).add(Task("dry-run", CLASSES_PER_TASK))  # an unknown part is found before the long work
+    method = build_method(s, base)
+    method.add(Task("dry-run", CLASSES_PER_TASK))  # an unknown part is found before the long work
     train_set, test_set = load_images(s.data, "train"), load_images(s.data, "test")
     classes = len(train_set.names)
     if classes < s.tasks * CLASSES_PER_TASK:
         raise DataError(f"{s.data} has {classes} classes; {s.tasks} tasks of ten need {s.tasks * CLASSES_PER_TASK}")
 
     started = time.perf_counter()
-    train = prepare(methods[0], base, train_set, s)
-    test = views_of(prepare(methods[0], base, test_set, s))
+    train = prepare(method, base, train_set, s)
+    test = views_of(prepare(method, base, test_set, s))
     base_seconds = time.perf_counter() - started
 
-    order = task_order(s)
-    names = [f"classes-{10 * k}-{10 * k + 9}" for k in order]
-    recipe = recipe_of(s)
-    loss = partial(F.cross_entropy, label_smoothing=s.smoothing)
-    rows = {row["task"]: row for row in folder.metrics()}
-    saved = [n for n in names if n in saved_tasks(folder.tasks(n if s.alone else ""))]
-    done = {name: rows[name] for name in saved}  # a task is saved after its row is written
-    matrix = AccuracyMatrix(names)
-    if done:
-        methods = [build_method(s, base) for _ in done] if s.alone else methods
-        for method, name in zip(methods, done, strict=False):
-            method.load(folder.tasks(name if s.alone else ""))
-    for k, name in zip(order, names, strict=True):
-        if name in done:
-            folder.done(name)
-            matrix.add(done[name]["accuracy"])
-            continue
-        if s.alone and k != order[0]:
-            methods.append(build_method(s, base))
-        method = methods[-1]
+    def lesson(k: int) -> Lesson:
         labels = train_set.names[CLASSES_PER_TASK * k : CLASSES_PER_TASK * (k + 1)]
-        result = method.learn(
+        name = f"classes-{10 * k}-{10 * k + 9}"
+        loss = partial(F.cross_entropy, label_smoothing=s.smoothing)
+        return Lesson(
             Task(name, CLASSES_PER_TASK, loss, labels, seed=s.seed * 1000 + k),
-            task_loader(train, k, s.batch, shuffle=True, share=s.share), recipe,
-            resume=folder.resume(name), save_every=s.save_every, progress=s.progress,
-        )  # fmt: skip
-        accuracy = {}
-        for j, learned in zip(order, names[: len(matrix.rows) + 1], strict=False):
-            if s.alone and learned != name:
-                accuracy[learned] = done[learned]["accuracy"][-1]  # no other network touched it
-            else:
-                accuracy[learned] = test_accuracy(method, learned, test, j)
-        row = {
-            "task": name, "accuracy": list(accuracy.values()), "seconds": result.seconds, "loss": result.losses[-1],
-            "added": method.added(name), "shared": method.shared(), "alpha": method.alpha(name),
-        }  # fmt: skip
-        matrix.add(list(accuracy.values()))
-        if name in rows:  # killed between the next two lines; its resume file has brought back what it had learned
-            row = rows[name]
-        else:
-            folder.append(row)
-        method.save(folder.tasks(name if s.alone else ""), metrics={"accuracy": accuracy[name]})
-        folder.done(name)
-        done[name] = row
-    matrix.save(folder.folder / "matrix.json")
-    learned_rows = [done[name] for name in names]
-    final = RunResult(
-        method=s.method, variant="", seed=s.seed, tasks=names, accuracy=matrix.rows, alone=None,
-        alphas=[row["alpha"] for row in learned_rows], parameters=[row["added"] for row in learned_rows],
-        shared_parameters=learned_rows[-1]["shared"], seconds=[row["seconds"] for row in learned_rows],
-        base_seconds=base_seconds if methods[0].uses_features else 0.0,
-        peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        settings={k: v for k, v in asdict(s).items() if k not in FREE},
+            partial(task_loader, train, k, s.batch, shuffle=True, share=s.share),
+            partial(test_accuracy, name=name, views=test, task=k),
+        )
+
+    return learn_in_order(
+        folder, partial(build_method, s, base), [lesson(k) for k in task_order(s)], recipe_of(s),
+        settings={k: v for k, v in asdict(s).items() if k not in FREE}, method_name=s.method, seed=s.seed,
+        base_seconds=base_seconds, alone=s.alone, save_every=s.save_every, progress=s.progress,
     )  # fmt: skip
-    final.save(folder.folder / "result.json")
-    return final
 
 
 def build_method(settings: Settings, base: Base) -> Method:
@@ -283,7 +241,7 @@ def views_of(data: CachedFeatures | Images) -> list[CachedFeatures | Images]:
 
 
 @torch.no_grad()
-def test_accuracy(method: Method, name: str, views: Sequence[CachedFeatures | Images], task: int) -> float:
+def test_accuracy(method: Method, name: str, views: Sequence[CachedFeatures | Images], task: int) -> Score:
     """The share of a task's test images whose mean answer over the views is right."""
     from accelerate.utils import send_to_device
 
@@ -295,7 +253,7 @@ def test_accuracy(method: Method, name: str, views: Sequence[CachedFeatures | Im
         y = batches[0][2]
         right += int((sum(answers[1:], answers[0]).argmax(1) == y).sum())
         total += len(y)
-    return right / total
+    return Score(right / total, right / total)
 
 
 def task_loader(

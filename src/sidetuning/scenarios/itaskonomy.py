@@ -1,0 +1,254 @@
+"""iTaskonomy (paper, section 4.1): twelve dense tasks, learned one after another from one base that sees curvature."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sidetuning.base import Base, Features, load_base
+from sidetuning.cache import CachedFeatures, cache_features, loader_over
+from sidetuning.data import taskonomy
+from sidetuning.data.taskonomy import Taskonomy, domain_of
+from sidetuning.errors import DataError
+from sidetuning.methods import METHODS, Method, Recipe, Task
+from sidetuning.results import RunResult
+from sidetuning.scenarios.dense import ORDER, DenseTask, Regression, dense_task
+from sidetuning.scenarios.gallery import Gallery
+from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.sequence import Lesson, Score, learn_in_order
+
+FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Learn the dense tasks of Taskonomy one after another, on Doom (see render-doom) or on Taskonomy itself."""
+
+    data: str = "runs/doom"
+    """A folder in Taskonomy's layout."""
+    subset: str | None = None
+    """Which buildings train and test: a split file or the name of an official one (tiny, fullplus, …); splits.csv by default."""
+    out: str = "runs/itaskonomy"
+    """Folder of the run; the same command run again goes on where it stopped."""
+    method: str = "sidetune"
+    """sidetune, features, finetune, independent, scratch, ewc, psp, pnn, residual-adapter, lora, piggyback or boosting."""
+    tasks: tuple[str, ...] = ORDER
+    """The tasks, in the order of learning; the paper's by default."""
+    order: int | None = None
+    """Learn the tasks in a random order drawn from this seed."""
+    merge: str = "alpha"
+    """How base and side are fused: alpha, mlp2, base-only, side-only, …"""
+    side: str = "fcn5"
+    """Side network."""
+    side_width: float = 0.25
+    """Of the sides fcn5 and copy: fraction of the channels."""
+    init: str | None = "distilled"
+    """How the side starts: distilled, xavier, low-energy, zero, or a safetensors file of its weights."""
+    dense: bool = False
+    """Feed the sides of all earlier tasks into the merge (the paper's dense variant)."""
+    base: str = "resnet-doom-curvature"
+    """Base network; its code must be a map."""
+    base_weights: str | None = None
+    """A safetensors file of the base's weights to use instead of the packaged ones."""
+    frames: int | None = None
+    """Train on so many frames, drawn evenly over the training buildings; None for all."""
+    test_frames: int | None = 300
+    """Test on at most so many frames, drawn evenly over the test buildings; None for all."""
+    size: int | None = None
+    """Resize frames to this width and height; None keeps them."""
+    epochs: float = 3.0
+    """Passes over the training frames, per task."""
+    batch: int = 32
+    """Frames per step."""
+    lr: float = 1e-3
+    """Learning rate. (The paper has 1e-4 for some hundred times as many steps.)"""
+    weight_decay: float = 2e-6
+    """Of kernels and matrices; merges, norms and biases have none."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; None for no limit."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of training; fast where the processor knows bfloat16."""
+    seed: int = 0
+    """Of initial weights and of the order of the frames."""
+    pictures: int = 4
+    """Test frames whose predictions are kept for the report."""
+    cache: str = "~/.cache/sidetuning"
+    """Folder of base features, shared by all runs."""
+    save_every: Annotated[float, tyro.conf.arg(help="Seconds between two resume files while a task is trained.")] = 10.0
+    progress: bool = True
+    """Show progress bars."""
+
+
+class Inputs(Dataset[Any]):
+    """Frames without labels, as a cache of base features takes them."""
+
+    def __init__(self, frames: Taskonomy) -> None:
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.frames.read(index, "rgb"), index
+
+    def fingerprint(self) -> str:
+        """Of the frames' pictures alone."""
+        return self.frames.fingerprint()
+
+
+class Labelled(Dataset[Any]):
+    """Batches of `(x, features or None, y)` for one task."""
+
+    def __init__(self, inputs: CachedFeatures | Tensor, frames: Taskonomy, task: DenseTask) -> None:
+        self.inputs, self.task = inputs, task
+        self.raw, self.mask = frames.tensors(task.domain), frames.tensors("mask")
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, Features | None, Tensor]:
+        y = self.task.labels(self.raw[list(rows)], self.mask[list(rows)])
+        if isinstance(self.inputs, Tensor):
+            return self.inputs[list(rows)], None, y
+        x, features, _ = self.inputs.__getitems__(rows)
+        return x, features, y
+
+
+def run(settings: Settings) -> RunResult:
+    """Learn the tasks in order, saving after each; evaluates every task after every task."""
+    s = settings
+    folder = Run(s.out, "itaskonomy", s, free=FREE)
+    domains = ("rgb", *(domain_of(t).name for t in s.tasks if t != "rgb"))
+    train = Taskonomy(s.data, domains, "train", s.subset, limit=s.frames, size=s.size)
+    test = Taskonomy(s.data, domains, "test", s.subset, size=s.size)
+    if s.test_frames is not None and len(test) > s.test_frames:
+        test = Taskonomy(s.data, domains, "test", s.subset, limit=s.test_frames, size=s.size)
+    classes = taskonomy.names(s.data, "segment_semantic")
+    tasks = {name: dense_task(name, train, classes) for name in ordered(s)}
+    base = load_base(s.base, weights=s.base_weights).with_example(
+        torch.zeros(1, *train.shapes["rgb"], dtype=torch.uint8)
+    )
+    if base.kind != "map":
+        raise DataError(
+            f"the base {s.base} returns a {base.kind}; dense tasks need a map, such as resnet-doom-curvature's"
+        )
+    method = build_method(s, base)
+    for i, task in enumerate(tasks.values()):  # an unknown part is found before the long work
+        method.add(Task(f"dry-run-{i}", task.head[0], head_options=task.head[1]))
+
+    started = time.perf_counter()
+    inputs = [prepare(method, base, frames, s) for frames in (train, test)]
+    base_seconds = time.perf_counter() - started
+    gallery = Gallery(folder.folder / "gallery", test, s.pictures)
+
+    def lesson(name: str) -> Lesson:
+        task = tasks[name]
+        return Lesson(
+            Task(name, task.head[0], task.loss, seed=s.seed * 1000 + ORDER.index(name), head_options=task.head[1]),
+            lambda: loader_over(Labelled(inputs[0], train, task), batch_size=s.batch),
+            partial(
+                evaluate,
+                name=name,
+                task=task,
+                data=Labelled(inputs[1], test, task),
+                constant=constant(task, train, test),
+            ),
+        )
+
+    steps = max(1, round(s.epochs * len(train) / s.batch))
+    return learn_in_order(
+        folder, partial(build_method, s, base), [lesson(name) for name in tasks],
+        Recipe(steps, s.lr, s.weight_decay, s.clip, seed=s.seed, precision=s.precision),
+        settings={k: v for k, v in asdict(s).items() if k not in FREE}, method_name=s.method, seed=s.seed,
+        base_seconds=base_seconds, save_every=s.save_every, progress=s.progress,
+        learned=lambda method, name: gallery.add(method, name, tasks), measures={n: t.measure for n, t in tasks.items()},
+    )  # fmt: skip
+
+
+def ordered(settings: Settings) -> list[str]:
+    """The tasks as given, or shuffled."""
+    if settings.order is None:
+        return list(settings.tasks)
+    generator = torch.Generator().manual_seed(settings.order)
+    return [settings.tasks[i] for i in torch.randperm(len(settings.tasks), generator=generator).tolist()]
+
+
+def build_method(settings: Settings, base: Base) -> Method:
+    """The method that the settings name, without tasks."""
+    s = settings
+    options: dict[str, dict[str, Any]] = {"psp": {"seed": s.seed}}  # of the other methods: their own defaults
+    side = {"side": s.side, "merge": s.merge, "init": s.init}
+    if s.side in ("fcn5", "copy"):
+        side["side_options"] = {"width": s.side_width}  # type: ignore[assignment]
+    options["sidetune"], options["boosting"] = {**side, "dense": s.dense}, side
+    return METHODS.build(s.method, base, options=options.get(s.method, {}))
+
+
+def prepare(method: Method, base: Base, frames: Taskonomy, settings: Settings) -> CachedFeatures | Tensor:
+    """Images with cached base features where the method uses them, else the images."""
+    if not method.uses_features:
+        return frames.tensors("rgb", progress=settings.progress)
+    pictures = frames.only("rgb")
+    return cache_features(base, Inputs(pictures), Path(settings.cache).expanduser(), progress=settings.progress)
+
+
+def constant(task: DenseTask, train: Taskonomy, test: Taskonomy) -> float:
+    """The value of the best constant guess: the median of some training labels, measured on the test labels."""
+    if not isinstance(task, Regression):
+        return 0.0
+    labels = [task.labels(f.tensors(task.domain)[:500], f.tensors("mask")[:500]) for f in (train, test)]
+    guess = task.constant(labels[0])
+    return task.value(task.tally(guess.expand(len(labels[1]), -1, *labels[1].shape[-2:]), labels[1]))
+
+
+@torch.no_grad()
+def evaluate(method: Method, name: str, task: DenseTask, data: Labelled, constant: float) -> Score:
+    """How well a method does a task on test frames."""
+    loader: DataLoader[Any] = loader_over(data, batch_size=50, shuffle=False)
+    tallies = []
+    for batch in loader:
+        x, features, y = send_to_device(batch, method.base.device)
+        tallies.append(task.tally(method(x, name, features=features), y).cpu())
+    return task.score(torch.stack(tallies).sum(0), constant)
+
+
+def main(settings: Settings) -> None:
+    """Run and print the table."""
+    show(run(settings), settings)
+
+
+def show(result: RunResult, settings: Settings) -> None:
+    """The table of a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    assert result.values is not None and result.measures is not None
+    table = Table(title=f"iTaskonomy, {result.method}, seed {result.seed}", caption_justify="left")
+    for column in ("task", "measure", "when learned", "at the end", "score", "alpha", "seconds"):
+        table.add_column(column, justify="left" if column in ("task", "measure") else "right")
+    for i, name in enumerate(result.tasks):
+        alpha, last = result.alphas[i], result.values[-1]
+        table.add_row(
+            name, result.measures[i], f"{result.values[i][i]:.4g}", f"{last[i]:.4g}", f"{100 * result.matrix.final[i]:.1f}",
+            "–" if alpha is None else f"{alpha:.3f}", f"{result.seconds[i]:.1f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    added, shared = max(result.parameters), result.shared_parameters
+    share = f" ({added / shared:.1%})" if shared else ""
+    console.print(
+        f"score: 100 is perfect; for errors, 50 is the best constant guess. Shared by all tasks: {shared:,} parameters; each "
+        f"task adds at most {added:,}{share}.\nbase features: {result.base_seconds:.1f} s; training: "
+        f"{sum(result.seconds):.1f} s. Run folder: {settings.out}",
+        highlight=False,
+    )
