@@ -1,0 +1,271 @@
+"""Dense tasks: losses and measures on cases worked out by hand, and whole runs on a folder in Taskonomy's layout."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sidetuning.bases.resnet_map import ResNetMap
+from sidetuning.continual import AccuracyMatrix
+from sidetuning.errors import DataError, SideTuningError, UnknownNameError
+from sidetuning.results import RunResult
+from sidetuning.scenarios import compare, itaskonomy, transfer
+from sidetuning.scenarios.dense import IGNORED, ORDER, Categories, Regression, Segmentation, dense_task
+
+MASK = torch.tensor([[[True, True], [True, False]]])
+
+
+def regression(domain, channels, squared=False):
+    return Regression(domain, channels, "", squared)
+
+
+def test_l1_counts_valid_pixels_alone():
+    task = regression("reshading", 1)
+    raw = torch.tensor([[[[0, 255], [0, 0]]]], dtype=torch.uint8)  # targets -1, 1, -1, -1
+    y = task.labels(raw, MASK)
+    output = torch.zeros(1, 1, 2, 2)
+    output[0, 0, 1, 1] = 100  # invalid
+    assert task.loss(output, y) == pytest.approx(1)
+    assert task.loss(output + 1, y) == pytest.approx((2 + 0 + 2) / 3)
+    assert task.value(task.tally(output, y)) == pytest.approx(0.5)  # in 0 … 1
+    image = regression("edge_texture", 1)  # of the picture, not of the mesh: valid everywhere
+    assert image.labels(raw.int(), MASK)[:, -1].all()
+
+
+def test_curvature_is_squared_and_averaged_over_both_channels():
+    task = regression("principal_curvature", 2, squared=True)
+    raw = torch.full((1, 2, 2, 2), 127, dtype=torch.uint8)
+    output = torch.full((1, 2, 2, 2), -1 / 255)  # what 127 is
+    output[:, 0] += 0.5
+    assert task.loss(output, task.labels(raw, MASK)) == pytest.approx(0.125, rel=1e-5)
+
+
+def test_units_of_depth_and_normals():
+    depth = regression("depth_euclidean", 1)
+    raw = torch.full((1, 1, 2, 2), 512 * 3, dtype=torch.int32)  # three metres
+    y = depth.labels(raw, MASK)
+    five = torch.full((1, 1, 2, 2), 2 * 512 * 5 / 65535 - 1)
+    assert depth.value(depth.tally(five, y)) == pytest.approx(2, abs=1e-3)
+    normal = regression("normal", 3)
+    raw = torch.tensor([127, 127, 254], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)  # (0, 0, 1)
+    slanted = torch.tensor([1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    assert normal.value(normal.tally(slanted, normal.labels(raw, MASK))) == pytest.approx(45, abs=0.5)
+
+
+def test_the_score_of_an_error():
+    task = regression("reshading", 1)
+    raw = torch.tensor([[[[0, 255], [255, 255]]]], dtype=torch.uint8)
+    y = task.labels(raw, torch.ones_like(MASK))
+    assert task.constant(y).item() == 1  # the median
+    constant = task.value(task.tally(task.constant(y).expand(1, 1, 2, 2), y))
+    assert constant == pytest.approx(0.25)
+    perfect, same, worse = (task.score(torch.tensor([e, 1.0]), constant) for e in (0.0, 0.25, 0.75))
+    assert perfect.score == 1 and same.score == 0.5 and worse.score == 0.25 and worse.value == 0.75
+
+
+def test_segmentation_leaves_out_what_is_uncertain():
+    task = Segmentation("segment_semantic", 4, "")
+    raw = torch.tensor([[[0, 1], [2, 2]]], dtype=torch.uint8)
+    y = task.labels(raw, MASK)
+    assert y.tolist() == [[[IGNORED, 1], [2, 2]]]
+    output = torch.zeros(1, 4, 2, 2)
+    output[0, 1, 0, 1] = output[0, 2, 1, 0] = output[0, 1, 1, 1] = 5  # right, right, wrong: 1 for 2
+    assert task.value(task.tally(output, y)) == pytest.approx((1 / 2 + 1 / 2) / 2)  # class 3 does not occur
+    certain = -math.log(math.exp(5) / (math.exp(5) + 3))
+    assert task.loss(output, y) == pytest.approx((2 * certain + certain + 5) / 3, rel=1e-5)
+
+
+def test_categories_are_compared_as_sets():
+    task = Categories("class_object", 4, "")
+    y = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0, 1.0]])
+    output = torch.log(torch.tensor([[0.6, 0.2, 0.2, 1e-9], [0.1, 1e-9, 0.5, 0.4]]))
+    # truth {0, 1}, {3}; guesses {0}, {2, 3}: two right, one too many, one missing
+    assert task.tally(output, y).tolist() == [2, 1, 1]
+    assert task.value(task.tally(output, y)) == pytest.approx(2 / 3)
+
+
+def test_pictures_of_every_task():
+    for task in (regression("principal_curvature", 2), regression("depth_zbuffer", 1), regression("normal", 3)):
+        picture = task.picture(torch.rand(2, task.outputs, 8, 8))
+        assert picture.shape == (2, 3, 8, 8) and picture.dtype == torch.uint8
+    depth = regression("depth_zbuffer", 1)
+    near, far = (depth.picture(torch.full((1, 1, 1, 1), 2 * 512 * m / 65535 - 1)).max() for m in (1.0, 32.0))
+    assert near < far
+    ids = torch.tensor([[[0, 3]]])
+    assert Segmentation("segment_semantic", 4, "").picture(ids).shape == (1, 3, 1, 2)
+
+
+SIZE = 64
+
+
+def save(root, domain, building, point, array, suffix=None, mode=None):
+    folder = root / domain / building
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"point_{point}_view_0_domain_{suffix or domain}.png"
+    Image.fromarray(array, mode).save(path) if mode else Image.fromarray(array).save(path)
+
+
+@pytest.fixture(scope="module")
+def taskonomy_folder(tmp_path_factory):
+    """Frames as Taskonomy stores them, written without the library: a bright square somewhere, and labels that follow it."""
+    root = tmp_path_factory.mktemp("taskonomy")
+    rng = np.random.default_rng(0)
+    for building, count in (("almena", 24), ("hanson", 8), ("ihlen", 8)):
+        for point in range(count):
+            rgb = rng.integers(0, 60, (SIZE, SIZE, 3), dtype=np.uint8)
+            top, left = rng.integers(0, SIZE - 32, 2)
+            inside = np.zeros((SIZE, SIZE), bool)
+            inside[top : top + 32, left : left + 32] = True
+            rgb[inside] = (230, 200, 40)
+            save(root, "rgb", building, point, rgb)
+            grey = np.where(inside, 220, 40).astype(np.uint8)
+            save(root, "reshading", building, point, np.repeat(grey[..., None], 3, -1))
+            normal = np.where(inside[..., None], (127, 127, 254), (254, 127, 127)).astype(np.uint8)
+            save(root, "normal", building, point, normal)
+            curvature = np.where(inside[..., None], (190, 127, 127), (127, 127, 127)).astype(np.uint8)
+            save(root, "principal_curvature", building, point, curvature)
+            depth = np.where(inside, 1024, 40000).astype(np.uint16)
+            depth[:4] = 65535  # nothing there
+            save(root, "depth_zbuffer", building, point, depth)
+            save(root, "edge_texture", building, point, np.where(inside, 60000, 300).astype(np.uint16))
+            save(root, "segment_semantic", building, point, np.where(inside, 5, 1).astype(np.uint8), "segmentsemantic")
+            (root / "class_object" / building).mkdir(parents=True, exist_ok=True)
+            scores = np.where(np.arange(1000) == (3 if left > 16 else 700), 9.0, 0.0)
+            np.save(root / "class_object" / building / f"point_{point}_view_0_domain_class_object.npy", scores)
+    (root / "splits.csv").write_bytes(b"id,train,val,test\ralmena,1,0,0\rhanson,0,1,0\rihlen,0,0,1\r")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A base that was not trained."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "base.safetensors"
+    save_file({k: v for k, v in ResNetMap().state_dict().items() if v.is_floating_point()}, path)
+    return str(path)
+
+
+TASKS = ("curvature", "segment_semantic", "reshading", "edge_texture", "depth_zbuffer", "normal", "class_object", "rgb")
+
+
+@pytest.fixture
+def settings(taskonomy_folder, weights, tmp_path):
+    return itaskonomy.Settings(
+        data=str(taskonomy_folder), out=str(tmp_path / "run"), tasks=TASKS, base_weights=weights, init=None, epochs=20, batch=8,
+        lr=3e-3, cache=str(tmp_path / "cache"), pictures=2, progress=False,
+    )  # fmt: skip
+
+
+def test_a_folder_of_taskonomy_trains(settings, tmp_path):
+    result = itaskonomy.run(settings)
+    assert result.tasks == list(TASKS) and result.measures is not None and result.values is not None
+    assert result.matrix.forgetting == [0.0] * len(TASKS)
+    at = dict(zip(TASKS, result.matrix.final, strict=True))
+    assert at["segment_semantic"] > 0.75 and at["reshading"] > 0.6 and at["normal"] > 0.55, at
+    assert result.measures[TASKS.index("normal")] == "mean angle, °"
+    names = {p.name for p in (tmp_path / "run" / "gallery").iterdir()}
+    assert {"input.png", "normal.truth.png", "normal.learned.png", "normal.end.png"} <= names
+    assert not any(n.startswith("class_object") for n in names)
+    with Image.open(tmp_path / "run" / "gallery" / "normal.end.png") as strip:
+        assert strip.size == (2 * SIZE, SIZE)
+    again = itaskonomy.run(settings)  # all is there already
+    assert again.accuracy == result.accuracy and again.values == result.values
+
+
+def test_fine_tuning_forgets_and_side_tuning_does_not(settings):
+    two = replace(settings, tasks=("reshading", "normal"), method="finetune", epochs=4)
+    result = itaskonomy.run(two)
+    assert isinstance(result.matrix, AccuracyMatrix)
+    assert abs(result.matrix.forgetting[0]) > 1e-3
+    assert result.parameters[1] < result.shared_parameters / 10
+
+
+def test_a_run_goes_on_after_a_kill_and_ends_the_same(settings, tmp_path):
+    from sidetuning.cli import main
+
+    few = ["--tasks", "curvature", "normal", "--epochs", "4", "--batch", "8", "--init", "None", "--no-progress"]
+    given = [
+        "itaskonomy",
+        "--data",
+        settings.data,
+        "--base-weights",
+        settings.base_weights,
+        "--cache",
+        settings.cache,
+        *few,
+    ]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    main([*given, "--out", str(whole)])
+    code = (  # dies when the second task has begun
+        "import os, sys\nfrom sidetuning.methods import sidetune\nadd = sidetune.SideTune.add\n"
+        "def dying(self, task):\n    if task.name == 'normal':\n        os._exit(9)\n    add(self, task)\n"
+        "sidetune.SideTune.add = dying\nfrom sidetuning.cli import main\nmain(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *given, "--out", str(broken)], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert len((broken / "metrics.jsonl").read_text().splitlines()) == 1
+    main([*given, "--out", str(broken)])
+    first, second = (RunResult.load(p / "result.json") for p in (whole, broken))
+    assert first.accuracy == second.accuracy and first.values == second.values
+    for name in ("normal.end.png", "curvature.learned.png"):
+        assert (whole / "gallery" / name).read_bytes() == (broken / "gallery" / name).read_bytes()
+
+
+def test_errors_name_what_is_wrong(settings, taskonomy_folder):
+    with pytest.raises(UnknownNameError, match="normals"):
+        itaskonomy.run(replace(settings, tasks=("normals",)))
+    with pytest.raises(DataError, match="keypoints2d"):
+        itaskonomy.run(replace(settings, tasks=("keypoints2d",), out=settings.out + "2"))
+    with pytest.raises(DataError, match="limit=5000"):
+        itaskonomy.run(replace(settings, frames=5000, out=settings.out + "3"))
+    with pytest.raises(SideTuningError, match="need a map"):
+        itaskonomy.run(replace(settings, base="resnet44-cifar10", base_weights=None, out=settings.out + "4"))
+    with pytest.raises(SideTuningError, match="other settings"):
+        folder = settings.out + "5"
+        one = replace(settings, tasks=("rgb",), out=folder, epochs=1)
+        itaskonomy.run(one)
+        itaskonomy.run(replace(one, epochs=2))
+
+
+def test_the_paper_has_twelve_tasks_in_this_order():
+    assert len(ORDER) == 12 and ORDER[0] == "curvature" and ORDER[-1] == "rgb"
+    plain = itaskonomy.Settings(order=3)
+    assert itaskonomy.ordered(plain) != list(ORDER) and sorted(itaskonomy.ordered(plain)) == sorted(ORDER)
+    with pytest.raises(UnknownNameError):
+        dense_task("segment_semantics", None)  # type: ignore[arg-type]
+
+
+def test_compare_runs_dense_tasks_too(settings, tmp_path):
+    given = compare.Settings(
+        "itaskonomy", methods=("features", "finetune"), seeds=1, data=settings.data, out=str(tmp_path / "grid"), tasks=2,
+        base_weights=settings.base_weights, init=None, epochs=1, cache=settings.cache,
+    )  # fmt: skip
+    results = compare.run(given)
+    assert [r.method for r in results] == ["features", "finetune"] and results[0].tasks == [
+        "curvature",
+        "segment_semantic",
+    ]
+    assert (tmp_path / "grid" / "report.html").exists() and "finetune" in (tmp_path / "grid" / "table.md").read_text()
+    with pytest.raises(SideTuningError, match="one of icifar's"):
+        compare.run(replace(given, grid="data"))
+
+
+def test_transfer_makes_a_table(settings, tmp_path):
+    given = transfer.Settings(
+        data=settings.data, out=str(tmp_path / "transfer"), targets=("normal",), frames=(4, 16), methods=("features", "scratch"),
+        steps=6, seeds=2, base_weights=settings.base_weights, init=None, cache=settings.cache,
+    )  # fmt: skip
+    results = transfer.run(given)
+    assert len(results) == 8 and {r.variant for r in results} == {"normal, 4 frames", "normal, 16 frames"}
+    table = (tmp_path / "transfer" / "table.md").read_text()
+    assert "| curvature → normal: mean angle, ° | 4 frames | 16 frames |" in table and table.count("±") == 4
+    curves = json.loads((tmp_path / "transfer" / "curves.json").read_text())["normal"]
+    values = [r.values[0][0] for r in results if r.method == "scratch" and r.variant == "normal, 16 frames"]
+    assert curves["scratch"][1][0] == pytest.approx(sum(values) / 2) and curves["scratch"][1][2] == 2
