@@ -21,7 +21,7 @@ format: .venv/dev-ready
 
 .venv/demo-ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,doom]'
 	touch $@
 
 .venv/dev-ready: pyproject.toml

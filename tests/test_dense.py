@@ -44,7 +44,12 @@ def test_curvature_is_squared_and_averaged_over_both_channels():
     raw = torch.full((1, 2, 2, 2), 127, dtype=torch.uint8)
     output = torch.full((1, 2, 2, 2), -1 / 255)  # what 127 is
     output[:, 0] += 0.5
-    assert task.loss(output, task.labels(raw, MASK)) == pytest.approx(0.125, rel=1e-5)
+    y = task.labels(raw, MASK)
+    assert task.loss(output, y) == pytest.approx(0.125, rel=1e-5)
+    zero = torch.full((1, 2, 2, 2), -1 / 255)
+    assert task.value(task.tally(zero, y)) == pytest.approx(0, abs=1e-6)
+    half = zero + torch.tensor([127 / 127.5, 0]).view(1, 2, 1, 1) / 2  # off by 1 of 2 in one channel of two
+    assert task.value(task.tally(half, y)) == pytest.approx(0.5**0.5, rel=1e-3)
 
 
 def test_units_of_depth_and_normals():

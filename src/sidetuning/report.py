@@ -5,24 +5,31 @@ The charts are plain SVG that the template draws, coloured by CSS, so that one f
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
 from sidetuning.artifacts import atomic_write
+from sidetuning.errors import ArtifactError, SideTuningError
 from sidetuning.results import (
+    MeasureRow,
     RunResult,
     SummaryRow,
     groups_of,
     mean,
     means,
+    measure_rows,
     number_text,
+    own_values,
     summary_table,
     used_columns,
 )
@@ -30,9 +37,18 @@ from sidetuning.results import (
 SCATTER = ((720, 400), (340, 440))  # width and height in SVG units, for wide windows and for phones
 LEFT, TOP, RIGHT, BOTTOM = 36, 28, 14, 50  # margins of the scatter, in SVG units: room for its axes
 GLYPH = 6.8  # mean width of a letter of a label at 12.5 units, a little generous
+SIDE = 128  # pixels of the embedded pictures: larger ones are made smaller
+QUALITY = 85  # of JPEG, where that is smaller than PNG
 
 
-def write_report(results: Sequence[RunResult], path: str | Path, *, title: str, notes: Sequence[str] = ()) -> Path:
+def write_report(
+    results: Sequence[RunResult],
+    path: str | Path,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    galleries: Sequence[str | Path | None] = (),
+) -> Path:
     """Write the report of a run or of a comparison, atomically; the same results give the same bytes.
 
     Args:
@@ -40,15 +56,20 @@ def write_report(results: Sequence[RunResult], path: str | Path, *, title: str, 
         path: of the HTML file.
         title: its heading.
         notes: paragraphs at the end, plain text.
+        galleries: for each result the folder of its pictures (see `scenarios.gallery`) or None; the report shows, and
+            embeds, those of the lowest seed of a method and variant. What is not there is not shown.
 
     Returns:
         The path.
 
     Raises:
-        SideTuningError: no results, two of one seed, or results of different tasks.
+        SideTuningError: no results, two of one seed, results of different tasks or measures, not one gallery (or None)
+            for each result, or a damaged picture.
     """
     rows = summary_table(results)
     groups = groups_of(results)
+    measures = measure_rows(results)
+    figures, left_out = _figures(results, rows, measures, galleries)
     values = [v for r in results for row in r.accuracy for v in row]
     low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values)) / 10
     if low == high:  # all on one tick
@@ -66,6 +87,10 @@ def write_report(results: Sequence[RunResult], path: str | Path, *, title: str, 
         tasks=results[0].tasks,
         one_order=all(r.tasks == results[0].tasks for r in results),
         columns=used_columns(rows),
+        scored=any(row.scored for row in rows),
+        measures=measures,
+        figures=figures,
+        left_out=left_out,
         scatters=[_scatter(rows, *size) for size in SCATTER] if len(rows) > 1 else [],
         low=low,
         high=high,
@@ -126,6 +151,137 @@ def _panel(row: SummaryRow, runs: Sequence[RunResult]) -> Panel:
         parameters=means([run.parameters for run in runs]),
         seconds=means([run.seconds for run in runs]),
     )
+
+
+class Strip(NamedTuple):
+    """Pictures side by side as one embedded picture."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+    value: str  # the task's measure at that moment; "" for input and truth
+
+
+class Pair(NamedTuple):
+    """What a method sees: when it has just learned the task, and at the end. Either may be missing."""
+
+    row: SummaryRow
+    change: str  # "21.4° → 48.0°"
+    verdict: str  # worse, better, unchanged; "" where the numbers look the same
+    learned: Strip | None
+    end: Strip | None
+
+
+class Figure(NamedTuple):
+    """The pictures of one task."""
+
+    measure: MeasureRow
+    frames: list[Strip]  # input and truth
+    pairs: list[Pair]
+
+
+def _figures(
+    results: Sequence[RunResult], rows: Sequence[SummaryRow], measures: Sequence[MeasureRow], galleries: Sequence[str | Path | None]
+) -> tuple[list[Figure], list[str]]:  # fmt: skip
+    """A figure for every task that a method has pictures of, and the labels of methods that show other frames."""
+    if not galleries:
+        return [], []
+    if len(galleries) != len(results):
+        raise SideTuningError(f"{len(galleries)} galleries for {len(results)} results; give a folder or None for each")
+    found = {  # file names, so that no task's name leads elsewhere
+        (run.method, run.variant, run.seed): {file.name: file for file in sorted(Path(folder).iterdir())}
+        for run, folder in zip(results, galleries, strict=True)
+        if folder is not None and Path(folder).is_dir()
+    }
+    first: Image.Image | None = None
+    shown, left_out = [], []
+    for row, runs in zip(rows, groups_of(results), strict=True):
+        run, files = next(((r, f) for r in runs if (f := found.get((r.method, r.variant, r.seed)))), (None, {}))
+        frames = _picture(files["input.png"]) if "input.png" in files else None
+        first = first or frames
+        if (
+            frames is not None
+            and first is not None
+            and (frames.size, frames.tobytes()) != (first.size, first.tobytes())
+        ):
+            left_out.append(row.label)
+        elif run is not None:
+            shown.append((row, run, files))
+
+    figures = []
+    for measure in measures:
+        task, name = measure.task, measure.measure.partition(", ")[0]
+        pairs = []
+        for row, run, files in shown:
+            _, *values = own_values(run, task)
+            learned, end = map(measure.text, values)
+            strips = [
+                _strip(
+                    files.get(f"{task}.{moment}.png"),
+                    f"{task}, {row.label}, {words.lower()}: {name} {value}",
+                    words,
+                    value,
+                )
+                for moment, words, value in (("learned", "When learned", learned), ("end", "At the end", end))
+            ]
+            if any(strips):
+                pairs.append(Pair(row, f"{name} {learned} → {end}", _verdict(run, measure), *strips))
+        of_frames = [
+            next((s for _, _, files in shown if (s := _strip(files.get(file), alt, caption))), None)
+            for file, alt, caption in (
+                ("input.png", f"{task}: the input", "Input"),
+                (f"{task}.truth.png", f"{task}: the truth", "Truth"),
+            )
+        ]
+        if pairs:
+            figures.append(Figure(measure, [strip for strip in of_frames if strip], pairs))
+    return figures, left_out
+
+
+def _verdict(run: RunResult, measure: MeasureRow) -> str:
+    """What became of a task from when it was learned to the end."""
+    _, learned, end = own_values(run, measure.task)
+    if run.tasks[-1] == measure.task:
+        return "learned last"
+    if learned == end:
+        return "unchanged"
+    if measure.text(learned) == measure.text(end):
+        return ""
+    return "worse" if (end > learned) == measure.lower_is_better else "better"
+
+
+def _picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except Exception as error:  # Pillow raises a dozen kinds, some of them its decoders' own
+        raise ArtifactError(f"{path} is not a picture ({error}); delete it to do without, or run again") from error
+
+
+def _strip(path: Path | None, alt: str, caption: str, value: str = "") -> Strip | None:
+    """A strip of square pictures, embedded; a long one is laid out in equal lines. None where there is no file."""
+    if path is None:
+        return None
+    picture = _picture(path)
+    if picture.height > SIDE:
+        picture = picture.resize((max(1, round(picture.width * SIDE / picture.height)), SIDE), Image.Resampling.LANCZOS)
+    side, count = picture.height, picture.width // picture.height
+    columns = next((c for c in (4, 5, 3) if count % c == 0), count)
+    if count > 5 and columns < count and picture.width == count * side:
+        lines = [picture.crop((x, 0, x + columns * side, side)) for x in range(0, picture.width, columns * side)]
+        picture = Image.new("RGB", (columns * side, len(lines) * side))
+        for i, line in enumerate(lines):
+            picture.paste(line, (0, i * side))
+    encoded = {}
+    for kind, options in (("jpeg", {"quality": QUALITY}), ("png", {"optimize": True})):
+        buffer = BytesIO()
+        picture.save(buffer, kind, **options)
+        encoded[kind] = buffer.getvalue()
+    kind, content = min(encoded.items(), key=lambda item: len(item[1]))
+    uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return Strip(uri, picture.width, picture.height, alt, caption, value)
 
 
 class Spot(NamedTuple):

@@ -32,6 +32,8 @@ class RunResult:
         base_seconds: time to compute the base's features; 0 where nothing is computed ahead.
         peak_memory_mb: the most memory the run held, in MB; None where it was not measured.
         settings: JSON values, shown as they are; they may be nested, such as {"versions": {…}}.
+        values: like `accuracy`, in each task's own measure; None where that is the accuracy.
+        measures: what the values of each task are, such as "mean angular error, °".
 
     Raises:
         ArtifactError: lists of the wrong length, or an accuracy outside 0 … 1.
@@ -50,12 +52,14 @@ class RunResult:
     base_seconds: float
     peak_memory_mb: float | None
     settings: dict[str, Any]
+    values: list[list[float]] | None = None
+    measures: list[str] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.tasks)
         if not n:
             raise ArtifactError("there are no tasks")
-        for name in ("accuracy", "alone", "alphas", "parameters", "seconds"):
+        for name in ("accuracy", "alone", "alphas", "parameters", "seconds", "values", "measures"):
             values = getattr(self, name)
             if values is not None and len(values) != n:
                 raise ArtifactError(f"'{name}' has {len(values)} entries for {n} tasks")
@@ -84,7 +88,7 @@ class RunResult:
             raise ArtifactError(f"{path} is not a result in JSON ({error}); delete it and run again") from error
         names = {f.name for f in fields(cls)}
         found = set(content) if isinstance(content, dict) else set()
-        for word, keys in (("lacks", names - found), ("has the unknown", found - names)):
+        for word, keys in (("lacks", names - found - {"values", "measures"}), ("has the unknown", found - names)):
             if keys:
                 raise ArtifactError(f"{path} {word} {', '.join(map(repr, sorted(keys)))}; delete it and run again")
         try:
@@ -132,6 +136,7 @@ class SummaryRow:
         seconds: of training per task, mean.
         base_seconds: the longest of the seeds, because later ones find the features in the cache.
         peak_memory_mb: the most of the seeds, in MB.
+        scored: the tasks have measures of their own, and `accuracy` is a score made of them.
     """
 
     method: str
@@ -146,6 +151,7 @@ class SummaryRow:
     seconds: float
     base_seconds: float
     peak_memory_mb: float | None
+    scored: bool = False
 
     @property
     def label(self) -> str:
@@ -201,6 +207,7 @@ def summary_table(results: Sequence[RunResult]) -> list[SummaryRow]:
             seconds=mean([s for r in runs for s in r.seconds]),
             base_seconds=max(r.base_seconds for r in runs),
             peak_memory_mb=max(memory, default=None),
+            scored=any(r.measures is not None and r.values is not None for r in runs),
         )
         rows.append(row)
     return rows
@@ -208,20 +215,94 @@ def summary_table(results: Sequence[RunResult]) -> list[SummaryRow]:
 
 def markdown(rows: Sequence[SummaryRow]) -> str:
     """The summary as a table in Markdown, without the columns that nobody has; ± is the standard error over seeds."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |\n"
-
-    def escaped(name: str) -> str:
-        return " ".join(name.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-
     columns = used_columns(rows)
-    text = line(["Method", *(f"{c.heading}, {c.unit}".removesuffix(", ") for c in columns)]) + line(
+    text = _line(["Method", *(f"{c.heading}, {c.unit}".removesuffix(", ") for c in columns)]) + _line(
         ["---", *("---:" for _ in columns)]
     )
     return text + "".join(
-        line([escaped(r.label), *(number_text(c.value(r), c.decimals) for c in columns)]) for r in rows
+        _line([_escaped(r.label), *(number_text(c.value(r), c.decimals) for c in columns)]) for r in rows
     )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _escaped(name: str) -> str:
+    return " ".join(name.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+class MeasureRow(NamedTuple):
+    """A task in its own measure: its value at the end, with each method and variant."""
+
+    task: str
+    measure: str  # "mean angle, °"
+    values: list[Estimate]  # one per row of the summary
+    decimals: int  # for three digits of the largest value
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether it is an error."""
+        return self.measure.startswith(("mean error", "rms error", "mean angle"))
+
+    @property
+    def best(self) -> list[bool]:
+        """Which values are the best; several are where they look the same."""
+        shown = [round(v.mean, self.decimals) for v in self.values]
+        top = min(shown) if self.lower_is_better else max(shown)
+        return [v == top for v in shown]
+
+    def text(self, value: float) -> str:
+        """A value with its unit: 21.4°, 4.76 m, 0.443."""
+        unit = self.measure.partition(", ")[2]
+        return number_text(value, self.decimals) + (" " * (unit not in ("", "°")) + unit)
+
+
+def measure_rows(results: Sequence[RunResult]) -> list[MeasureRow]:
+    """Every task in its own measure, which is the accuracy in % where a result has none.
+
+    Raises:
+        SideTuningError: results that cannot be compared, or two measures of one task.
+    """
+    groups = groups_of(results)
+    rows = []
+    for task in results[0].tasks:
+        runs = [[own_values(run, task) for run in group] for group in groups]
+        measures = sorted({measure for group in runs for measure, _, _ in group})
+        if len(measures) > 1:
+            raise SideTuningError(f"{task} is measured by {' and by '.join(measures)}; make a report of each")
+        largest = max(abs(v) for group in runs for _, *values in group for v in values)
+        decimals = min(max(2 - math.floor(math.log10(largest)), 1), 4) if 0 < largest < math.inf else 1
+        rows.append(
+            MeasureRow(task, measures[0], [_estimate([end for _, _, end in group]) for group in runs], decimals)
+        )
+    return rows
+
+
+def own_values(run: RunResult, task: str) -> tuple[str, float, float]:
+    """The measure of a task, and its values when it was learned and at the end."""
+    i = run.tasks.index(task)
+    if run.measures is None or run.values is None:
+        return "accuracy, %", 100 * run.accuracy[i][i], 100 * run.accuracy[-1][i]
+    return run.measures[i], run.values[i][i], run.values[-1][i]
+
+
+def measures_table(results: Sequence[RunResult]) -> str:
+    """Tasks in their own measures at the end, methods as columns, as a table in Markdown; the best of each row is bold.
+
+    ± is the standard error over seeds; ↓ says that lower is better.
+
+    Raises:
+        SideTuningError: results that cannot be compared, or two measures of one task.
+    """
+    labels = [_escaped(runs[0].label) for runs in groups_of(results)]
+    text = _line(["Task", "Measure", *labels]) + _line(["---", "---", *("---:" for _ in labels)])
+    for row in measure_rows(results):
+        cells = [number_text(value, row.decimals) for value in row.values]
+        if len(labels) > 1:
+            cells = [f"**{cell}**" if best else cell for cell, best in zip(cells, row.best, strict=True)]
+        text += _line([_escaped(row.task), f"{_escaped(row.measure)} {'↓' if row.lower_is_better else '↑'}", *cells])
+    return text
 
 
 def groups_of(results: Sequence[RunResult]) -> list[list[RunResult]]:
@@ -269,7 +350,11 @@ def means(lists: Sequence[Sequence[float]]) -> list[float]:
 
 
 def used_columns(rows: Sequence[SummaryRow]) -> list[Column]:
-    return [c for c in COLUMNS if any(c.value(row) is not None for row in rows)]
+    """The columns that any row has a value in; accuracies made of other measures are called scores."""
+    columns = [c for c in COLUMNS if any(c.value(row) is not None for row in rows)]
+    if any(row.scored for row in rows):
+        columns[0] = columns[0]._replace(heading="Score")
+    return columns
 
 
 def number_text(value: float | Estimate | None, decimals: int = 1) -> str:

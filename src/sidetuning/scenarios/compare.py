@@ -21,7 +21,7 @@ from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS
 from sidetuning.registry import unknown
 from sidetuning.report import write_report
-from sidetuning.results import RunResult, markdown, summary_table
+from sidetuning.results import RunResult, markdown, measures_table, summary_table
 from sidetuning.scenarios import icifar, itaskonomy
 from sidetuning.scenarios.dense import ORDER
 from sidetuning.scenarios.runs import Run, end_with_parent
@@ -219,7 +219,7 @@ def run(settings: Settings) -> list[RunResult]:
             bar.set_description(f"{cell.folder.name}")
             result = one(cell, bar)
             results.append(replace(result, variant=cell.variant))
-            finish(s, results)
+            finish(s, results, [c.folder / "gallery" for c in todo[: len(results)]])
     return results
 
 
@@ -253,15 +253,18 @@ def run_cell(settings: Given) -> RunResult:
     return icifar.run(settings) if isinstance(settings, icifar.Settings) else itaskonomy.run(settings)
 
 
-def finish(settings: Settings, results: Sequence[RunResult]) -> None:
-    """Write `table.md` and `report.html` of the results so far."""
+def finish(settings: Settings, results: Sequence[RunResult], galleries: Sequence[Path] = ()) -> None:
+    """Write `table.md` and `report.html` of the results so far, with the pictures of dense tasks."""
     with_first = add_alone(results)
     table = markdown(summary_table(with_first))
+    if with_first[0].measures is not None:
+        table += "\n" + measures_table(with_first)
     out = Path(settings.out)
     (out / "table.md").write_text(table, encoding="utf-8")
     name = "iCIFAR" if settings.scenario == "icifar" else "iTaskonomy"
     title = f"{name}: {settings.grid}" if settings.grid != "methods" else f"{name}: methods compared"
-    write_report(with_first, out / "report.html", title=title)
+    pictures = [folder if folder.is_dir() else None for folder in galleries]
+    write_report(with_first, out / "report.html", title=title, galleries=pictures if any(pictures) else ())
 
 
 def add_alone(results: Sequence[RunResult]) -> list[RunResult]:

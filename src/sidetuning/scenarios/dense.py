@@ -93,20 +93,24 @@ class Regression(DenseTask):
         if self.domain == "normal":  # degrees
             error = torch.rad2deg(torch.acos((truth * guess).sum(1, keepdim=True).clamp(-1, 1)))
         else:
-            error = (truth - guess).abs().mean(1, keepdim=True)
+            error = truth - guess
+            error = (error.square() if self.squared else error.abs()).mean(1, keepdim=True)
         return torch.stack([(error * y[:, -1:]).sum(dtype=torch.float64), y[:, -1:].sum(dtype=torch.float64)])
 
     def value(self, tally: Tensor) -> float:
-        return float(tally[0] / tally[1].clamp(min=1))
+        mean = float(tally[0] / tally[1].clamp(min=1))
+        return mean**0.5 if self.squared else mean
 
     def score(self, tally: Tensor, constant: float) -> Score:
         value = self.value(tally)
         return Score(constant / (constant + value) if constant + value > 0 else 1.0, value)
 
     def constant(self, y: Tensor) -> Tensor:
-        """The best constant guess for labels y: the median of valid pixels, per channel. (1, c, 1, 1)"""
+        """The best constant guess for labels y: the median of valid pixels, per channel; for squares the mean. (1, c, 1, 1)"""
         values = target(self.domain, y[:, :-1]).movedim(1, 0).flatten(1)[:, (y[:, -1] > 0).flatten()]
-        return values.median(1).values.view(1, -1, 1, 1) if values.shape[1] else torch.zeros(1, self.outputs, 1, 1)
+        if not values.shape[1]:
+            return torch.zeros(1, self.outputs, 1, 1)
+        return (values.mean(1) if self.squared else values.median(1).values).view(1, -1, 1, 1)
 
     def picture(self, output: Tensor) -> Tensor:
         if output.shape[1] == self.outputs + 1:  # labels
@@ -192,9 +196,10 @@ def dense_task(name: str, frames: Taskonomy, classes: Sequence[str] = ()) -> Den
         return Segmentation(domain, len(classes), "mean IoU")
     if name == "class_object":
         return Categories(domain, frames.shapes[domain][-1], "F1")
-    measure = {"normal": "mean angle, °", "depth_zbuffer": "mean error, m", "depth_euclidean": "mean error, m"}
-    squared = name == "curvature"
-    return Regression(domain, DOMAINS[domain].channels, measure.get(name, "mean error"), squared)
+    measure = {
+        "curvature": "rms error", "normal": "mean angle, °", "depth_zbuffer": "mean error, m", "depth_euclidean": "mean error, m"
+    }  # fmt: skip
+    return Regression(domain, DOMAINS[domain].channels, measure.get(name, "mean error"), squared=name == "curvature")
 
 
 PALETTE = torch.tensor(

@@ -73,6 +73,9 @@ def learn_in_order(
     methods = [build() for _ in done] if alone and done else [build()]
     for method, name in zip(methods, done, strict=False):
         method.load(folder.tasks(name if alone else ""))
+    file = folder.folder / "result.json"
+    if len(done) == len(names) and file.exists():
+        return RunResult.load(file)
     for i, (lesson, name) in enumerate(zip(lessons, names, strict=True)):
         if name in done:
             folder.done(name)
@@ -91,6 +94,7 @@ def learn_in_order(
         row: dict[str, Any] = {
             "task": name, "accuracy": [s.score for s in scores], "values": [s.value for s in scores], "seconds": result.seconds,
             "loss": result.losses[-1], "added": method.added(name), "shared": method.shared(), "alpha": method.alpha(name),
+            "base_seconds": base_seconds, "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }  # fmt: skip
         matrix.add(row["accuracy"])
         if name in rows:  # killed between the next lines; its resume file has brought back what it had learned
@@ -107,10 +111,10 @@ def learn_in_order(
         method=method_name, variant="", seed=seed, tasks=names, accuracy=matrix.rows, alone=None,
         alphas=[row["alpha"] for row in learned_rows], parameters=[row["added"] for row in learned_rows],
         shared_parameters=learned_rows[-1]["shared"], seconds=[row["seconds"] for row in learned_rows],
-        base_seconds=base_seconds if methods[0].uses_features else 0.0,
-        peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, settings=dict(settings),
+        base_seconds=max(row["base_seconds"] for row in learned_rows) if methods[0].uses_features else 0.0,
+        peak_memory_mb=max(row["peak_memory_mb"] for row in learned_rows), settings=dict(settings),
         values=[row["values"] for row in learned_rows] if measures else None,
         measures=[measures[name] for name in names] if measures else None,
     )  # fmt: skip
-    final.save(folder.folder / "result.json")
+    final.save(file)
     return final

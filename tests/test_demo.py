@@ -1,0 +1,40 @@
+"""The demo, small: it ends with a report that shows pictures, and goes on where it stopped."""
+
+import pytest
+
+from sidetuning.cli import main
+
+
+def test_the_demo_ends_with_a_report(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("vizdoom", reason="the Doom engine is an extra")
+    monkeypatch.chdir(tmp_path)
+    given = ["demo", "--frames", "58", "--epochs", "0.5"]
+    main(given)
+    page = (tmp_path / "runs/demo/report.html").read_text()
+    assert "data:image/" in page and "finetune" in page and "sidetune" in page
+    said = capfd.readouterr().out
+    assert "side-tuning 0.0 points" in said and "report.html" in said
+    main(given)  # all is there already
+    assert "58 labelled frames" in capfd.readouterr().out
+    assert (tmp_path / "runs/demo/report.html").read_text() == page
+
+
+def test_the_quick_demo_learns_digits(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    monkeypatch.chdir(tmp_path)
+    main(["demo", "--quick", "--epochs", "1"])
+    assert "side-tuning 0.0 points" in capfd.readouterr().out
+    assert (tmp_path / "runs/demo/digits/tasks/0-or-1/side.json").exists()
+
+
+def test_without_the_engine_the_demo_names_the_other_one(tmp_path, monkeypatch, capsys):
+    from sidetuning.scenarios import render_doom
+
+    def missing(settings):
+        raise render_doom.SideTuningError("rendering needs cv2; type: pip install 'sidetuning[doom]'")
+
+    monkeypatch.setattr(render_doom, "run", missing)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo"])
+    assert stop.value.code == 1 and "--quick" in capsys.readouterr().err
