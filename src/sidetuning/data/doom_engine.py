@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ def vizdoom() -> Any:
 
 def freedoom() -> Path:
     """The WAD file of Freedoom: Phase 2 that comes with ViZDoom."""
-    return Path(vizdoom().__file__).parent / "freedoom2.wad"
+    return Path(vizdoom().__file__).resolve().parent / "freedoom2.wad"
 
 
 @contextmanager
@@ -64,11 +65,16 @@ def engine(
     game.set_episode_start_time(2)
     game.set_seed(seed)
     game.add_game_args(f"+sv_cheats 1 {arguments}".strip())
-    with TemporaryDirectory(prefix="vizdoom-") as own:  # several engines would write one file in the working folder
+    with TemporaryDirectory(prefix="vizdoom-") as own:
         game.set_doom_config_path(str(Path(own) / "vizdoom.ini"))
         watcher = _watch(own)
         try:
-            game.init()
+            here = Path.cwd()
+            os.chdir(own)  # an engine makes a folder where it starts, and crashes where another one makes it just then
+            try:
+                game.init()
+            finally:
+                os.chdir(here)
             if watcher is not None:
                 _tell(watcher, _instance(own))
             yield game
@@ -77,8 +83,6 @@ def engine(
             if watcher is not None:
                 watcher.kill()
                 watcher.communicate()
-            with suppress(OSError):
-                Path("_vizdoom").rmdir()  # an empty folder that every engine makes where it starts
 
 
 # Reads the engine's folder and, once it runs, the name of its shared memory, until the end of the pipe, which the death of this
