@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sidetuning.errors import ArtifactError, SideTuningError
 from sidetuning.report import write_report
-from sidetuning.results import RunResult, markdown, summary_table
+from sidetuning.results import RunResult, markdown, measures_table, summary_table
 
 HOSTILE = '<img src=x onerror="alert(1)">|</script><b>'
 
@@ -50,6 +51,28 @@ def comparison(methods: int = 12, seeds: int = 3, tasks: int = 10) -> list[RunRe
             )  # fmt: skip
             results.append(run)
     return results
+
+
+def dense(*methods: str) -> list[RunResult]:
+    """Two dense tasks; every method but the first one forgets the first task."""
+    return [
+        result(
+            m, tasks=["normal", "depth"], accuracy=[[0.7], [0.7 - 0.3 * (i > 0), 0.6]], seed=0, parameters=[100 * (i + 1)] * 2,
+            values=[[20.0], [20.0 + 25 * (i > 0), 3.25 - i]], measures=["mean angle, °", "mean error, m"],
+        )
+        for i, m in enumerate(methods)
+    ]  # fmt: skip
+
+
+def gallery(folder: Path, shade: int) -> Path:
+    """Strips of four squares."""
+    folder.mkdir(parents=True)
+    names = [f"{task}.{moment}" for task in ("normal", "depth") for moment in ("truth", "learned", "end")]
+    for i, name in enumerate(["input", *names]):
+        Image.linear_gradient("L").resize((512, 128)).point(lambda v, i=i: (v + 30 * i * (i > 0) * shade) % 256).save(
+            folder / f"{name}.png"
+        )
+    return folder
 
 
 # ---- numbers
@@ -269,7 +292,11 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         result("ewc", tasks=["t" * 120, HOSTILE]),
     ]
     of = {"comparison": comparison(), "single": [result()], "odd": odd}
-    return {k: write_report(v, folder / f"{k}.html", title=k * 20, notes=["n" * 300]) for k, v in of.items()}
+    made = {k: write_report(v, folder / f"{k}.html", title=k * 20, notes=["n" * 300]) for k, v in of.items()}
+    pictures = [gallery(folder / f"gallery-{i}", i) for i in range(3)]
+    runs = dense("sidetune", "finetune", "ewc")
+    made["dense"] = write_report(runs, folder / "dense.html", title="dense", galleries=pictures)
+    return made
 
 
 def show(browser: Any, file: Path, width: int, scheme: str = "light") -> None:
@@ -326,14 +353,14 @@ return worst;
 
 
 @pytest.mark.parametrize("width", [1280, 375])
-@pytest.mark.parametrize("name", ["comparison", "single", "odd"])
+@pytest.mark.parametrize("name", ["comparison", "single", "odd", "dense"])
 def test_browser_finds_nothing_wrong(browser: Any, reports: dict[str, Path], name: str, width: int) -> None:
     show(browser, reports[name], width)
     found = browser.execute_script(AUDIT)
     assert found["inner"] == width and found["width"] <= width
     assert found["unnamed"] == [] and found["repeated"] == [] and found["unscoped"] == 0 and found["untabbable"] == 0
     assert found["headings"] and found["landmarks"] == [1, 1, 1, 1]
-    assert found["loads"] == []
+    assert [load for load in found["loads"] if not load.startswith("data:image/")] == []
     assert browser.get_log("browser") == []
 
 
@@ -384,3 +411,62 @@ def test_details_open_by_keyboard_and_in_print(browser: Any, reports: dict[str, 
     }  # A4 between its margins, CSS pixels
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 720
+
+
+def test_pictures_are_seen_beside_each_other_and_on_a_phone_below(browser: Any, reports: dict[str, Path]) -> None:
+    images = """
+    document.querySelectorAll("#pictures details").forEach((d) => { d.open = true; });
+    return [...document.querySelectorAll("#pictures img")].map(
+      (i) => [i.alt, i.naturalWidth, i.getBoundingClientRect().left, i.getBoundingClientRect().top])"""
+    for width, beside in ((1280, True), (375, False)):
+        show(browser, reports["dense"], width)
+        found = browser.execute_script(images)
+        assert len(found) == 2 * (2 + 3 * 2) and all(natural > 0 for _, natural, _, _ in found)
+        at = {alt: (left, top) for alt, _, left, top in found}
+        learned = at["normal, finetune, when learned: mean angle 20.0°"]
+        end = at["normal, finetune, at the end: mean angle 45.0°"]
+        assert (
+            (learned[1] == end[1] and learned[0] < end[0]) if beside else (learned[0] == end[0] and learned[1] < end[1])
+        )
+
+
+# ---- dense tasks
+
+
+def test_tasks_in_their_own_measures() -> None:
+    table = measures_table(dense("sidetune", "finetune"))
+    assert table.splitlines()[0] == "| Task | Measure | sidetune | finetune |"
+    assert (
+        "| normal | mean angle, ° ↓ | **20.0** | 45.0 |" in table
+        and "| depth | mean error, m ↓ | 3.25 | **2.25** |" in table
+    )
+    higher = [replace(r, measures=["mean IoU", "F1"]) for r in dense("sidetune", "finetune")]
+    assert "**45.0**" in measures_table(higher) and "↓" not in measures_table(higher)
+    other = replace(dense("sidetune")[0], method="ewc", measures=["F1", "F1"])
+    with pytest.raises(SideTuningError, match="normal is measured by"):
+        measures_table([*dense("sidetune"), other])
+
+
+def test_scores_are_called_scores(tmp_path: Path) -> None:
+    def words(results: list[RunResult]) -> str:
+        return re.sub(r"<(style|script).*?</\1>", "", page(results, tmp_path), flags=re.DOTALL)
+
+    text = words(dense("sidetune", "finetune"))
+    assert "Score" in text and "Accuracy" not in text and "accuracy" not in text
+    assert markdown(summary_table(dense("sidetune"))).startswith("| Method | Score, % |")
+    assert "Score" not in words([result()]) and "Accuracy" in words([result()])
+
+
+def test_missing_and_damaged_pictures(tmp_path: Path) -> None:
+    runs, folder = dense("sidetune"), gallery(tmp_path / "gallery", 1)
+    whole = page(runs, tmp_path, galleries=[folder])
+    assert whole.count("data:image/") == 8 and page(runs, tmp_path, galleries=[folder]) == whole
+    (folder / "normal.end.png").unlink()
+    assert page(runs, tmp_path, galleries=[folder]).count("data:image/") == 7
+    assert "data:image/" not in page(runs, tmp_path, galleries=[None])
+    assert "data:image/" not in page(runs, tmp_path, galleries=[tmp_path / "nowhere"])
+    (folder / "normal.learned.png").write_bytes(b"no picture")
+    with pytest.raises(ArtifactError, match=r"normal\.learned\.png is not a picture"):
+        page(runs, tmp_path, galleries=[folder])
+    with pytest.raises(SideTuningError, match="2 galleries for 1 results"):
+        page(runs, tmp_path, galleries=[None, None])
