@@ -91,6 +91,12 @@ def engine(
 WATCH = r"""
 read -r own || exit
 forget() { rm -f "/dev/shm/ViZDoomSM$1" "/dev/shm/ViZDoomMQCtr$1" "/dev/shm/ViZDoomMQDoom$1"; }
+unused() {  # names whose files no process has mapped
+  for file in /dev/shm/ViZDoomSM* /dev/shm/ViZDoomMQCtr*; do
+    case $file in */ViZDoomSM*) id=${file#*ViZDoomSM} ;; *) id=${file#*ViZDoomMQCtr} ;; esac
+    [ -e "$file" ] && ! printf %s "$id" | grep -qsF -f - /proc/[0-9]*/maps && echo "$id"
+  done
+}
 while read -r line; do name=$line; done
 for i in 1 2 3 4 5; do
   for file in $(printf %s "$own" | grep -lsF -f - /proc/[0-9]*/cmdline); do
@@ -103,6 +109,11 @@ for i in 1 2 3 4 5; do
 done
 forget "$name"
 rm -rf "$own"
+before=" $(unused | tr '\n' ' ')"  # of an engine that died, as of Ctrl-C, before its name was told
+sleep 0.3
+for id in $(unused); do
+  case $before in *" $id "*) forget "$id" ;; esac
+done
 """
 
 
