@@ -7,6 +7,7 @@ Every label is a function of one frame and of the camera's rays alone, in numpy 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -42,10 +43,15 @@ class Geometry:
         """Pixels of this image per pixel of an image of 128."""
         return len(self.depth) / 128
 
-    @property
+    @cached_property
     def points(self) -> Array:
         """Positions of the pixels in the camera's frame, (n, n, 3)."""
         return self.depth[..., None] * self.rays
+
+    @cached_property
+    def contours(self) -> NDArray[np.bool_]:
+        """What `jumps` finds, for all labels that ask."""
+        return jumps(self)
 
     @property
     def distance(self) -> Array:
@@ -65,10 +71,9 @@ def jumps(g: Geometry) -> NDArray[np.bool_]:
     The gap between two neighbours is measured off the plane of either; it counts where it is larger than 3 % of the depth.
     """
     found = np.zeros(g.depth.shape, bool)
-    points = g.points
     for axis in (0, 1):
         here, there = (slice(None, -1), slice(1, None)) if axis == 0 else (np.s_[:, :-1], np.s_[:, 1:])
-        step = points[there] - points[here]
+        step = g.points[there] - g.points[here]
         gap = np.minimum(abs((step * g.normal[here]).sum(-1)), abs((step * g.normal[there]).sum(-1)))
         both = g.valid[here] & g.valid[there]
         nearer = np.minimum(g.depth[here], g.depth[there])
@@ -78,7 +83,7 @@ def jumps(g: Geometry) -> NDArray[np.bool_]:
 
 def edge_occlusion(g: Geometry) -> Array:
     """Occluding contours, two pixels wide and slightly blurred, in [0, 1]."""
-    wide = cv2.dilate(jumps(g).astype(np.float32), _square(2 * g.scale))
+    wide = cv2.dilate(g.contours.astype(np.float32), _square(2 * g.scale))
     return _blur(wide, 0.7 * g.scale)
 
 
@@ -118,7 +123,7 @@ def curvature(g: Geometry) -> Array:
     the surface turns over six pixels of 128, so that they do not depend on distance, and lie within ±2. A world of planes has
     curvature only in its creases, as wide as the smoothing. 0 next to occluding contours, where no curvature can be measured.
     """
-    inner = g.valid & (cv2.dilate(jumps(g).astype(np.uint8), _square(2 * round(g.scale) + 1)) == 0)
+    inner = g.valid & (cv2.dilate(g.contours.astype(np.uint8), _square(2 * round(g.scale) + 1)) == 0)
     normal = _blur(g.normal * g.valid[..., None], 1.5 * g.scale)
     normal = normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-6)
     points = _blur(g.points, g.scale)

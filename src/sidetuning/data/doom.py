@@ -2,7 +2,7 @@
 
 `render_map` places a player at random places of a map and writes what it sees in Taskonomy's layout, a map being a building. The
 engine gives the picture and which object covers each pixel (objects are flat and face the viewer, so their depth is one number);
-everything else follows from `doom_map.DomainMap.look`. A frame whose exact depth disagrees with the engine's own coarse depth buffer
+everything else follows from `doom_map.DoomMap.look`. A frame whose exact depth disagrees with the engine's own coarse depth buffer
 (a lift has moved, a wall is see-through) is dropped.
 """
 
@@ -32,7 +32,7 @@ TRAIN = tuple(m for i in range(1, 33) if (m := f"map{i:02d}") not in (*VAL, *TES
 MAPS = tuple(sorted(TRAIN + VAL + TEST))
 
 SEMANTIC = ("uncertain", "floor", "ceiling", "wall", "sky", "liquid", "monster", "item", "weapon", "decoration", "light", "other")  # fmt: skip
-LIQUID, MONSTER, OTHER = SEMANTIC.index("liquid"), SEMANTIC.index("monster"), SEMANTIC.index("other")
+LIQUID, MONSTER = SEMANTIC.index("liquid"), SEMANTIC.index("monster")
 OBJECTS = ("none", *SEMANTIC[MONSTER:])  # classes of class_object
 CATEGORY = {  # the engine's category of an object -> semantic class
     "Monster": "monster", "Health": "item", "Armor": "item", "Ammo": "item", "Key": "item", "Powerup": "item", "Weapon": "weapon",
@@ -101,9 +101,8 @@ def see(state: Any, level: DoomMap, camera: Camera) -> Frame:
     x, y, yaw, eye = state.game_variables
     view = level.look(x, y, eye, yaw, camera)
     covered = _middle(state.labels_buffer, camera.size)
-    coarse = (
-        7.134 * _middle(state.depth_buffer, camera.size).astype(np.float32) + 9.1
-    )  # fitted; 8 bits, up to 1828 units
+    # fitted: the engine's buffer has 8 bits and reaches to 1828 units
+    coarse = 7.134 * _middle(state.depth_buffer, camera.size).astype(np.float32) + 9.1
     known = np.isfinite(view.depth) & (covered == 0) & (view.depth < 1700) & (coarse > 30)
     wrong = abs(coarse - view.depth)[known] > 12 + 0.03 * view.depth[known]
 

@@ -30,6 +30,7 @@ Grid = Literal["methods", "merge", "init", "side", "order", "dense", "base", "da
 MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", "mlp", "mlp2", "res-mlp", "concat")
 DENSE_GRIDS = ("methods", "merge", "init", "side", "order", "dense", "base")
 Given = icifar.Settings | itaskonomy.Settings
+SCENARIOS: dict[str, Any] = {"icifar": icifar, "itaskonomy": itaskonomy}
 # What a task learned first amounts to, where tasks touch each other: such a method's first task is a fine-tuned copy of the base.
 FIRST = {"finetune": "independent", "ewc": "independent", "psp": "independent"}
 
@@ -87,37 +88,39 @@ class Cell:
         tasks = self.settings.tasks
         return tasks if isinstance(tasks, int) else len(tasks)
 
+    @property
+    def scenario(self) -> Any:
+        """The module that runs it."""
+        return SCENARIOS["icifar" if isinstance(self.settings, icifar.Settings) else "itaskonomy"]
+
 
 def cells(s: Settings) -> Iterator[Cell]:
     """The runs of the grid, seed by seed, so that an interrupted grid has whole seeds."""
     for seed in range(s.seeds):
         for variant, settings in GRIDS[s.grid](common(s, seed), s.methods):
             whole = not METHODS[settings.method].uses_features  # type: ignore[attr-defined]
-            name = re.sub(r"[^\w.]+", "-", f"{settings.method} {variant} {seed}".replace("%", ""))
+            name = folder_name(settings.method, variant, seed)
             precision = s.precision if whole or s.scenario == "itaskonomy" else "no"
             yield Cell(variant, replace(settings, out=str(Path(s.out) / name), precision=precision))
 
 
 def common(s: Settings, seed: int) -> Given:
     """What all cells of a seed share."""
+    plain: Given
     if s.scenario == "icifar":
         plain = icifar.Settings(samples=s.samples, tasks=s.tasks or icifar.Settings.tasks)
-        data: str = s.data or plain.data
-        return replace(
-            plain, data=data, base_weights=s.base_weights, init=s.init, seed=seed, cache=s.cache, progress=False
-        )
-    if s.grid not in DENSE_GRIDS:
+    elif s.grid in DENSE_GRIDS:
+        plain = itaskonomy.Settings(frames=s.frames, epochs=s.epochs, tasks=ORDER[: s.tasks])
+    else:
         raise SideTuningError(f"--grid {s.grid} is one of icifar's; itaskonomy has {', '.join(DENSE_GRIDS)}")
-    tasks = itaskonomy.Settings(frames=s.frames, epochs=s.epochs, tasks=ORDER[: s.tasks])
     return replace(
-        tasks,
-        data=s.data or tasks.data,
-        base_weights=s.base_weights,
-        init=s.init,
-        seed=seed,
-        cache=s.cache,
-        progress=False,
-    )
+        plain, data=s.data or plain.data, base_weights=s.base_weights, init=s.init, seed=seed, cache=s.cache, progress=False
+    )  # fmt: skip
+
+
+def folder_name(*parts: object) -> str:
+    """A cell's name, of what tells it from the others."""
+    return re.sub(r"[^\w.]+", "-", " ".join(map(str, parts)).replace("%", ""))
 
 
 Variants = Iterator[tuple[str, Any]]
@@ -208,15 +211,14 @@ def run(settings: Settings) -> list[RunResult]:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
     todo = list(cells(s))
     base = load_base(todo[0].settings.base, weights=todo[0].settings.base_weights)
-    scenario: Any = icifar if s.scenario == "icifar" else itaskonomy
     for method in {cell.settings.method for cell in todo}:  # a package that is missing is said before hours of work
-        scenario.build_method(replace(todo[0].settings, method=method, init=None), base)
+        todo[0].scenario.build_method(replace(todo[0].settings, method=method, init=None), base)
     Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods"))
     results: list[RunResult] = []
     bar = tqdm(total=sum(cell.tasks for cell in todo), unit="task", dynamic_ncols=True)
     with bar:
         for cell in todo:
-            bar.set_description(f"{cell.folder.name}")
+            bar.set_description(cell.folder.name)
             result = one(cell, bar)
             results.append(replace(result, variant=cell.variant))
             finish(s, results, [c.folder / "gallery" for c in todo[: len(results)]])
@@ -227,13 +229,12 @@ def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
     """The result of a cell: read where it is there, else run; a process of its own makes its peak memory its own."""
     file, metrics, start = cell.folder / "result.json", cell.folder / "metrics.jsonl", bar.n
     if file.exists():
-        scenario = icifar if isinstance(cell.settings, icifar.Settings) else itaskonomy
-        name = scenario.__name__.rpartition(".")[2]
-        Run(cell.folder, name, cell.settings, free=scenario.FREE)  # refuses a run with other settings
+        name = cell.scenario.__name__.rpartition(".")[2]
+        Run(cell.folder, name, cell.settings, free=cell.scenario.FREE)  # refuses a run with other settings
         bar.update(cell.tasks)
         return RunResult.load(file)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        future = pool.submit(run_cell, cell.settings)
+        future = pool.submit(run_cell, cell)
         try:
             while not future.done():
                 time.sleep(0.5)
@@ -247,10 +248,11 @@ def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
             ) from error
 
 
-def run_cell(settings: Given) -> RunResult:
+def run_cell(cell: Cell) -> RunResult:
     """What the cell's process does; it ends with its parent, so that a killed grid leaves nothing running."""
     end_with_parent()
-    return icifar.run(settings) if isinstance(settings, icifar.Settings) else itaskonomy.run(settings)
+    result: RunResult = cell.scenario.run(cell.settings)
+    return result
 
 
 def finish(settings: Settings, results: Sequence[RunResult], galleries: Sequence[Path] = ()) -> None:

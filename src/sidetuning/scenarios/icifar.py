@@ -24,7 +24,7 @@ from sidetuning.errors import DataError, SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
 from sidetuning.scenarios.runs import Run
-from sidetuning.scenarios.sequence import Lesson, Score, learn_in_order
+from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
 CLASSES_PER_TASK = 10
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
@@ -293,10 +293,4 @@ def show(result: RunResult, settings: Settings) -> None:
     table.add_row("average", *(f"{100 * v:.1f}" for v in average), "", f"{sum(result.seconds):.1f} in all")
     console = Console()
     console.print(table)
-    added, shared = max(result.parameters), result.shared_parameters
-    share = f" ({added / shared:.1%})" if shared else ""
-    console.print(
-        f"shared by all tasks: {shared:,} parameters; each task adds at most {added:,}{share}.\n"
-        f"base features: {result.base_seconds:.1f} s; training: {sum(result.seconds):.1f} s. Run folder: {settings.out}",
-        highlight=False,
-    )
+    console.print(costs(result, settings.out), highlight=False)

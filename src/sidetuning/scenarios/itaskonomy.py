@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,7 @@ from sidetuning.results import RunResult
 from sidetuning.scenarios.dense import ORDER, DenseTask, Regression, dense_task
 from sidetuning.scenarios.gallery import Gallery
 from sidetuning.scenarios.runs import Run
-from sidetuning.scenarios.sequence import Lesson, Score, learn_in_order
+from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
 
@@ -109,9 +109,8 @@ class Inputs(Dataset[Any]):
 class Labelled(Dataset[Any]):
     """Batches of `(x, features or None, y)` for one task."""
 
-    def __init__(self, inputs: CachedFeatures | Tensor, frames: Taskonomy, task: DenseTask) -> None:
-        self.inputs, self.task = inputs, task
-        self.raw, self.mask = frames.tensors(task.domain), frames.tensors("mask")
+    def __init__(self, inputs: CachedFeatures | Tensor, raw: Tensor, mask: Tensor, task: DenseTask) -> None:
+        self.inputs, self.raw, self.mask, self.task = inputs, raw, mask, task
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -143,26 +142,31 @@ def run(settings: Settings) -> RunResult:
             f"the base {s.base} returns a {base.kind}; dense tasks need a map, such as resnet-doom-curvature's"
         )
     method = build_method(s, base)
-    for i, task in enumerate(tasks.values()):  # an unknown part is found before the long work
-        method.add(Task(f"dry-run-{i}", task.head[0], head_options=task.head[1]))
+    method.add(Task("dry-run", "identity"))  # an unknown part is found before the long work
 
     started = time.perf_counter()
-    inputs = [prepare(method, base, frames, s) for frames in (train, test)]
+    inputs = {frames: prepare(method, base, frames, s) for frames in (train, test)}
     base_seconds = time.perf_counter() - started
     gallery = Gallery(folder.folder / "gallery", test, s.pictures)
+
+    @cache
+    def mask(frames: Taskonomy) -> Tensor:
+        return frames.tensors("mask")
+
+    def labelled(frames: Taskonomy, task: DenseTask) -> Labelled:
+        return Labelled(inputs[frames], frames.tensors(task.domain), mask(frames), task)
+
+    @cache  # every later task asks again
+    def tested(task: DenseTask) -> tuple[Labelled, float]:
+        data = labelled(test, task)
+        return data, constant(task, train, data)
 
     def lesson(name: str) -> Lesson:
         task = tasks[name]
         return Lesson(
             Task(name, task.head[0], task.loss, seed=s.seed * 1000 + ORDER.index(name), head_options=task.head[1]),
-            lambda: loader_over(Labelled(inputs[0], train, task), batch_size=s.batch),
-            partial(
-                evaluate,
-                name=name,
-                task=task,
-                data=Labelled(inputs[1], test, task),
-                constant=constant(task, train, test),
-            ),
+            lambda: loader_over(labelled(train, task), batch_size=s.batch),
+            lambda method: evaluate(method, name, *tested(task)),
         )
 
     steps = max(1, round(s.epochs * len(train) / s.batch))
@@ -202,24 +206,24 @@ def prepare(method: Method, base: Base, frames: Taskonomy, settings: Settings) -
     return cache_features(base, Inputs(pictures), Path(settings.cache).expanduser(), progress=settings.progress)
 
 
-def constant(task: DenseTask, train: Taskonomy, test: Taskonomy) -> float:
-    """The value of the best constant guess: the median of some training labels, measured on the test labels."""
+def constant(task: DenseTask, train: Taskonomy, test: Labelled, count: int = 500) -> float:
+    """The value of the best constant guess from `count` training labels, measured on as many test labels."""
     if not isinstance(task, Regression):
         return 0.0
-    labels = [task.labels(f.tensors(task.domain)[:500], f.tensors("mask")[:500]) for f in (train, test)]
-    guess = task.constant(labels[0])
-    return task.value(task.tally(guess.expand(len(labels[1]), -1, *labels[1].shape[-2:]), labels[1]))
+    guess = task.constant(task.labels(train.tensors(task.domain, first=count), train.tensors("mask", first=count)))
+    labels = task.labels(test.raw[:count], test.mask[:count])
+    return task.value(task.tally(guess.expand(len(labels), -1, *labels.shape[-2:]), labels))
 
 
 @torch.no_grad()
-def evaluate(method: Method, name: str, task: DenseTask, data: Labelled, constant: float) -> Score:
+def evaluate(method: Method, name: str, data: Labelled, constant: float) -> Score:
     """How well a method does a task on test frames."""
     loader: DataLoader[Any] = loader_over(data, batch_size=50, shuffle=False)
     tallies = []
     for batch in loader:
         x, features, y = send_to_device(batch, method.base.device)
-        tallies.append(task.tally(method(x, name, features=features), y).cpu())
-    return task.score(torch.stack(tallies).sum(0), constant)
+        tallies.append(data.task.tally(method(x, name, features=features), y).cpu())
+    return data.task.score(torch.stack(tallies).sum(0), constant)
 
 
 def main(settings: Settings) -> None:
@@ -244,11 +248,5 @@ def show(result: RunResult, settings: Settings) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
-    added, shared = max(result.parameters), result.shared_parameters
-    share = f" ({added / shared:.1%})" if shared else ""
-    console.print(
-        f"score: 100 is perfect; for errors, 50 is the best constant guess. Shared by all tasks: {shared:,} parameters; each "
-        f"task adds at most {added:,}{share}.\nbase features: {result.base_seconds:.1f} s; training: "
-        f"{sum(result.seconds):.1f} s. Run folder: {settings.out}",
-        highlight=False,
-    )
+    console.print("score: 100 is perfect; for errors, 50 is the best constant guess", highlight=False)
+    console.print(costs(result, settings.out), highlight=False)

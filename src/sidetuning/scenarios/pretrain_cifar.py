@@ -5,7 +5,7 @@ Resumable; about two hours on two CPU cores. The weights land in `--out` as safe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,19 +91,24 @@ class Classifier(nn.Module):
 
 
 class AugmentedBatches:
-    """Shuffled, flipped and cropped batches of one size; draws from torch's global generator."""
+    """Shuffled batches of one size, changed by `augment(*batch)`; draws from torch's global generator."""
 
-    def __init__(self, images: Tensor, labels: Tensor, batch: int) -> None:
-        self.images, self.labels, self.batch = images, labels, batch
+    def __init__(self, tensors: Sequence[Tensor], batch: int, augment: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.tensors, self.batch, self.augment = tensors, batch, augment
 
     def __len__(self) -> int:
-        return len(self.images) // self.batch
+        return len(self.tensors[0]) // self.batch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.images))
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order = torch.randperm(len(self.tensors[0]))
         for i in range(len(self)):
             rows = order[i * self.batch : (i + 1) * self.batch]
-            yield random_flip_crop(self.images[rows], padding=4), self.labels[rows]
+            yield self.augment(*(t[rows] for t in self.tensors))
+
+
+def flipped_and_cropped(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How training batches are augmented."""
+    return random_flip_crop(images, padding=4), labels
 
 
 def main(settings: Settings) -> None:
@@ -120,7 +125,7 @@ def main(settings: Settings) -> None:
     few = slice(None, None, 5)  # sorted by class: every fifth is balanced; nothing is chosen by it
     with seeded(s.seed):
         model = Classifier(s.precision).to(device)
-    loader = AugmentedBatches(images, labels, s.batch)
+    loader = AugmentedBatches((images, labels), s.batch, flipped_and_cropped)
     for k, (epochs, lr) in enumerate(zip(s.epochs, s.lr, strict=True)):
         steps = epochs * len(loader)
         optimizer = torch.optim.SGD(groups(model, s.weight_decay), lr=lr, momentum=0.9, nesterov=True)

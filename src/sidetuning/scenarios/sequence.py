@@ -118,3 +118,13 @@ def learn_in_order(
     )  # fmt: skip
     final.save(file)
     return final
+
+
+def costs(result: RunResult, folder: str) -> str:
+    """What a run took, for people: parameters, times, where it lies."""
+    added, shared = max(result.parameters), result.shared_parameters
+    share = f" ({added / shared:.1%})" if shared else ""
+    return (
+        f"shared by all tasks: {shared:,} parameters; each task adds at most {added:,}{share}.\n"
+        f"base features: {result.base_seconds:.1f} s; training: {sum(result.seconds):.1f} s. Run folder: {folder}"
+    )

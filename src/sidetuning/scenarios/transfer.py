@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +51,7 @@ def cells(settings: Settings) -> Iterator[compare.Cell]:
         for target in s.targets:
             for frames in s.frames:
                 for method in s.methods:
-                    name = re.sub(r"[^\w.]+", "-", f"{target} {frames} {method} {seed}")
+                    name = compare.folder_name(target, frames, method, seed)
                     plain = itaskonomy.Settings(tasks=(target,), frames=frames, method=method, seed=seed)
                     yield compare.Cell(
                         variant(target, frames),
