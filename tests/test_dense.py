@@ -223,6 +223,12 @@ def test_a_run_goes_on_after_a_kill_and_ends_the_same(settings, tmp_path):
         assert (whole / "gallery" / name).read_bytes() == (broken / "gallery" / name).read_bytes()
 
 
+def test_a_distilled_side_of_another_width_is_told_which_one_ships(settings):
+    packaged = replace(settings, base_weights=None, init="distilled", tasks=("rgb",), side_width=0.5)
+    with pytest.raises(SideTuningError, match=r"built with the options \{'width': 0.25\}, not \{'width': 0.5\}"):
+        itaskonomy.run(packaged)
+
+
 def test_errors_name_what_is_wrong(settings, taskonomy_folder):
     with pytest.raises(UnknownNameError, match="normals"):
         itaskonomy.run(replace(settings, tasks=("normals",)))

@@ -125,8 +125,8 @@ def build_branch(
         elif init == "low-energy":
             side_module, kept = LowEnergy(side_module), "low-energy"
         elif init == "distilled":
-            name = side_name[0] if side_name else CUSTOM
-            load_weights(side_module, distilled_weights(base, name), f"side '{name}'")
+            name, options = side_name or (CUSTOM, {})
+            load_weights(side_module, distilled_weights(base, name, options), f"side '{name}'")
         elif isinstance(init, Path) or "." in init or "/" in init:
             load_weights(side_module, init, f"side '{side_name[0] if side_name else CUSTOM}'")
         else:

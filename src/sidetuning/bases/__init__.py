@@ -13,7 +13,6 @@ from sidetuning.bases.resnet_map import ResNetMap
 from sidetuning.sides.initialise import load_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIDE_WIDTH = 0.25  # of the FCN5 that is distilled from resnet-doom-curvature: of the paper's channels
 
 
 def resnet44_cifar10(*, taps: Sequence[str] = (), weights: str | Path | None = None) -> Base:

@@ -412,7 +412,9 @@ class Taskonomy(Dataset[dict[str, Tensor]]):
         self.frames, self.absent = self._find(split, subset)
         if limit is not None:
             if not 1 <= limit <= len(self.frames):
-                raise DataError(f"limit={limit}, but {self.root} has {len(self.frames)} frames of this; give 1 to that")
+                raise DataError(
+                    f"limit={limit}, but {self.root} has {len(self.frames)} frames of this; give 1 to {len(self.frames)}"
+                )
             self.frames = _draw(self.frames, limit, seed)
         for d in self._needed[1:]:
             self._check_files(d)

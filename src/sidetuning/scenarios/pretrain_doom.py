@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sidetuning.base import Base
-from sidetuning.bases import IMAGENET_MEAN, IMAGENET_STD, SIDE_WIDTH
+from sidetuning.bases import IMAGENET_MEAN, IMAGENET_STD
 from sidetuning.bases.resnet_map import ResNetMap
 from sidetuning.cache import cache_features, loader_over
 from sidetuning.data import taskonomy
@@ -23,6 +23,7 @@ from sidetuning.distill import distill
 from sidetuning.heads import HEADS
 from sidetuning.scenarios.pretrain_cifar import AugmentedBatches, groups, write
 from sidetuning.scenarios.runs import Run
+from sidetuning.sides.initialise import DISTILLED
 from sidetuning.training import default_accelerator, seeded, train
 from sidetuning.tuner import SideTuner
 
@@ -150,10 +151,9 @@ def main(settings: Settings) -> None:
     write(out / "resnet-doom-curvature-decoder.safetensors", model.decoder)
 
     tuner = SideTuner(base_of(model.net.eval(), size).to(device))
+    _, options = DISTILLED["resnet-doom-curvature", "fcn5"]
     with seeded(s.seed):
-        branch = tuner.add_task(
-            "imitation", side="fcn5", side_options={"width": SIDE_WIDTH}, merge="side-only", head="identity"
-        )
+        branch = tuner.add_task("imitation", side="fcn5", side_options=options, merge="side-only", head="identity")
     cached = cache_features(
         tuner.base, TensorDataset(images, torch.zeros(len(images))), out / "cache", views=2, augment=mirrored, seed=s.seed
     )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,10 +14,10 @@ from torch import Tensor, nn
 from sidetuning.base import Base, packaged
 from sidetuning.errors import ArtifactError, TaskError
 
-# Distilled sides shipped with a packaged base: (base, side) -> file beside the base's weights.
-DISTILLED = {
-    ("resnet44-cifar10", "fcn4"): "fcn4-cifar10-distilled.safetensors",
-    ("resnet-doom-curvature", "fcn5"): "fcn5-doom-curvature-distilled.safetensors",  # at a quarter of its width
+# Distilled sides shipped with a packaged base: (base, side) -> file beside the base's weights, and the side's options.
+DISTILLED: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+    ("resnet44-cifar10", "fcn4"): ("fcn4-cifar10-distilled.safetensors", {}),
+    ("resnet-doom-curvature", "fcn5"): ("fcn5-doom-curvature-distilled.safetensors", {"width": 0.25}),
 }
 ENERGY = 0.01  # size of a low-energy side's output against the same side as built
 
@@ -42,11 +44,11 @@ def xavier(side: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def distilled_weights(base: Base, side: str) -> Path:
+def distilled_weights(base: Base, side: str, options: Mapping[str, Any]) -> Path:
     """The file of the distilled weights that ship for this base and side.
 
     Raises:
-        TaskError: none ship.
+        TaskError: none ship, or none for a side with these options.
     """
     name = base.spec.name if base.spec else "your own base"
     if (name, side) not in DISTILLED:
@@ -54,7 +56,13 @@ def distilled_weights(base: Base, side: str) -> Path:
             f"no distilled weights ship for side '{side}' of {name}: train some with sidetuning.distill(model, task, "
             "loader), or give init= the path of a safetensors file"
         )
-    return packaged(DISTILLED[name, side])
+    file, built = DISTILLED[name, side]
+    if dict(options) != built:
+        raise TaskError(
+            f"the distilled side '{side}' of {name} is built with the options {built}, not {dict(options)}; give these, or "
+            "start the side otherwise than distilled"
+        )
+    return packaged(file)
 
 
 def load_weights(module: nn.Module, path: str | Path, what: str) -> None:
