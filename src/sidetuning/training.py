@@ -386,10 +386,19 @@ def default_accelerator() -> Accelerator:
 
 @functools.cache
 def _leave_at_exit() -> None:
-    """End the process group before the interpreter does: its threads, still running, would abort a finished process."""
+    """Let Gloo's threads come to rest before the interpreter ends.
+
+    The thread that ran the last collective still has to let go of its tensors, which needs the interpreter's lock; a thread that
+    asks for the lock of an ending interpreter is killed, and its destructors abort the finished process. Nothing tells when it is
+    done, so it gets a tenth of a second in which the lock is free.
+    """
     from accelerate import PartialState
 
-    atexit.register(PartialState().destroy_process_group)
+    def leave() -> None:
+        PartialState().destroy_process_group()
+        time.sleep(0.1)
+
+    atexit.register(leave)
 
 
 @dataclass
