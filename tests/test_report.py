@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sidetuning.errors import ArtifactError, SideTuningError
-from sidetuning.report import write_report
+from sidetuning.report import SIDE, write_report
 from sidetuning.results import RunResult, markdown, measures_table, summary_table
 
 HOSTILE = '<img src=x onerror="alert(1)">|</script><b>'
@@ -62,6 +64,11 @@ def dense(*methods: str) -> list[RunResult]:
         )
         for i, m in enumerate(methods)
     ]  # fmt: skip
+
+
+def seconds() -> list[RunResult]:
+    """Of `dense`, a second seed of the first method."""
+    return [replace(r, seed=1, values=[[21.0], [21.0, 3.45]]) for r in dense("sidetune")]
 
 
 def gallery(folder: Path, shade: int) -> Path:
@@ -294,8 +301,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     of = {"comparison": comparison(), "single": [result()], "odd": odd}
     made = {k: write_report(v, folder / f"{k}.html", title=k * 20, notes=["n" * 300]) for k, v in of.items()}
     pictures = [gallery(folder / f"gallery-{i}", i) for i in range(3)]
-    runs = dense("sidetune", "finetune", "ewc")
-    made["dense"] = write_report(runs, folder / "dense.html", title="dense", galleries=pictures)
+    runs = [*dense("sidetune", "finetune", "ewc"), *seconds()]
+    made["dense"] = write_report(runs, folder / "dense.html", title="dense", galleries=[*pictures, pictures[2]])
     return made
 
 
@@ -365,8 +372,9 @@ def test_browser_finds_nothing_wrong(browser: Any, reports: dict[str, Path], nam
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast(browser: Any, reports: dict[str, Path], scheme: str) -> None:
-    show(browser, reports["comparison"], 1280, scheme)
+@pytest.mark.parametrize("name", ["comparison", "dense"])
+def test_contrast(browser: Any, reports: dict[str, Path], name: str, scheme: str) -> None:
+    show(browser, reports[name], 1280, scheme)
     ratio, element = browser.execute_script(CONTRAST)
     assert ratio >= 4.5, element
 
@@ -391,6 +399,54 @@ def test_tables_show_the_numbers_and_sort(browser: Any, reports: dict[str, Path]
         accuracies = [float(row[1].split()[0]) for row in browser.execute_script(cells)]
         assert accuracies == sorted(accuracies, reverse=order == "descending") and len(accuracies) == 12
         assert browser.execute_script("return document.querySelector('#summary [aria-sort]').ariaSort") == order
+
+
+def test_measures_show_the_numbers_of_the_table_in_markdown(browser: Any, reports: dict[str, Path]) -> None:
+    show(browser, reports["dense"], 1280)
+    rows = browser.execute_script("""
+    return [...document.querySelectorAll("#measures tbody tr")].map((r) => [...r.cells].map(
+      (c) => (c.querySelector("strong") ? "**" : "") + c.innerText.replace(/\\s+/g, " ").trim()))""")
+    table = measures_table([*dense("sidetune", "finetune", "ewc"), *seconds()]).splitlines()[2:]
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in table]
+    expected = [
+        [f"{task} {measure}", *(v[:2] * v.startswith("**") + v.strip("*") for v in values)]
+        for task, measure, *values in cells
+    ]
+    assert rows == expected and "±" in rows[0][1] and sum(v.startswith("**") for v in rows[0]) == 1
+    star = "return getComputedStyle(document.querySelector('#measures strong'), '::before').content"
+    assert "★" in browser.execute_script(star)  # not by weight or colour alone
+
+
+def test_pictures_open_by_keyboard_without_scripts_and_print(browser: Any, reports: dict[str, Path]) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        show(browser, reports["dense"], 375)
+        first, second = browser.find_elements("css selector", "#pictures details")
+        assert first.get_attribute("open") and not second.get_attribute("open")
+        picture = second.find_element("css selector", "img")
+        assert not picture.is_displayed()
+        second.find_element("css selector", "summary").send_keys("\ue007")  # enter
+        assert second.get_attribute("open") and picture.is_displayed()
+        assert not browser.find_elements("css selector", "th button")  # what scripts make
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    show(browser, reports["dense"], 720)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    seen = "return [...document.images].map((i) => i.checkVisibility() && i.getBoundingClientRect().width > 100)"
+    assert browser.execute_script(seen) == [True] * 16
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 720
+
+
+def test_policy_lets_embedded_pictures_in_and_nothing_else(browser: Any, reports: dict[str, Path]) -> None:
+    for name, allowed in (("dense", " img-src data:;"), ("comparison", "")):
+        policy = f"default-src 'none';{allowed} style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+        assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in reports[name].read_text()
+    show(browser, reports["dense"], 1280)
+    beside = (reports["dense"].parent / "gallery-0" / "input.png").as_uri()
+    load = "const [uri, done] = arguments; const i = new Image(); i.onload = () => done(true); i.onerror = () => done(false); i.src = uri"
+    assert browser.execute_async_script(load, browser.execute_script("return document.images[0].src"))
+    assert not browser.execute_async_script(load, beside)
+    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
 
 
 def test_details_open_by_keyboard_and_in_print(browser: Any, reports: dict[str, Path]) -> None:
@@ -470,3 +526,83 @@ def test_missing_and_damaged_pictures(tmp_path: Path) -> None:
         page(runs, tmp_path, galleries=[folder])
     with pytest.raises(SideTuningError, match="2 galleries for 1 results"):
         page(runs, tmp_path, galleries=[None, None])
+
+
+def pictures_of(html: str) -> dict[str, str]:
+    """The embedded pictures by their alternative texts."""
+    return {alt: uri for uri, alt in re.findall(r'<img src="([^"]*)"[^>]* alt="([^"]*)"', html)}
+
+
+def decoded(uri: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
+
+
+def test_pictures_are_of_the_lowest_seed_that_has_some(tmp_path: Path) -> None:
+    runs = [*seconds(), *dense("sidetune"), *dense("sidetune", "ewc")[1:]]
+    galleries = [gallery(tmp_path / str(shade), shade) for shade in range(3)]
+    names = "normal, sidetune, at the end: mean angle {}"
+    both = pictures_of(page(runs, tmp_path, galleries=galleries))
+    assert names.format("20.0°") in both and names.format("21.0°") not in both
+    second = pictures_of(page(runs, tmp_path, galleries=[galleries[0], None, galleries[2]]))
+    assert names.format("21.0°") in second and names.format("20.0°") not in second
+    assert len(both) == len(second) == 2 * (2 + 2 * 2)
+
+
+def test_what_became_of_a_task_in_words(tmp_path: Path) -> None:
+    runs = dense("sidetune", "finetune")
+    runs.append(replace(runs[1], method="gains", values=[[20.0], [15.0, 1.0]]))
+    runs.append(replace(runs[1], method="same to the eye", values=[[20.0], [20.0001, 1.0]]))
+    html = page(runs, tmp_path, galleries=[gallery(tmp_path / str(i), i) for i in range(4)])
+    said = [" ".join(re.sub("<[^>]+>", " ", p).split()) for p in re.findall(r'class="method">.*?<p>(.*?)</p>', html)]
+    assert said == [
+        "mean angle 20.0° → 20.0° unchanged", "mean angle 20.0° → 45.0° worse", "mean angle 20.0° → 15.0° better", "mean angle 20.0° → 20.0°",
+        "mean error 3.25 m → 3.25 m learned last", "mean error 2.25 m → 2.25 m learned last", *["mean error 1.00 m → 1.00 m learned last"] * 2,
+    ]  # fmt: skip
+    for run in runs:
+        run.measures[0] = "mean IoU"  # now higher is better
+    html = page(runs, tmp_path, galleries=[tmp_path / str(i) for i in range(4)])
+    assert re.findall(r'class="verdict">(.*?)<', html)[:3] == ["unchanged", "better", "worse"]
+
+
+def test_pictures_are_small_and_true(tmp_path: Path) -> None:
+    folder = gallery(tmp_path / "gallery", 1)
+    draw = random.Random(0)
+    noise = Image.frombytes("RGB", (40, 10), draw.randbytes(40 * 10 * 3)).resize((1024, 256))  # as a photo, for PNG
+    noise.save(folder / "normal.learned.png")
+    flat = Image.new("RGB", (512, 128), (220, 40, 40))
+    flat.paste((40, 160, 60), (37, 19, 300, 90))
+    flat.save(folder / "normal.end.png")
+    six = Image.new("RGB", (6 * 64, 64))
+    for i in range(6):
+        six.paste((40 * i, 0, 0), (64 * i, 0, 64 * i + 64, 64))
+    six.save(folder / "normal.truth.png")
+    found = pictures_of(page(dense("sidetune"), tmp_path, galleries=[folder]))
+    photo, drawing = (found[f"normal, sidetune, {when}: mean angle 20.0°"] for when in ("when learned", "at the end"))
+    assert (
+        photo.startswith("data:image/jpeg;") and decoded(photo).size == (4 * SIDE, SIDE) and len(photo) < 18_000
+    )  # 12 x 8 x 2 are under 4 MB
+    assert drawing.startswith("data:image/png;") and decoded(drawing).tobytes() == flat.tobytes()
+    laid_out = decoded(found["normal: the truth"])  # two lines of three
+    assert laid_out.size == (3 * 64, 2 * 64)
+    reds = [laid_out.getpixel((64 * (i % 3) + 32, 64 * (i // 3) + 32))[0] for i in range(6)]  # type: ignore[index]
+    assert reds == pytest.approx([40 * i for i in range(6)], abs=3)
+
+
+def test_pictures_of_other_frames_are_left_out_and_named(tmp_path: Path) -> None:
+    runs, folders = dense("sidetune", "finetune"), [gallery(tmp_path / str(i), i) for i in range(2)]
+    assert "other frames" not in page(runs, tmp_path, galleries=folders)
+    Image.new("RGB", (512, 128)).save(folders[1] / "input.png")
+    html = page(runs, tmp_path, galleries=folders)
+    assert "Not shown, because the pictures are of other frames: finetune." in html
+    assert len(pictures_of(html)) == 2 * (2 + 2)
+
+
+def test_names_of_tasks_lead_out_of_no_folder(tmp_path: Path) -> None:
+    names = ["../secret", HOSTILE]
+    folder = gallery(tmp_path / "gallery", 1)
+    for moment in ("truth", "learned", "end"):
+        Image.new("RGB", (512, 128)).save(tmp_path / f"secret.{moment}.png")
+    run = replace(dense("sidetune")[0], tasks=names, measures=["mean error", HOSTILE])
+    html = page([run], tmp_path, galleries=[folder])
+    assert "<img" not in html and "img-src" not in html and "data:" not in html
+    assert "&lt;img src=x onerror=" in html and html.count("</script>") == 1

@@ -168,8 +168,9 @@ class Pair(NamedTuple):
     """What a method sees: when it has just learned the task, and at the end. Either may be missing."""
 
     row: SummaryRow
+    measure: str  # "mean angle"
     change: str  # "21.4° → 48.0°"
-    verdict: str  # worse, better, unchanged; "" where the numbers look the same
+    verdict: str  # worse, better, unchanged, learned last; "" where the numbers look the same
     learned: Strip | None
     end: Strip | None
 
@@ -227,7 +228,7 @@ def _figures(
                 for moment, words, value in (("learned", "When learned", learned), ("end", "At the end", end))
             ]
             if any(strips):
-                pairs.append(Pair(row, f"{name} {learned} → {end}", _verdict(run, measure), *strips))
+                pairs.append(Pair(row, name, f"{learned} → {end}", _verdict(run, measure), *strips))
         of_frames = [
             next((s for _, _, files in shown if (s := _strip(files.get(file), alt, caption))), None)
             for file, alt, caption in (
@@ -275,7 +276,7 @@ def _strip(path: Path | None, alt: str, caption: str, value: str = "") -> Strip 
         for i, line in enumerate(lines):
             picture.paste(line, (0, i * side))
     encoded = {}
-    for kind, options in (("jpeg", {"quality": QUALITY}), ("png", {"optimize": True})):
+    for kind, options in (("jpeg", {"quality": QUALITY, "optimize": True}), ("png", {})):
         buffer = BytesIO()
         picture.save(buffer, kind, **options)
         encoded[kind] = buffer.getvalue()
