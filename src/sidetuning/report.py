@@ -10,16 +10,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from sidetuning.artifacts import atomic_write
 from sidetuning.errors import ArtifactError, SideTuningError
+from sidetuning.pages import write_page
 from sidetuning.results import (
     MeasureRow,
     RunResult,
@@ -28,7 +26,6 @@ from sidetuning.results import (
     mean,
     means,
     measure_rows,
-    number_text,
     own_values,
     summary_table,
     used_columns,
@@ -75,11 +72,9 @@ def write_report(
     if low == high:  # all on one tick
         low, high = max(low - 0.1, 0.0), min(high + 0.1, 1.0)
     panels = [_panel(row, runs) for row, runs in zip(rows, groups, strict=True)]
-    environment = Environment(
-        loader=PackageLoader("sidetuning"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    environment.filters["number"] = number_text
-    page = environment.get_template("report.html.j2").render(
+    return write_page(
+        "report.html.j2",
+        path,
         title=title,
         notes=notes,
         rows=rows,
@@ -97,11 +92,7 @@ def write_report(
         ticks=[v for v in range(0, 101, 10 if high - low < 0.55 else 20) if 100 * low - 1e-6 <= v <= 100 * high + 1e-6],
         costs=[panel.row.base_seconds + sum(panel.seconds) for panel in panels],
         settings=_settings(groups),
-        version=version("sidetuning"),
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(page.lstrip(), encoding="utf-8")
-    return Path(path)
 
 
 def _settings(groups: Sequence[Sequence[RunResult]]) -> tuple[dict[str, str], list[dict[str, str]]]:

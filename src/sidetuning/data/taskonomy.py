@@ -445,28 +445,28 @@ class Taskonomy(Dataset[dict[str, Tensor]]):
         """The file of one frame."""
         return path_of(self.root, domain, *self.frames[index])
 
-    def tensors(self, domain: str, progress: bool = False, first: int | None = None) -> Tensor:
+    def tensors(self, domain: str, progress: bool = False, rows: Sequence[int] | None = None) -> Tensor:
         """All frames of one of the asked domains, or of "mask", stacked (n, …) in their raw type; threads read them.
 
         Args:
             domain: one of `domains`, or "mask".
             progress: show a bar.
-            first: read so many frames alone.
+            rows: read these frames alone.
         """
         from tqdm import tqdm
 
         if domain != "mask" and domain_of(domain) not in map(domain_of, self.domains):
             raise UnknownNameError(unknown("domain", domain, [*self.domains, "mask"], verb="asked for"))
-        count = len(self.frames[:first])
-        one = self._get(0, [domain])[domain]
-        stack = torch.empty((count, *one.shape), dtype=one.dtype)
+        rows = range(len(self)) if rows is None else rows
+        one = self._get(rows[0], [domain])[domain]
+        stack = torch.empty((len(rows), *one.shape), dtype=one.dtype)
 
-        def fill(index: int) -> None:
-            stack[index] = self._get(index, [domain])[domain]
+        def fill(place: int) -> None:
+            stack[place] = self._get(rows[place], [domain])[domain]
 
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-            done = pool.map(fill, range(count))
-            for _ in tqdm(done, domain, count, unit="frame", disable=not progress, leave=False):
+            done = pool.map(fill, range(len(rows)))
+            for _ in tqdm(done, domain, len(rows), unit="frame", disable=not progress, leave=False):
                 pass
         return stack
 

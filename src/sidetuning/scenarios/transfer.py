@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
 from sidetuning.artifacts import write_json
+from sidetuning.charts import Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
-from sidetuning.results import Estimate, RunResult, number_text
+from sidetuning.results import Estimate, MeasureRow, RunResult, measure_rows, number_text
 from sidetuning.scenarios import compare, itaskonomy
 from sidetuning.scenarios.runs import Run
 
@@ -68,34 +69,61 @@ def variant(target: str, frames: int) -> str:
 
 
 def run(settings: Settings) -> list[RunResult]:
-    """Run the cells that have no result yet, each in a process of its own, and write `table.md`.
+    """Run the cells that have no result yet, each in a process of its own, and write `table.md`, `curves.json` and `report.html`.
 
     Raises:
         SideTuningError: a cell failed; the others' results stay.
     """
     todo = list(cells(settings))
     Run(settings.out, "transfer", settings, free=("data", "out", "cache", "seeds", "methods", "frames", "targets"))
+    out = Path(settings.out)
     results = []
     with tqdm(total=len(todo), unit="run", dynamic_ncols=True) as bar:
         for cell in todo:
             bar.set_description(cell.folder.name)
             results.append(replace(compare.one(cell, bar), variant=cell.variant))
-            (Path(settings.out) / "table.md").write_text(
-                tables(results, settings.targets, settings.frames), encoding="utf-8"
-            )
-    write_json(Path(settings.out) / "curves.json", {t: curves(results, t, settings.frames) for t in settings.targets})
+            (out / "table.md").write_text(tables(results, settings.targets, settings.frames), encoding="utf-8")
+    write_json(out / "curves.json", {t: curves(results, t, settings.frames) for t in settings.targets})
+    write_charts(
+        list(charts(results, settings.targets, settings.frames)), out / "report.html", title="Transfer from curvature",
+        lead=f"Single tasks, learned from few and from many frames, each in {settings.steps:,} optimiser steps, and measured on buildings that no training frame shows.",
+    )  # fmt: skip
     return results
 
 
-def curves(results: Sequence[RunResult], target: str, frames: Sequence[int]) -> dict[str, list[list[float] | None]]:
-    """For each method and number of frames the mean value over seeds and its standard error; None where nothing was run."""
-    found: dict[str, list[list[float] | None]] = {}
+def measure_of(results: Sequence[RunResult], target: str) -> MeasureRow | None:
+    """The measure of a target over all its runs; None where there are none."""
+    runs = [r for r in results if r.tasks == [target]]
+    return measure_rows(runs)[0] if runs else None
+
+
+def charts(results: Sequence[RunResult], targets: Sequence[str], frames: Sequence[int]) -> Iterator[Chart]:
+    """For each target its measure over the number of training frames, a line per method."""
+    for target in targets:
+        if row := measure_of(results, target):
+            lines = [
+                Line(method, [Point(n, *p) for n, p in zip(frames, points, strict=True) if p])
+                for method, points in curves(results, target, frames).items()
+            ]
+            note = f"{'Lower' if row.lower_is_better else 'Higher'} is better."
+            yield Chart(target, "training frames", row.measure, lines, log_x=True, decimals=row.decimals, note=note)
+
+
+class Value(NamedTuple):
+    """The mean over seeds, its standard error, and how many seeds."""
+
+    mean: float
+    error: float
+    runs: int
+
+
+def curves(results: Sequence[RunResult], target: str, frames: Sequence[int]) -> dict[str, list[Value | None]]:
+    """For each method and number of frames the value at the end; None where nothing was run."""
+    found: dict[str, list[Value | None]] = {}
     for method in dict.fromkeys(r.method for r in results):
-        found[method] = []
-        for n in frames:
-            runs = [r for r in results if r.method == method and r.variant == variant(target, n)]
-            values = [r.values[-1][-1] for r in runs if r.values is not None]
-            found[method].append([*mean_and_error(values), len(values)] if values else None)
+        runs = [[r for r in results if (r.method, r.variant) == (method, variant(target, n))] for n in frames]
+        values = [[r.values[-1][-1] for r in some if r.values] for some in runs]
+        found[method] = [Value(*mean_and_error(v), len(v)) if v else None for v in values]
     return found
 
 
@@ -103,16 +131,13 @@ def tables(results: Sequence[RunResult], targets: Sequence[str], frames: Sequenc
     """A table in Markdown per target: methods as rows, numbers of frames as columns."""
     text = ""
     for target in targets:
-        measures = [r.measures[0] for r in results if r.measures and r.variant.startswith(f"{target},")]
-        if not measures:
-            continue
-        text += f"| curvature → {target}: {measures[0]} | " + " | ".join(f"{n:,} frames" for n in frames) + " |\n"
-        text += "| --- |" + " ---: |" * len(frames) + "\n"
-        for method, points in curves(results, target, frames).items():
-            decimals = 2 if measures[0] == "mean angle, °" else 4
-            cells = [number_text(Estimate(p[0], p[1]) if p else None, decimals) for p in points]
-            text += f"| {method} | " + " | ".join(cells) + " |\n"
-        text += "\n"
+        if row := measure_of(results, target):
+            text += f"| curvature → {target}: {row.measure} | " + " | ".join(f"{n:,} frames" for n in frames) + " |\n"
+            text += "| --- |" + " ---: |" * len(frames) + "\n"
+            for method, points in curves(results, target, frames).items():
+                cells = [number_text(p and Estimate(p.mean, p.error), row.decimals) for p in points]
+                text += f"| {method} | " + " | ".join(cells) + " |\n"
+            text += "\n"
     return text
 
 
@@ -124,4 +149,4 @@ def main(settings: Settings) -> None:
     results = run(settings)
     console = Console()
     console.print(Markdown(tables(results, settings.targets, settings.frames)))
-    console.print(f"tables: {settings.out}/table.md; numbers: {settings.out}/curves.json", highlight=False)
+    console.print(f"tables: {settings.out}/table.md; report: {settings.out}/report.html", highlight=False)
