@@ -50,7 +50,13 @@ def test_the_table_has_the_numbers(tmp_path):
     assert rows[0] == ["frames", "20", "100", "5,000"]
     assert rows[1] == ["sidetune", "30.00", "±", "1.50", "20.00", "±", "0.50", "10.00"]
     assert rows[2][1:] == ["50.00", "±", "1.00", "–", "12.00", "±", "1.00"] and "over 3 runs" in html
-    assert "&lt;b&gt;scratch" in html and "a &lt; b" in html and "T &amp; U" in html and "http:" not in html and "https:" not in html
+    assert (
+        "&lt;b&gt;scratch" in html
+        and "a &lt; b" in html
+        and "T &amp; U" in html
+        and "http:" not in html
+        and "https:" not in html
+    )
 
 
 def test_many_points_have_a_band_and_a_table_of_some(tmp_path):

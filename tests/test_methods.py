@@ -134,7 +134,7 @@ def test_the_first_task_of_sequential_methods_is_an_independent_copy() -> None:
     """What `compare` builds rigidity on."""
     outputs = {}
     for name in ("independent", "finetune", "ewc", "psp"):
-        method = build("conv", name)
+        method = build("conv", name) if name != "psp" else PSP(BASES["conv"](TAPS["conv"]), statistics="task")
         learn(method, "conv", "a")
         outputs[name] = method(inputs("conv"), "a")
     for name, output in outputs.items():
@@ -286,6 +286,19 @@ def test_psp_covers_every_layer_and_starts_from_the_base() -> None:
         pretrained = base.net.get_parameter(name.removeprefix("net."))
         assert not torch.equal(kept, pretrained)  # folded
         assert torch.equal(superpose(kept, signs), pretrained)
+
+
+def test_psp_norms_by_the_batch_or_by_running_statistics_of_the_task() -> None:
+    x, y = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 2
+    of_batch, of_task = (PSP(conv_base(), statistics=s) for s in ("batch", "task"))
+    for method in (of_batch, of_task):
+        method.learn(Task("a", 2), [(x, y)], Recipe(2), progress=False)
+    assert not torch.allclose(of_batch(x, "a")[:4], of_batch(x[:4], "a"), atol=1e-3)  # the others in the batch count
+    assert torch.allclose(of_task(x, "a")[:4], of_task(x[:4], "a"), atol=1e-5)
+    assert of_task.added("a") - of_batch.added("a") == 2 * 8
+    other = 5 * x + 3  # of other statistics, which "batch" takes out and "task" does not
+    shift = [(m(other, "a") - m(x, "a")).abs().max() for m in (of_batch, of_task)]
+    assert shift[0] < 1e-2 < shift[1]
 
 
 # the others -------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import decode
@@ -19,18 +20,28 @@ class PSP(FineTune):
 
     A context c_k has a sign for every input of a layer: (1, in, kh, kw) or (1, in). What one task learns looks like noise
     to the others. The pretrained weights are folded with the first context, W = W_0 * c_0, so that the first task starts
-    from the base as it is. Biases and the scales of norms are shared; running statistics of batch norms are kept per task.
+    from the base as it is. Biases and the scales of norms are shared.
+
+    The shared weights move on while later tasks are learned, and the noise that an earlier task sees then changes the
+    mean and variance of its activations, so that statistics of batch norms from its training are wrong by the end.
 
     Args:
         base: the base; its copy is tuned.
         seed: of the contexts; they are drawn again rather than kept.
+        statistics: of batch norms, once trained: "batch" takes those of the batch, so that an answer depends on the others
+            in the batch, which should be many and of one task; "task" keeps running ones of every task.
     """
 
     name: ClassVar[str] = "psp"
 
-    def __init__(self, base: Base, seed: int = 0) -> None:
+    def __init__(self, base: Base, seed: int = 0, statistics: Literal["batch", "task"] = "batch") -> None:
         super().__init__(base)
-        self.options = {"seed": seed}
+        self.options = {"seed": seed, "statistics": statistics}
+        if statistics == "batch":
+            for layer in self.trunk.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.track_running_stats = False
+                    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
         self.statistics = nn.ModuleDict()
         self._contexts: dict[str, dict[str, Tensor]] = {}
         with torch.no_grad():

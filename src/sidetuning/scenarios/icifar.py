@@ -65,6 +65,8 @@ class Settings:
     """Feed the sides of all earlier tasks into the merge (the paper's dense variant)."""
     stages: int = 2
     """Sides per task, for the method boosting."""
+    psp_statistics: Literal["batch", "task"] = "batch"
+    """Statistics of batch norms in tests of the method psp: those of the batch, or running ones kept for each task."""
     base: str = "resnet44-cifar10"
     """Base network."""
     base_weights: str | None = None
@@ -152,7 +154,7 @@ def build_method(settings: Settings, base: Base) -> Method:
     }  # fmt: skip
     options: dict[str, dict[str, Any]] = {  # of the other methods: their own defaults
         "sidetune": {**side, "dense": s.dense}, "boosting": {**side, "stages": s.stages},
-        "features": {"prenorm": s.prenorm}, "psp": {"seed": s.seed},
+        "features": {"prenorm": s.prenorm}, "psp": {"seed": s.seed, "statistics": s.psp_statistics},
     }  # fmt: skip
     return METHODS.build(s.method, base, options=options.get(s.method, {}))
 
