@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from sidetuning.data import doom, taskonomy
+from sidetuning.data import doom, taskonomy_files
 from sidetuning.scenarios.dense import Regression, Segmentation
 
 DOMAINS = (
@@ -19,14 +19,14 @@ DOMAINS = (
 
 def picture(domain: str, values: np.ndarray) -> np.ndarray:
     """As the report shows it, (n, n, 3)."""
-    raw = torch.from_numpy(taskonomy.encode(domain, values).astype(np.int32))
+    raw = torch.from_numpy(taskonomy_files.encode(domain, values).astype(np.int32))
     if domain == "segment_unsup25d":
         return raw.numpy().astype(np.uint8)
     if domain == "segment_semantic":
         return Segmentation(domain, len(doom.SEMANTIC), "").picture(raw[None].long())[0].movedim(0, -1).numpy()
-    channels = taskonomy.DOMAINS[domain].channels
+    channels = taskonomy_files.DOMAINS[domain].channels
     raw = raw[None] if raw.ndim == 2 else raw.movedim(-1, 0)[:channels]
-    return Regression(domain, channels, "").picture(taskonomy.target(domain, raw[None]))[0].movedim(0, -1).numpy()
+    return Regression(domain, channels, "").picture(taskonomy_files.target(domain, raw[None]))[0].movedim(0, -1).numpy()
 
 
 def main(path: str, size: int = 112) -> None:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sidetuning.data import taskonomy
-from sidetuning.data.taskonomy import DOMAINS, Taskonomy, encode, names, path_of, read, read_split, target, units, write
+from sidetuning.data.taskonomy import Taskonomy, read_split
+from sidetuning.data.taskonomy_files import DOMAINS, encode, names, path_of, read, target, units, write
 from sidetuning.errors import DataError, ShapeError, UnknownNameError
 
 N = 8  # pixels of most pictures here; the release has 512
@@ -635,4 +635,4 @@ def test_a_prediction_keeps_its_gradient_and_its_errors() -> None:
     assert units(
         "curvature", target("curvature", torch.tensor([[[254]], [[0]]], dtype=torch.uint8))
     ).flatten().tolist() == [2, -2]
-    assert taskonomy.units("segment_semantic", torch.tensor([[3]])).tolist() == [[3]]
+    assert units("segment_semantic", torch.tensor([[3]])).tolist() == [[3]]

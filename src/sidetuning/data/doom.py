@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from sidetuning.data import dense_labels, taskonomy
+from sidetuning.data import dense_labels, taskonomy_files
 from sidetuning.data.dense_labels import Geometry
 from sidetuning.data.doom_engine import engine, freedoom
 from sidetuning.data.doom_map import FLOOR, SKY, Camera, DoomMap, load_map
@@ -67,7 +67,7 @@ class Frame:
     disagreement: float
 
     def labels(self) -> dict[str, Any]:
-        """Every domain of Taskonomy that this frame has, in its own units, ready for `taskonomy.write`."""
+        """Every domain of Taskonomy that this frame has, in its own units, ready for `taskonomy_files.write`."""
         g, scale = self.geometry, self.geometry.scale
         x, y, eye, yaw = self.pose
         scores = np.zeros(len(OBJECTS), np.float32)
@@ -194,7 +194,7 @@ def render_map(root: Path, name: str, count: int, size: int, seed: int, written:
     total = 0
     for place, view, frame in frames(name, count, size, seed):
         for domain, values in frame.labels().items():
-            taskonomy.write(taskonomy.path_of(root, domain, name, place, view), domain, values)
+            taskonomy_files.write(taskonomy_files.path_of(root, domain, name, place, view), domain, values)
         total += 1
         written()
     return total

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sidetuning.data.taskonomy import DOMAINS, Taskonomy, domain_of, target, units
+from sidetuning.data.taskonomy import Taskonomy
+from sidetuning.data.taskonomy_files import DOMAINS, domain_of, target, units
 from sidetuning.errors import UnknownNameError
 from sidetuning.registry import unknown
 from sidetuning.scenarios.sequence import Score

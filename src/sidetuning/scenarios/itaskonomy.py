@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from sidetuning.base import Base, Features, load_base
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
-from sidetuning.data import taskonomy
-from sidetuning.data.taskonomy import Taskonomy, domain_of
+from sidetuning.data.taskonomy import Taskonomy
+from sidetuning.data.taskonomy_files import domain_of, names
 from sidetuning.errors import DataError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
@@ -132,7 +132,7 @@ def run(settings: Settings) -> RunResult:
     test = Taskonomy(s.data, domains, "test", s.subset, size=s.size)
     if s.test_frames is not None and len(test) > s.test_frames:
         test = Taskonomy(s.data, domains, "test", s.subset, limit=s.test_frames, size=s.size)
-    classes = taskonomy.names(s.data, "segment_semantic")
+    classes = names(s.data, "segment_semantic")
     tasks = {name: dense_task(name, train, classes) for name in ordered(s)}
     base = load_base(s.base, weights=s.base_weights).with_example(
         torch.zeros(1, *train.shapes["rgb"], dtype=torch.uint8)

@@ -18,7 +18,8 @@ from sidetuning.base import Base
 from sidetuning.bases import IMAGENET_MEAN, IMAGENET_STD
 from sidetuning.bases.resnet_map import ResNetMap
 from sidetuning.cache import cache_features, loader_over
-from sidetuning.data import taskonomy
+from sidetuning.data.taskonomy import Taskonomy
+from sidetuning.data.taskonomy_files import target
 from sidetuning.distill import distill
 from sidetuning.heads import HEADS
 from sidetuning.scenarios.pretrain_cifar import AugmentedBatches, groups, write
@@ -92,7 +93,7 @@ class Regression(nn.Module):
 
 def masked_l2(prediction: Tensor, raw: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error over valid pixels."""
-    error = (prediction - taskonomy.target("curvature", raw)).square().mean(1)
+    error = (prediction - target("curvature", raw)).square().mean(1)
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -119,7 +120,7 @@ def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def load(root: str, split: str) -> tuple[Tensor, Tensor, Tensor]:
     """Images, raw curvatures and masks of a split, in memory."""
-    frames = taskonomy.Taskonomy(root, ("rgb", "principal_curvature"), split, subset=None)
+    frames = Taskonomy(root, ("rgb", "principal_curvature"), split, subset=None)
     return frames.tensors("rgb"), frames.tensors("principal_curvature"), frames.tensors("mask")
 
 
