@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input, call
 from sidetuning.errors import ShapeError, TaskError
-from sidetuning.heads import HEADS
+from sidetuning.heads import HEADS, named_head
 from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm
 from sidetuning.sides import SIDES
 from sidetuning.sides.initialise import LowEnergy, distilled_weights, load_weights, xavier
@@ -108,12 +108,10 @@ def build_branch(
     if getattr(merge_module, "uses_side", True):
         if side is None:
             raise TaskError(f"merge '{merge_name[0]}' needs a side; name one, or use merge='base-only'")
-        side_module, side_name = _build(SIDES, side, base, side_options)
+        side_module, side_name = _build(SIDES, side, side_options, base=base)
     else:  # a side that is never heard would only be trained in vain
         side_module, side_name = None, None
-    if isinstance(head, int):
-        head, head_options = "linear", {"outputs": head}
-    head_module, head_name = _build(HEADS, head, base, head_options)
+    head_module, head_name = _build(HEADS, *named_head(head, head_options), base=base)
     assert isinstance(merge_module, nn.Module)
 
     kept: str | None = None  # what a rebuild from `side.json` must know; weights come from the file then
@@ -138,7 +136,7 @@ def build_branch(
 
 
 def _build(
-    registry: Any, part: str | nn.Module, base: Base, options: Mapping[str, Any] | None
+    registry: Any, part: str | nn.Module, options: Mapping[str, Any] | None, *, base: Base
 ) -> tuple[nn.Module, tuple[str, dict[str, Any]]]:
     if isinstance(part, str):
         module = registry.build(part, base, options=dict(options or {}))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,11 @@ from sidetuning.registry import Registry
 from sidetuning.sides.fit import masked_mean
 
 HEADS: Registry[Callable[..., nn.Module]] = Registry("head")
+
+
+def named_head(head: Any, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    """A head and its options, where a number is short for the outputs of a linear one."""
+    return ("linear", {"outputs": head, **(options or {})}) if isinstance(head, int) else (head, dict(options or {}))
 
 
 @HEADS.register("identity")

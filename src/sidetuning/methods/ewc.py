@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sidetuning.base import Base, Input
-from sidetuning.errors import TaskError, TrainingError
+from sidetuning.errors import TrainingError
 from sidetuning.methods.finetune import FineTune
 from sidetuning.methods.method import Task
 from sidetuning.training import unpack
@@ -20,15 +20,16 @@ from sidetuning.tuner import select_rows
 class EWC(FineTune):
     """Fine-tuning that pays for moving weights that earlier tasks need.
 
-    After task k: F_k = mean over samples of (d log p(y|x) / d w)^2, the diagonal Fisher from per-sample gradients. The loss of
-    later tasks has `coefficient` * sum_k F_k (w - w_k)^2, without the paper's 1/2. That sum of N penalties is, up to a
+    After task k: F_k = mean over samples of (d log p(y|x) / d w)^2, the diagonal Fisher from per-sample gradients; for tasks
+    that are no classification, the task's own loss with the data's labels stands for -log p. The loss of later tasks has `coefficient` * sum_k F_k (w - w_k)^2, without the paper's 1/2. That sum of N penalties is, up to a
     constant, the one quadratic F (w - c)^2 with F = sum_k F_k and c = sum_k F_k w_k / F, so two vectors are kept, however many the tasks.
 
     Args:
         base: the base; its copy is tuned.
         coefficient: of the penalty; the balance between forgetting and rigidity. (The original has 1e4, of another, smaller F.)
         samples: how many samples the Fisher is estimated from.
-        labels: y of the Fisher: drawn from the model's own answer (the Fisher information), or the data's (the empirical one).
+        labels: y of the Fisher of a classifier: drawn from the model's own answer (the Fisher information), or the data's (the
+            empirical one).
         running: None sums the penalties; a number g keeps one, F = g F + F_k around the newest weights.
     """
 
@@ -50,13 +51,6 @@ class EWC(FineTune):
         self.register_buffer("precision", torch.zeros(size))
         self.register_buffer("centre", torch.zeros(size))
 
-    def add(self, task: Task) -> None:
-        if isinstance(task.head, int) and task.head < 2:
-            raise TaskError(
-                f"EWC's Fisher is that of a classifier, and task '{task.name}' has {task.head} output; use finetune"
-            )
-        super().add(task)
-
     def penalty(self) -> Tensor | float:
         if not self.precision.any():
             return 0.0
@@ -76,24 +70,19 @@ class EWC(FineTune):
         self.precision.copy_(total)
 
     def fisher(self, task: Task, loader: Iterable[Any]) -> Tensor:
-        """The diagonal Fisher of the network's weights at their present values, as one vector.
-
-        Raises:
-            TaskError: the head does not return class scores (b, c).
-        """
+        """The diagonal Fisher of the network's weights at their present values, as one vector."""
         parameters = list(self.trunk.parameters())
         total = torch.zeros_like(self.precision)
         self.eval()
         n = 0
         for x, y in self._samples(loader):
             output = self(x, task.name)
-            if output.ndim != 2:
-                raise TaskError(
-                    f"EWC's Fisher needs class scores (b, c), and task '{task.name}' returns {output.shape}"
-                )
-            if self.options["labels"] == "model":
-                y = torch.multinomial(output.detach().softmax(1), 1).squeeze(1)
-            gradients = torch.autograd.grad(F.cross_entropy(output, y), parameters, allow_unused=True)
+            if self.options["labels"] == "model" and output.ndim == 2 and output.shape[1] > 1:
+                drawn = torch.multinomial(output.detach().softmax(1), 1).squeeze(1)
+                loss = F.cross_entropy(output, drawn)
+            else:
+                loss = task.loss(output, y)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             known = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
             total += flat(known) ** 2
             n += 1

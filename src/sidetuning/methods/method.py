@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sidetuning.artifacts import atomic_write, write_json
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
-from sidetuning.heads import HEADS
+from sidetuning.heads import HEADS, named_head
 from sidetuning.registry import unknown
 from sidetuning.sides.initialise import mismatch
 from sidetuning.training import (
@@ -274,8 +274,8 @@ class Method(nn.Module):
 
     def head(self, task: Task) -> nn.Module:
         """A new head for a task."""
-        name, options = ("linear", {"outputs": task.head}) if isinstance(task.head, int) else (task.head, {})
-        head = HEADS.build(name, self.base, options={**options, **task.head_options})
+        name, options = named_head(task.head, task.head_options)
+        head = HEADS.build(name, self.base, options=options)
         assert isinstance(head, nn.Module)
         return head
 
