@@ -1,7 +1,7 @@
 """Side-tuning: give a frozen pretrained network new skills, a small side network at a time (Zhang et al., ECCV 2020)."""
 
 from sidetuning.artifacts import load, load_task, save_task
-from sidetuning.base import BASES, Base, Features, Input, load_base
+from sidetuning.base import BASES, Base, Features, Input, Observation, load_base
 from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
 from sidetuning.distill import distill
@@ -37,6 +37,7 @@ __all__ = [
     "DataError",
     "Features",
     "Input",
+    "Observation",
     "ShapeError",
     "SideTuner",
     "SideTuningError",

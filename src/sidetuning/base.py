@@ -18,7 +18,22 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from sidetuning.errors import ShapeError, UnknownNameError
 from sidetuning.registry import Registry, unknown
 
-Input = Tensor | Mapping[str, Any]  # one tensor, or the keyword arguments of the network
+PlainInput = Tensor | Mapping[str, Any]  # one tensor, or the keyword arguments of the network
+
+
+class Observation(NamedTuple):
+    """An input with numbers that only heads see (those that say `uses_extra`): an agent's compass beside its camera.
+
+    Attributes:
+        x: what the base and the side see: a tensor, or the keyword arguments of the network.
+        extra: (b, n).
+    """
+
+    x: PlainInput
+    extra: Tensor
+
+
+Input = PlainInput | Observation
 Kind = Literal["vector", "map", "sequence"]
 KINDS: dict[int, Kind] = {1: "vector", 2: "sequence", 3: "map"}  # by dimensions without the batch
 
@@ -70,6 +85,8 @@ class Select:
 
 def call(net: Callable[..., Any], x: Input) -> Any:
     """Run `net` on a tensor, or on a mapping splatted into keyword arguments."""
+    if isinstance(x, Observation):
+        x = x.x
     return net(**x) if isinstance(x, Mapping) else net(x)
 
 
@@ -101,7 +118,7 @@ class Base(nn.Module):
         self,
         net: Callable[..., Any],
         *,
-        example: Input,
+        example: PlainInput,
         output: str | int | Callable[[Any], Tensor] | None = None,
         taps: Sequence[str] = (),
         channels_last: bool = False,
@@ -149,6 +166,11 @@ class Base(nn.Module):
 
     def prepare(self, x: Input) -> Input:
         """Turn a raw input into what base and side see: uint8 images scaled to [0, 1], then normalised."""
+        if isinstance(x, Observation):
+            return Observation(self._prepare(x.x), x.extra)
+        return self._prepare(x)
+
+    def _prepare(self, x: PlainInput) -> PlainInput:
         if not isinstance(x, Tensor):
             return x
         if x.dtype == torch.uint8:
@@ -192,7 +214,7 @@ class Base(nn.Module):
         other._set_taps(taps)
         return other
 
-    def with_example(self, example: Input) -> Base:
+    def with_example(self, example: PlainInput) -> Base:
         """The same network for inputs of another size; parts are built for the shapes that this example gives."""
         other = copy.copy(self)
         other.example = example
@@ -295,7 +317,7 @@ def _foldable(net: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 
-def to_device(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:
+def to_device(x: PlainInput, fn: Callable[[Tensor], Tensor]) -> PlainInput:
     """Apply `fn` to a tensor, or to the floating tensors' companions in a mapping."""
     if isinstance(x, Tensor):
         return fn(x)

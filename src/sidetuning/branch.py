@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input, call
+from sidetuning.base import Base, Features, Input, Observation, call
 from sidetuning.errors import ShapeError, TaskError
 from sidetuning.heads import HEADS, named_head
 from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm
@@ -151,7 +151,9 @@ def _build(
 
 
 def decode(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
-    """Run a head on a code, with the mask of the inputs where it takes one."""
+    """Run a head on a code, with the mask or the extra numbers of the inputs where it takes them."""
+    if getattr(head, "uses_extra", False):
+        return head(code, inputs.extra if isinstance(inputs, Observation) else None)
     if getattr(head, "uses_mask", False):
         return head(code, mask_of(inputs))
     return head(code)
@@ -159,4 +161,6 @@ def decode(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
 
 def mask_of(inputs: Input) -> Tensor | None:
     """The attention mask (b, t) of a mapping; None for tensors and unmasked inputs."""
+    if isinstance(inputs, Observation):
+        inputs = inputs.x
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None

@@ -1,4 +1,7 @@
-"""Heads: from the merged code to a task's output. Called as `head(code)`, or `head(code, mask)` where `uses_mask`."""
+"""Heads: from the merged code to a task's output.
+
+Called as `head(code)`, as `head(code, mask)` where `uses_mask`, and as `head(code, extra)` where `uses_extra`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Kind
-from sidetuning.errors import TaskError
+from sidetuning.errors import ShapeError, TaskError
 from sidetuning.registry import Registry
 from sidetuning.sides.fit import masked_mean
 
@@ -48,6 +51,38 @@ def pixels(base: Base, channels: int = 1, hidden: int = 64) -> nn.Module:
     if base.kind != "map" or not isinstance(base.example, Tensor):
         raise TaskError(f"head 'pixels' decodes a map into an image, and this base returns a {base.kind}")
     return Pixels(base.width, base.output_shape[1:], base.example.shape[-2:], channels, hidden)
+
+
+@HEADS.register("policy")
+def policy(base: Base, actions: int = 4, extra: int = 0, hidden: int = 128) -> nn.Module:
+    """Scores of an agent's actions from the code and `extra` numbers of an `Observation`, such as a compass -> (b, actions)."""
+    return Policy(math.prod(base.output_shape), actions, extra, hidden)
+
+
+class Policy(nn.Module):
+    """Two layers over the whole code, where things are included, and the extra numbers; without these, they count as 0.
+
+    Shape: (b, …), (b, extra) -> (b, actions).
+    """
+
+    uses_extra = True
+
+    def __init__(self, width: int, actions: int, extra: int, hidden: int) -> None:
+        super().__init__()
+        if actions < 2:
+            raise TaskError(f"a policy chooses among at least two actions, not {actions}")
+        self.extra = extra
+        self.code = nn.Sequential(nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU())
+        self.actions = nn.Sequential(nn.Linear(hidden + extra, hidden), nn.ReLU(), nn.Linear(hidden, actions))
+
+    def forward(self, code: Tensor, extra: Tensor | None = None) -> Tensor:
+        if extra is None:
+            extra = code.new_zeros(len(code), self.extra)
+        if extra.shape != (len(code), self.extra):
+            raise ShapeError(
+                f"this policy takes {self.extra} extra numbers (b, {self.extra}), not {tuple(extra.shape)}"
+            )
+        return self.actions(torch.cat([self.code(code), extra.to(code.dtype)], 1))
 
 
 class Linear(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input
+from sidetuning.base import Base, Features, Input, Observation
 from sidetuning.branch import Branch, build_branch
 from sidetuning.errors import ShapeError, SideTuningError, TaskError, UnknownNameError
 from sidetuning.registry import unknown
@@ -123,9 +123,10 @@ class SideTuner(nn.Module):
     def _check_shapes(self, name: str, branch: Branch) -> None:
         """One dry forward on the base's example: shapes that do not fit are found now."""
         branch.eval()
-        inputs = self.base.prepare(self.base.example)
+        raw = self.base.example
+        inputs = self.base.prepare(raw)
         features = self.base.encode(inputs)
-        example = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+        example = next(iter(raw.values())) if isinstance(raw, Mapping) else raw
         branch.to(example.device)
         try:
             with torch.no_grad():
@@ -315,6 +316,8 @@ def select_rows(x: Input, rows: Tensor) -> Input:
     """Samples `rows` of a batch."""
     if isinstance(x, Tensor):
         return x[rows]
+    if isinstance(x, Observation):
+        return Observation(select_rows(x.x, rows), x.extra[rows])  # type: ignore[arg-type]
     return {k: v[rows] if isinstance(v, Tensor) else v for k, v in x.items()}
 
 

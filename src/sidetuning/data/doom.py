@@ -133,7 +133,7 @@ def see(state: Any, level: DoomMap, camera: Camera) -> Frame:
         camera.rays().astype(np.float32),
         camera.fx,
     )
-    image = BRIGHTER[_middle(state.screen_buffer, camera.size, cv2.INTER_AREA)]
+    image = picture(state.screen_buffer, camera.size)
     disagreement = float(wrong.mean()) if len(wrong) else 0.0
     return Frame(image, geometry, semantic, view.surface, sorted(present) or [0], (x, y, eye, yaw), disagreement)
 
@@ -206,6 +206,11 @@ def write_index(root: Path) -> None:
     (root / "splits.csv").write_text("\n".join(["id,train,val,test", *rows]) + "\n")
     names = {"segment_semantic": SEMANTIC, "class_object": OBJECTS}
     (root / "names.json").write_text(json.dumps(names, indent=2) + "\n")
+
+
+def picture(screen: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The engine's picture as frames show it: its middle square, brighter. (h, w, 3) -> (size, size, 3) uint8"""
+    return BRIGHTER[_middle(screen, size, cv2.INTER_AREA)]
 
 
 def _middle(buffer: NDArray[np.uint8], size: int, interpolation: int = cv2.INTER_NEAREST_EXACT) -> Any:

@@ -33,16 +33,18 @@ def freedoom() -> Path:
 @contextmanager
 def engine(
     level: str, *, height: int = 240, buttons: Sequence[str] = (), variables: Sequence[str] = (), seed: int = 0,
-    depth: bool = False, labels: bool = False, arguments: str = "",
+    depth: bool = False, labels: bool = False, geometry: bool = False, scenario: Path | None = None, arguments: str = "",
 ) -> Iterator[Any]:  # fmt: skip
     """A running `vizdoom.DoomGame` on a level of Freedoom, without a window.
 
     Args:
         level: "map01" … "map32".
-        height: of the picture, 240, 480 or 960; the width is 4/3 of it.
+        height: of the picture, 120, 240, 480 or 960; the width is 4/3 of it.
         buttons, variables: names of `vizdoom.Button` and `vizdoom.GameVariable`, in the order in which they are used.
         seed: of everything that is random in the game.
         depth, labels: whether the depth buffer and the labels buffer are filled.
+        geometry: whether every state tells the sectors and the things of the level, which takes time.
+        scenario: a WAD file with levels of its own.
         arguments: more words for the engine's command line.
 
     The engine is a process of its own, with files in shared memory. It is closed when the block ends, and by a small watching shell
@@ -57,6 +59,10 @@ def engine(
     game.set_screen_resolution(getattr(vzd.ScreenResolution, f"RES_{height * 4 // 3}X{height}"))
     game.set_depth_buffer_enabled(depth)
     game.set_labels_buffer_enabled(labels)
+    game.set_sectors_info_enabled(geometry)
+    game.set_objects_info_enabled(geometry)
+    if scenario is not None:
+        game.set_doom_scenario_path(str(scenario))
     for part in HIDDEN:
         getattr(game, f"set_render_{part}")(False)
     game.set_available_buttons([getattr(vzd.Button, name) for name in buttons])

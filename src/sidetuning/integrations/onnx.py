@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidetuning.base import Base, Input
+from sidetuning.base import Base, PlainInput
 from sidetuning.errors import UnknownNameError
 
 TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
@@ -37,7 +37,7 @@ class Session:
             raise UnknownNameError(f"{path} has no output '{output}'; it has {', '.join(outputs)}")
         self.output = output or outputs[0]
 
-    def example(self) -> Input:
+    def example(self) -> PlainInput:
         """Zeros of the shape that the file declares; dimensions that it leaves open are 1."""
         tensors = {}
         for i in self.session.get_inputs():

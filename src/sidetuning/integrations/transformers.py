@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sidetuning.base import Base, Input
+from sidetuning.base import Base, PlainInput
 from sidetuning.errors import UnknownNameError
 from sidetuning.sides.initialise import load_weights
 
@@ -57,7 +57,7 @@ def from_model(net: Any, *, taps: Sequence[str] = (), output: str | None = None)
     return Base(net, example=example_of(net), output=output or "last_hidden_state", taps=taps)
 
 
-def example_of(net: Any) -> Input:
+def example_of(net: Any) -> PlainInput:
     """A smallest input of a transformers model."""
     config = net.config
     if getattr(net, "main_input_name", "input_ids") == "pixel_values":

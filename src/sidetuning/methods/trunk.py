@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Input, call
+from sidetuning.base import Base, Input, Observation, call
 from sidetuning.errors import TaskError
 
 
@@ -43,6 +43,8 @@ class Trunk(nn.Module):
         self.train(not frozen)
 
     def forward(self, inputs: Input) -> Tensor:
+        if isinstance(inputs, Observation):
+            inputs = inputs.x
         if self.images and isinstance(inputs, Tensor) and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return self.select(call(self.net, inputs))
