@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ class World:
         self.map = ""
         self.x = self.y = self.yaw = 0.0
         self._grids: dict[str, Grid] = {}
+        self._commands: tuple[str, ...] = ()
         self._game: Any = None
         self._running = ExitStack()
-        self._closed = weakref.finalize(self, self._running.close)
         self.image: NDArray[np.uint8] = np.zeros((size, size, 3), np.uint8)
 
-    def load(self, name: str) -> Grid:
-        """Go to a map, unless it is there already; returns its grid."""
+    def load(self, name: str, commands: Sequence[str] = ()) -> Grid:
+        """Go to a map, unless it is there already, and give the engine commands there; returns the map's grid."""
         if name not in self._grids:
             self._grids[name] = load_grid(name, self.cache)
         if name != self.map or self._game.is_episode_finished():
@@ -49,19 +50,29 @@ class World:
                 if name != self.map:
                     self._running.close()
                     self._game = self._running.enter_context(_start(name, self.size, self.seed))
+                    weakref.finalize(
+                        self, self._running.close
+                    )  # made after the engine's folder, so called before it goes
             else:
                 self._game.set_doom_map(name)
-            self._game.new_episode()
-            for command in SETUP:
-                self._game.send_game_command(command)
-            self.map = name
+            self.map, self._commands = name, (*SETUP, *commands)
+            self._begin()
         return self._grids[name]
+
+    def _begin(self) -> None:
+        self._game.new_episode()
+        for command in self._commands:
+            self._game.send_game_command(command)
 
     def place(self, x: float, y: float, yaw: float) -> None:
         """Put the player at a point, at rest, looking to `yaw` (degrees from east, anticlockwise)."""
         game = self._game
-        game.send_game_command(f"warp {x:.0f} {y:.0f}")
-        game.make_action([0, 0], 1)  # a turn in the same tic as a warp is lost
+        for _ in range(2):
+            game.send_game_command(f"warp {x:.0f} {y:.0f}")
+            game.make_action([0, 0], 1)  # a turn in the same tic as a warp is lost
+            if not game.is_episode_finished():
+                break
+            self._begin()  # sliding on from the last episode, the player has left the level in this very tic
         game.make_action([0, game.get_state().game_variables[2] - yaw], 1)
         self._look()
 
@@ -87,7 +98,7 @@ class World:
 
     def close(self) -> None:
         """End the engine."""
-        self._closed()
+        self._running.close()
         self._game, self.map = None, ""
 
 
