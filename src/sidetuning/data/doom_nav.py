@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from sidetuning.data.doom import TEST, TRAIN, UNITS_PER_METRE, VAL
 from sidetuning.data.doom_grid import Grid, Ways
 from sidetuning.data.doom_world import HOME, World
+from sidetuning.data.trajectories import COMPASS
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.registry import unknown
 
 ACTIONS = ("stop", "move_forward", "turn_left", "turn_right")
 STOP, FORWARD, LEFT, RIGHT = range(4)
-COMPASS = "pointgoal_with_gps_compass"
 ARMOUR = (1040.0, -352.0)  # of my_way_home
 SLACK = -0.01  # reward of every step
 SUCCESS = 10.0  # reward of success
@@ -295,3 +295,18 @@ def _mark(
 
 gym.register("DoomPointNav-v0", entry_point="sidetuning.data.doom_nav:DoomPointNav")
 gym.register("DoomExplore-v0", entry_point="sidetuning.data.doom_nav:DoomExplore")
+
+
+def pointnav(split: str, size: int) -> DoomPointNav:
+    """To a point that the compass tells, on the maps of a split."""
+    return DoomPointNav(split, size)
+
+
+def home(split: str, size: int) -> DoomPointNav:
+    """To the armour of my_way_home, without a compass; one map, whatever the split."""
+    return DoomPointNav("home", size, automatic=True, compass=False)
+
+
+def explore(split: str, size: int) -> DoomExplore:
+    """See as much as possible, on the maps of a split."""
+    return DoomExplore(split, size)

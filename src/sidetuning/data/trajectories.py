@@ -1,0 +1,168 @@
+"""Trajectories of an agent on disk, in Minari's format: written episode by episode, read as tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sidetuning.errors import DataError
+
+COMPASS = "pointgoal_with_gps_compass"  # as Habitat calls it: distance and angle to the goal
+EXPERT = "expert"  # the entry of Minari's infos that holds what the expert would do, where the agent strayed from it on purpose
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What happened from a reset to the end; there is one observation more than there are actions.
+
+    Attributes:
+        seed: of the reset.
+        observations: arrays (n + 1, …) by name.
+        actions: that were taken, (n,) int64.
+        expert: what the expert would have done, (n,) int64.
+        rewards: (n,).
+        terminated: whether it ended by itself, and not for want of time.
+    """
+
+    seed: int
+    observations: Mapping[str, np.ndarray[Any, Any]]
+    actions: np.ndarray[Any, Any]
+    expert: np.ndarray[Any, Any]
+    rewards: np.ndarray[Any, Any]
+    terminated: bool
+
+
+class Writer:
+    """Appends episodes to a data set; one that was cut short is gone on with.
+
+    Args:
+        folder: of the data set; its name is the data set's, and must end in a version such as "-v0".
+        observation_space, action_space: of the environment.
+        about: more entries for its metadata, JSON values.
+    """
+
+    def __init__(self, folder: str | Path, observation_space: Any, action_space: Any, about: Mapping[str, Any]) -> None:
+        import minari
+        from minari.dataset.minari_storage import MinariStorage
+
+        path = Path(folder) / "data"
+        if path.exists():
+            self._storage = MinariStorage.read(path)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._storage = MinariStorage.new(
+            path,
+            observation_space=observation_space,
+            action_space=action_space,
+            data_format="arrow",
+            jpeg_encoding=False,
+        )
+        self._storage.update_metadata({"dataset_id": Path(folder).name, "minari_version": minari.__version__, **about})
+
+    def __len__(self) -> int:
+        return int(self._storage.total_episodes)
+
+    def append(self, episode: Episode) -> None:
+        """Add one; it counts once it is whole."""
+        from minari.data_collector.episode_buffer import EpisodeBuffer
+
+        n = len(episode.actions)
+        last = np.arange(n) == n - 1
+        expert = np.append(episode.expert, episode.expert[-1])[:, None]  # Minari wants one more, and cannot read (n,)
+        self._storage.update_episodes([
+            EpisodeBuffer(
+                id=len(self), seed=episode.seed, observations=dict(episode.observations), actions=episode.actions,
+                rewards=episode.rewards, terminations=last & episode.terminated, truncations=last & (not episode.terminated),
+                infos={EXPERT: expert},
+            )
+        ])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of some episodes, one after another.
+
+    Attributes:
+        rgb: what the agent saw, (n, 3, h, w) uint8.
+        extra: other numbers that it perceived, such as a compass, (n, k); k is 0 where there are none.
+        actions: what the expert would do, (n,) int64.
+        episodes: how many there are.
+    """
+
+    rgb: Tensor
+    extra: Tensor
+    actions: Tensor
+    episodes: int
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.rgb[index], self.actions[index]
+
+    def fingerprint(self) -> str:
+        """sha256 of what was seen and done."""
+        digest = hashlib.sha256(f"{tuple(self.rgb.shape)}".encode())
+        for tensor in (self.rgb, self.extra, self.actions):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def read_steps(folder: str | Path, episodes: int | None = None) -> Steps:
+    """Read a data set of trajectories, ours or another of Minari's with `rgb` observations.
+
+    Args:
+        folder: the one that holds `data/`.
+        episodes: read the first so many alone; None for all.
+
+    Raises:
+        DataError: no data set, one without `rgb` or with too few episodes, or damaged files.
+    """
+    from minari import MinariDataset
+
+    path = Path(folder) / "data"
+    if not path.exists():
+        raise DataError(
+            f"{folder} holds no trajectories; make them with: sidetuning collect-trajectories --out {folder}"
+        )
+    try:
+        data = MinariDataset(path)
+        have = int(data.total_episodes)
+        if have < (episodes or 1):
+            raise DataError(f"{folder} has {have} episodes, not {episodes or 1}; collect more")
+        found = list(data.iterate_episodes(range(have if episodes is None else episodes)))
+    except DataError:
+        raise
+    except Exception as error:  # Minari raises what its formats make it
+        raise DataError(f"{folder} cannot be read ({type(error).__name__}: {error}); collect it again") from error
+    if not isinstance(found[0].observations, Mapping) or "rgb" not in found[0].observations:
+        raise DataError(f"{folder} has no observations 'rgb'; these are what the base sees")
+    rgb = [torch.from_numpy(e.observations["rgb"][: len(e)]).permute(0, 3, 1, 2) for e in found]
+    numbers = [extra_of({k: v[: len(e)] for k, v in e.observations.items()}, len(e)) for e in found]
+    actions = [np.asarray(e.infos.get(EXPERT, e.actions)).reshape(-1)[: len(e)] for e in found]
+    return Steps(
+        torch.cat(rgb).contiguous(), torch.cat(numbers), torch.from_numpy(np.concatenate(actions)).long(), len(found)
+    )
+
+
+def extra_of(observations: Mapping[str, Any], count: int) -> Tensor:
+    """The numbers beside the picture as a policy takes them: (n, 3) of a compass, else (n, 0).
+
+    A compass (distance, angle) becomes log(1 + distance), cos and sin: far and near told apart, and no jump behind the agent.
+    """
+    if COMPASS not in observations:
+        return torch.zeros(count, 0)
+    distance, angle = torch.from_numpy(np.asarray(observations[COMPASS], np.float32)).reshape(count, 2).T
+    return torch.stack([distance.log1p(), angle.cos(), angle.sin()], 1)
+
+
+def concatenate(frames: Sequence[Mapping[str, np.ndarray[Any, Any]]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Observations of single steps as arrays (n, …) by name."""
+    return {name: np.stack([f[name] for f in frames]) for name in frames[0]}
