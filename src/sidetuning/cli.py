@@ -12,7 +12,18 @@ import tyro
 
 from sidetuning import __version__
 from sidetuning.errors import SideTuningError
-from sidetuning.scenarios import collect, compare, demo, icifar, itaskonomy, predict, pretrain, render_doom, transfer
+from sidetuning.scenarios import (
+    collect,
+    compare,
+    demo,
+    icifar,
+    imitation,
+    itaskonomy,
+    predict,
+    pretrain,
+    render_doom,
+    transfer,
+)
 
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 
@@ -31,6 +42,7 @@ Command = (
     | Annotated[pretrain.Settings, tyro.conf.subcommand("pretrain")]
     | Annotated[render_doom.Settings, tyro.conf.subcommand("render-doom")]
     | Annotated[collect.Settings, tyro.conf.subcommand("collect-trajectories")]
+    | Annotated[imitation.Settings, tyro.conf.subcommand("imitation")]
     | Annotated[demo.Settings, tyro.conf.subcommand("demo")]
     | Annotated[Parts, tyro.conf.subcommand("parts")]
 )
@@ -66,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: Any) -> None:
     """Dispatch on the dataclass that the arguments made."""
-    for scenario in (icifar, itaskonomy, transfer, compare, predict, pretrain, render_doom, collect, demo):
+    for scenario in (icifar, itaskonomy, transfer, compare, predict, pretrain, render_doom, collect, imitation, demo):
         if isinstance(settings, scenario.Settings):
             scenario.main(settings)
             return

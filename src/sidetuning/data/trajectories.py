@@ -52,7 +52,7 @@ class Writer:
         import minari
         from minari.dataset.minari_storage import MinariStorage
 
-        path = Path(folder) / "data"
+        path = Path(folder).resolve() / "data"  # Minari loses its way with relative ones
         if path.exists():
             self._storage = MinariStorage.read(path)
             return
@@ -93,19 +93,23 @@ class Steps:
         rgb: what the agent saw, (n, 3, h, w) uint8.
         extra: other numbers that it perceived, such as a compass, (n, k); k is 0 where there are none.
         actions: what the expert would do, (n,) int64.
-        episodes: how many there are.
+        starts: the first step of each episode, and the number of steps, (episodes + 1,).
     """
 
     rgb: Tensor
     extra: Tensor
     actions: Tensor
-    episodes: int
+    starts: Tensor
 
     def __len__(self) -> int:
         return len(self.actions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.rgb[index], self.actions[index]
+
+    def of(self, episodes: Sequence[int]) -> Tensor:
+        """Numbers of the steps of some episodes."""
+        return torch.cat([torch.arange(int(self.starts[e]), int(self.starts[e + 1])) for e in episodes])
 
     def fingerprint(self) -> str:
         """sha256 of what was seen and done."""
@@ -127,7 +131,7 @@ def read_steps(folder: str | Path, episodes: int | None = None) -> Steps:
     """
     from minari import MinariDataset
 
-    path = Path(folder) / "data"
+    path = Path(folder).resolve() / "data"
     if not path.exists():
         raise DataError(
             f"{folder} holds no trajectories; make them with: sidetuning collect-trajectories --out {folder}"
@@ -147,19 +151,22 @@ def read_steps(folder: str | Path, episodes: int | None = None) -> Steps:
     rgb = [torch.from_numpy(e.observations["rgb"][: len(e)]).permute(0, 3, 1, 2) for e in found]
     numbers = [extra_of({k: v[: len(e)] for k, v in e.observations.items()}, len(e)) for e in found]
     actions = [np.asarray(e.infos.get(EXPERT, e.actions)).reshape(-1)[: len(e)] for e in found]
+    starts = torch.tensor([0, *(len(e) for e in found)]).cumsum(0)
     return Steps(
-        torch.cat(rgb).contiguous(), torch.cat(numbers), torch.from_numpy(np.concatenate(actions)).long(), len(found)
+        torch.cat(rgb).contiguous(), torch.cat(numbers), torch.from_numpy(np.concatenate(actions)).long(), starts
     )
 
 
 def extra_of(observations: Mapping[str, Any], count: int) -> Tensor:
-    """The numbers beside the picture as a policy takes them: (n, 3) of a compass, else (n, 0).
-
-    A compass (distance, angle) becomes log(1 + distance), cos and sin: far and near told apart, and no jump behind the agent.
-    """
+    """The numbers beside the picture as a policy takes them: (n, 3) of a compass, else (n, 0)."""
     if COMPASS not in observations:
         return torch.zeros(count, 0)
-    distance, angle = torch.from_numpy(np.asarray(observations[COMPASS], np.float32)).reshape(count, 2).T
+    return compass_numbers(torch.from_numpy(np.asarray(observations[COMPASS], np.float32)).reshape(count, 2))
+
+
+def compass_numbers(compass: Tensor) -> Tensor:
+    """(n, 2) distance and angle -> (n, 3) log(1 + distance), cos and sin: near and far told apart, and no jump behind the agent."""
+    distance, angle = compass.T
     return torch.stack([distance.log1p(), angle.cos(), angle.sin()], 1)
 
 

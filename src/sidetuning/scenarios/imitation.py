@@ -1,0 +1,357 @@
+"""Imitation (paper, section 4.3): visual navigation by behaviour cloning of a shortest-path expert, from few and many trajectories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from sidetuning.artifacts import write_json
+from sidetuning.base import Base, Features, Observation, load_base
+from sidetuning.cache import CachedFeatures, cache_features, loader_over
+from sidetuning.charts import Chart, Line, Point, write_charts
+from sidetuning.continual import mean_and_error
+from sidetuning.data.trajectories import Steps, extra_of, read_steps
+from sidetuning.errors import DataError, UnknownNameError
+from sidetuning.methods import METHODS, Method, Recipe, Task
+from sidetuning.registry import unknown
+from sidetuning.results import Estimate, number_text
+from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.worlds import Outcome, episodes, make_world, wilson
+
+TASK = "navigate"
+STOP = 0  # Habitat's first action
+EXPERTS = ("expert", "random")  # rows that learn nothing
+SEED = 900_000_000  # of the test episodes: none that was collected
+FREE = ("data", "out", "cache", "progress")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method, so many trajectories, a seed."""
+
+    method: str
+    trajectories: int
+    seed: int
+    env: str = "doom-pointnav"
+    data: str = ""
+    out: str = ""
+    base: str = "resnet-doom-curvature"
+    base_weights: str | None = None
+    side: str = "fcn5"
+    side_width: float = 0.25
+    init: str | None = "distilled"
+    merge: str = "alpha"
+    steps: int = 1500
+    batch: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    test_episodes: int = 100
+    test_split: str = "test"
+    precision: Literal["no", "bf16"] = "no"
+    cache: str = "~/.cache/sidetuning"
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Clone a navigating expert with side-tuning, fixed features, fine-tuning and from scratch, from few and many trajectories."""
+
+    data: str = "runs/trajectories/doom-pointnav-v0"
+    """Trajectories, as collect-trajectories writes them."""
+    out: str = "runs/imitation"
+    """Folder of the runs; the same command run again goes on where it stopped."""
+    env: str = "doom-pointnav"
+    """Where the clones are tested: doom-pointnav, doom-home, or habitat:CONFIG."""
+    methods: tuple[str, ...] = ("sidetune", "features", "independent", "scratch")
+    """Methods; "independent" fine-tunes a copy of the base."""
+    trajectories: tuple[int, ...] = (5, 20, 100, 500)
+    """How many trajectories to learn from; each seed draws others."""
+    seeds: int = 3
+    """Runs of every cell, with seeds 0, 1, …"""
+    steps: int = 1500
+    """Optimiser steps of every run, so that few trajectories are seen often."""
+    batch: int = 64
+    """Frames per step."""
+    lr: float = 1e-3
+    """Learning rate at its peak; one cycle."""
+    test_episodes: int = 100
+    """Unseen episodes that every clone is tested on."""
+    test_split: str = "test"
+    """Scenes of these episodes."""
+    base: str = "resnet-doom-curvature"
+    """Base network."""
+    base_weights: str | None = None
+    """A safetensors file of the base's weights to use instead of the packaged ones."""
+    side: str = "fcn5"
+    """Side network."""
+    side_width: float = 0.25
+    """Of the sides fcn5 and copy: fraction of the channels."""
+    init: str | None = "distilled"
+    """How sides start."""
+    merge: str = "alpha"
+    """How base and side are fused."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of training."""
+    cache: str = "~/.cache/sidetuning"
+    """Folder of base features, shared by all runs."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a clone (or the expert, or a random agent) came to on the test episodes.
+
+    Attributes:
+        success, spl, reward: means over the episodes.
+        interval: 95 % of success, over the episodes.
+        accuracy: share of held-out steps at which the clone does what the expert did; None for those that learn nothing.
+        frames: of the trajectories that it learned from.
+        added: parameters that were trained.
+        seconds: of training.
+        base_seconds: of the base's features of these frames; 0 where none are used.
+    """
+
+    method: str
+    trajectories: int
+    seed: int
+    episodes: int
+    success: float
+    spl: float
+    reward: float
+    interval: tuple[float, float]
+    steps: float
+    accuracy: float | None = None
+    frames: int = 0
+    added: int = 0
+    seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Moves(Dataset[Any]):
+    """Batches of `(Observation, features or None, action)`."""
+
+    def __init__(self, steps: Steps, features: CachedFeatures | None) -> None:
+        self.steps, self.features = steps, features
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[Observation, Features | None, Tensor]:
+        at = list(rows)
+        known = None if self.features is None else self.features.__getitems__(at)[1]
+        return Observation(self.steps.rgb[at], self.steps.extra[at]), known, self.steps.actions[at]
+
+
+def cells(settings: Settings) -> Iterator[Cell]:
+    """The runs, seed by seed."""
+    s = settings
+    for seed in range(s.seeds):
+        for count in s.trajectories:
+            for method in s.methods:
+                yield Cell(
+                    method, count, seed, s.env, s.data, str(Path(s.out) / f"{method}-{count}-{seed}"), s.base, s.base_weights,
+                    s.side, s.side_width, s.init, s.merge, s.steps, s.batch, s.lr, test_episodes=s.test_episodes,
+                    test_split=s.test_split, precision=s.precision, cache=s.cache, progress=s.progress,
+                )  # fmt: skip
+
+
+def run(settings: Settings) -> list[Result]:
+    """Run the cells that have no result yet, and the expert and a random agent, and write `table.md` and `report.html`."""
+    s = settings
+    for method in s.methods:
+        if method not in METHODS:
+            raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
+    Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))
+    steps = read_steps(s.data)
+    most = max(s.trajectories)
+    if most > len(steps.starts) - 1:
+        raise DataError(f"{s.data} has {len(steps.starts) - 1} trajectories, not {most}; collect more")
+    results = [baseline(s, name) for name in EXPERTS]
+    for cell in tqdm(list(cells(s)), unit="run", dynamic_ncols=True, disable=not s.progress):
+        results.append(one(cell, steps))
+        (Path(s.out) / "table.md").write_text(table(results, s.trajectories), encoding="utf-8")
+        write_charts(charts(results, s.trajectories), Path(s.out) / "report.html", title="Imitation", lead=LEAD)
+    return results
+
+
+LEAD = (
+    "An agent learns by imitation to walk to a point that its compass tells. Success: it stops near the point. "
+    "SPL: success weighted by how short the way was. Tested on scenes that no trajectory shows."
+)
+
+
+def baseline(settings: Settings, name: str) -> Result:
+    """The expert, or an agent that acts at random."""
+    s = settings
+    file = Path(s.out) / f"{name}.json"
+    if file.exists():
+        return Result(**json.loads(file.read_text()))
+    world = make_world(s.env, s.test_split, picture_size(s.data))
+    rng = np.random.default_rng(0)
+    try:
+        act = (lambda _: world.expert()) if name == "expert" else (lambda _: int(rng.integers(world.action_space.n)))
+        result = summarise(name, 0, 0, list(episodes(world, act, s.test_episodes, SEED)))
+    finally:
+        world.close()
+    write_json(file, asdict(result))
+    return result
+
+
+def picture_size(data: str | Path) -> int:
+    """Width of the pictures of a data set."""
+    return int(read_steps(data, 1).rgb.shape[-1])
+
+
+def one(cell: Cell, steps: Steps) -> Result:
+    """The result of a cell: read where it is there, else learned and tested."""
+    c = cell
+    folder = Run(c.out, "imitation-run", c, free=FREE)
+    file = folder.folder / "result.json"
+    if file.exists():
+        return Result(**json.loads(file.read_text()))
+    method = build_method(c, steps)
+    features = cached(method.base, steps, c) if method.uses_features else None
+    order = torch.randperm(len(steps.starts) - 1, generator=torch.Generator().manual_seed(c.seed)).tolist()
+    held_out = steps.of(order[c.trajectories :][:50]) if len(order) > c.trajectories else None
+    rows = steps.of(order[: c.trajectories])
+    loader = loader_over(Moves(steps, features), batch_size=c.batch, indices=rows)
+    task = Task(TASK, "policy", seed=c.seed, head_options={"actions": 4, "extra": steps.extra.shape[1]})
+    recipe = Recipe(
+        c.steps, c.lr, c.weight_decay, 1.0, optimizer=torch.optim.AdamW, scheduler=one_cycle(c.lr), seed=c.seed, precision=c.precision
+    )  # fmt: skip
+    learned = method.learn(task, loader, recipe, resume=folder.resume(TASK), save_every=10.0, progress=c.progress)
+    method.save(folder.tasks())
+    accuracy = None if held_out is None else agreement(method, Moves(steps, features), held_out)
+    world = make_world(c.env, c.test_split, steps.rgb.shape[-1])
+    try:
+        outcomes = list(episodes(world, actor(method, c.seed), c.test_episodes, SEED))
+    finally:
+        world.close()
+    result = replace(
+        summarise(c.method, c.trajectories, c.seed, outcomes), accuracy=accuracy, frames=len(rows), added=method.added(TASK),
+        seconds=learned.seconds, settings={k: v for k, v in asdict(c).items() if k not in FREE},
+    )  # fmt: skip
+    write_json(file, asdict(result))
+    folder.done(TASK)
+    return result
+
+
+def one_cycle(lr: float) -> Callable[..., Any]:
+    """A warm-up over a tenth of the steps, and a cosine down to almost 0."""
+
+    def schedule(optimizer: Any, steps: int) -> Any:
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, lr, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
+        )
+
+    return schedule
+
+
+def build_method(cell: Cell, steps: Steps) -> Method:
+    """The method that a cell names, on a base for pictures of these steps."""
+    c = cell
+    base = load_base(c.base, weights=c.base_weights).with_example(torch.zeros_like(steps.rgb[:1]))
+    side: dict[str, Any] = {"side": c.side, "merge": c.merge, "init": c.init}
+    if c.side in ("fcn5", "copy"):
+        side["side_options"] = {"width": c.side_width}
+    return METHODS.build(c.method, base, options=side if c.method in ("sidetune", "boosting") else {})
+
+
+def cached(base: Base, steps: Steps, cell: Cell) -> CachedFeatures:
+    """The base's features of all frames."""
+    return cache_features(base, steps, Path(cell.cache).expanduser(), progress=cell.progress)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def agreement(method: Method, moves: Moves, rows: Tensor) -> float:
+    """The share of steps at which the most likely action is the expert's."""
+    right = 0
+    for x, features, y in loader_over(moves, batch_size=256, shuffle=False, indices=rows):
+        right += int((method(x, TASK, features=features).argmax(1) == y).sum())
+    return right / len(rows)
+
+
+def actor(method: Method, seed: int) -> Callable[[dict[str, Any]], int]:
+    """A policy that draws its moves, since one that always takes the likeliest may turn left and right for ever.
+
+    It stops only where that is the likeliest action, since nothing takes a stop back.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def act(observation: dict[str, Any]) -> int:
+        rgb = torch.from_numpy(observation["rgb"]).permute(2, 0, 1)[None]
+        extra = extra_of({k: v[None] for k, v in observation.items()}, 1)
+        scores = method(Observation(rgb, extra), TASK)[0]
+        if scores.argmax() == STOP:
+            return STOP
+        scores[STOP] = -torch.inf
+        return int(torch.multinomial(scores.softmax(0), 1, generator=generator))
+
+    return act
+
+
+def summarise(method: str, trajectories: int, seed: int, outcomes: Sequence[Outcome]) -> Result:
+    """Means over episodes, and the interval of success."""
+    n = len(outcomes)
+    success = sum(o.success or 0.0 for o in outcomes)
+    return Result(
+        method, trajectories, seed, n, success / n, sum(o.spl or 0.0 for o in outcomes) / n, sum(o.reward for o in outcomes) / n,
+        wilson(success, n), sum(o.steps for o in outcomes) / n,
+    )  # fmt: skip
+
+
+def values(results: Sequence[Result], method: str, count: int, name: str) -> list[float]:
+    """A measure of a method with so many trajectories, over seeds."""
+    return [getattr(r, name) for r in results if r.method == method and r.trajectories in (count, 0)]
+
+
+def table(results: Sequence[Result], counts: Sequence[int]) -> str:
+    """Success in %, SPL in % and reward in Markdown: methods as rows, numbers of trajectories as columns."""
+    text = ""
+    methods = list(dict.fromkeys(r.method for r in results))
+    for name, title, scale in (("success", "Success, %", 100), ("spl", "SPL, %", 100), ("reward", "Reward", 1)):
+        text += f"| {title} | " + " | ".join(f"{n:,} trajectories" for n in counts) + " |\n"
+        text += "| --- |" + " ---: |" * len(counts) + "\n"
+        for method in sorted(methods, key=lambda m: m in EXPERTS):
+            row = []
+            for n in counts:
+                found = [scale * v for v in values(results, method, n, name)]
+                row.append(number_text(Estimate(*mean_and_error(found)) if found else None))
+            text += f"| {method} | " + " | ".join(row) + " |\n"
+        text += "\n"
+    return text
+
+
+def charts(results: Sequence[Result], counts: Sequence[int]) -> list[Chart]:
+    """Success and SPL over the number of trajectories."""
+    methods = sorted(dict.fromkeys(r.method for r in results), key=lambda m: m in EXPERTS)
+    made = []
+    for name, title in (("success", "Success"), ("spl", "SPL")):
+        lines = []
+        for method in methods:
+            found = {n: [100 * v for v in values(results, method, n, name)] for n in counts}
+            lines.append(Line(method, [Point(n, *mean_and_error(v), len(v)) for n, v in found.items() if v]))
+        made.append(Chart(title, "trajectories", f"{title}, %", lines, log_x=True, note="Higher is better."))
+    return made
+
+
+def main(settings: Settings) -> None:
+    """Run and print the tables."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    results = run(settings)
+    console = Console()
+    console.print(Markdown(table(results, settings.trajectories)))
+    console.print(f"tables: {settings.out}/table.md; report: {settings.out}/report.html", highlight=False)
