@@ -22,9 +22,11 @@ from sidetuning.scenarios import (
     predict,
     pretrain,
     render_doom,
+    rl,
     transfer,
 )
 
+SCENARIOS = (icifar, itaskonomy, transfer, compare, predict, pretrain, render_doom, collect, imitation, rl, demo)
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 
 
@@ -43,6 +45,7 @@ Command = (
     | Annotated[render_doom.Settings, tyro.conf.subcommand("render-doom")]
     | Annotated[collect.Settings, tyro.conf.subcommand("collect-trajectories")]
     | Annotated[imitation.Settings, tyro.conf.subcommand("imitation")]
+    | Annotated[rl.Settings, tyro.conf.subcommand("rl")]
     | Annotated[demo.Settings, tyro.conf.subcommand("demo")]
     | Annotated[Parts, tyro.conf.subcommand("parts")]
 )
@@ -78,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: Any) -> None:
     """Dispatch on the dataclass that the arguments made."""
-    for scenario in (icifar, itaskonomy, transfer, compare, predict, pretrain, render_doom, collect, imitation, demo):
+    for scenario in SCENARIOS:
         if isinstance(settings, scenario.Settings):
             scenario.main(settings)
             return

@@ -1,0 +1,239 @@
+"""PPO of stable-baselines3 in the environments of `worlds`, with the encoders of `integrations.sb3`: one run of `rl`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.wrappers import TransformReward
+from safetensors.torch import load_file, save_file
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from tqdm import tqdm
+
+from sidetuning.artifacts import atomic_write, write_json
+from sidetuning.base import Base, load_base
+from sidetuning.errors import SideTuningError
+from sidetuning.integrations.sb3 import CODE, IMAGE, SideTunedExtractor, VecBaseFeatures
+from sidetuning.scenarios.rl import FREE, RECENT, Cell, Result
+from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world, wilson
+
+
+def one(cell: Cell) -> Result:
+    """The result of a cell: read where it is there, else learned and tested; a run that was stopped goes on from its last save."""
+    c = cell
+    folder = Run(c.out, "rl-run", c, free=FREE)
+    file = folder.folder / "result.json"
+    if file.exists():
+        return Result(**json.loads(file.read_text()))
+    torch.manual_seed(c.seed)
+    env = training_env(c)
+    try:
+        model = build(c, env)
+        saved = load_state(model, folder.resume("ppo"))
+        curve = Curve(folder, c, saved)
+        if model.num_timesteps < c.steps:
+            model.learn(c.steps - model.num_timesteps, callback=curve, reset_num_timesteps=False)
+        passes = int(saved["passes"]) + env.passes if isinstance(env, VecBaseFeatures) else None
+    finally:
+        env.close()
+    save_policy(model.policy, folder.folder / "policy.safetensors")
+    world = make_world(c.env, "test", c.size)
+    try:
+        outcomes = list(episodes(world, actor(model.policy, base_of(c.base, c.size)), c.test_episodes, TEST_SEED))
+    finally:
+        world.close()
+    n = len(outcomes)
+    success = sum(o.success or 0.0 for o in outcomes)
+    extractor: Any = model.policy.features_extractor
+    result = Result(
+        c.method, c.seed, c.env, folder.metrics(), success / n, sum(o.spl or 0.0 for o in outcomes) / n,
+        sum(o.reward for o in outcomes) / n, wilson(success, n), sum(p.numel() for p in model.policy.parameters() if p.requires_grad),
+        getattr(extractor.branch, "alpha", None), passes, c.steps / curve.seconds,
+        {k: v for k, v in asdict(c).items() if k not in FREE},
+    )  # fmt: skip
+    write_json(file, asdict(result))
+    folder.done("ppo")
+    return result
+
+
+def base_of(name: str, size: int) -> Base:
+    """A base for pictures of a size."""
+    return load_base(name).with_example(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+
+
+def training_env(cell: Cell) -> VecEnv:
+    """Environments side by side, with the base's features where the method uses them."""
+    c = cell
+
+    def make(k: int) -> Any:
+        world = make_world(c.env, "train", c.size)
+        world.reset(seed=1000 * c.seed + k)
+        return TransformReward(
+            Monitor(world), lambda reward: c.reward_scale * float(reward)
+        )  # the monitor sees the true one
+
+    env: VecEnv = DummyVecEnv([partial(make, k) for k in range(c.envs)])
+    if c.cached and c.method in ("sidetune", "features"):
+        env = VecBaseFeatures(env, base_of(c.base, c.size))
+    return env
+
+
+def build(cell: Cell, env: VecEnv) -> PPO:
+    """The learner."""
+    c = cell
+    options = {"side_options": {"width": c.side_width}} if c.side in ("fcn5", "copy") else {}
+    extractor = {
+        "base": partial(base_of, c.base, c.size),
+        "method": c.method,
+        "side": c.side,
+        "merge": c.merge,
+        "init": c.init,
+    }
+    return PPO(
+        "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,
+        gae_lambda=0.95, ent_coef=c.entropy, clip_range=0.2, seed=c.seed, device="cpu" if not torch.cuda.is_available() else "auto",
+        policy_kwargs={"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": {**extractor, **options}, "net_arch": [64]},
+    )  # fmt: skip
+
+
+class Curve(BaseCallback):
+    """Writes a row after every rollout, and saves what a stopped run goes on from."""
+
+    def __init__(self, folder: Run, cell: Cell, saved: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.folder, self.cell, self.passes_before = folder, cell, int(saved["passes"])
+        self.recent: list[tuple[float, float, float]] = []
+        self.seconds, self._since = float(saved["seconds"]), time.perf_counter()
+        self._rollouts = 0
+        self._bar = tqdm(
+            total=cell.steps, initial=int(saved["steps"]), unit="step", desc=f"{cell.method}-{cell.seed}",
+            dynamic_ncols=True, leave=False, disable=not cell.progress,
+        )  # fmt: skip
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                row = float(info["episode"]["r"]), float(info.get("success", 0)), float(info.get("spl", 0))
+                self.recent = [*self.recent[1 - RECENT :], row]
+        self._bar.update(self.cell.envs)
+        return True
+
+    def _on_rollout_start(self) -> None:  # after the update from the rollout before
+        if self._rollouts:
+            self._tick()
+            if self._rollouts % self.cell.save_every == 0:
+                save_state(self.model, self.folder.resume("ppo"), self.seconds, self.passes)  # type: ignore[arg-type]
+
+    def _on_rollout_end(self) -> None:
+        self._rollouts += 1
+        self._tick()
+        known = max((int(row["steps"]) for row in self.folder.metrics()), default=0)
+        if self.recent and self.num_timesteps > known:  # a run that goes on repeats what followed its last save
+            reward, success, spl = np.mean(self.recent, 0).tolist()
+            row = {
+                "steps": self.num_timesteps,
+                "reward": reward,
+                "success": success,
+                "spl": spl,
+                "seconds": self.seconds,
+            }
+            self.folder.append(row)
+            self._bar.set_postfix(reward=f"{reward:.2f}", success=f"{success:.2f}")
+
+    def _on_training_end(self) -> None:
+        self._tick()
+        self._bar.close()
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    @property
+    def passes(self) -> int:
+        """Pictures that the base has seen."""
+        return self.passes_before + int(getattr(self.training_env.unwrapped, "passes", 0))
+
+
+def save_state(model: PPO, file: Path, seconds: float, passes: int) -> None:
+    """What a stopped run goes on from, but for the episodes that were under way."""
+    state = {
+        "policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict(), "steps": model.num_timesteps,
+        "seconds": seconds, "passes": passes, "rng": torch.get_rng_state(),
+    }  # fmt: skip
+    with atomic_write(file) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(model: PPO, file: Path) -> dict[str, Any]:
+    """Bring a learner to where `save_state` saw it; zeros where there is nothing."""
+    if not file.exists():
+        return {"steps": 0, "seconds": 0.0, "passes": 0}
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+        model.policy.load_state_dict(state["policy"])
+        model.policy.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+    except Exception as error:  # torch raises what a damaged file makes it
+        raise SideTuningError(f"{file} cannot be read ({error}); delete it to begin this run again") from error
+    model.num_timesteps = state["steps"]
+    return state
+
+
+SHARED = ("pi_features_extractor.", "vf_features_extractor.")  # other names of one extractor
+
+
+def save_policy(policy: Any, file: Path) -> None:
+    """The policy's tensors, each once; the base is not among them."""
+    tensors = {k: v.contiguous() for k, v in policy.state_dict().items() if not k.startswith(SHARED)}
+    with atomic_write(file) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_policy(folder: str | Path) -> tuple[Cell, Any]:
+    """The settings and the policy of a finished run.
+
+    Raises:
+        SideTuningError: the folder holds none, or a damaged one.
+    """
+    file = Path(folder) / "policy.safetensors"
+    try:
+        cell = Cell(**json.loads((Path(folder) / "run.json").read_text())["settings"], out=str(folder))
+        tensors = load_file(file)
+    except Exception as error:
+        raise SideTuningError(f"{folder} holds no policy of a finished run of rl ({error})") from error
+    env = training_env(replace(cell, envs=1))
+    try:
+        policy: Any = build(cell, env).policy
+    finally:
+        env.close()
+    own = {
+        k: tensors["features_extractor." + k.split(".", 1)[1] if k.startswith(SHARED) else k]
+        for k in policy.state_dict()
+    }
+    policy.load_state_dict(own)
+    return cell, policy
+
+
+def actor(policy: Any, base: Base, seed: int = 0) -> Callable[[dict[str, Any]], int]:
+    """A policy that draws its actions, as in training."""
+    torch.manual_seed(seed)
+    given = CODE in policy.observation_space.spaces
+
+    def act(observation: dict[str, Any]) -> int:
+        if given:
+            image = torch.from_numpy(observation[IMAGE]).permute(2, 0, 1)[None]
+            observation = {**observation, CODE: base(image).out[0].numpy()}
+        return int(policy.predict(observation)[0])
+
+    return act

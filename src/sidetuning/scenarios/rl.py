@@ -1,0 +1,203 @@
+"""Reinforcement learning (paper, section 4.3): PPO in Doom with a side-tuned, a fixed, a fine-tuned and no pretrained encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sidetuning.charts import Chart, Line, Point, write_charts
+from sidetuning.continual import mean_and_error
+from sidetuning.errors import UnknownNameError
+from sidetuning.registry import unknown
+from sidetuning.results import Estimate, number_text
+from sidetuning.scenarios.runs import Run
+
+METHODS = ("sidetune", "features", "finetune", "scratch")
+RECENT = 100  # episodes that a point of a learning curve averages
+FREE = ("out", "progress", "save_every")  # of a cell
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method and a seed."""
+
+    method: str
+    seed: int
+    env: str
+    steps: int
+    out: str
+    base: str = "resnet-doom-curvature"
+    side: str = "fcn5"
+    side_width: float = 0.25
+    merge: str = "alpha"
+    init: str | None = "distilled"
+    size: int = 64
+    envs: int = 8
+    rollout: int = 256
+    batch: int = 256
+    passes: int = 4
+    lr: float = 2.5e-4
+    entropy: float = 0.01
+    reward_scale: float = 0.1
+    cached: bool = True
+    test_episodes: int = 100
+    save_every: int = 10
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Learn to walk in Doom by PPO (stable-baselines3) with four encoders; the same command run again goes on where it stopped."""
+
+    env: str = "doom-home"
+    """doom-home (ViZDoom's my_way_home), doom-pointnav, doom-explore, or habitat:CONFIG."""
+    out: str = "runs/rl"
+    """Folder of the runs."""
+    methods: tuple[str, ...] = METHODS
+    """sidetune; features, the base alone; finetune, a tuned copy of the base; scratch, the side alone from random weights."""
+    seeds: int = 3
+    """Runs of every method, with seeds 0, 1, …"""
+    steps: int = 100_000
+    """Steps of the environments, all together."""
+    base: str = "resnet-doom-curvature"
+    """Base network."""
+    side: str = "fcn5"
+    """Side network."""
+    side_width: float = 0.25
+    """Of the sides fcn5 and copy: fraction of the channels."""
+    merge: str = "alpha"
+    """How base and side are fused."""
+    init: str | None = "distilled"
+    """How sides start."""
+    size: int = 64
+    """Width and height of the pictures."""
+    envs: int = 8
+    """Environments side by side."""
+    rollout: int = 256
+    """Steps of each between two updates."""
+    batch: int = 256
+    """Steps per gradient step."""
+    passes: int = 4
+    """Over each rollout."""
+    lr: float = 2.5e-4
+    """Learning rate."""
+    entropy: float = 0.01
+    """Weight of the entropy bonus."""
+    reward_scale: float = 0.1
+    """What rewards are multiplied with for learning; those reported are not."""
+    cached: bool = True
+    """Compute the base's features once per step of the environment, not in every pass (sidetune and features)."""
+    test_episodes: int = 100
+    """Unseen episodes that every agent is tested on at the end."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A learning curve and what the agent came to.
+
+    Attributes:
+        curve: rows of steps, mean reward, success and SPL of the last episodes, and seconds so far.
+        success, spl, reward: means over the test episodes, unseen scenes where there are several.
+        interval: 95 % of success.
+        added: parameters that were trained.
+        alpha: the base's weight in the merge at the end.
+        base_passes: pictures that the base has seen; None where it was run in every pass.
+        steps_per_second: of training, the updates included.
+    """
+
+    method: str
+    seed: int
+    env: str
+    curve: list[dict[str, float]]
+    success: float
+    spl: float
+    reward: float
+    interval: tuple[float, float]
+    added: int
+    alpha: float | None
+    base_passes: int | None
+    steps_per_second: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def cells(settings: Settings) -> Iterator[Cell]:
+    """The runs, seed by seed."""
+    s = settings
+    shared = {k: v for k, v in asdict(s).items() if k in Cell.__dataclass_fields__ and k != "out"}
+    for seed in range(s.seeds):
+        for method in s.methods:
+            yield Cell(method, seed, out=str(Path(s.out) / f"{method}-{seed}"), **shared)
+
+
+def run(settings: Settings) -> list[Result]:
+    """Run the cells that have no result yet, and write `table.md` and `report.html`."""
+    s = settings
+    for method in s.methods:
+        if method not in METHODS:
+            raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
+    try:
+        from sidetuning.scenarios.ppo import one
+    except ModuleNotFoundError as error:
+        raise ImportError(f"rl needs {error.name}; type: pip install 'sidetuning[agents]'") from error
+    Run(s.out, "rl", s, free=("out", "progress", "seeds", "methods"))
+    results = []
+    for cell in tqdm(list(cells(s)), unit="run", dynamic_ncols=True, disable=not s.progress):
+        results.append(one(cell))
+        (Path(s.out) / "table.md").write_text(table(results), encoding="utf-8")
+        write_charts(charts(results), Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=LEAD)
+    return results
+
+
+LEAD = "Agents learn by PPO. All have the same policy on top of their features; what differs is where the features come from."
+
+
+def table(results: Sequence[Result]) -> str:
+    """Methods as rows, in Markdown: what they came to on the test episodes, mean and standard error over seeds."""
+    columns: dict[str, Callable[[Result], float | None]] = {
+        "Success, %": lambda r: 100 * r.success, "SPL, %": lambda r: 100 * r.spl, "Reward": lambda r: r.reward,
+        "Success while learning, %": lambda r: 100 * r.curve[-1]["success"] if r.curve else None,
+        "Parameters trained": lambda r: r.added, "Steps per second": lambda r: r.steps_per_second,
+    }  # fmt: skip
+    text = "| Method | " + " | ".join(columns) + " | Seeds |\n| --- |" + " ---: |" * (len(columns) + 1) + "\n"
+    for method in dict.fromkeys(r.method for r in results):
+        runs = [r for r in results if r.method == method]
+        row = []
+        for name, value in columns.items():
+            found = [v for r in runs if (v := value(r)) is not None]
+            decimals = 0 if name.startswith(("Parameters", "Steps")) else 1
+            row.append(number_text(Estimate(*mean_and_error(found)) if found else None, decimals))
+        text += f"| {method} | " + " | ".join(row) + f" | {len(runs)} |\n"
+    return text
+
+
+def charts(results: Sequence[Result]) -> list[Chart]:
+    """Learning curves: success where the environment has it, and reward."""
+    made = []
+    for name, title, scale in (("success", "Success, %", 100.0), ("reward", "Reward of an episode", 1.0)):
+        lines = []
+        for method in dict.fromkeys(r.method for r in results):
+            runs = [{int(row["steps"]): scale * row[name] for row in r.curve} for r in results if r.method == method]
+            steps = [s for s in runs[0] if all(s in r for r in runs)]
+            points = [Point(s, *mean_and_error([r[s] for r in runs]), len(runs)) for s in steps]
+            lines.append(Line(method, points))
+        note = f"Mean of the last {RECENT} episodes while learning. Higher is better."
+        if any(line.points for line in lines):
+            made.append(Chart(title.partition(",")[0], "steps of the environments", title, lines, note=note))
+    return made
+
+
+def main(settings: Settings) -> None:
+    """Run and print the table."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    results = run(settings)
+    console = Console()
+    console.print(Markdown(table(results)))
+    console.print(f"table: {settings.out}/table.md; report: {settings.out}/report.html", highlight=False)
