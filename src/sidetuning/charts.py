@@ -5,6 +5,7 @@ The charts are plain SVG, coloured by CSS, so that one file serves light, dark, 
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,14 @@ class Chart:
     note: str = ""
 
 
+class Film(NamedTuple):
+    """A film with words: an MP4 file that the page takes into itself."""
+
+    title: str
+    caption: str
+    path: Path
+
+
 class Drawn(NamedTuple):
     """A line in SVG units: its path, its marks (x, y, half height of the error) and the band of its errors, if it has one."""
 
@@ -90,17 +99,32 @@ class Figure(NamedTuple):
 
 
 def write_charts(
-    charts: Sequence[Chart], path: str | Path, *, title: str, lead: str = "", notes: Sequence[str] = ()
+    charts: Sequence[Chart],
+    path: str | Path,
+    *,
+    title: str,
+    lead: str = "",
+    notes: Sequence[str] = (),
+    films: Sequence[Film] = (),
 ) -> Path:
-    """Write a page of charts, atomically; the same charts give the same bytes.
+    """Write a page of charts, and of films below them, atomically; the same charts give the same bytes.
 
     Raises:
-        SideTuningError: no charts, a chart without points or with more than six lines, a value that is not finite, or an
+        SideTuningError: nothing to show, a film that cannot be read, a chart without points or with more than six lines, a value that is not finite, or an
             x below or at 0 on a logarithmic axis.
     """
-    if not charts:
+    if not charts and not films:
         raise SideTuningError("there are no charts to write")
-    return write_page("charts.html.j2", path, title=title, lead=lead, notes=notes, figures=[_figure(c) for c in charts])
+    figures = [_figure(chart) for chart in charts]
+    shown = [(film, _embedded(film.path)) for film in films]
+    return write_page("charts.html.j2", path, title=title, lead=lead, notes=notes, figures=figures, films=shown)
+
+
+def _embedded(path: Path) -> str:
+    try:
+        return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except OSError as error:
+        raise SideTuningError(f"the film {path} cannot be read ({error.strerror}); make it again") from error
 
 
 def _figure(chart: Chart) -> Figure:

@@ -19,6 +19,7 @@ from sidetuning.scenarios import (
     icifar,
     imitation,
     itaskonomy,
+    play,
     predict,
     pretrain,
     render_doom,
@@ -26,7 +27,7 @@ from sidetuning.scenarios import (
     transfer,
 )
 
-SCENARIOS = (icifar, itaskonomy, transfer, compare, predict, pretrain, render_doom, collect, imitation, rl, demo)
+SCENARIOS = (icifar, itaskonomy, transfer, compare, predict, pretrain, render_doom, collect, imitation, rl, play, demo)
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 
 
@@ -46,6 +47,7 @@ Command = (
     | Annotated[collect.Settings, tyro.conf.subcommand("collect-trajectories")]
     | Annotated[imitation.Settings, tyro.conf.subcommand("imitation")]
     | Annotated[rl.Settings, tyro.conf.subcommand("rl")]
+    | Annotated[play.Settings, tyro.conf.subcommand("play")]
     | Annotated[demo.Settings, tyro.conf.subcommand("demo")]
     | Annotated[Parts, tyro.conf.subcommand("parts")]
 )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, dijkstra
 
@@ -118,6 +119,12 @@ class Grid:
         if goal < 0:
             raise DataError(f"nobody can walk to ({x:.0f}, {y:.0f}) on this map")
         return Ways(self, (x, y), goal, limit)
+
+    @cached_property
+    def floor(self) -> NDArray[np.bool_]:
+        """Cells that a player covers when walking on the numbered ones; what a map shows as floor. (columns, rows)"""
+        steps = int(np.ceil(RADIUS / self.cell))
+        return binary_dilation(self.number >= 0, iterations=steps) & (self.clearance > self.cell / 4)
 
     def straight(self, x: float, y: float, to_x: float, to_y: float) -> bool:
         """Whether a straight walk meets no obstacle."""

@@ -24,6 +24,7 @@ from sidetuning.errors import DataError, UnknownNameError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
+from sidetuning.scenarios.play import film, load_player
 from sidetuning.scenarios.runs import Run
 from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, make_world, wilson
 
@@ -40,9 +41,10 @@ class Cell:
     method: str
     trajectories: int
     seed: int
-    env: str = "doom-pointnav"
-    data: str = ""
-    out: str = ""
+    size: int
+    env: str
+    data: str
+    out: str
     base: str = "resnet-doom-curvature"
     base_weights: str | None = None
     side: str = "fcn5"
@@ -151,14 +153,14 @@ class Moves(Dataset[Any]):
         return Observation(self.steps.rgb[at], self.steps.extra[at]), known, self.steps.actions[at]
 
 
-def cells(settings: Settings) -> Iterator[Cell]:
-    """The runs, seed by seed."""
+def cells(settings: Settings, size: int) -> Iterator[Cell]:
+    """The runs, seed by seed, with pictures of a size."""
     s = settings
     for seed in range(s.seeds):
         for count in s.trajectories:
             for method in s.methods:
                 yield Cell(
-                    method, count, seed, s.env, s.data, str(Path(s.out) / f"{method}-{count}-{seed}"), s.base, s.base_weights,
+                    method, count, seed, size, s.env, s.data, str(Path(s.out) / f"{method}-{count}-{seed}"), s.base, s.base_weights,
                     s.side, s.side_width, s.init, s.merge, s.steps, s.batch, s.lr, test_episodes=s.test_episodes,
                     test_split=s.test_split, precision=s.precision, cache=s.cache, progress=s.progress,
                 )  # fmt: skip
@@ -175,11 +177,19 @@ def run(settings: Settings) -> list[Result]:
     most = max(s.trajectories)
     if most > len(steps.starts) - 1:
         raise DataError(f"{s.data} has {len(steps.starts) - 1} trajectories, not {most}; collect more")
-    results = [baseline(s, name) for name in EXPERTS]
-    for cell in tqdm(list(cells(s)), unit="run", dynamic_ncols=True, disable=not s.progress):
+    size = steps.rgb.shape[-1]
+    results = [baseline(s, name, size) for name in EXPERTS]
+    for cell in tqdm(list(cells(s, size)), unit="run", dynamic_ncols=True, disable=not s.progress):
         results.append(one(cell, steps))
         (Path(s.out) / "table.md").write_text(table(results, s.trajectories), encoding="utf-8")
-        write_charts(charts(results, s.trajectories), Path(s.out) / "report.html", title="Imitation", lead=LEAD)
+    films = [
+        f
+        for method in s.methods
+        for f in film(load_player(Path(s.out) / f"{method}-{most}-0"), 2, Path(s.out) / "play" / method)
+    ]
+    write_charts(
+        charts(results, s.trajectories), Path(s.out) / "report.html", title="Imitation", lead=LEAD, films=films
+    )
     return results
 
 
@@ -189,13 +199,13 @@ LEAD = (
 )
 
 
-def baseline(settings: Settings, name: str) -> Result:
+def baseline(settings: Settings, name: str, size: int) -> Result:
     """The expert, or an agent that acts at random."""
     s = settings
     file = Path(s.out) / f"{name}.json"
     if file.exists():
         return Result(**json.loads(file.read_text()))
-    world = make_world(s.env, s.test_split, picture_size(s.data))
+    world = make_world(s.env, s.test_split, size)
     rng = np.random.default_rng(0)
     try:
         act = (lambda _: world.expert()) if name == "expert" else (lambda _: int(rng.integers(world.action_space.n)))
@@ -206,11 +216,6 @@ def baseline(settings: Settings, name: str) -> Result:
     return result
 
 
-def picture_size(data: str | Path) -> int:
-    """Width of the pictures of a data set."""
-    return int(read_steps(data, 1).rgb.shape[-1])
-
-
 def one(cell: Cell, steps: Steps) -> Result:
     """The result of a cell: read where it is there, else learned and tested."""
     c = cell
@@ -218,7 +223,7 @@ def one(cell: Cell, steps: Steps) -> Result:
     file = folder.folder / "result.json"
     if file.exists():
         return Result(**json.loads(file.read_text()))
-    method = build_method(c, steps)
+    method = build_method(c)
     features = cached(method.base, steps, c) if method.uses_features else None
     order = torch.randperm(len(steps.starts) - 1, generator=torch.Generator().manual_seed(c.seed)).tolist()
     held_out = steps.of(order[c.trajectories :][:50]) if len(order) > c.trajectories else None
@@ -231,7 +236,7 @@ def one(cell: Cell, steps: Steps) -> Result:
     learned = method.learn(task, loader, recipe, resume=folder.resume(TASK), save_every=10.0, progress=c.progress)
     method.save(folder.tasks())
     accuracy = None if held_out is None else agreement(method, Moves(steps, features), held_out)
-    world = make_world(c.env, c.test_split, steps.rgb.shape[-1])
+    world = make_world(c.env, c.test_split, c.size)
     try:
         outcomes = list(episodes(world, actor(method, c.seed), c.test_episodes, TEST_SEED))
     finally:
@@ -256,10 +261,15 @@ def one_cycle(lr: float) -> Callable[..., Any]:
     return schedule
 
 
-def build_method(cell: Cell, steps: Steps) -> Method:
-    """The method that a cell names, on a base for pictures of these steps."""
+def base_of(name: str, weights: str | None, size: int) -> Base:
+    """A base for pictures of a size."""
+    return load_base(name, weights=weights).with_example(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+
+
+def build_method(cell: Cell) -> Method:
+    """The method that a cell names, without its task."""
     c = cell
-    base = load_base(c.base, weights=c.base_weights).with_example(torch.zeros_like(steps.rgb[:1]))
+    base = base_of(c.base, c.base_weights, c.size)
     side: dict[str, Any] = {"side": c.side, "merge": c.merge, "init": c.init}
     if c.side in ("fcn5", "copy"):
         side["side_options"] = {"width": c.side_width}

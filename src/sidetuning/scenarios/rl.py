@@ -14,6 +14,7 @@ from sidetuning.continual import mean_and_error
 from sidetuning.errors import UnknownNameError
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
+from sidetuning.scenarios.play import film, load_player
 from sidetuning.scenarios.runs import Run
 
 METHODS = ("sidetune", "features", "finetune", "scratch")
@@ -151,6 +152,12 @@ def run(settings: Settings) -> list[Result]:
         results.append(one(cell))
         (Path(s.out) / "table.md").write_text(table(results), encoding="utf-8")
         write_charts(charts(results), Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=LEAD)
+    films = [
+        f
+        for method in s.methods
+        for f in film(load_player(Path(s.out) / f"{method}-0"), 2, Path(s.out) / "play" / method)
+    ]
+    write_charts(charts(results), Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=LEAD, films=films)
     return results
 
 
