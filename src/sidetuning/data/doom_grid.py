@@ -108,7 +108,8 @@ class Grid:
         if inside and self.number[column, row] >= 0:
             return int(self.number[column, row])
         left, low = max(0, column - 7), max(0, row - 7)
-        near = np.argwhere(self.number[left : column + 8, low : row + 8] >= 0) + np.array([left, low])
+        around = self.number[left : max(0, column + 8), low : max(0, row + 8)]
+        near = np.argwhere(around >= 0) + np.array([left, low])
         if not len(near):
             return -1
         return int(self.number[tuple(near[((near - (column, row)) ** 2).sum(1).argmin()])])
@@ -263,7 +264,7 @@ def save(grid: Grid, path: Path) -> None:
 def load(path: Path) -> Grid | None:
     """Read what `save` wrote; None where there is nothing, or nothing readable of this version."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if int(file["version"]) == VERSION:
                 return Grid(file["low"], float(file["cell"]), file["clearance"], file["number"])
     except Exception:  # a damaged zip file raises whatever its bytes make it; the grid is built again in a moment

@@ -58,7 +58,7 @@ class DoomWalk(gym.Env[Any, Any]):
         stay: how many episodes in a row are on one map, where `reset` gets no seed.
         cache: folder where the grids of maps are kept.
 
-    `reset(seed=…)` draws the same episode whenever the seed is the same, and the same pictures where the same episodes went before.
+    After `reset(seed=…)` all is the same whenever the seed is the same.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (gymnasium's way)
@@ -91,7 +91,9 @@ class DoomWalk(gym.Env[Any, Any]):
         if seed is not None or self._stayed % self.stay == 0 or not self._map:
             self._map, self._stayed = str(self.np_random.choice(self.maps)), 0
         self._stayed += 1
-        self.grid = self.world.load(self._map, self.commands)
+        self.grid = self.world.load(
+            self._map, self.commands, None if seed is None else int(self.np_random.integers(2**31))
+        )
         self.episode = self.draw()
         self.world.place(*self.episode.start, self.episode.yaw)
         self.steps, self.walked = 0, 0.0
@@ -126,7 +128,7 @@ class DoomWalk(gym.Env[Any, Any]):
 
     def observe(self) -> dict[str, NDArray[Any]]:
         """What the agent perceives."""
-        return {"rgb": self.world.image}
+        return {"rgb": self.world.image.copy()}
 
     def render(self) -> Any:
         return self.world.image
@@ -167,7 +169,7 @@ class DoomPointNav(DoomWalk):
         if not compass and self.maps != (HOME,):
             raise SideTuningError("without a compass only maps='home' has a goal that can be known")
         if compass:
-            space = {COMPASS: spaces.Box(np.array([0, -np.pi], np.float32), np.array([np.inf, np.pi], np.float32))}
+            space = {COMPASS: spaces.Box(np.array([0, -np.pi], np.float32), np.array([1e4, np.pi], np.float32))}
             self.observation_space = spaces.Dict({"rgb": self.observation_space["rgb"], **space})
             self.commands = ("remove GreenArmor",)  # whoever takes it ends the level of my_way_home
         self.ways: Ways

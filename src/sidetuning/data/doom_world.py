@@ -41,8 +41,11 @@ class World:
         self._running = ExitStack()
         self.image: NDArray[np.uint8] = np.zeros((size, size, 3), np.uint8)
 
-    def load(self, name: str, commands: Sequence[str] = ()) -> Grid:
-        """Go to a map, unless it is there already, and give the engine commands there; returns the map's grid."""
+    def load(self, name: str, commands: Sequence[str] = (), seed: int | None = None) -> Grid:
+        """Go to a map, unless it is there already, and give the engine commands there; returns the map's grid.
+
+        With a seed the map begins anew, so that all that follows depends on the seed alone.
+        """
         if name not in self._grids:
             self._grids[name] = load_grid(name, self.cache)
         if name != self.map or self._game.is_episode_finished():
@@ -56,10 +59,14 @@ class World:
             else:
                 self._game.set_doom_map(name)
             self.map, self._commands = name, (*SETUP, *commands)
-            self._begin()
+            self._begin(seed)
+        elif seed is not None:
+            self._begin(seed)
         return self._grids[name]
 
-    def _begin(self) -> None:
+    def _begin(self, seed: int | None = None) -> None:
+        if seed is not None:
+            self._game.set_seed(seed)
         self._game.new_episode()
         for command in self._commands:
             self._game.send_game_command(command)
@@ -73,7 +80,11 @@ class World:
             if not game.is_episode_finished():
                 break
             self._begin()  # sliding on from the last episode, the player has left the level in this very tic
-        game.make_action([0, game.get_state().game_variables[2] - yaw], 1)
+        for _ in range(35):  # a level that has just begun takes no turns in its first tics
+            off = (game.get_state().game_variables[2] - yaw + 180) % 360 - 180
+            if abs(off) < 0.5:
+                break
+            game.make_action([0, off], 1)
         self._look()
 
     def walk(self, tics: int) -> bool:

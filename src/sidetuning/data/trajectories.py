@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sidetuning.artifacts import atomic_write
 from sidetuning.errors import DataError
 
 COMPASS = "pointgoal_with_gps_compass"  # as Habitat calls it: distance and angle to the goal
@@ -53,9 +55,12 @@ class Writer:
         from minari.dataset.minari_storage import MinariStorage
 
         path = Path(folder).resolve() / "data"  # Minari loses its way with relative ones
-        if path.exists():
+        self._metadata, self._kept = path / "metadata.json", path.parent / "metadata.json"
+        if self._kept.exists():
+            shutil.copyfile(self._kept, self._metadata)
             self._storage = MinariStorage.read(path)
             return
+        shutil.rmtree(path, ignore_errors=True)  # of a process that was killed before its first episode was whole
         path.parent.mkdir(parents=True, exist_ok=True)
         self._storage = MinariStorage.new(
             path,
@@ -65,6 +70,12 @@ class Writer:
             jpeg_encoding=False,
         )
         self._storage.update_metadata({"dataset_id": Path(folder).name, "minari_version": minari.__version__, **about})
+        self._keep()
+
+    def _keep(self) -> None:
+        """A copy that is always whole: Minari writes its own in place, and a kill may leave that empty."""
+        with atomic_write(self._kept) as temporary:
+            shutil.copyfile(self._metadata, temporary)
 
     def __len__(self) -> int:
         return int(self._storage.total_episodes)
@@ -83,6 +94,7 @@ class Writer:
                 infos={EXPERT: expert},
             )
         ])  # fmt: skip
+        self._keep()
 
 
 @dataclass(frozen=True)

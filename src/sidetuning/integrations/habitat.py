@@ -54,7 +54,7 @@ class HabitatWorld(gym.Env[Any, Any]):
         space: dict[str, spaces.Space[Any]] = {"rgb": spaces.Box(0, 255, (size, size, 3), np.uint8)}
         self.compass = COMPASS in sensors
         if self.compass:
-            space[COMPASS] = spaces.Box(np.array([0, -np.pi], np.float32), np.array([np.inf, np.pi], np.float32))
+            space[COMPASS] = spaces.Box(np.array([0, -np.pi], np.float32), np.array([1e4, np.pi], np.float32))
         self.observation_space = spaces.Dict(space)
         self._follower: Any = None
         self._image = np.zeros((size, size, 3), np.uint8)
