@@ -1,0 +1,385 @@
+"""Agents: policies for stable-baselines3 and their traps, behaviour cloning, and Habitat through a stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sidetuning as st
+
+pytest.importorskip("stable_baselines3")
+
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+
+from sidetuning.data.trajectories import COMPASS, compass_numbers, extra_of
+from sidetuning.errors import ArtifactError, ShapeError, SideTuningError
+from sidetuning.integrations.sb3 import CODE, SideTunedExtractor, VecBaseFeatures
+
+FAKE = Path(__file__).parent / "fake_habitat"
+
+
+class Sides(gym.Env):
+    """A bright half of a noisy picture, left or right: the action says which; ten answers are an episode."""
+
+    def __init__(self, compass: bool = False) -> None:
+        space: dict[str, spaces.Space] = {"rgb": spaces.Box(0, 255, (16, 16, 3), np.uint8)}
+        if compass:
+            space[COMPASS] = spaces.Box(np.array([0, -4], np.float32), np.array([9, 4], np.float32))
+        self.observation_space, self.action_space = spaces.Dict(space), spaces.Discrete(2)
+
+    def look(self):
+        self.right = int(self.np_random.integers(2))
+        image = self.np_random.integers(0, 120, (16, 16, 3)).astype(np.uint8)
+        image[:, 8:] += np.uint8(100 * self.right)
+        image[:, :8] += np.uint8(100 * (1 - self.right))
+        seen = {"rgb": image}
+        if COMPASS in self.observation_space.spaces:
+            seen[COMPASS] = np.array([1.0, 0.5], np.float32)
+        return seen
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.look(), {}
+
+    def step(self, action):
+        reward = float(action == self.right)
+        self.steps += 1
+        return self.look(), reward, False, self.steps == 10, {}
+
+
+def small_base(seed: int = 7) -> st.Base:
+    """Pictures (b, 3, 16, 16) -> (b, 8, 4, 4)."""
+    with st.seeded(seed):
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+        net(torch.randn(8, 3, 16, 16))  # statistics that differ from those of a new batch norm
+    return st.Base(net, example=torch.zeros(1, 3, 16, 16, dtype=torch.uint8), mean=[0.5] * 3, std=[0.25] * 3)
+
+
+def other_base() -> st.Base:
+    return small_base(8)
+
+
+def learner(method="sidetune", cached=False, envs=2, **more):
+    env = VecMonitor(DummyVecEnv([Sides] * envs))
+    env.seed(0)
+    if cached:
+        env = VecBaseFeatures(env, small_base())
+    extractor = {"base": small_base, "method": method, "side": "fcn4", "init": None, "hidden": 32}
+    kwargs = {"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": extractor, "net_arch": []}
+    settings = {"n_steps": 64, "batch_size": 64, "n_epochs": 4, "seed": 0, "device": "cpu", **more}
+    return PPO("MultiInputPolicy", env, policy_kwargs=kwargs, **settings)
+
+
+def answers(model, seed=5):
+    x = {"rgb": np.random.default_rng(seed).integers(0, 255, (4, 3, 16, 16)).astype(np.uint8)}
+    if CODE in model.observation_space.spaces:
+        x[CODE] = small_base()(torch.from_numpy(x["rgb"])).out.numpy()
+    model.policy.set_training_mode(False)
+    with torch.no_grad():
+        return model.policy.get_distribution(model.policy.obs_to_tensor(x)[0]).distribution.probs
+
+
+@pytest.mark.parametrize("method", ["sidetune", "features", "finetune", "scratch"])
+def test_the_base_stays_as_it_is_and_out_of_the_zip(method, tmp_path):
+    model = learner(method)
+    extractor = model.policy.features_extractor
+    before = small_base().fingerprint()
+    assert extractor.base.fingerprint() == before  # orthogonal initialisation has passed it by
+    first = answers(model)
+    model.learn(256)
+    assert extractor.base.fingerprint() == before  # nor have the batch norms moved
+    trained = {id(p) for group in model.policy.optimizer.param_groups for p in group["params"]}
+    assert not trained & {id(p) for p in extractor.base.net.parameters()}
+    assert not torch.allclose(answers(model), first, atol=1e-4)
+
+    file = tmp_path / "agent.zip"
+    model.save(file)
+    with zipfile.ZipFile(file) as archive:
+        state = torch.load(archive.open("policy.pth"), weights_only=True)
+    sizes = {tuple(p.shape) for p in small_base().net.parameters()}
+    copies = [k for k, v in state.items() if tuple(v.shape) in sizes and "trunk" not in k and ".net." in k]
+    assert not copies
+    if method != "finetune":
+        values = [v for v in state.values() if v.shape == (8, 3, 3, 3)]
+        assert not any(torch.equal(v, small_base().net[0].weight) for v in values)
+    again = PPO.load(file)
+    assert torch.equal(answers(again), answers(model)) and not torch.allclose(answers(again), first, atol=1e-4)
+
+
+def test_a_policy_of_another_base_is_refused(tmp_path):
+    model = learner()
+    model.save(tmp_path / "agent.zip")
+    other = {"features_extractor_kwargs": {"base": other_base, "side": "fcn4", "init": None, "hidden": 32}}
+    kwargs = {"features_extractor_class": SideTunedExtractor, "net_arch": [], **other}
+    with pytest.raises(ArtifactError, match="another base"):
+        PPO.load(tmp_path / "agent.zip", policy_kwargs=kwargs, custom_objects={"policy_kwargs": kwargs})
+
+
+def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation():
+    space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 64, 64), np.uint8)})
+    with st.seeded(0):
+        extractor = SideTunedExtractor(space, side_options={"width": 0.25})
+    side = {k: v.clone() for k, v in extractor.branch.side.state_dict().items()}
+    extractor.apply(lambda m: nn.init.zeros_(m.weight) if isinstance(m, nn.Conv2d) else None)
+    from sidetuning.branch import distilled_weights
+    from sidetuning.sides import SIDES
+
+    wanted = SIDES.build("fcn5", extractor.base, options={"width": 0.25})
+    from sidetuning.sides.initialise import load_weights
+
+    load_weights(wanted, distilled_weights(extractor.base, "fcn5", {"width": 0.25}), "fcn5")
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(side[name], tensor) and torch.equal(extractor.branch.side.state_dict()[name], tensor)
+    tuned = SideTunedExtractor(space, method="finetune").train()
+    x = {"rgb": torch.rand(2, 3, 64, 64)}
+    statistics = [b.clone() for n, b in tuned.trunk.named_buffers() if "running" in n]
+    one, two = tuned(x), tuned.eval()(x)
+    assert torch.equal(one, two)  # in training as in use, so PPO's ratios start at 1
+    assert all(
+        torch.equal(a, b) for a, b in zip(statistics, [b for n, b in tuned.trunk.named_buffers() if "running" in n])
+    )
+    code = tuned.trunk(tuned.base.prepare(x["rgb"]))
+    assert torch.allclose(code, tuned.base(x["rgb"]).out, atol=1e-3)
+
+
+def test_cached_features_are_those_of_the_base_and_cost_a_pass_per_step():
+    live, cached = learner(), learner(cached=True)
+    seen = []
+    live.policy.features_extractor.base.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    assert torch.allclose(answers(live), answers(cached), atol=1e-5)
+    for model in (live, cached):
+        model.learn(128)  # one rollout of 64 steps in two environments
+    assert torch.allclose(answers(live), answers(cached), atol=1e-3)  # the same learning, but for rounding
+    env = cached.get_env()
+    while not isinstance(env, VecBaseFeatures):
+        env = env.venv
+    assert env.passes == 128 + 2 + 2 * 6  # and the last observations of the episodes of ten steps that were cut off
+    assert sum(seen) >= 128 * 5  # once when acting, four times when learning
+
+
+def test_the_last_observation_of_an_episode_has_features_too():
+    env = VecBaseFeatures(DummyVecEnv([Sides] * 3), small_base())
+    env.seed(1)
+    first = env.reset()
+    assert env.passes == 3 and first[CODE].shape == (3, 8, 4, 4)
+    for _ in range(10):
+        seen, _, dones, infos = env.step(np.zeros(3, int))
+    assert dones.all()
+    for k, info in enumerate(infos):
+        last = info["terminal_observation"]
+        picture = torch.from_numpy(last["rgb"]).permute(2, 0, 1)[None]
+        assert np.allclose(last[CODE], small_base()(picture).out[0], atol=1e-5)
+        assert not np.allclose(last[CODE], seen[CODE][k])  # that is the next episode's
+    assert env.passes == 3 + 30 + 3
+    with pytest.raises(ShapeError, match="with_example"):
+        VecBaseFeatures(DummyVecEnv([Sides]), small_base().with_example(torch.zeros(1, 3, 32, 32)))
+
+
+def test_a_compass_goes_with_the_features():
+    compass = torch.tensor([[3.0, np.pi / 2], [0.0, -np.pi]])
+    assert torch.allclose(compass_numbers(compass), torch.tensor([[np.log(4), 0, 1], [0, -1, 0]]).float(), atol=1e-6)
+    assert torch.equal(extra_of({COMPASS: compass.numpy()}, 2), compass_numbers(compass)) and extra_of({}, 2).shape == (
+        2,
+        0,
+    )
+    space = Sides(compass=True).observation_space
+    extractor = SideTunedExtractor(
+        spaces.Dict({"rgb": spaces.Box(0, 255, (3, 16, 16), np.uint8), COMPASS: space[COMPASS]}), base=small_base, side="fcn4",
+        init=None, hidden=32,
+    )  # fmt: skip
+    out = extractor({"rgb": torch.rand(2, 3, 16, 16), COMPASS: compass})
+    assert out.shape == (2, 35) and torch.equal(out[:, 32:], compass_numbers(compass))
+    with pytest.raises(ShapeError, match="pictures under 'rgb'"):
+        SideTunedExtractor(spaces.Dict({"depth": space["rgb"]}), base=small_base)
+
+
+def test_ppo_learns_with_a_side():
+    """A learning test: far above chance, where ten answers of a random agent are right five times."""
+    model = learner("sidetune", cached=True, envs=4, learning_rate=2e-3, n_steps=64)
+    model.learn(8000)
+    rewards = [episode["r"] for episode in model.ep_info_buffer]
+    assert len(rewards) == 100 and np.mean(rewards) > 8.5  # by chance 5.0 ± 0.16
+
+
+def test_observations_pass_extra_numbers_to_heads_alone():
+    base = small_base()
+    model = st.SideTuner(base)
+    model.add_task("go", side="fcn4", head="policy", head_options={"actions": 4, "extra": 3})
+    x = torch.randint(0, 255, (5, 3, 16, 16), dtype=torch.uint8)
+    extra = torch.randn(5, 3)
+    with torch.no_grad():
+        with_extra = model(st.Observation(x, extra), "go")
+        assert with_extra.shape == (5, 4) and not torch.allclose(with_extra, model(x, "go"))
+        assert torch.allclose(model(st.Observation(x, torch.zeros(5, 3)), "go"), model(x, "go"))
+        mixed = model(st.Observation(x, extra), tasks=["go"] * 5)
+        assert torch.allclose(torch.stack(mixed), with_extra, atol=1e-6)
+        assert torch.allclose(model(st.Observation(x, extra), "go", features=base(x)), with_extra, atol=1e-6)
+    with pytest.raises(ShapeError, match="3 extra numbers"):
+        model(st.Observation(x, torch.zeros(5, 2)), "go")
+    with pytest.raises(st.TaskError, match="at least two actions"):
+        model.add_task("stay", side=None, merge="base-only", head="policy", head_options={"actions": 1})
+
+
+# Habitat ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def habitat(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FAKE))
+    yield tmp_path / "pointnav.yaml"
+    for name in [n for n in sys.modules if n.partition(".")[0] == "habitat"]:
+        del sys.modules[name]
+
+
+def test_habitat_speaks_gymnasium(habitat):
+    from gymnasium.utils.env_checker import check_env
+
+    from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world
+
+    with pytest.raises(SideTuningError, match="cannot be opened"):
+        make_world(f"habitat:{habitat}", "train", 32)
+    habitat.write_text("")
+    world = make_world(f"habitat:{habitat}", "val", 32)
+    assert world.env.config == {"path": str(habitat), "overrides": ["habitat.dataset.split=val"]}
+    check_env(world, skip_render_check=True)
+    seen, _ = world.reset(seed=3)
+    assert seen["rgb"].shape == (32, 32, 3) and seen[COMPASS].dtype == np.float32
+    assert all(np.array_equal(a, b) for a, b in zip(seen.values(), world.reset(seed=3)[0].values()))
+    angle = seen[COMPASS][1]
+    turned, *_ = world.step(2)  # left, in our order, whatever Habitat's is
+    assert (angle - turned[COMPASS][1]) % (2 * np.pi) == pytest.approx(np.radians(10), abs=1e-5)
+    _, _, ended, cut, info = world.step(0)
+    assert ended and not cut and info["is_success"] is False and info["distance_to_goal"] > 0
+    outcomes = list(episodes(world, lambda _: world.expert(), 20, TEST_SEED))
+    assert np.mean([o.success for o in outcomes]) == 1 and min(o.spl for o in outcomes) > 0.7
+    world.reset(seed=1)
+    for _ in range(59):
+        assert world.step(3)[2:4] == (False, False)
+    assert world.step(3)[2:4] == (False, True)  # out of time is no end of its own
+    world.close()
+    assert world.env.closed
+
+
+def test_habitat_lacking_what_is_needed_is_said(habitat):
+    from sidetuning.integrations.habitat import HabitatWorld
+
+    habitat.write_text("")
+    import habitat.gym as fake  # the stand-in
+
+    env = fake.make_gym_from_config({})
+    del env.original_action_space.spaces["stop"]
+    with pytest.raises(SideTuningError, match="and not stop"):
+        HabitatWorld(env, 32)
+    env = fake.make_gym_from_config({})
+    env.observation_space = spaces.Dict({COMPASS: env.observation_space[COMPASS]})
+    with pytest.raises(SideTuningError, match="add rgb_sensor"):
+        HabitatWorld(env, 32)
+
+
+def run(tmp_path, *arguments):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sidetuning.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+
+
+def test_scenarios_run_unchanged_in_habitat(tmp_path):
+    """collect-trajectories, imitation, rl and play, by the command line."""
+    pytest.importorskip("minari")
+    pytest.importorskip("av")
+    (tmp_path / "nav.yaml").write_text("")
+    world = ("--env", "habitat:nav.yaml")
+    done = run(
+        tmp_path, "collect-trajectories", *world, "--episodes", 12, "--out", "t-v0", "--size", 32, "--no-progress"
+    )
+    assert done.returncode == 0, done.stderr
+    common = ("--no-progress", "--test-episodes", 3, "--seeds", 1)
+    imitation = (
+        "imitation", *world, "--data", "t-v0", "--out", "im", "--methods", "sidetune", "scratch", "--trajectories", 4, 12,
+        "--steps", 30, "--cache", "cache", *common,
+    )  # fmt: skip
+    done = run(tmp_path, *imitation)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "im" / "table.md").read_text()
+    assert "| expert | 100.0 | 100.0 |" in rows and rows.count("| sidetune |") == 3
+    page = (tmp_path / "im" / "report.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 4 and "media-src data:" in page and "Success" in page
+    result = json.loads((tmp_path / "im" / "sidetune-4-0" / "result.json").read_text())
+    assert result["episodes"] == 3 and result["frames"] > 20 and result["accuracy"] is not None
+    before = (tmp_path / "im" / "sidetune-4-0" / "result.json").stat().st_mtime_ns
+    assert run(tmp_path, *imitation).returncode == 0  # all is there already
+    assert (tmp_path / "im" / "sidetune-4-0" / "result.json").stat().st_mtime_ns == before
+
+    rl = (
+        "rl",
+        *world,
+        "--out",
+        "rl",
+        "--methods",
+        "sidetune",
+        "finetune",
+        "--steps",
+        256,
+        "--envs",
+        2,
+        "--rollout",
+        32,
+    )
+    done = run(tmp_path, *rl, "--batch", 32, "--size", 32, *common)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "rl" / "sidetune-0" / "result.json").read_text())
+    assert [row["steps"] for row in result["curve"]] and result["curve"][-1]["steps"] == 256
+    assert 256 <= result["base_passes"] < 2 * 256 and result["alpha"] is not None
+    assert (tmp_path / "rl" / "report.html").read_text().count("<video") == 4
+    done = run(tmp_path, "play", "rl/finetune-0", "--episodes", 1)
+    assert done.returncode == 0 and (tmp_path / "rl/finetune-0/play/episode-0.mp4").stat().st_size > 500, done.stderr
+    for wrong, message in ((("play", "rl"), "such as rl/sidetune-0"), (("play", "none"), "holds no run")):
+        done = run(tmp_path, *wrong)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+# Doom -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_clone_beats_chance(tmp_path):
+    """A learning test: more reward than a random agent in unseen scenes, by a permutation test."""
+    pytest.importorskip("vizdoom")
+    pytest.importorskip("minari")
+    from sidetuning.data.trajectories import read_steps
+    from sidetuning.methods.method import load_method
+    from sidetuning.scenarios import collect, imitation
+    from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world
+
+    data = str(tmp_path / "t-v0")
+    collect.run(collect.Settings(out=data, episodes=60, progress=False))
+    settings = imitation.Settings(
+        data=data, out=str(tmp_path / "im"), methods=("sidetune",), trajectories=(60,), seeds=1, steps=400, test_episodes=1,
+        cache=str(tmp_path / "cache"), progress=False,
+    )  # fmt: skip
+    cell = next(imitation.cells(settings, 64))
+    imitation.one(replace(cell), read_steps(data))
+    method = load_method(tmp_path / "im" / "sidetune-60-0" / "tasks", imitation.base_of(cell.base, None, 64))
+    rng = np.random.default_rng(0)
+    world = make_world("doom-pointnav", "test", 64)
+    try:
+        clone = [o.reward for o in episodes(world, imitation.actor(method, 0), 30, TEST_SEED)]
+        chance = [o.reward for o in episodes(world, lambda _: int(rng.integers(1, 4)), 30, TEST_SEED)]
+    finally:
+        world.close()
+    both = np.array(clone + chance)
+    shuffled = [np.diff([rng.permutation(both)[:30].mean(), both.mean()])[0] for _ in range(2000)]
+    gained = both.mean() - np.mean(clone)
+    assert np.mean(np.array(shuffled) <= gained) < 0.01, (np.mean(clone), np.mean(chance))
