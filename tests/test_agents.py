@@ -162,7 +162,8 @@ def test_cached_features_are_those_of_the_base_and_cost_a_pass_per_step():
     live.policy.features_extractor.base.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     assert torch.allclose(answers(live), answers(cached), atol=1e-5)
     for model in (live, cached):
-        model.learn(128)  # one rollout of 64 steps in two environments
+        with st.seeded(0):
+            model.learn(128)  # one rollout of 64 steps in two environments
     assert torch.allclose(answers(live), answers(cached), atol=1e-3)  # the same learning, but for rounding
     env = cached.get_env()
     while not isinstance(env, VecBaseFeatures):
