@@ -11,7 +11,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,14 +33,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class _Field:
-    """One stored tensor: per-sample shape and numpy type."""
+class Field:
+    """One stored tensor: shape of a row (a sample, or a token) and numpy type."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def bytes(self) -> int:
+        """Of a row."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
@@ -59,7 +61,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
             if meta["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format_version {meta['format_version']}, this library reads {FORMAT_VERSION}")
             self.samples, self.views = int(meta["samples"]), int(meta["views"])
-            self.fields = {name: _Field(tuple(f["shape"]), f["dtype"]) for name, f in meta["fields"].items()}
+            self.fields = {name: Field(tuple(f["shape"]), f["dtype"]) for name, f in meta["fields"].items()}
         except FileNotFoundError as error:
             raise CacheError(
                 f"{folder} is no finished cache: meta.json is missing; run cache_features again"
@@ -70,7 +72,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
         self.view: int | None = None if self.views > 1 else 0
         self._arrays = {name: self._open(name, f) for name, f in self.fields.items()}
 
-    def _open(self, name: str, f: _Field) -> Array:
+    def _open(self, name: str, f: Field) -> Array:
         file = self.folder / name
         rows = self.samples if name == "y" else self.samples * self.views
         if not file.exists() or file.stat().st_size != rows * f.bytes:
@@ -141,20 +143,27 @@ def cache_features(
         raise CacheError(f"{views} views of each sample need augment=, a function of a batch and a generator")
     if dtype not in ("float32", "float16"):
         raise CacheError(f"features are kept as float32 or float16, not {dtype}")
-    key = _key(base, identity or data_identity(dataset), views, augment, seed, dtype)
+    key = cache_key(base, identity or data_identity(dataset), views, augment, seed, dtype)
     folder = Path(path) / key
     if not (folder / "meta.json").exists():
-        try:
+        with disk_errors(path):
             _write(base, dataset, folder, views, augment, seed, dtype, batch_size, progress)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise CacheError(
-                    f"the disk of {path} is full; free some space and run again: it goes on from there"
-                ) from error
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise CacheError(f"{path} cannot be written to ({error.strerror}); give another folder") from error
-            raise
     return CachedFeatures(folder)
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """A full or read-only disk is said in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CacheError(
+                f"the disk of {path} is full; free some space and run again: it goes on from there"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise CacheError(f"{path} cannot be written to ({error.strerror}); give another folder") from error
+        raise
 
 
 def cache_bytes(base: Base, dataset: Dataset[Any], views: int = 1, dtype: str = "float32") -> int:
@@ -232,7 +241,8 @@ def data_identity(dataset: Dataset[Any]) -> str:
     return digest.hexdigest()
 
 
-def _key(base: Base, identity: str, views: int, augment: Augment | None, seed: int, dtype: str) -> str:
+def cache_key(base: Base, identity: str, views: int, augment: Augment | None, seed: int, dtype: str) -> str:
+    """Names a cache by all that its content depends on."""
     how = "none" if augment is None or views == 1 else f"{augment.__module__}.{augment.__qualname__} {seed}"
     norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
     output = base.select.output
@@ -241,19 +251,19 @@ def _key(base: Base, identity: str, views: int, augment: Augment | None, seed: i
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _fields(base: Base, dataset: Dataset[Any], dtype: str) -> dict[str, _Field]:
+def _fields(base: Base, dataset: Dataset[Any], dtype: str) -> dict[str, Field]:
     x, y = dataset[0]
     if not isinstance(x, Tensor):
         raise ShapeError(f"cache_features keeps inputs that are one tensor, not a {type(x).__name__}")
     features = base(x.unsqueeze(0).to(base.device))
     label = torch.as_tensor(y)
-    fields = {"x": _of(x), "out": _Field(tuple(features.out.shape[1:]), dtype)}
-    fields.update({f"tap.{name}": _Field(tuple(tap.shape[1:]), dtype) for name, tap in features.taps.items()})
+    fields = {"x": _of(x), "out": Field(tuple(features.out.shape[1:]), dtype)}
+    fields.update({f"tap.{name}": Field(tuple(tap.shape[1:]), dtype) for name, tap in features.taps.items()})
     return {**fields, "y": _of(label)}
 
 
-def _of(tensor: Tensor) -> _Field:
-    return _Field(tuple(tensor.shape), str(tensor.numpy().dtype))
+def _of(tensor: Tensor) -> Field:
+    return Field(tuple(tensor.shape), str(tensor.numpy().dtype))
 
 
 def _write(
@@ -281,7 +291,7 @@ def _write(
     show = progress and state.is_main_process
     if show:
         tqdm.write(f"caching the base's features of {n:,} samples x {views} views: {size / 1e6:,.0f} MB in {folder}")
-    handles = {name: _allocate(folder / name, f, n * (1 if name == "y" else views)) for name, f in fields.items()}
+    handles = {name: allocate(folder / name, f, n * (1 if name == "y" else views)) for name, f in fields.items()}
     fast = base.folded()
     try:
         bar = tqdm(
@@ -302,9 +312,9 @@ def _write(
                 features = fast(x.to(base.device))
                 values = {"x": x, "out": features.out, **{f"tap.{k}": v for k, v in features.taps.items()}}
                 for name, value in values.items():
-                    _put(handles[name], fields[name], value, view * n + first)
+                    put(handles[name], fields[name], value, view * n + first)
                 if view == 0:
-                    _put(handles["y"], fields["y"], y, first)
+                    put(handles["y"], fields["y"], y, first)
                 bar.update(len(batch))
             for handle in handles.values():
                 os.fsync(handle)
@@ -331,7 +341,7 @@ def _fetch(dataset: Dataset[Any], rows: range) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _allocate(file: Path, f: _Field, rows: int) -> int:
+def allocate(file: Path, f: Field, rows: int) -> int:
     """Reserve the whole file now: a full disk is found before hours of work, and never while writing a mapped page."""
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -344,7 +354,8 @@ def _allocate(file: Path, f: _Field, rows: int) -> int:
     return handle
 
 
-def _put(handle: int, f: _Field, value: Tensor, row: int) -> None:
+def put(handle: int, f: Field, value: Tensor, row: int) -> None:
+    """Write rows from `row` on."""
     array = np.ascontiguousarray(value.detach().cpu().numpy().astype(f.dtype, copy=False))
     if array.shape[1:] != f.shape:
         raise ShapeError(f"sample {row} has the shape {array.shape[1:]}, the first one has {f.shape}")

@@ -13,6 +13,7 @@ import tyro
 from sidetuning import __version__
 from sidetuning.errors import SideTuningError
 from sidetuning.scenarios import (
+    answer,
     collect,
     compare,
     demo,
@@ -24,10 +25,26 @@ from sidetuning.scenarios import (
     pretrain,
     render_doom,
     rl,
+    squad,
     transfer,
 )
 
-SCENARIOS = (icifar, itaskonomy, transfer, compare, predict, pretrain, render_doom, collect, imitation, rl, play, demo)
+SCENARIOS = (
+    icifar,
+    itaskonomy,
+    transfer,
+    compare,
+    predict,
+    pretrain,
+    render_doom,
+    collect,
+    imitation,
+    rl,
+    play,
+    squad,
+    answer,
+    demo,
+)
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 
 
@@ -48,6 +65,8 @@ Command = (
     | Annotated[imitation.Settings, tyro.conf.subcommand("imitation")]
     | Annotated[rl.Settings, tyro.conf.subcommand("rl")]
     | Annotated[play.Settings, tyro.conf.subcommand("play")]
+    | Annotated[squad.Settings, tyro.conf.subcommand("squad")]
+    | Annotated[answer.Settings, tyro.conf.subcommand("answer")]
     | Annotated[demo.Settings, tyro.conf.subcommand("demo")]
     | Annotated[Parts, tyro.conf.subcommand("parts")]
 )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sidetuning.data.from_hub import local_folder
 from sidetuning.errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
@@ -79,9 +80,7 @@ def load_images(source: str | Path, split: str) -> ImageSet:
     Raises:
         DataError: nothing there, a missing column, an image that cannot be decoded, a label out of range.
     """
-    root = Path(source)
-    if not root.exists():
-        root = _from_hub(str(source))
+    root = local_folder(source, "uoft-cs/cifar100")
     files = sorted(root.rglob(f"{split}*.parquet"))
     if files:
         return _from_parquet(files)
@@ -121,20 +120,6 @@ def random_flip_crop(images: Tensor, padding: int, generator: torch.Generator | 
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     sample = torch.arange(b)[:, None, None]
     return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _from_hub(name: str) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise DataError(f"{name} does not exist; give the folder of a data set or a Hub name such as uoft-cs/cifar100")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns="*.parquet"))
-    except Exception as error:  # no network, no such data set, no access: all mean that there is no data
-        raise DataError(
-            f"{name} is no folder here and could not be read from the Hub ({type(error).__name__}); "
-            "check the name and the network, or give the path of a local copy"
-        ) from error
 
 
 def _from_parquet(files: list[Path]) -> ImageSet:

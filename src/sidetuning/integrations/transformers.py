@@ -34,8 +34,10 @@ def load(
     """
     try:
         from transformers import AutoConfig, AutoModel
+        from transformers.utils import logging
     except ImportError as error:
         raise ImportError("transformers models need transformers: pip install 'sidetuning[transformers]'") from error
+    logging.disable_progress_bar()  # a model that is cached loads in a moment
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         if pretrained and weights is None:

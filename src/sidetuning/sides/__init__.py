@@ -20,6 +20,8 @@ SIDES: Registry[Callable[..., nn.Module]] = Registry(
         "copy": "sidetuning.sides.copy:copy",
         "mlp": "sidetuning.sides.mlp:mlp",
         "transformer": "sidetuning.sides.transformer:Transformer",
+        "slim": "sidetuning.sides.tokens:Slim",
+        "convolutional": "sidetuning.sides.tokens:Convolutional",
         "ladder": "sidetuning.sides.ladder:Ladder",
         "fusion": "sidetuning.sides.fusion:Fusion",
     },

@@ -1,0 +1,315 @@
+"""Question answering (paper, section 4.2): SQuAD v2 on any encoder of transformers, by side-tuning and what it is compared with."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sidetuning.artifacts import write_json
+from sidetuning.base import Base, load_base
+from sidetuning.data import squad_metric
+from sidetuning.data.squad import Prediction, Questions, Windows, best_answers, make_windows, read_questions
+from sidetuning.errors import SideTuningError
+from sidetuning.methods import METHODS, Method, Recipe, Task
+from sidetuning.scenarios.runs import Run
+from sidetuning.token_cache import EMBEDDINGS, ByLength, cache_tokens, token_loader
+
+TASK = "squad"
+Name = Literal["sidetune", "ladder", "features", "finetune", "scratch", "lora"]
+FREE = ("data", "out", "cache", "save_every", "progress")
+CACHED = ("sidetune", "ladder", "features")  # those that never train the base: its features are computed once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Answer questions about paragraphs, and say where there is no answer."""
+
+    data: str = "rajpurkar/squad_v2"
+    """A SQuAD folder (train*.json, dev*.json), or a data set on the Hub in the layout of squad_v2."""
+    out: str = "runs/squad"
+    """Folder of the run; the same command run again goes on where it stopped."""
+    base: str = "hf:google-bert/bert-base-uncased"
+    """An encoder of transformers: hf:NAME or hf:FOLDER; its tokenizer comes with it."""
+    method: Name = "sidetune"
+    """sidetune (a slim side on the embeddings), ladder (a block per tapped layer), features (the head alone), finetune, scratch, lora."""
+    side: str = "slim"
+    """Of sidetune: slim or convolutional."""
+    width: int = 96
+    """Of the side."""
+    layers: int = 4
+    """Of the sides slim and convolutional."""
+    rungs: int = 3
+    """Of the ladder: how many layers of the base it reads, spread evenly, the embeddings not counted."""
+    merge: str = "alpha"
+    """How base and side are fused."""
+    rank: int = 8
+    """Of lora."""
+    epochs: float = 2.0
+    """Passes over the training windows."""
+    batch: int = 16
+    """Windows per step."""
+    lr: float | None = None
+    """Learning rate at its peak; by default 1e-3 for sides and heads, 2e-4 for lora, 3e-5 for finetune, 1e-4 for scratch."""
+    weight_decay: float = 0.01
+    """Of matrices; merges, norms and biases have none."""
+    length: int = 384
+    """Tokens of a window."""
+    stride: int = 128
+    """Tokens that two windows of a context share."""
+    questions: int | None = None
+    """Train on so many questions, spread evenly; None for all."""
+    test_questions: int | None = None
+    """Test on so many questions, spread evenly; None for all."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of training."""
+    seed: int = 0
+    """Of initial weights and of the order of the windows."""
+    cache: str = "~/.cache/sidetuning"
+    """Folder of base features, shared by all runs."""
+    save_every: float = 30.0
+    """Seconds between two resume files."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        scores: the official metric on the test questions, in %; see `data.squad_metric.Scores`.
+        added: parameters that were trained.
+        shared: parameters of the base.
+        steps, seconds: of training, without the base's features.
+        base_seconds: of the base's features of the training windows; 0 where they were there, or none are used.
+        seconds_per_1000: of answering 1,000 test questions, base included where it is run.
+        memory_mb: the most memory while training above what there was before, in MB.
+        problems: what was met in the data, and how often.
+    """
+
+    method: str
+    seed: int
+    scores: dict[str, float]
+    questions: int
+    test_questions: int
+    added: int
+    shared: int
+    alpha: float | None
+    steps: int
+    seconds: float
+    base_seconds: float
+    seconds_per_1000: float
+    memory_mb: float
+    problems: dict[str, int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Reading(Dataset[Any]):
+    """Batches of `(inputs, None, labels)` for methods that run a network of their own."""
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows, self.labels = windows, torch.from_numpy(windows.labels)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], None, Tensor]:
+        return self.windows.batch(rows), None, self.labels[list(rows)]
+
+
+def span_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the first and the last token. Scores (b, t, 2), labels (b, 2)."""
+    return (F.cross_entropy(scores[..., 0], labels[:, 0]) + F.cross_entropy(scores[..., 1], labels[:, 1])) / 2
+
+
+def run(settings: Settings) -> Result:
+    """Learn, answer the test questions, and write `result.json`, `predictions.json` and `null_odds.json` (the official formats)."""
+    s = settings
+    folder = Run(s.out, "squad", s, free=FREE)
+    file = folder.folder / "result.json"
+    if file.exists():
+        return Result(**json.loads(file.read_text()))
+    base, tokenizer = load_base(s.base, taps=taps_of(s)), load_tokenizer(s.base)
+    method = build_method(s, base)
+    train, test = read_questions(s.data, "train", s.questions), read_questions(s.data, "dev", s.test_questions)
+    windows = make_windows(train.items, tokenizer, s.length, s.stride)
+    problems = {f"train: {k}": v for k, v in {**train.problems, **windows.problems}.items()}
+    started = time.perf_counter()
+    data = prepare(s, base, windows)
+    base_seconds = time.perf_counter() - started if s.method in CACHED else 0.0
+    steps = max(1, round(s.epochs * len(windows) / s.batch))
+    recipe = Recipe(
+        steps, s.lr or rate_of(s.method), s.weight_decay, 1.0, optimizer=torch.optim.AdamW, scheduler=linear_decay, seed=s.seed,
+        precision=s.precision,
+    )  # fmt: skip
+    before = memory_mb()
+    learned = method.learn(
+        Task(TASK, "span", span_loss, seed=s.seed), token_loader(data, windows.lengths(), s.batch), recipe,
+        resume=folder.resume(TASK), save_every=s.save_every, progress=s.progress,
+    )  # fmt: skip
+    above = memory_mb() - before
+    method.save(folder.tasks())
+    result, predictions = test_on(s, method, tokenizer, test)
+    write_json(
+        folder.folder / "predictions.json",
+        {q.id: "" if p.null_odds > 0 else p.text for q, p in zip(test.items, predictions, strict=True)},
+    )
+    write_json(
+        folder.folder / "null_odds.json", {q.id: p.null_odds for q, p in zip(test.items, predictions, strict=True)}
+    )
+    final = Result(
+        s.method, s.seed, {k: v for k, v in result["scores"].items() if v == v}, len(train), len(test), method.added(TASK), base.parameter_count(),
+        method.alpha(TASK), steps, learned.seconds, base_seconds, result["seconds"] / len(test) * 1000, above,
+        {**problems, **result["problems"]}, {k: v for k, v in asdict(s).items() if k not in FREE},
+    )  # fmt: skip
+    write_json(file, asdict(final))
+    folder.done(TASK)
+    return final
+
+
+def taps_of(settings: Settings) -> list[str]:
+    """The inner activations that the side reads: of the base the embeddings, for the ladder some of its layers too."""
+    s = settings
+    if s.method not in ("sidetune", "ladder"):
+        return []
+    if s.method == "sidetune":
+        return [EMBEDDINGS]
+    layers = layers_of(load_base(s.base))
+    if not 1 <= s.rungs <= len(layers):
+        raise SideTuningError(f"--rungs {s.rungs}: the base has {len(layers)} layers")
+    chosen = [layers[round((k + 1) * len(layers) / (s.rungs + 1)) - 1] for k in range(s.rungs)]
+    return [EMBEDDINGS, *dict.fromkeys(chosen)]
+
+
+def layers_of(base: Base) -> list[str]:
+    """Names of a transformer's layers, in order: the longest numbered list of modules of one kind."""
+    assert isinstance(base.net, torch.nn.Module)
+    lists = {n: m for n, m in base.net.named_modules() if isinstance(m, torch.nn.ModuleList)}
+    if not lists:
+        raise SideTuningError("the base has no list of layers for a ladder to climb; use --method sidetune")
+    name, longest = max(lists.items(), key=lambda item: len(item[1]))
+    return [f"{name}.{i}" for i in range(len(longest))]
+
+
+def build_method(settings: Settings, base: Base) -> Method:
+    """The method that the settings name, without its task."""
+    s = settings
+    if s.method == "sidetune":
+        options: dict[str, Any] = {
+            "side": s.side,
+            "merge": s.merge,
+            "side_options": {"width": s.width, "layers": s.layers},
+        }
+    elif s.method == "ladder":
+        options = {"side": "ladder", "merge": s.merge, "side_options": {"width": s.width}}
+    else:
+        options = {"rank": s.rank} if s.method == "lora" else {}
+    name = {"ladder": "sidetune", "finetune": "independent"}.get(s.method, s.method)
+    return METHODS.build(name, base, options=options)
+
+
+def rate_of(method: str) -> float:
+    """The learning rate where none is given."""
+    return {"lora": 2e-4, "finetune": 3e-5, "scratch": 1e-4}.get(method, 1e-3)
+
+
+def linear_decay(optimizer: Any, steps: int) -> Any:
+    """A warm-up over a tenth of the steps, then down to 0 in a straight line, as BERT is tuned."""
+    warm = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min((k + 1) / warm, max(0.0, (steps - k) / max(1, steps - warm)))
+    )
+
+
+def load_tokenizer(base: str) -> Any:
+    """The tokenizer that belongs to a base."""
+    scheme, _, name = base.partition(":")
+    if scheme != "hf" or not name:
+        raise SideTuningError(f"texts need an encoder of transformers as base, hf:NAME or hf:FOLDER, not {base}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise SideTuningError(f"{base} has no tokenizer that can be loaded ({first})") from error
+
+
+def prepare(settings: Settings, base: Base, windows: Windows) -> Any:
+    """Windows with cached base features where the method uses them."""
+    s = settings
+    if s.method not in CACHED:
+        return Reading(windows)
+    labels = torch.from_numpy(windows.labels)
+    return cache_tokens(base, windows, labels, Path(s.cache).expanduser(), progress=s.progress)
+
+
+def test_on(
+    settings: Settings, method: Method, tokenizer: Any, test: Questions
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """Answer questions with nothing cached, and score the answers."""
+    s = settings
+    windows = make_windows(test.items, tokenizer, s.length, s.stride)
+    started = time.perf_counter()
+    predictions = best_answers(test.items, windows, scores_of(method, windows, progress=s.progress))
+    seconds = time.perf_counter() - started
+    golds = [[a.text for a in q.answers] for q in test.items]
+    scores = squad_metric.score(golds, [p.text for p in predictions], [p.null_odds for p in predictions])
+    problems = {f"test: {k}": v for k, v in {**test.problems, **windows.problems}.items()}
+    return {"scores": scores._asdict(), "seconds": seconds, "problems": problems}, predictions
+
+
+@torch.no_grad()
+def scores_of(
+    method: Method, windows: Windows, batch: int = 32, progress: bool = False
+) -> dict[int, NDArray[np.float32]]:
+    """Scores of every window's tokens, (t, 2) each."""
+    from tqdm import tqdm
+
+    found = {}
+    batches = ByLength(windows.lengths(), batch, shuffle=False)
+    for rows in tqdm(batches, desc="answers", unit="batch", disable=not progress, leave=False):
+        out = method({k: v.to(method.base.device) for k, v in windows.batch(rows).items()}, TASK).float().cpu().numpy()
+        for k, row in enumerate(rows):
+            found[row] = out[k, : len(windows.ids[row])]
+    return found
+
+
+def memory_mb() -> float:
+    """The most memory that this process has held, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(settings: Settings) -> None:
+    """Run and print the scores."""
+    from rich.console import Console
+    from rich.table import Table
+
+    result = run(settings)
+    table = Table(title=f"SQuAD, {result.method}, seed {result.seed}, {result.test_questions:,} questions")
+    for column in ("exact", "F1", "F1 with an answer", "F1 without", "best F1"):
+        table.add_column(column, justify="right")
+    names = ("exact", "f1", "has_answer", "no_answer", "best_f1")
+    table.add_row(*(f"{result.scores[n]:.1f}" if n in result.scores else "–" for n in names))
+    console = Console()
+    console.print(table)
+    for problem, count in result.problems.items():
+        console.print(f"{problem}: {count}", highlight=False)
+    console.print(
+        f"trained {result.added:,} parameters beside the base's {result.shared:,} in {result.seconds:.0f} s, "
+        f"{result.memory_mb:.0f} MB above the start; 1,000 questions take {result.seconds_per_1000:.0f} s.\n"
+        f"predictions: {settings.out}/predictions.json; ask it: sidetuning answer {settings.out} --context FILE \"question\"",
+        highlight=False,
+    )  # fmt: skip

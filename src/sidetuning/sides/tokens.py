@@ -1,0 +1,89 @@
+"""Small sides for texts that read the base's own token embeddings (a tap), and so need no table of their own."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sidetuning.base import Base
+from sidetuning.errors import ShapeError
+from sidetuning.sides.fit import FitTokens
+from sidetuning.sides.transformer import encoder_layer
+
+
+class TokenSide(nn.Module):
+    """What the two share: the first tap, projected to a width, and the way to the base's shape.
+
+    Shape: taps (b, t, c) and a mask (b, t) -> as the base's output. What stands at padding never matters.
+    """
+
+    uses_taps = True
+
+    def __init__(self, base: Base, width: int) -> None:
+        super().__init__()
+        sequences = [name for name, shape in base.tap_shapes.items() if len(shape) == 2]
+        if not sequences or base.kind == "map":
+            raise ShapeError(
+                "this side reads token embeddings: name them as a tap, such as load_base('hf:…', taps=['embeddings'])"
+            )
+        self.tap = sequences[0]
+        self.down = nn.Linear(base.tap_shapes[self.tap][-1], width)
+        self.norm = nn.LayerNorm(width)
+        self.fit = FitTokens(base, width)
+
+    def body(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(b, t, width) -> the same."""
+        raise NotImplementedError
+
+    def forward(self, taps: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+        return self.fit(self.norm(self.body(self.down(taps[self.tap]), mask)), mask)
+
+
+class Slim(TokenSide):
+    """A slim transformer: the base's shape at a fraction of its width.
+
+    Args:
+        base: a base whose first tap is its embeddings.
+        width: of the tokens; a multiple of `heads`.
+        layers: how many.
+        heads: attention heads per layer.
+    """
+
+    def __init__(self, base: Base, width: int = 96, layers: int = 4, heads: int = 4) -> None:
+        if width % heads:
+            raise ShapeError(f"the slim side's width {width} is not a multiple of its {heads} heads")
+        super().__init__(base, width)
+        self.layers = nn.ModuleList(encoder_layer(width, heads) for _ in range(layers))
+
+    def body(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        padding = None if mask is None else mask == 0
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=padding)
+        return x
+
+
+class Convolutional(TokenSide):
+    """Residual convolutions over the tokens, each looking twice as far as the one before.
+
+    Args:
+        base: a base whose first tap is its embeddings.
+        width: of the tokens.
+        layers: how many; with 5 wide kernels, 4 of them see 61 tokens.
+        kernel: width of the kernels, odd.
+    """
+
+    def __init__(self, base: Base, width: int = 96, layers: int = 4, kernel: int = 5) -> None:
+        super().__init__(base, width)
+        if kernel % 2 == 0:
+            raise ShapeError(f"a kernel of {kernel} tokens has no middle; make it odd")
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, width, kernel, padding=(kernel // 2) * 2**i, dilation=2**i) for i in range(layers)
+        )
+
+    def body(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        real = 1.0 if mask is None else mask.to(x.dtype).unsqueeze(-1)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            h = F.gelu(norm(x)) * real  # a convolution sees what is beside it, padding too
+            x = x + conv(h.transpose(1, 2)).transpose(1, 2)
+        return x
