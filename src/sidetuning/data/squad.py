@@ -78,8 +78,10 @@ def read_questions(source: str | Path, split: str = "train", limit: int | None =
     """
     path = local_folder(source, HUB)
     if path.is_dir():
-        names = SPLITS[split]
-        files = [f for name in names for kind in ("json", "parquet") for f in sorted(path.rglob(f"{name}*.{kind}"))]
+        found = (
+            [f for f in sorted(path.rglob(f"{name}*")) if f.suffix in (".json", ".parquet")] for name in SPLITS[split]
+        )
+        files = next((f for f in found if f), [])
         if not files:
             raise DataError(
                 f"{path} has no {split}*.json and no {split}*.parquet; give the folder of SQuAD or a Hub name such as {HUB}"

@@ -137,15 +137,17 @@ def span_loss(scores: Tensor, labels: Tensor) -> Tensor:
 def run(settings: Settings) -> Result:
     """Learn, answer the test questions, and write `result.json`, `predictions.json` and `null_odds.json` (the official formats)."""
     s = settings
-    folder = Run(s.out, "squad", s, free=FREE)
-    file = folder.folder / "result.json"
-    if file.exists():
-        return Result(**json.loads(file.read_text()))
+    file = Path(s.out) / "result.json"
+    if (Path(s.out) / "run.json").exists():
+        Run(s.out, "squad", s, free=FREE)  # refuses other settings
+        if file.exists():
+            return Result(**json.loads(file.read_text()))
     base, tokenizer = load_base(s.base, taps=taps_of(s)), load_tokenizer(s.base)
     method = build_method(s, base)
     train, test = read_questions(s.data, "train", s.questions), read_questions(s.data, "dev", s.test_questions)
     windows = make_windows(train.items, tokenizer, s.length, s.stride)
     problems = {f"train: {k}": v for k, v in {**train.problems, **windows.problems}.items()}
+    folder = Run(s.out, "squad", s, free=FREE)  # only now: a mistake in the settings leaves no folder behind
     started = time.perf_counter()
     data = prepare(s, base, windows)
     base_seconds = time.perf_counter() - started if s.method in CACHED else 0.0

@@ -1,0 +1,521 @@
+"""Question answering: data with all its faults, windows, the official metric, cached tokens, sides for texts, and learning."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import sidetuning as st
+from sidetuning.data import squad_metric
+from sidetuning.data.squad import Question, best_answers, make_windows, read_questions
+from sidetuning.errors import CacheError, DataError, ShapeError
+from sidetuning.token_cache import ByLength, CachedTokens, cache_tokens, token_cache_bytes
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "number",
+    "who",
+    "?",
+    ".",
+    ",",
+    "red",
+    "green",
+    "blue",
+    "it",
+    "was",
+    "made",
+    "in",
+    "by",
+    "a",
+    "an",
+    "of",
+    "tower",
+    "river",
+    "old",
+    "new",
+    "big",
+    "small",
+]
+NUMBERS = [str(n) for n in range(1800, 1860)]
+DATA = Path(__file__).parent / "data"
+
+
+def entry(name, question="what is the number ?", context="it was made in 1822 .", answers=(("1822", 15),), **more):
+    given = [{"text": t, "answer_start": s} for t, s in answers]
+    return context, {"id": name, "question": question, "answers": given, **more}
+
+
+def squad_file(path, *entries):
+    paragraphs = [{"context": context, "qas": [qa]} for context, qa in entries]
+    path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return path
+
+
+def test_faults_of_the_data_are_mended_and_counted(tmp_path):
+    file = squad_file(
+        tmp_path / "train-v2.0.json",
+        entry("good"),
+        entry("shifted", answers=[("1822", 3)]),
+        entry("nearest", context="1822 or 1822 or 1822", answers=[("1822", 9)]),
+        entry("nowhere", answers=[("1999", 15)]),
+        entry("none", answers=[], is_impossible=True),
+        entry("plausible", answers=[("1822", 15)], is_impossible=True, plausible_answers=[{"text": "made", "answer_start": 7}]),
+        entry("empty context", context="  "),
+        entry("empty question", question=""),
+        entry("empty answer", answers=[("", 0), ("1822", 15)]),
+        entry("unicode", context="né à Zürich — 🗼 1822", answers=[("Zürich", 5)]),
+    )  # fmt: skip
+    found = read_questions(tmp_path, "train")
+    answers = {q.id: q.answers for q in found.items}
+    assert list(answers) == ["good", "shifted", "nearest", "nowhere", "none", "plausible", "empty answer", "unicode"]
+    assert answers["shifted"] == (("1822", 15),) and answers["nearest"] == (("1822", 8),)
+    assert answers["nowhere"] == answers["none"] == answers["plausible"] == ()
+    assert found.problems == {
+        "answers that start elsewhere, found again": 2, "answers that are not in their context, left out": 1,
+        "questions or contexts without text, left out": 2, "answers without text, left out": 1,
+    }  # fmt: skip
+    assert [q.id for q in read_questions(file, limit=3).items] == ["good", "nearest", "plausible"]
+
+    with pytest.raises(DataError, match="two questions with the id a"):
+        read_questions(squad_file(tmp_path / "twice.json", entry("a"), entry("a")))
+    with pytest.raises(DataError, match="no dev"):
+        read_questions(tmp_path, "dev")
+    for content in ("{}", "[1]", '{"data": [{"paragraphs": [{"qas": [{"id": "1"}]}]}]}', "x"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(DataError, match="no SQuAD file"):
+            read_questions(tmp_path / "bad.json")
+    (tmp_path / "none.json").write_text('{"data": []}')
+    with pytest.raises(DataError, match="holds no question"):
+        read_questions(tmp_path / "none.json")
+    with pytest.raises(DataError, match="has no text"):
+        read_questions(squad_file(tmp_path / "types.json", entry("a", answers=[("x", "1")])))
+    with pytest.raises(DataError, match="does not exist"):
+        read_questions(tmp_path / "nothing")
+
+
+def test_the_hubs_layout(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "id": ["a", "b"], "title": ["t", "t"], "context": ["it was made in 1822 ."] * 2, "question": ["what ?", "who ?"],
+        "answers": [{"text": ["1822"], "answer_start": [15]}, {"text": [], "answer_start": []}],
+    }  # fmt: skip
+    (tmp_path / "squad_v2").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "squad_v2" / "validation-00000-of-00001.parquet")
+    found = read_questions(tmp_path, "dev")
+    assert [q.answers for q in found.items] == [(("1822", 15),), ()] and not found.problems
+    (tmp_path / "squad_v2" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="no parquet file of SQuAD"):
+        read_questions(tmp_path, "train")
+
+
+# windows ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny BERT with random weights and a tokenizer of its own, as a folder of transformers."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *NUMBERS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    with st.seeded(0):
+        transformers.BertModel(config).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(encoder):
+    return transformers.AutoTokenizer.from_pretrained(encoder)
+
+
+def test_windows_cover_the_context_and_know_the_answer(tokenizer):
+    context = " ".join([*(["old river"] * 20), "1822", *(["new tower"] * 20)])
+    questions = [
+        Question("a", "what is the number ?", context, ((("1822"), context.index("1822")),)),
+        Question("b", "who ?", "it was made .", ()),
+    ]
+    questions[0] = Question("a", questions[0].question, context, (read_answer(context, "1822"),))
+    windows = make_windows(questions, tokenizer, length=40, stride=12)
+    assert max(windows.lengths()) == 40 and set(windows.question) == {0, 1} and not windows.problems
+    covered, before = set(), None
+    for w in np.flatnonzero(windows.question == 0):
+        place = windows.offsets[w]
+        known = place[place[:, 0] >= 0]
+        words = {context[a:b] for a, b in known}
+        assert words <= {"old", "river", "1822", "new", "tower"}  # the question is not among the offsets
+        covered |= {tuple(p) for p in known}
+        if before is not None:
+            assert len({tuple(p) for p in known} & before) == 12  # the stride is what two windows share
+        before = {tuple(p) for p in known}
+        start, end = windows.labels[w]
+        holds = [i for i, p in enumerate(place) if context[p[0] : p[1]] == "1822" and p[0] >= 0]
+        assert [start, end] == (holds * 2 if holds else [0, 0])
+        types = windows.types[w]
+        assert list(types) == sorted(types) and types[0] == 0 and types[-1] == 1
+    assert len(covered) == 81
+    batch = windows.batch([0, len(windows) - 1])
+    assert batch["input_ids"].shape == (2, 40) and batch["attention_mask"].sum(1).tolist() == [
+        40,
+        windows.lengths()[-1],
+    ]
+    same = tokenizer("who ?", "it was made .")
+    assert windows.ids[-1].tolist() == same["input_ids"] and windows.types[-1].tolist() == same["token_type_ids"]
+
+
+def read_answer(context, text):
+    from sidetuning.data.squad import Answer
+
+    return Answer(text, context.index(text))
+
+
+def test_long_questions_and_answers_are_counted(tokenizer):
+    context = " ".join(["old river"] * 30)
+    long = Question("q", " ".join(["what"] * 60), context, (read_answer(context, "river old"),))
+    windows = make_windows([long], tokenizer, length=40, stride=12)
+    assert windows.problems == {"questions longer than their window, cut": 1} and max(windows.lengths()) <= 40
+    assert (windows.labels.sum(1) > 0).any()
+    wide = Question("w", "what ?", context, (read_answer(context, context),))
+    assert make_windows([wide], tokenizer, length=40, stride=12).problems == {
+        "answers longer than their window, learned as none": 1
+    }
+    with pytest.raises(DataError, match="no room for a question"):
+        make_windows([long], tokenizer, length=40, stride=20)
+    with pytest.raises(DataError, match="fast tokenizers"):
+        make_windows([long], SimpleNamespace(is_fast=False))
+
+
+def test_the_best_answer_of_all_windows(tokenizer):
+    context = " ".join(["old"] * 30 + ["1822", "1823"] + ["new"] * 30)
+    question = Question("a", "what ?", context, (read_answer(context, "1822 1823"),))
+    windows = make_windows([question], tokenizer, length=40, stride=12)
+    assert len(windows) == 3 or len(windows) == 2
+    scores = {w: np.zeros((len(windows.ids[w]), 2), np.float32) for w in range(len(windows))}
+    w = int(np.flatnonzero(windows.labels.sum(1) > 0)[0])
+    start, end = windows.labels[w]
+    for v in scores.values():
+        v[0] = 1.5  # no answer scores 3
+        v[1:3] = 50  # tokens of the question never answer
+    scores[w][0] = 1.0  # but 2 here, and the smallest counts
+    scores[w][start, 0], scores[w][end, 1] = 3.0, 2.5
+    (best,) = best_answers([question], windows, scores)
+    assert best.text == "1822 1823" == context[best.start : best.end] and best.score == 5.5
+    assert best.null == 2.0 and best.null_odds == -3.5
+    scores[w][end, 0], scores[w][start, 1] = 9.0, 9.0  # an end before its start would score 18
+    assert best_answers([question], windows, scores)[0][:4] == ("1822", best.start, best.start + 4, 12.0)
+
+
+# the metric -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_metric_is_the_official_one():
+    """Predictions of a trained reader, and what the official script of SQuAD v2 (evaluate-v2.0.py) makes of them."""
+    found = json.loads((DATA / "squad_official.json").read_text())
+    rows = found["rows"]  # answers, prediction, odds of there being none, official exact and F1
+    assert len(rows) >= 1000
+    golds, texts, odds = [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
+    assert any(not g for g in golds) and any(not t for t in texts) and any(len(set(g)) > 2 for g in golds)
+    assert any(any(ord(c) > 127 for c in t) for t in texts)
+    for gold, text, _, exact, f1 in rows:
+        assert squad_metric.against(gold, text) == (exact, pytest.approx(f1, abs=1e-12)), (gold, text)
+    scores = squad_metric.score(golds, texts, odds)._asdict()
+    for name, value in found["official"].items():
+        assert scores[name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_edges_of_the_metric():
+    assert squad_metric.normalise("The  Cat's, a hat!") == "cats hat"
+    assert squad_metric.against(["the"], "") == (1.0, 1.0)  # answers of articles alone do not count
+    assert squad_metric.against([], "x") == (0.0, 0.0) and squad_metric.against([], "") == (1.0, 1.0)
+    assert squad_metric.against(["a b c", "x y"], "x") == (0.0, pytest.approx(2 / 3))
+    scores = squad_metric.score([["x"], []], ["x", "y"], [-1.0, 1.0])
+    assert scores.exact == scores.f1 == scores.best_f1 == 100
+    scores = squad_metric.score([["x"], ["y"]], ["x", "z"], [2.0, 3.0])  # silent, and wrongly so
+    assert (
+        scores.f1 == 0
+        and scores.best_f1 == 50
+        and scores.best_threshold == 2.0
+        and scores.no_answer != scores.no_answer
+    )
+
+
+# cached tokens and sides ------------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """Texts of different lengths."""
+
+    def __init__(self, count=40, seed=0, vocabulary=50):
+        rng = np.random.default_rng(seed)
+        self.ids = [rng.integers(5, vocabulary, int(n)) for n in rng.integers(3, 30, count)]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def lengths(self):
+        return np.array([len(i) for i in self.ids])
+
+    def batch(self, rows, pad=0):
+        longest = max(len(self.ids[r]) for r in rows) + pad
+        ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+        for k, r in enumerate(rows):
+            ids[k, : len(self.ids[r])], mask[k, : len(self.ids[r])] = torch.from_numpy(self.ids[r]), 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def fingerprint(self):
+        return str(sum(int(i.sum()) for i in self.ids))
+
+
+TAPS = ("embeddings", "encoder.layer.0", "encoder.layer.1")
+
+
+@pytest.fixture(scope="module")
+def base(encoder):
+    return st.load_base(f"hf:{encoder}", taps=TAPS)
+
+
+def test_cached_features_are_those_of_each_text_alone(base, tmp_path, monkeypatch):
+    texts, labels = Lines(), torch.arange(40)
+    cached = cache_tokens(base, texts, labels, tmp_path, dtype="float32", batch_size=7, progress=False)
+    assert cached.taps == list(TAPS[1:])  # embeddings are looked up, not kept
+    inputs, features, y = cached.__getitems__([3, 17, 5])
+    assert y.tolist() == [3, 17, 5] and list(features.taps) == list(TAPS)
+    for k, row in enumerate((3, 17, 5)):
+        n = len(texts.ids[row])
+        alone = base(texts.batch([row]))
+        assert torch.allclose(features.out[k, :n], alone.out[0], atol=1e-5)
+        assert (features.out[k, n:] == 0).all() and inputs["attention_mask"][k].sum() == n
+        for name in TAPS:
+            assert torch.allclose(features.taps[name][k, :n], alone.taps[name][0], atol=1e-5), name
+    monkeypatch.setattr(type(base), "encode", lambda *_: pytest.fail("the base ran again"))
+    again = cache_tokens(base, texts, labels, tmp_path, dtype="float32", progress=False)
+    assert torch.equal(again.__getitems__([3])[1].out, cached.__getitems__([3])[1].out)
+    size = token_cache_bytes(base, texts, "float32")
+    assert size == texts.lengths().sum() * 3 * 32 * 4
+    assert sum(f.stat().st_size for f in cached.folder.iterdir() if f.is_file() and f.suffix != ".json") == size
+
+
+def test_a_cache_of_tokens_goes_on_after_a_kill_and_half_precision_is_near(base, tmp_path, monkeypatch):
+    import sidetuning.token_cache as module
+
+    monkeypatch.setattr(module, "CHUNK", 10)
+    texts, labels = Lines(), torch.arange(40)
+    keep, calls = module._keep, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        keep(*args)
+
+    monkeypatch.setattr(module, "_keep", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cache_tokens(base, texts, labels, tmp_path, batch_size=5, progress=False)
+    with pytest.raises(CacheError, match="cache again"):
+        CachedTokens(base, texts, labels, next(tmp_path.iterdir()))
+    cached = cache_tokens(base, texts, labels, tmp_path, batch_size=5, progress=False)
+    assert len(calls) == 3 + 6  # the first chunk of two batches was whole
+    out = cached.__getitems__(range(40))[1].out
+    assert torch.allclose(out[7, : len(texts.ids[7])], base(texts.batch([7])).out[0], atol=4e-3)
+    (cached.folder / "out").write_bytes(b"")
+    with pytest.raises(CacheError, match="wrong size"):
+        cache_tokens(base, texts, labels, tmp_path, progress=False)
+    with pytest.raises(ShapeError, match="use cache_features"):
+        cache_tokens(st.Base(torch.nn.Linear(2, 2), example=torch.zeros(1, 2)), texts, labels, tmp_path)
+
+
+def test_batches_of_similar_lengths():
+    lengths = np.random.default_rng(0).integers(5, 100, 1003)
+    sampler = ByLength(lengths, 16)
+    with st.seeded(1):
+        batches = list(sampler)
+    assert sorted(i for b in batches for i in b) == list(range(1003)) and len(batches) == len(sampler) == 63
+    waste = sum(len(b) * lengths[b].max() for b in batches) / lengths.sum()
+    assert waste < 1.15  # at random it is near 1.8
+    with st.seeded(1):
+        assert batches == list(ByLength(lengths, 16))
+    with st.seeded(2):
+        assert batches != list(sampler)
+    assert [lengths[b].max() for b in batches] != sorted(lengths[b].max() for b in batches)
+
+
+@pytest.mark.parametrize("side", ["slim", "convolutional", "ladder"])
+def test_padding_and_companions_never_matter(base, side):
+    model = st.SideTuner(base)
+    with st.seeded(0):
+        model.add_task("qa", side=side, head="span", side_options={"width": 16})
+    texts = Lines()
+    with torch.no_grad():
+        alone = model(texts.batch([4]), "qa")[0]
+        n = len(texts.ids[4])
+        padded = model(texts.batch([4], pad=9), "qa")[0]
+        among = model(texts.batch([0, 4, 9, 11]), "qa")[1]
+        assert torch.allclose(alone, padded[:n], atol=1e-5) and torch.allclose(alone, among[:n], atol=1e-5)
+        assert (padded[n:] < -1e30).all()  # padding can never be chosen
+        batch = texts.batch([4], pad=9)
+        batch["input_ids"][0, n:] = 7  # nor does what stands there
+        assert torch.allclose(model(batch, "qa")[0][:n], alone, atol=1e-5)
+        other = texts.batch([4])
+        other["input_ids"][0, 1] += 1
+        assert not torch.allclose(model(other, "qa")[0], alone, atol=1e-3)
+
+
+def test_sides_for_texts_say_what_they_need(encoder):
+    plain = st.SideTuner(st.load_base(f"hf:{encoder}"))
+    with pytest.raises(ShapeError, match="taps"):
+        plain.add_task("qa", side="slim", head="span")
+    tapped = st.SideTuner(st.load_base(f"hf:{encoder}", taps=["embeddings"]))
+    with pytest.raises(ShapeError, match="multiple of its 4 heads"):
+        tapped.add_task("qa", side="slim", head="span", side_options={"width": 10})
+    with pytest.raises(ShapeError, match="make it odd"):
+        tapped.add_task("qa", side="convolutional", head="span", side_options={"kernel": 4})
+
+
+def test_two_tasks_of_texts_share_one_base_pass(base, monkeypatch):
+    """Answers and topics from one model, and a task per sample in one batch; what was learned first stays bitwise."""
+    texts = Lines()
+    model = st.SideTuner(base)
+    spans = torch.stack([torch.tensor([1, 2])] * 8)
+    with st.seeded(0):
+        model.add_task("qa", side="slim", head="span", side_options={"width": 16})
+    batch = texts.batch(range(8))
+    from sidetuning.scenarios.squad import span_loss
+
+    st.fit(model, "qa", [{**batch, "labels": spans}], steps=5, loss=span_loss, progress=False)
+    before = model(batch, "qa")
+    with st.seeded(1):
+        model.add_task("topic", side="ladder", head=3, side_options={"width": 16})
+    st.fit(model, "topic", [{**batch, "labels": torch.arange(8) % 3}], steps=5, progress=False)
+    assert torch.equal(model(batch, "qa"), before)
+    passes = []
+    monkeypatch.setattr(type(base), "encode", counted(type(base).encode, passes))
+    both = model.forward_all(batch)
+    assert len(passes) == 1 and both["qa"].shape[-1] == 2 and both["topic"].shape == (8, 3)
+    tasks = ["qa", "topic"] * 4
+    mixed = model(batch, tasks=tasks)
+    assert len(passes) == 2
+    for i, task in enumerate(tasks):
+        assert torch.allclose(mixed[i], both[task][i], atol=1e-5)
+
+
+def counted(function, calls):
+    def call(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return call
+
+
+# the scenario -----------------------------------------------------------------------------------------------------------
+
+
+def numbers(path, count, seed):
+    """Sentences where the answer is the number, or there is none."""
+    rng = np.random.default_rng(seed)
+    entries = []
+    for k in range(count):
+        words = list(rng.choice(WORDS[8:], 12))
+        has = k % 3 > 0
+        if has:
+            words[int(rng.integers(2, 10))] = str(rng.choice(NUMBERS))
+        context = " ".join(words)
+        year = next((w for w in words if w in NUMBERS), "")
+        entries.append(entry(f"{seed}-{k}", context=context, answers=[(year, context.index(year))] if has else []))
+    return squad_file(path, *entries)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("squad")
+    numbers(folder / "train.json", 240, 0)
+    numbers(folder / "dev.json", 60, 1)
+    return folder
+
+
+def command(tmp_path, *arguments):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    line = [sys.executable, "-m", "sidetuning.cli", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+
+
+def squad(data, encoder, *more):
+    return (
+        "squad", "--data", data, "--base", f"hf:{encoder}", "--length", 48, "--stride", 8, "--cache", "cache", "--no-progress",
+        "--width", 16, *more,
+    )  # fmt: skip
+
+
+def test_a_side_learns_to_answer_and_can_be_asked(data, encoder, tmp_path):
+    done = command(tmp_path, *squad(data, encoder, "--epochs", 40, "--lr", "5e-3", "--out", "run"))
+    assert done.returncode == 0, done.stderr
+    assert "F1" in done.stdout and "Traceback" not in done.stderr and "Loading" not in done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["scores"]["f1"] > 90 and result["scores"]["no_answer"] > 80  # never to answer would give 33
+    answers = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    odds = json.loads((tmp_path / "run" / "null_odds.json").read_text())
+    assert len(answers) == 60 and all((answers[k] == "") == (odds[k] > 0) for k in answers)
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    assert command(tmp_path, *squad(data, encoder, "--epochs", 40, "--lr", "5e-3", "--out", "run")).returncode == 0
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+    (tmp_path / "text.txt").write_text("old river made in 1844 by tower")
+    done = command(tmp_path, "answer", "run", "what is the number ?", "--context", "text.txt")
+    assert done.returncode == 0 and done.stdout.startswith("1844\n") and "characters 18 to 22" in done.stdout, (
+        done.stderr
+    )
+    (tmp_path / "text.txt").write_text("old river made by tower")
+    assert command(tmp_path, "answer", "run", "what is the number ?", "--context", "text.txt").stdout.startswith(
+        "no answer"
+    )
+    (tmp_path / "empty.txt").write_text(" ")
+    for arguments, message in (
+        (("answer", "run", "what ?", "--context", "nothing.txt"), "cannot be read as text"),
+        (("answer", "run", "what ?", "--context", "empty.txt"), "is empty"),
+        (("answer", "nowhere", "what ?", "--context", "text.txt"), "holds no run of squad"),
+        (squad(data, encoder, "--epochs", 2, "--out", "run"), "other settings"),
+        (squad(data, tmp_path, "--out", "other"), "cannot load"),
+        (("squad", "--data", data, "--base", "resnet44-cifar10", "--out", "third"), "texts need an encoder"),
+        (squad(data, encoder, "--method", "ladder", "--rungs", 9, "--out", "other"), "the base has 3 layers"),
+        (squad("some/where/else", encoder, "--out", "other"), "does not exist"),
+        (squad("nobody/squad", encoder, "--out", "other"), "could not be read from the Hub"),
+    ):
+        done = command(tmp_path, *arguments)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, (
+            arguments,
+            done.stderr,
+        )
+
+
+@pytest.mark.parametrize("method", ["sidetune", "ladder", "features", "finetune", "scratch", "lora"])
+def test_every_method_reads(data, encoder, tmp_path, method):
+    if method == "lora":
+        pytest.importorskip("peft")
+    from sidetuning.scenarios import squad as scenario
+
+    settings = scenario.Settings(
+        data=str(data), base=f"hf:{encoder}", method=method, out=str(tmp_path / "run"), length=48, stride=8, width=16, epochs=0.2,
+        questions=120, test_questions=12, cache=str(tmp_path / "cache"), progress=False,
+    )  # fmt: skip
+    result = scenario.run(settings)
+    assert result.questions == 120 and result.test_questions == 12 and 0 <= result.scores["f1"] <= 100
+    assert result.added > 0 and result.steps == round(0.2 * 120 / 16)
+    assert (result.alpha is not None) == (method in ("sidetune", "ladder"))
+    sizes = {"features": 66, "finetune": result.shared + 66}
+    assert result.added == sizes.get(method, result.added)
