@@ -142,7 +142,7 @@ def run(settings: Settings) -> Result:
         Run(s.out, "squad", s, free=FREE)  # refuses other settings
         if file.exists():
             return Result(**json.loads(file.read_text()))
-    base, tokenizer = load_base(s.base, taps=taps_of(s)), load_tokenizer(s.base)
+    tokenizer, base = load_tokenizer(s.base), load_base(s.base, taps=taps_of(s))
     method = build_method(s, base)
     train, test = read_questions(s.data, "train", s.questions), read_questions(s.data, "dev", s.test_questions)
     windows = make_windows(train.items, tokenizer, s.length, s.stride)
