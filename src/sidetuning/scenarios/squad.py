@@ -142,7 +142,9 @@ def run(settings: Settings) -> Result:
         Run(s.out, "squad", s, free=FREE)  # refuses other settings
         if file.exists():
             return Result(**json.loads(file.read_text()))
-    tokenizer, base = load_tokenizer(s.base), load_base(s.base, taps=taps_of(s))
+    if not s.base.startswith("hf:"):
+        raise SideTuningError(f"texts need an encoder of transformers as base, hf:NAME or hf:FOLDER, not {s.base}")
+    base, tokenizer = load_base(s.base, taps=taps_of(s)), load_tokenizer(s.base)
     method = build_method(s, base)
     train, test = read_questions(s.data, "train", s.questions), read_questions(s.data, "dev", s.test_questions)
     windows = make_windows(train.items, tokenizer, s.length, s.stride)
@@ -237,16 +239,15 @@ def linear_decay(optimizer: Any, steps: int) -> Any:
 
 def load_tokenizer(base: str) -> Any:
     """The tokenizer that belongs to a base."""
-    scheme, _, name = base.partition(":")
-    if scheme != "hf" or not name:
-        raise SideTuningError(f"texts need an encoder of transformers as base, hf:NAME or hf:FOLDER, not {base}")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(base.removeprefix("hf:"))
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise SideTuningError(f"{base} has no tokenizer that can be loaded ({first})") from error
+        raise SideTuningError(
+            f"{base} has no tokenizer that can be loaded ({first}); give a base that comes with its own"
+        ) from error
 
 
 def prepare(settings: Settings, base: Base, windows: Windows) -> Any:
