@@ -7,8 +7,8 @@ BIN := .venv/bin
 demo: .venv/demo-ready
 	$(BIN)/sidetuning demo
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint  # a process per core; in each, torch's own threads would only be in the way
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/dev-ready
 	$(BIN)/ruff check src tests benchmarks

@@ -43,7 +43,7 @@ def batch(label: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         ({"side_options": {"hiden": 3}}, "option of side 'mlp'.*'hiden'.*'hidden'"),
         ({"merge": "film", "merge_options": {"hiddn": 3}}, "option of merge 'film'.*'hiddn'.*'hidden'"),
         ({"head": "linear", "head_options": {"output": 3}}, "option of head 'linear'.*'output'.*'outputs'"),
-        ({"side": "zzzzzz"}, "there is copy, fcn3"),
+        ({"side": "zzzzzz"}, "there is convolutional, copy, fcn3"),
     ],
 )
 def test_unknown_names_come_with_near_ones(parts: dict[str, Any], near: str) -> None:
