@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,56 +34,22 @@ EXPERTS = ("expert", "random")  # rows that learn nothing
 FREE = ("data", "out", "cache", "progress")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run: a method, so many trajectories, a seed."""
-
-    method: str
-    trajectories: int
-    seed: int
-    size: int
-    env: str
-    data: str
-    out: str
-    base: str = "resnet-doom-curvature"
-    base_weights: str | None = None
-    side: str = "fcn5"
-    side_width: float = 0.25
-    init: str | None = "distilled"
-    merge: str = "alpha"
-    steps: int = 1500
-    batch: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    test_episodes: int = 100
-    test_split: str = "test"
-    precision: Literal["no", "bf16"] = "no"
-    cache: str = "~/.cache/sidetuning"
-    progress: bool = True
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Clone a navigating expert with side-tuning, fixed features, fine-tuning and from scratch, from few and many trajectories."""
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What all runs of a comparison share."""
 
     data: str = "runs/trajectories/doom-pointnav-v0"
     """Trajectories, as collect-trajectories writes them."""
-    out: str = "runs/imitation"
-    """Folder of the runs; the same command run again goes on where it stopped."""
     env: str = "doom-pointnav"
     """Where the clones are tested: doom-pointnav, doom-home, or habitat:CONFIG."""
-    methods: tuple[str, ...] = ("sidetune", "features", "independent", "scratch")
-    """Methods; "independent" fine-tunes a copy of the base."""
-    trajectories: tuple[int, ...] = (5, 20, 100, 500)
-    """How many trajectories to learn from; each seed draws others."""
-    seeds: int = 3
-    """Runs of every cell, with seeds 0, 1, …"""
     steps: int = 1500
     """Optimiser steps of every run, so that few trajectories are seen often."""
     batch: int = 64
     """Frames per step."""
     lr: float = 1e-3
     """Learning rate at its peak; one cycle."""
+    weight_decay: float = 1e-4
+    """Of matrices; merges, norms and biases have none."""
     test_episodes: int = 100
     """Unseen episodes that every clone is tested on."""
     test_split: str = "test"
@@ -108,6 +74,31 @@ class Settings:
     """Show progress bars."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(Learning):
+    """Clone a navigating expert with side-tuning, fixed features, fine-tuning and from scratch, from few and many trajectories."""
+
+    out: str = "runs/imitation"
+    """Folder of the runs; the same command run again goes on where it stopped."""
+    methods: tuple[str, ...] = ("sidetune", "features", "independent", "scratch")
+    """Methods; "independent" fine-tunes a copy of the base."""
+    trajectories: tuple[int, ...] = (5, 20, 100, 500)
+    """How many trajectories to learn from; each seed draws others."""
+    seeds: int = 3
+    """Runs of every cell, with seeds 0, 1, …"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Learning):
+    """One run: a method, so many trajectories, a seed; pictures of a size."""
+
+    method: str
+    trajectories: int
+    seed: int
+    size: int
+    out: str
+
+
 @dataclass(frozen=True)
 class Result:
     """What a clone (or the expert, or a random agent) came to on the test episodes.
@@ -118,8 +109,7 @@ class Result:
         accuracy: share of held-out steps at which the clone does what the expert did; None for those that learn nothing.
         frames: of the trajectories that it learned from.
         added: parameters that were trained.
-        seconds: of training.
-        base_seconds: of the base's features of these frames; 0 where none are used.
+        seconds: of training, without the base's features.
     """
 
     method: str
@@ -156,14 +146,12 @@ class Moves(Dataset[Any]):
 def cells(settings: Settings, size: int) -> Iterator[Cell]:
     """The runs, seed by seed, with pictures of a size."""
     s = settings
+    shared = {f.name: getattr(s, f.name) for f in fields(Learning)}
     for seed in range(s.seeds):
         for count in s.trajectories:
             for method in s.methods:
-                yield Cell(
-                    method, count, seed, size, s.env, s.data, str(Path(s.out) / f"{method}-{count}-{seed}"), s.base, s.base_weights,
-                    s.side, s.side_width, s.init, s.merge, s.steps, s.batch, s.lr, test_episodes=s.test_episodes,
-                    test_split=s.test_split, precision=s.precision, cache=s.cache, progress=s.progress,
-                )  # fmt: skip
+                out = str(Path(s.out) / f"{method}-{count}-{seed}")
+                yield Cell(method=method, trajectories=count, seed=seed, size=size, out=out, **shared)
 
 
 def run(settings: Settings) -> list[Result]:

@@ -24,7 +24,7 @@ from sidetuning.artifacts import atomic_write, write_json
 from sidetuning.base import Base, load_base
 from sidetuning.errors import SideTuningError
 from sidetuning.integrations.sb3 import CODE, IMAGE, SideTunedExtractor, VecBaseFeatures
-from sidetuning.scenarios.rl import FREE, RECENT, Cell, Result
+from sidetuning.scenarios.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
 from sidetuning.scenarios.runs import Run
 from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world, wilson
 
@@ -132,7 +132,7 @@ class Curve(BaseCallback):
     def _on_rollout_start(self) -> None:  # after the update from the rollout before
         if self._rollouts:
             self._tick()
-            if self._rollouts % self.cell.save_every == 0:
+            if self._rollouts % SAVE_EVERY == 0:
                 save_state(self.model, self.folder.resume("ppo"), self.seconds, self.passes)  # type: ignore[arg-type]
 
     def _on_rollout_end(self) -> None:

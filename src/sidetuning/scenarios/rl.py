@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +19,16 @@ from sidetuning.scenarios.runs import Run
 
 METHODS = ("sidetune", "features", "finetune", "scratch")
 RECENT = 100  # episodes that a point of a learning curve averages
-FREE = ("out", "progress", "save_every")  # of a cell
+FREE = ("out", "progress")  # of a cell
+SAVE_EVERY = 10  # rollouts between two saves
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run: a method and a seed."""
-
-    method: str
-    seed: int
-    env: str
-    steps: int
-    out: str
-    base: str = "resnet-doom-curvature"
-    side: str = "fcn5"
-    side_width: float = 0.25
-    merge: str = "alpha"
-    init: str | None = "distilled"
-    size: int = 64
-    envs: int = 8
-    rollout: int = 256
-    batch: int = 256
-    passes: int = 4
-    lr: float = 2.5e-4
-    entropy: float = 0.01
-    reward_scale: float = 0.1
-    cached: bool = True
-    test_episodes: int = 100
-    save_every: int = 10
-    progress: bool = True
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Learn to walk in Doom by PPO (stable-baselines3) with four encoders; the same command run again goes on where it stopped."""
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What all runs of a comparison share."""
 
     env: str = "doom-home"
     """doom-home (ViZDoom's my_way_home), doom-pointnav, doom-explore, or habitat:CONFIG."""
-    out: str = "runs/rl"
-    """Folder of the runs."""
-    methods: tuple[str, ...] = METHODS
-    """sidetune; features, the base alone; finetune, a tuned copy of the base; scratch, the side alone from random weights."""
-    seeds: int = 3
-    """Runs of every method, with seeds 0, 1, …"""
     steps: int = 100_000
     """Steps of the environments, all together."""
     base: str = "resnet-doom-curvature"
@@ -98,6 +65,27 @@ class Settings:
     """Show progress bars."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(Learning):
+    """Learn to walk in Doom by PPO (stable-baselines3) with four encoders; the same command run again goes on where it stopped."""
+
+    out: str = "runs/rl"
+    """Folder of the runs."""
+    methods: tuple[str, ...] = METHODS
+    """sidetune; features, the base alone; finetune, a tuned copy of the base; scratch, the side alone from random weights."""
+    seeds: int = 3
+    """Runs of every method, with seeds 0, 1, …"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Learning):
+    """One run: a method and a seed."""
+
+    method: str
+    seed: int
+    out: str
+
+
 @dataclass(frozen=True)
 class Result:
     """A learning curve and what the agent came to.
@@ -130,10 +118,10 @@ class Result:
 def cells(settings: Settings) -> Iterator[Cell]:
     """The runs, seed by seed."""
     s = settings
-    shared = {k: v for k, v in asdict(s).items() if k in Cell.__dataclass_fields__ and k != "out"}
+    shared = {f.name: getattr(s, f.name) for f in fields(Learning)}
     for seed in range(s.seeds):
         for method in s.methods:
-            yield Cell(method, seed, out=str(Path(s.out) / f"{method}-{seed}"), **shared)
+            yield Cell(method=method, seed=seed, out=str(Path(s.out) / f"{method}-{seed}"), **shared)
 
 
 def run(settings: Settings) -> list[Result]:
