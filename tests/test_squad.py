@@ -17,6 +17,7 @@ import sidetuning as st
 from sidetuning.data import squad_metric
 from sidetuning.data.squad import Question, best_answers, make_windows, read_questions
 from sidetuning.errors import CacheError, DataError, ShapeError
+from sidetuning.methods.method import load_method
 from sidetuning.token_cache import ByLength, CachedTokens, cache_tokens, token_cache_bytes
 
 transformers = pytest.importorskip("transformers")
@@ -501,6 +502,27 @@ def test_a_side_learns_to_answer_and_can_be_asked(data, encoder, tmp_path):
             arguments,
             done.stderr,
         )
+
+
+def test_a_distilled_side_starts_near_the_base(data, encoder, tmp_path):
+    from sidetuning.scenarios import squad as scenario
+
+    settings = scenario.Settings(
+        data=str(data), base=f"hf:{encoder}", out=str(tmp_path / "run"), length=48, stride=8, width=32, epochs=0.1, lr=1e-6,
+        test_questions=3, init="distilled", distill_epochs=8, cache=str(tmp_path / "cache"), progress=False,
+    )  # fmt: skip
+    assert scenario.run(settings).seconds > 0
+    base = st.load_base(settings.base, taps=scenario.taps_of(settings))
+    (tmp_path / "run" / "side.safetensors").unlink()  # what was learned is all in the task
+    method = load_method(tmp_path / "run" / "tasks", base)
+    texts = Lines(vocabulary=40).batch([0, 1, 2])
+    features, real = base(texts), texts["attention_mask"] > 0
+    fresh = st.SideTuner(base)
+    fresh.add_task("a", side="slim", side_options={"width": 32, "layers": 4}, head="identity")
+    trained = method.model["squad"].side_output(texts, features)
+    built = fresh["a"].side_output(texts, features)
+    near, far = ((out - features.out)[real].square().mean().item() for out in (trained, built))
+    assert near < 0.5 * far and near < features.out[real].var()
 
 
 @pytest.mark.parametrize("method", ["sidetune", "ladder", "features", "finetune", "scratch", "lora"])

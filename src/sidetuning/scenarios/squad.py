@@ -14,17 +14,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sidetuning.artifacts import write_json
+from sidetuning.artifacts import atomic_write, write_json
 from sidetuning.base import Base, load_base
 from sidetuning.data import squad_metric
 from sidetuning.data.squad import Prediction, Questions, Windows, best_answers, make_windows, read_questions
+from sidetuning.distill import distill
 from sidetuning.errors import SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.scenarios.runs import Run
 from sidetuning.token_cache import EMBEDDINGS, ByLength, cache_tokens, token_loader
+from sidetuning.training import seeded
+from sidetuning.tuner import SideTuner
 
 TASK = "squad"
 Name = Literal["sidetune", "ladder", "features", "finetune", "scratch", "lora"]
@@ -54,6 +58,10 @@ class Settings:
     """Of the ladder: how many layers of the base it reads, spread evenly, the embeddings not counted."""
     merge: str = "alpha"
     """How base and side are fused."""
+    init: Literal["as-built", "xavier", "low-energy", "zero", "distilled"] = "as-built"
+    """How the side starts; distilled: it imitates the base on the training windows first."""
+    distill_epochs: float = 1.0
+    """Passes of that imitation."""
     rank: int = 8
     """Of lora."""
     epochs: float = 2.0
@@ -92,7 +100,7 @@ class Result:
         scores: the official metric on the test questions, in %; see `data.squad_metric.Scores`.
         added: parameters that were trained.
         shared: parameters of the base.
-        steps, seconds: of training, without the base's features.
+        steps, seconds: of training; the seconds include those of distilling the side, and not the base's features.
         base_seconds: of the base's features of the training windows; 0 where they were there, or none are used.
         seconds_per_1000: of answering 1,000 test questions, base included where it is run.
         memory_mb: the most memory while training above what there was before, in MB.
@@ -158,6 +166,10 @@ def run(settings: Settings) -> Result:
         steps, s.lr or rate_of(s.method), s.weight_decay, 1.0, optimizer=torch.optim.AdamW, scheduler=linear_decay, seed=s.seed,
         precision=s.precision,
     )  # fmt: skip
+    imitated = 0.0
+    if s.init == "distilled" and s.method in ("sidetune", "ladder"):
+        weights, imitated = imitate(s, base, data, windows, folder)
+        method = build_method(s, base, weights)
     before = memory_mb()
     learned = method.learn(
         Task(TASK, "span", span_loss, seed=s.seed), token_loader(data, windows.lengths(), s.batch), recipe,
@@ -175,11 +187,12 @@ def run(settings: Settings) -> Result:
     )
     final = Result(
         s.method, s.seed, {k: v for k, v in result["scores"].items() if v == v}, len(train), len(test), method.added(TASK), base.parameter_count(),
-        method.alpha(TASK), steps, learned.seconds, base_seconds, result["seconds"] / len(test) * 1000, above,
+        method.alpha(TASK), steps, learned.seconds + imitated, base_seconds, result["seconds"] / len(test) * 1000, above,
         {**problems, **result["problems"]}, {k: v for k, v in asdict(s).items() if k not in FREE},
     )  # fmt: skip
     write_json(file, asdict(final))
     folder.done(TASK)
+    folder.done("imitation")
     return final
 
 
@@ -207,21 +220,48 @@ def layers_of(base: Base) -> list[str]:
     return [f"{name}.{i}" for i in range(len(longest))]
 
 
-def build_method(settings: Settings, base: Base) -> Method:
-    """The method that the settings name, without its task."""
+def build_method(settings: Settings, base: Base, weights: Path | None = None) -> Method:
+    """The method that the settings name, without its task; `weights` are those that its side starts with."""
     s = settings
-    if s.method == "sidetune":
-        options: dict[str, Any] = {
-            "side": s.side,
-            "merge": s.merge,
-            "side_options": {"width": s.width, "layers": s.layers},
-        }
-    elif s.method == "ladder":
-        options = {"side": "ladder", "merge": s.merge, "side_options": {"width": s.width}}
+    if s.method in ("sidetune", "ladder"):
+        side, side_options = side_of(s)
+        init = str(weights) if weights else s.init if s.init in ("xavier", "low-energy", "zero") else None
+        options: dict[str, Any] = {"side": side, "merge": s.merge, "side_options": side_options, "init": init}
     else:
         options = {"rank": s.rank} if s.method == "lora" else {}
     name = {"ladder": "sidetune", "finetune": "independent"}.get(s.method, s.method)
     return METHODS.build(name, base, options=options)
+
+
+def side_of(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Name and options of the side."""
+    s = settings
+    return ("ladder", {"width": s.width}) if s.method == "ladder" else (s.side, {"width": s.width, "layers": s.layers})
+
+
+def imitate(settings: Settings, base: Base, data: Any, windows: Windows, folder: Run) -> tuple[Path, float]:
+    """Train a side to return the base's own code (the paper's initialisation); the file of its weights, and the seconds."""
+    s = settings
+    side, options = side_of(s)
+    model = SideTuner(base)
+    with seeded(s.seed):
+        branch = model.add_task("imitation", side=side, side_options=options, head="identity")
+    steps = max(1, round(s.distill_epochs * len(windows) / s.batch))
+    found = distill(
+        model, "imitation", token_loader(data, windows.lengths(), s.batch), steps=steps, loss=code_distance, seed=s.seed,
+        resume=folder.resume("imitation"), progress=s.progress,
+    )  # fmt: skip
+    file = folder.folder / "side.safetensors"
+    assert branch.side is not None
+    with atomic_write(file) as temporary:
+        save_file(branch.side.state_dict(), temporary)
+    return file, found.seconds
+
+
+def code_distance(side: Tensor, base: Tensor) -> Tensor:
+    """Mean square over the real tokens: cached features of padding are 0."""
+    real = base.abs().sum(-1) > 0
+    return (side - base).square().mean(-1)[real].mean()
 
 
 def rate_of(method: str) -> float:
