@@ -384,3 +384,37 @@ def test_a_clone_beats_chance(tmp_path):
     shuffled = [np.diff([rng.permutation(both)[:30].mean(), both.mean()])[0] for _ in range(2000)]
     gained = both.mean() - np.mean(clone)
     assert np.mean(np.array(shuffled) <= gained) < 0.01, (np.mean(clone), np.mean(chance))
+
+
+def test_a_killed_learner_goes_on(tmp_path):
+    import time
+
+    (tmp_path / "nav.yaml").write_text("")
+    arguments = (
+        "rl", "--env", "habitat:nav.yaml", "--out", "rl", "--methods", "features", "--seeds", "1", "--steps", "3200", "--envs", "2",
+        "--rollout", "16", "--batch", "32", "--size", "32", "--test-episodes", "2", "--no-progress",
+    )  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), *sys.path]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "sidetuning.cli", *arguments], cwd=tmp_path, env=env)
+    saved = tmp_path / "rl" / "features-0" / "resume" / "ppo.pt"
+    until = time.monotonic() + 120
+    while not saved.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.wait(30)
+    state = torch.load(saved, weights_only=True)
+    assert 0 < state["steps"] < 3200 and state["steps"] % 320 == 0
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "rl" / "features-0" / "result.json").read_text())
+    steps = [row["steps"] for row in result["curve"]]
+    assert steps == sorted(set(steps)) and steps[-1] == 3200
+    assert 3200 < result["base_passes"] < 2 * 3200  # those before the kill are counted
+    assert not saved.exists()
+    (tmp_path / "rl" / "features-0" / "result.json").unlink()
+    saved.parent.mkdir(exist_ok=True)
+    saved.write_bytes(b"damaged")
+    done = run(tmp_path, *arguments)
+    assert (
+        done.returncode == 1 and "delete it to begin this run again" in done.stderr and "Traceback" not in done.stderr
+    )

@@ -28,6 +28,8 @@ from sidetuning.scenarios.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
 from sidetuning.scenarios.runs import Run
 from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world, wilson
 
+SEEDS = 1000  # between two runs: the environments of one have successive seeds
+
 
 def one(cell: Cell) -> Result:
     """The result of a cell: read where it is there, else learned and tested; a run that was stopped goes on from its last save."""
@@ -76,14 +78,11 @@ def training_env(cell: Cell) -> VecEnv:
     """Environments side by side, with the base's features where the method uses them."""
     c = cell
 
-    def make(k: int) -> Any:
-        world = make_world(c.env, "train", c.size)
-        world.reset(seed=1000 * c.seed + k)
-        return TransformReward(
-            Monitor(world), lambda reward: c.reward_scale * float(reward)
-        )  # the monitor sees the true one
+    def make() -> Any:
+        monitored = Monitor(make_world(c.env, "train", c.size))  # it sees the true rewards
+        return TransformReward(monitored, lambda reward: c.reward_scale * float(reward))
 
-    env: VecEnv = DummyVecEnv([partial(make, k) for k in range(c.envs)])
+    env: VecEnv = DummyVecEnv([make] * c.envs)
     if c.cached and c.method in ("sidetune", "features"):
         env = VecBaseFeatures(env, base_of(c.base, c.size))
     return env
@@ -93,16 +92,11 @@ def build(cell: Cell, env: VecEnv) -> PPO:
     """The learner."""
     c = cell
     options = {"side_options": {"width": c.side_width}} if c.side in ("fcn5", "copy") else {}
-    extractor = {
-        "base": partial(base_of, c.base, c.size),
-        "method": c.method,
-        "side": c.side,
-        "merge": c.merge,
-        "init": c.init,
-    }
+    base = partial(base_of, c.base, c.size)
+    extractor = {"base": base, "method": c.method, "side": c.side, "merge": c.merge, "init": c.init}
     return PPO(
         "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,
-        gae_lambda=0.95, ent_coef=c.entropy, clip_range=0.2, seed=c.seed, device="cpu" if not torch.cuda.is_available() else "auto",
+        gae_lambda=0.95, ent_coef=c.entropy, clip_range=0.2, seed=SEEDS * c.seed, device="cpu" if not torch.cuda.is_available() else "auto",
         policy_kwargs={"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": {**extractor, **options}, "net_arch": [64]},
     )  # fmt: skip
 
@@ -162,7 +156,7 @@ class Curve(BaseCallback):
     @property
     def passes(self) -> int:
         """Pictures that the base has seen."""
-        return self.passes_before + int(getattr(self.training_env.unwrapped, "passes", 0))
+        return self.passes_before + int(getattr(self.training_env, "passes", 0))
 
 
 def save_state(model: PPO, file: Path, seconds: float, passes: int) -> None:
