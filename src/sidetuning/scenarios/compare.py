@@ -46,6 +46,8 @@ class Settings:
     dense laterals, what is heard (base, side, or both), the share of the training data, or boosting against bigger sides."""
     methods: tuple[str, ...] = ()
     """Methods of the grids methods, order and data; by default those that the grid is about."""
+    shares: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Parts of the training data, of the grid data."""
     seeds: int = 3
     """Runs of every cell, with seeds 0, 1, …"""
     data: str | None = None
@@ -97,7 +99,7 @@ class Cell:
 def cells(s: Settings) -> Iterator[Cell]:
     """The runs of the grid, seed by seed, so that an interrupted grid has whole seeds."""
     for seed in range(s.seeds):
-        for variant, settings in GRIDS[s.grid](common(s, seed), s.methods):
+        for variant, settings in GRIDS[s.grid](common(s, seed), s):
             whole = not METHODS[settings.method].uses_features  # type: ignore[attr-defined]
             name = folder_name(settings.method, variant, seed)
             precision = s.precision if whole or s.scenario == "itaskonomy" else "no"
@@ -126,28 +128,28 @@ def folder_name(*parts: object) -> str:
 Variants = Iterator[tuple[str, Any]]
 
 
-def methods_grid(common: Any, methods: Sequence[str]) -> Variants:
+def methods_grid(common: Any, s: Settings) -> Variants:
     """Every method at the same budget."""
     names = ("sidetune", "features", "independent", "finetune", "ewc", "psp", "pnn", "scratch")
     more = ("residual-adapter", "lora", "piggyback", "boosting") if isinstance(common, icifar.Settings) else ()
-    for method in methods or (*names, *more):
+    for method in s.methods or (*names, *more):
         yield "", replace(common, method=method)
 
 
-def merge_grid(common: Any, methods: Sequence[str]) -> Variants:
+def merge_grid(common: Any, s: Settings) -> Variants:
     """Every merge operator."""
     for merge in MERGES:
         yield f"merge={merge}", replace(common, merge=merge)
 
 
-def init_grid(common: Any, methods: Sequence[str]) -> Variants:
+def init_grid(common: Any, s: Settings) -> Variants:
     """How the side starts; "copy" is a copy of the base, slimmed to a quarter of its width, as the side."""
     for init in ("distilled", "low-energy", "zero", "xavier"):
         yield f"init={init}", replace(common, init=common.init if init == "distilled" else init)
     yield "init=copy", replace(common, side="copy", side_width=0.25, init=None)
 
 
-def side_grid(common: Any, methods: Sequence[str]) -> Variants:
+def side_grid(common: Any, s: Settings) -> Variants:
     """Sides of growing size, all from random weights, since distilled ones ship for fcn4 alone."""
     for side in ("fcn4", "fcn5", "fcn8"):
         yield f"side={side}", replace(common, side=side, init=None)
@@ -155,9 +157,9 @@ def side_grid(common: Any, methods: Sequence[str]) -> Variants:
         yield f"side=copy, width={width}", replace(common, side="copy", side_width=width, init=None)
 
 
-def order_grid(common: Any, methods: Sequence[str]) -> Variants:
+def order_grid(common: Any, s: Settings) -> Variants:
     """Label order and two random orders of the tasks."""
-    for method in methods or ("sidetune", "finetune"):
+    for method in s.methods or ("sidetune", "finetune"):
         for order in (None, 1, 2):
             yield (
                 f"order={'label' if order is None else f'random {order}'}",
@@ -165,27 +167,27 @@ def order_grid(common: Any, methods: Sequence[str]) -> Variants:
             )
 
 
-def dense_grid(common: Any, methods: Sequence[str]) -> Variants:
+def dense_grid(common: Any, s: Settings) -> Variants:
     """With and without the sides of earlier tasks."""
     for merge in ("alpha", "mlp2"):
         for dense in (False, True):
             yield f"merge={merge}{', dense' if dense else ''}", replace(common, merge=merge, dense=dense)
 
 
-def base_grid(common: Any, methods: Sequence[str]) -> Variants:
+def base_grid(common: Any, s: Settings) -> Variants:
     """The base alone, the side alone, and both."""
     for name, merge in (("base alone", "base-only"), ("side alone", "side-only"), ("base and side", "mlp2")):
         yield name, replace(common, merge=merge)
 
 
-def data_grid(common: Any, methods: Sequence[str]) -> Variants:
-    """1, 10 and 100 % of each task's images, at the same number of steps: who overfits?"""
-    for method in methods or ("sidetune", "features", "independent", "finetune"):
-        for share in (0.01, 0.1, 1.0):
+def data_grid(common: Any, s: Settings) -> Variants:
+    """A part of each task's images, 1, 10 and 100 %, at the same number of steps: who overfits?"""
+    for method in s.methods or ("sidetune", "features", "independent", "finetune"):
+        for share in s.shares:
             yield f"data={share:.0%}", replace(common, method=method, share=share)
 
 
-def boosting_grid(common: Any, methods: Sequence[str]) -> Variants:
+def boosting_grid(common: Any, s: Settings) -> Variants:
     """Several small sides, one after another, against one bigger side."""
     for stages in (1, 2, 3):
         yield f"stages={stages}", replace(common, method="boosting", stages=stages)
@@ -193,7 +195,7 @@ def boosting_grid(common: Any, methods: Sequence[str]) -> Variants:
     yield "side=copy, width=0.5", replace(common, side="copy", side_width=0.5, init=None)
 
 
-GRIDS: dict[str, Callable[[Any, Sequence[str]], Variants]] = {
+GRIDS: dict[str, Callable[[Any, Settings], Variants]] = {
     "methods": methods_grid, "merge": merge_grid, "init": init_grid, "side": side_grid, "order": order_grid,
     "dense": dense_grid, "base": base_grid, "data": data_grid, "boosting": boosting_grid,
 }  # fmt: skip
@@ -213,7 +215,7 @@ def run(settings: Settings) -> list[RunResult]:
     base = load_base(todo[0].settings.base, weights=todo[0].settings.base_weights)
     for method in {cell.settings.method for cell in todo}:  # a package that is missing is said before hours of work
         todo[0].scenario.build_method(replace(todo[0].settings, method=method, init=None), base)
-    Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods"))
+    Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods", "shares"))
     results: list[RunResult] = []
     bar = tqdm(total=sum(cell.tasks for cell in todo), unit="task", dynamic_ncols=True)
     with bar:
