@@ -1,4 +1,4 @@
-"""Imitation and reinforcement learning in Doom, recorded: `python benchmarks/agents.py imitation|rl …`.
+"""Imitation and reinforcement learning in Doom, recorded: `python benchmarks/agents.py imitation|rl|speed …`.
 
 A run that was stopped goes on; `--table` prints the tables from the recorded results.
 """
@@ -6,6 +6,7 @@ A run that was stopped goes on; `--table` prints the tables from the recorded re
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
@@ -35,7 +36,23 @@ class Rl(rl.Settings):
     """Only print the table."""
 
 
-Command = Annotated[Imitation, tyro.conf.subcommand("imitation")] | Annotated[Rl, tyro.conf.subcommand("rl")]
+@dataclass(frozen=True)
+class Speed:
+    """Steps per second and base passes of PPO, with the base's features computed once and in every pass, recorded as rl-speed.json."""
+
+    steps: int = 4096
+    """Of each run."""
+    passes: int = 10
+    """Over each rollout; ten is stable-baselines3's default."""
+    rounds: int = 3
+    """Interleaved."""
+
+
+Command = (
+    Annotated[Imitation, tyro.conf.subcommand("imitation")]
+    | Annotated[Rl, tyro.conf.subcommand("rl")]
+    | Annotated[Speed, tyro.conf.subcommand("speed")]
+)
 
 
 def run_imitation(s: Imitation) -> str:
@@ -59,6 +76,37 @@ def run_rl(s: Rl) -> str:
     return rl.table([rl.Result(**r) for r in content["results"]])
 
 
+def run_speed(s: Speed) -> str:
+    """Record, and what was measured."""
+    from sidetuning.scenarios import ppo
+
+    found: dict[str, list[dict[str, float]]] = {"once": [], "every pass": []}
+    for _ in range(s.rounds):
+        for name, rows in found.items():
+            cell = rl.Cell(
+                method="sidetune", seed=0, out="", steps=s.steps, passes=s.passes, cached=name == "once", progress=False
+            )
+            env = ppo.training_env(cell)
+            try:
+                agent = ppo.build(cell, env)
+                seen = [0]
+                base = env.base if name == "once" else agent.policy.features_extractor.base  # type: ignore[attr-defined]
+                hook = base.net.register_forward_hook(
+                    lambda _m, _i, out, seen=seen: seen.__setitem__(0, seen[0] + len(out))
+                )
+                started = time.perf_counter()
+                agent.learn(s.steps)
+                rows.append({"steps_per_second": s.steps / (time.perf_counter() - started), "base_passes": seen[0]})
+                hook.remove()
+            finally:
+                env.close()
+    record("rl-speed", {"steps": s.steps, "passes": s.passes, **found})
+    return json.dumps(found, indent=2)
+
+
 if __name__ == "__main__":
     settings = tyro.cli(Command, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))  # type: ignore[arg-type]
-    print(run_imitation(settings) if isinstance(settings, Imitation) else run_rl(settings))
+    if isinstance(settings, Speed):
+        print(run_speed(settings))
+    else:
+        print(run_imitation(settings) if isinstance(settings, Imitation) else run_rl(settings))
