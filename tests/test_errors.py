@@ -360,3 +360,19 @@ def test_folders_of_image_files_are_data_too(tmp_path: Path) -> None:
 def test_every_error_is_of_the_library() -> None:
     for error in (st.UnknownNameError, st.ShapeError, st.TaskError, st.ArtifactError, st.CacheError, st.DataError, st.TrainingError):  # fmt: skip
         assert issubclass(error, st.SideTuningError)
+
+
+def test_a_start_that_failed_does_not_hold_the_folder(tmp_path: Path) -> None:
+    """A mistake in the settings is mended in the same folder; what has begun refuses other settings."""
+    from sidetuning.scenarios.icifar import Settings
+    from sidetuning.scenarios.runs import Run
+
+    Run(tmp_path, "icifar", Settings(merge="alhpa"))
+    run = Run(tmp_path, "icifar", Settings(merge="alpha"))
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["merge"] == "alpha"
+    run.append({"task": "a"})
+    Run(tmp_path, "icifar", Settings(merge="alpha"))
+    with pytest.raises(st.SideTuningError, match=r"other settings: merge 'alpha' \(now 'mlp2'\)"):
+        Run(tmp_path, "icifar", Settings(merge="mlp2"))
+    with pytest.raises(st.SideTuningError, match="holds a run of icifar"):
+        Run(tmp_path, "squad", Settings(merge="alpha"))

@@ -357,11 +357,11 @@ def test_batches_of_similar_lengths():
     assert [lengths[b].max() for b in batches] != sorted(lengths[b].max() for b in batches)
 
 
-@pytest.mark.parametrize("side", ["slim", "convolutional", "ladder"])
+@pytest.mark.parametrize("side", ["slim", "convolutional", "ladder", "top"])
 def test_padding_and_companions_never_matter(base, side):
     model = st.SideTuner(base)
     with st.seeded(0):
-        model.add_task("qa", side=side, head="span", side_options={"width": 16})
+        model.add_task("qa", side=side, head="span", side_options={} if side == "top" else {"width": 16})
     texts = Lines()
     with torch.no_grad():
         alone = model(texts.batch([4]), "qa")[0]
@@ -387,6 +387,28 @@ def test_sides_for_texts_say_what_they_need(encoder):
         tapped.add_task("qa", side="slim", head="span", side_options={"width": 10})
     with pytest.raises(ShapeError, match="make it odd"):
         tapped.add_task("qa", side="convolutional", head="span", side_options={"kernel": 4})
+    highest = st.SideTuner(st.load_base(f"hf:{encoder}", taps=["encoder.layer.2"]))
+    for model in (plain, highest):  # nothing to copy from, and nothing left to copy
+        with pytest.raises(ShapeError, match=r"layers above the last tap.*'encoder\.layer\.1'"):
+            model.add_task("qa", side="top", head="span")
+    with pytest.raises(ShapeError, match="no text encoder"):
+        st.SideTuner(st.load_base("resnet44-cifar10")).add_task("qa", side="top", head=3)
+
+
+@pytest.mark.parametrize(("tap", "layers"), [("embeddings", 3), ("encoder.layer.0", 2), ("encoder.layer.1", 1)])
+def test_the_top_starts_as_the_base(encoder, tap, layers):
+    base = st.load_base(f"hf:{encoder}", taps=[tap])
+    model = st.SideTuner(base)
+    branch = model.add_task("qa", side="top", head="identity")
+    batch = Lines().batch([0, 4, 9])
+    features, real = base(batch), batch["attention_mask"] > 0
+    assert torch.equal(branch.side_output(batch, features)[real], features.out[real])
+    layer = sum(p.numel() for p in base.net.encoder.layer[0].parameters())
+    assert sum(p.numel() for p in branch.side.parameters()) == layers * layer  # no table of embeddings, no pooler
+    before = base.fingerprint()
+    st.fit(model, "qa", [{**batch, "labels": features.out}], steps=2, lr=0.1, loss=lambda out, y: (out - y - 1).square().mean(), progress=False)  # fmt: skip
+    assert base.fingerprint() == before and torch.equal(base(batch).out, features.out)
+    assert not torch.equal(branch.side_output(batch, features)[real], features.out[real])
 
 
 def test_two_tasks_of_texts_share_one_base_pass(base, monkeypatch):
@@ -525,19 +547,20 @@ def test_a_distilled_side_starts_near_the_base(data, encoder, tmp_path):
     assert near < 0.5 * far and near < features.out[real].var()
 
 
-@pytest.mark.parametrize("method", ["sidetune", "ladder", "features", "finetune", "scratch", "lora"])
+@pytest.mark.parametrize("method", ["sidetune", "top", "ladder", "features", "finetune", "scratch", "lora"])
 def test_every_method_reads(data, encoder, tmp_path, method):
     if method == "lora":
         pytest.importorskip("peft")
     from sidetuning.scenarios import squad as scenario
 
     settings = scenario.Settings(
-        data=str(data), base=f"hf:{encoder}", method=method, out=str(tmp_path / "run"), length=48, stride=8, width=16, epochs=0.2,
-        questions=120, test_questions=12, cache=str(tmp_path / "cache"), progress=False,
+        data=str(data), base=f"hf:{encoder}", method="sidetune" if method == "top" else method, out=str(tmp_path / "run"), length=48,
+        stride=8, width=16, epochs=0.2, questions=120, test_questions=12, cache=str(tmp_path / "cache"), progress=False,
+        side="top" if method == "top" else "slim", layers=1,
     )  # fmt: skip
     result = scenario.run(settings)
     assert result.questions == 120 and result.test_questions == 12 and 0 <= result.scores["f1"] <= 100
     assert result.added > 0 and result.steps == round(0.2 * 120 / 16)
-    assert (result.alpha is not None) == (method in ("sidetune", "ladder"))
+    assert (result.alpha is not None) == (method in ("sidetune", "top", "ladder"))
     sizes = {"features": 66, "finetune": result.shared + 66}
     assert result.added == sizes.get(method, result.added)

@@ -1,4 +1,4 @@
-"""Base features of texts, computed once: a memory-mapped cache of real tokens, without padding.
+"""Base features of texts, computed once: a cache on disk of real tokens, without padding.
 
 As `cache`, but for bases whose input is a mapping of token ids of different lengths. Layout: `<root>/<key>/` with one flat file per
 field (`out`, `tap.<name>`), all tokens of all texts one after another, `done/<chunk>` markers and `meta.json`, written last.
@@ -22,10 +22,10 @@ from sidetuning.artifacts import write_json
 from sidetuning.base import Base, Features
 from sidetuning.cache import Field, allocate, cache_key, disk_errors, put
 from sidetuning.errors import CacheError, ShapeError
+from sidetuning.sides.top import EMBEDDINGS
 
 FORMAT_VERSION = 1
 CHUNK = 512  # texts between two markers
-EMBEDDINGS = "embeddings"  # a tap that is a table look-up: it is never stored
 
 
 class Texts(Protocol):
@@ -65,12 +65,11 @@ class CachedTokens(Dataset[Any]):
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{folder}/meta.json cannot be read ({error}); delete {folder} and cache again") from error
         self._starts = np.concatenate([[0], np.cumsum(texts.lengths())])
-        self._arrays = {}
+        self._fields = fields
         for name, f in fields.items():
             file = folder / name
             if not file.exists() or file.stat().st_size != int(self._starts[-1]) * f.bytes:
                 raise CacheError(f"{file} is missing or has the wrong size; delete {folder} and cache again")
-            self._arrays[name] = np.memmap(file, f.dtype, "r", shape=(int(self._starts[-1]), *f.shape))
         self.taps = [name[4:] for name in fields if name.startswith("tap.")]
         self._embeddings = _embeddings(base)
 
@@ -86,11 +85,14 @@ class CachedTokens(Dataset[Any]):
         return inputs, Features(self._read("out", rows, longest), taps), self.labels[list(rows)]
 
     def _read(self, name: str, rows: Sequence[int], longest: int) -> Tensor:
-        array = self._arrays[name]
-        out = torch.zeros(len(rows), longest, *array.shape[1:])
+        f = self._fields[name]
+        size = int(np.prod(f.shape))
+        out = torch.zeros(len(rows), longest, *f.shape)
         for k, row in enumerate(rows):
-            part = array[self._starts[row] : self._starts[row + 1]]
-            out[k, : len(part)] = torch.from_numpy(part.astype(np.float32))
+            first, last = int(self._starts[row]), int(self._starts[row + 1])
+            # read, not mapped: the pages of a map would count as this process's memory
+            part = np.fromfile(self.folder / name, f.dtype, (last - first) * size, offset=first * f.bytes)
+            out[k, : last - first] = torch.from_numpy(part.astype(np.float32)).view(-1, *f.shape)
         return out
 
 

@@ -52,7 +52,7 @@ class EWC(FineTune):
         self.register_buffer("centre", torch.zeros(size))
 
     def penalty(self) -> Tensor | float:
-        if not self.precision.any():
+        if len(self.tasks) < 2:  # the first task has none to keep
             return 0.0
         distance = flat(self.trunk.parameters()) - self.centre
         return float(self.options["coefficient"]) * (self.precision * distance**2).sum()

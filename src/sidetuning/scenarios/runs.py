@@ -44,9 +44,9 @@ class Run:
                 f"{folder} cannot be written to ({error.strerror}); choose another folder with --out"
             ) from error
         file = self.folder / "run.json"
-        if file.exists():
+        if any(other != file for other in self.folder.iterdir()) and file.exists():
             self._check(file, scenario, wanted)
-        else:
+        else:  # what failed before it began, by a mistake in its settings, may be begun again with others
             versions = {name: version(name) for name in ("sidetuning", "torch", "numpy", "accelerate")}
             versions["python"] = platform.python_version()
             content = {"scenario": scenario, "settings": wanted, "versions": versions, "command": sys.argv}

@@ -26,7 +26,8 @@ from sidetuning.distill import distill
 from sidetuning.errors import SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.scenarios.runs import Run
-from sidetuning.token_cache import EMBEDDINGS, ByLength, cache_tokens, token_loader
+from sidetuning.sides.top import EMBEDDINGS, layers_of
+from sidetuning.token_cache import ByLength, cache_tokens, token_loader
 from sidetuning.training import seeded
 from sidetuning.tuner import SideTuner
 
@@ -49,11 +50,11 @@ class Settings:
     method: Name = "sidetune"
     """sidetune (a slim side on the embeddings), ladder (a block per tapped layer), features (the head alone), finetune, scratch, lora."""
     side: str = "slim"
-    """Of sidetune: slim or convolutional."""
+    """Of sidetune: slim, convolutional, or top (a copy of the base's last --layers layers)."""
     width: int = 96
     """Of the side."""
     layers: int = 4
-    """Of the sides slim and convolutional."""
+    """Of the sides slim, convolutional and top."""
     rungs: int = 3
     """Of the ladder: how many layers of the base it reads, spread evenly, the embeddings not counted."""
     merge: str = "alpha"
@@ -145,11 +146,10 @@ def span_loss(scores: Tensor, labels: Tensor) -> Tensor:
 def run(settings: Settings) -> Result:
     """Learn, answer the test questions, and write `result.json`, `predictions.json` and `null_odds.json` (the official formats)."""
     s = settings
-    file = Path(s.out) / "result.json"
-    if (Path(s.out) / "run.json").exists():
-        Run(s.out, "squad", s, free=FREE)  # refuses other settings
-        if file.exists():
-            return Result(**json.loads(file.read_text()))
+    folder = Run(s.out, "squad", s, free=FREE)
+    file = folder.folder / "result.json"
+    if file.exists():
+        return Result(**json.loads(file.read_text()))
     if not s.base.startswith("hf:"):
         raise SideTuningError(f"texts need an encoder of transformers as base, hf:NAME or hf:FOLDER, not {s.base}")
     base, tokenizer = load_base(s.base, taps=taps_of(s)), load_tokenizer(s.base)
@@ -157,7 +157,6 @@ def run(settings: Settings) -> Result:
     train, test = read_questions(s.data, "train", s.questions), read_questions(s.data, "dev", s.test_questions)
     windows = make_windows(train.items, tokenizer, s.length, s.stride)
     problems = {f"train: {k}": v for k, v in {**train.problems, **windows.problems}.items()}
-    folder = Run(s.out, "squad", s, free=FREE)  # only now: a mistake in the settings leaves no folder behind
     started = time.perf_counter()
     data = prepare(s, base, windows)
     base_seconds = time.perf_counter() - started if s.method in CACHED else 0.0
@@ -197,27 +196,20 @@ def run(settings: Settings) -> Result:
 
 
 def taps_of(settings: Settings) -> list[str]:
-    """The inner activations that the side reads: of the base the embeddings, for the ladder some of its layers too."""
+    """The inner activations that the side reads: its embeddings; for the ladder some of its layers too, for the top the layer below it."""
     s = settings
     if s.method not in ("sidetune", "ladder"):
         return []
-    if s.method == "sidetune":
+    if s.method == "sidetune" and s.side != "top":
         return [EMBEDDINGS]
-    layers = layers_of(load_base(s.base))
-    if not 1 <= s.rungs <= len(layers):
-        raise SideTuningError(f"--rungs {s.rungs}: the base has {len(layers)} layers")
+    _, layers = layers_of(load_base(s.base))
+    wanted, option = (s.rungs, "rungs") if s.method == "ladder" else (s.layers, "layers")
+    if not 1 <= wanted <= len(layers):
+        raise SideTuningError(f"--{option} {wanted}: the base has {len(layers)} layers")
+    if s.method == "sidetune":
+        return [[EMBEDDINGS, *layers][-1 - s.layers]]
     chosen = [layers[round((k + 1) * len(layers) / (s.rungs + 1)) - 1] for k in range(s.rungs)]
     return [EMBEDDINGS, *dict.fromkeys(chosen)]
-
-
-def layers_of(base: Base) -> list[str]:
-    """Names of a transformer's layers, in order: the longest numbered list of modules of one kind."""
-    assert isinstance(base.net, torch.nn.Module)
-    lists = {n: m for n, m in base.net.named_modules() if isinstance(m, torch.nn.ModuleList)}
-    if not lists:
-        raise SideTuningError("the base has no list of layers for a ladder to climb; use --method sidetune")
-    name, longest = max(lists.items(), key=lambda item: len(item[1]))
-    return [f"{name}.{i}" for i in range(len(longest))]
 
 
 def build_method(settings: Settings, base: Base, weights: Path | None = None) -> Method:
@@ -236,7 +228,9 @@ def build_method(settings: Settings, base: Base, weights: Path | None = None) ->
 def side_of(settings: Settings) -> tuple[str, dict[str, Any]]:
     """Name and options of the side."""
     s = settings
-    return ("ladder", {"width": s.width}) if s.method == "ladder" else (s.side, {"width": s.width, "layers": s.layers})
+    if s.method == "ladder":
+        return "ladder", {"width": s.width}
+    return s.side, {} if s.side == "top" else {"width": s.width, "layers": s.layers}
 
 
 def imitate(settings: Settings, base: Base, data: Any, windows: Windows, folder: Run) -> tuple[Path, float]:

@@ -22,6 +22,7 @@ SIDES: Registry[Callable[..., nn.Module]] = Registry(
         "transformer": "sidetuning.sides.transformer:Transformer",
         "slim": "sidetuning.sides.tokens:Slim",
         "convolutional": "sidetuning.sides.tokens:Convolutional",
+        "top": "sidetuning.sides.top:Top",
         "ladder": "sidetuning.sides.ladder:Ladder",
         "fusion": "sidetuning.sides.fusion:Fusion",
     },

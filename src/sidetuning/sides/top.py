@@ -1,0 +1,78 @@
+"""A trainable copy of a text encoder's top layers, on what its lower layers made of the text."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from sidetuning.base import Base
+from sidetuning.errors import ShapeError
+from sidetuning.sides.fit import masked_mean
+
+EMBEDDINGS = "embeddings"  # what encoders of transformers call the module before their layers
+
+
+class Top(nn.Module):
+    """The base's last layers with their weights, reading the last tap: S(x) starts as B(x), and costs these layers only.
+
+    The paper starts sides as copies of the base (section 4.3); copying its top alone keeps what pretraining knows of language, and
+    the layers below, which are frozen and cached, are never run in training.
+
+    Args:
+        base: an encoder of transformers, whose last tap is the output of one of its layers (or its embeddings).
+
+    Shape: taps (b, t, c) and a mask (b, t) -> as the base's output. What stands at padding never matters.
+
+    Raises:
+        ShapeError: the base is no such encoder, or no layer lies above the tap.
+    """
+
+    uses_taps = True
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.tap = next(reversed(base.tap_shapes), "")
+        where, layers = layers_of(base)
+        below = 0 if self.tap == EMBEDDINGS else 1 + int(self.tap.rpartition(".")[2]) if self.tap in layers else None
+        if below is None or below == len(layers):
+            last = f"{where}.{len(layers) - 2}"
+            raise ShapeError(
+                f"the top side copies the layers above the last tap, which is '{self.tap}': take one such as '{last}'"
+            )
+        net: Any = copy.deepcopy(base.net)
+        net.set_submodule(where, net.get_submodule(where)[below:])
+        net.set_submodule(EMBEDDINGS, Given())  # before training is asked for: the table is no part of the side
+        if getattr(net, "pooler", None) is not None:
+            net.pooler = None
+        self.net = net.requires_grad_(True)
+        self.select = base.select
+        self.kind = base.kind
+
+    def forward(self, taps: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+        code = self.select(self.net(inputs_embeds=taps[self.tap], attention_mask=mask))
+        return masked_mean(code, mask) if self.kind == "vector" else code
+
+
+class Given(nn.Module):
+    """Stands for the embeddings and the layers that were left out: returns what it is given."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
+        return inputs_embeds
+
+
+def layers_of(base: Base) -> tuple[str, list[str]]:
+    """Where a text encoder's list of layers is in its network, and the names of the layers, in order.
+
+    Raises:
+        ShapeError: the base has none, or no embeddings.
+    """
+    modules = dict(base.net.named_modules()) if isinstance(base.net, nn.Module) else {}
+    lists = {n: m for n, m in modules.items() if isinstance(m, nn.ModuleList)}
+    if not lists or EMBEDDINGS not in modules:
+        raise ShapeError(
+            "the base is no text encoder: it needs a list of layers, and a module 'embeddings' before them"
+        )
+    name, longest = max(lists.items(), key=lambda item: len(item[1]))
+    return name, [f"{name}.{i}" for i in range(len(longest))]
