@@ -1,18 +1,20 @@
 """The grids of `sidetuning compare icifar`, recorded cell by cell: `python benchmarks/compare.py --data FOLDER --grid methods`.
 
-A cell that has its result is not run again. `--table` prints the table of a grid from the results.
+A cell that has its result is not run again. `--table` prints the table of a grid from the results, `--report FILE` writes a page of them.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
 from common import RESULTS, record
+from sidetuning.report import write_report
 from sidetuning.results import RunResult, markdown, summary_table
 from sidetuning.scenarios import compare
 
@@ -24,7 +26,9 @@ class Settings(compare.Settings):
     out: str = "runs/benchmarks/compare"
     """Folder of the cells' runs."""
     table: bool = False
-    """Only print the table of the grid."""
+    """Run nothing: print the table of the grid from the results."""
+    report: str | None = None
+    """Write a report of the results to this file, too."""
 
 
 def name(settings: Settings, cell: compare.Cell) -> str:
@@ -65,4 +69,7 @@ if __name__ == "__main__":
     given = tyro.cli(Settings, config=(tyro.conf.OmitArgPrefixes,))
     if not given.table:
         run(given)
-    print(markdown(summary_table(results(given.grid, given.scenario))))
+    found = results(given.grid, given.scenario)
+    print(markdown(summary_table(found)))
+    if given.report is not None:
+        write_report(found, Path(given.report), title=compare.title(given))

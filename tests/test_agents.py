@@ -172,6 +172,35 @@ def test_cached_features_are_those_of_the_base_and_cost_a_pass_per_step():
     assert sum(seen) >= 128 * 5  # once when acting, four times when learning
 
 
+def test_from_scratch_the_base_is_not_run():
+    model = learner("scratch")
+    seen = []
+    model.policy.features_extractor.base.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    answers(model)
+    assert not seen and sum(p.numel() for p in model.policy.features_extractor.trunk.parameters()) > 0
+
+
+def test_an_agent_that_goes_on_meets_other_episodes(tmp_path):
+    """And one without a goal has no success, which is not a success of 0."""
+    from sidetuning.scenarios.ppo import load_state, save_state
+    from sidetuning.scenarios.rl import Result, charts, table
+
+    model = learner()
+    model.learn(64)
+    save_state(model, tmp_path / "ppo.pt", {"seconds": 1.0, "passes": 5, "recent": [{"reward": 1.0}]})
+    again = learner()
+    start = again.get_env().reset()["rgb"]
+    fresh = learner()
+    assert load_state(fresh, tmp_path / "ppo.pt")["recent"] == [{"reward": 1.0}]
+    assert not np.array_equal(fresh.get_env().reset()["rgb"], start)
+    curve = [{"steps": 64, "reward": 1.0, "seconds": 1.0}]
+    result = Result("features", 0, "doom-explore", curve, None, None, 2.0, None, 10, None, 5, 100.0)
+    assert "| features | – | – | 2.0" in table([result]) and [c.title for c in charts([result])] == [
+        "Reward of an episode"
+    ]
+    assert not charts([replace(result, curve=[])])
+
+
 def test_the_last_observation_of_an_episode_has_features_too():
     env = VecBaseFeatures(DummyVecEnv([Sides] * 3), small_base())
     env.seed(1)
@@ -265,6 +294,13 @@ def test_habitat_speaks_gymnasium(habitat):
     assert (angle - turned[COMPASS][1]) % (2 * np.pi) == pytest.approx(np.radians(10), abs=1e-5)
     _, _, ended, cut, info = world.step(0)
     assert ended and not cut and info["is_success"] is False and info["distance_to_goal"] > 0
+    other = make_world(f"habitat:{habitat}", "val", 32)
+    goals = [
+        [w.reset(seed=s)[0][COMPASS].tolist(), w.reset()[0][COMPASS].tolist()] for w in (world, other) for s in (7, 8)
+    ]
+    assert (
+        goals[:2] == goals[2:] and len({tuple(g) for pair in goals for g in pair}) == 4
+    )  # the seed says which episodes
     outcomes = list(episodes(world, lambda _: world.expert(), 20, TEST_SEED))
     assert np.mean([o.success for o in outcomes]) == 1 and min(o.spl for o in outcomes) > 0.7
     world.reset(seed=1)
@@ -347,7 +383,21 @@ def test_scenarios_run_unchanged_in_habitat(tmp_path):
     assert (tmp_path / "rl" / "report.html").read_text().count("<video") == 4
     done = run(tmp_path, "play", "rl/finetune-0", "--episodes", 1)
     assert done.returncode == 0 and (tmp_path / "rl/finetune-0/play/episode-0.mp4").stat().st_size > 500, done.stderr
-    for wrong, message in ((("play", "rl"), "such as rl/sidetune-0"), (("play", "none"), "holds no run")):
+    alone = ("imitation", "--env", "doom-home", "--data", "t-v0", "--out", "other", "--no-progress")
+    for wrong, message in (
+        (("play", "rl"), "such as rl/sidetune-0"),
+        (("play", "none"), "holds no run"),
+        (alone, "collected with a compass, and doom-home has none"),
+        ((*alone[:2], "doom-explore", *alone[3:]), "no goal and so no expert"),
+        ((*imitation[:-4], "--test-episodes", 0, "--out", "other"), "must all be 1 or more"),
+        (
+            (*imitation, "--methods", "sidetune", "features", "independent", "scratch", "ewc", "--out", "other"),
+            "at most 4",
+        ),
+        (("collect-trajectories", "--env", "doom-explore", "--out", "x-v0"), "no goal and so no expert"),
+        (("collect-trajectories", *world, "--workers", -1, "--out", "x-v0"), "give one or more"),
+        ((*rl, "--test-episodes", 0, "--out", "other"), "must all be 1 or more"),
+    ):
         done = run(tmp_path, *wrong)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
@@ -404,6 +454,7 @@ def test_a_killed_learner_goes_on(tmp_path):
     process.wait(30)
     state = torch.load(saved, weights_only=True)
     assert 0 < state["steps"] < 3200 and state["steps"] % 320 == 0
+    assert state["recent"] and {"reward", "success", "spl"} == set(state["recent"][0])
     done = run(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "rl" / "features-0" / "result.json").read_text())

@@ -83,6 +83,12 @@ def test_ticks_are_round_and_reach_both_ends(low, high, expected):
     assert found == pytest.approx(expected)
 
 
+def test_values_that_differ_by_rounding_are_drawn(tmp_path):
+    points = [Point(1, 29.0), Point(2, 100 * 0.29)]
+    page = write_charts([Chart("a", "x", "y", [Line("l", points)])], tmp_path / "page.html", title="t").read_text()
+    assert points[0].y != points[1].y and "29.0" in page
+
+
 def test_ticks_are_written_short():
     assert [number(v) for v in (0, 20, 500, 20_000, 2_000_000, -3)] == ["0", "20", "500", "20k", "2M", "−3"]
     assert [number(v, 0.05) for v in (0.1, 0.15)] == ["0.10", "0.15"]

@@ -280,5 +280,8 @@ def test_transfer_makes_a_table(settings, tmp_path):
     curves = json.loads((tmp_path / "transfer" / "curves.json").read_text())["normal"]
     values = [r.values[0][0] for r in results if r.method == "scratch" and r.variant == "normal, 16 frames"]
     assert curves["scratch"][1][0] == pytest.approx(sum(values) / 2) and curves["scratch"][1][2] == 2
+    with pytest.raises(DataError, match="limit=5000"):  # before anything is learned
+        transfer.run(replace(given, out=str(tmp_path / "many"), frames=(4, 5000)))
+    assert not list((tmp_path / "many").glob("normal*"))
     page = (tmp_path / "transfer" / "report.html").read_text()
     assert f"{sum(values) / 2:.1f} <span" in page and page.count("<svg class=") >= 2 and "Lower is better." in page

@@ -222,6 +222,15 @@ def test_the_best_answer_of_all_windows(tokenizer):
     scores[w][end, 0], scores[w][start, 1] = 9.0, 9.0  # an end before its start would score 18
     assert best_answers([question], windows, scores)[0][:4] == ("1822", best.start, best.start + 4, 12.0)
 
+    (window,) = make_windows([question], tokenizer, length=80, stride=12).ids
+    one = make_windows([question], tokenizer, length=80, stride=12)
+    n = len(window)
+    crossed = np.zeros((n, 2), np.float32)
+    crossed[n // 2 :, 0], crossed[: n // 2, 1] = 5, 5  # the likely starts lie after the likely ends
+    crossed[n // 2, 1] = 1
+    (best,) = best_answers([question], one, {0: crossed})
+    assert best.score == 6 and best.text == context[best.start : best.end] != ""
+
 
 # the metric -------------------------------------------------------------------------------------------------------------
 
@@ -411,6 +420,56 @@ def test_the_top_starts_as_the_base(encoder, tap, layers):
     assert not torch.equal(branch.side_output(batch, features)[real], features.out[real])
 
 
+@pytest.mark.parametrize(
+    ("kind", "layer", "options"),
+    [
+        ("DistilBert", "transformer.layer.1", {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 48}),
+        ("Roberta", "encoder.layer.1", {"pad_token_id": 0}),
+        ("Electra", "encoder.layer.1", {"embedding_size": 32}),
+        ("ModernBert", "layers.1", {"pad_token_id": 0}),
+    ],
+)
+def test_other_encoders_serve_as_bases(kind, layer, options, tokenizer, tmp_path):
+    """Those that know no segments are not given any."""
+    from sidetuning.integrations.transformers import from_model
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    special = {f"{name}_token_id": 2 for name in ("bos", "eos", "cls", "sep")}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), max_position_embeddings=64, **special, **({} if kind == "DistilBert" else shape), **options
+    )  # fmt: skip
+    with st.seeded(0):
+        base = from_model(getattr(transformers, f"{kind}Model")(config), taps=["embeddings", layer])
+    plain = SimpleNamespace(is_fast=True, model_input_names=["input_ids", "attention_mask"])
+    proxy = type(
+        "Plain", (), {"__call__": lambda _, *a, **k: tokenizer(*a, **k), "__getattr__": lambda _, n: getattr(plain, n)}
+    )()
+    questions = [Question("a", "what ?", "it was made in 1822 .", ()), Question("b", "who ?", "it was big", ())]
+    windows = make_windows(questions, proxy, length=40, stride=8)
+    assert set(windows.batch([0, 1])) == {"input_ids", "attention_mask"}
+    cached = cache_tokens(base, windows, torch.zeros(2, 2), tmp_path, dtype="float32", progress=False)
+    inputs, features, _ = cached.__getitems__([0, 1])
+    model, real = st.SideTuner(base), inputs["attention_mask"] > 0
+    for side in ("slim", "ladder", "top"):
+        branch = model.add_task(side, side=side, head="identity")
+        live = branch.side_output(inputs, base(inputs))
+        assert torch.allclose(branch.side_output(inputs, features)[real], live[real], atol=1e-4)
+    assert torch.allclose(live[real], features.out[real], atol=1e-4)  # the top, a copy
+
+
+def test_memory_is_counted_anew():
+    from sidetuning.scenarios.squad import memory_mb
+
+    del_me = torch.ones(100_000_000)  # 400 MB
+    del del_me
+    high = memory_mb()
+    if memory_mb(anew=True) > high - 300:
+        pytest.skip("this system keeps the old peak")
+    before = memory_mb()
+    kept = torch.ones(20_000_000)
+    assert 60 < memory_mb() - before < 120 and len(kept)
+
+
 def test_two_tasks_of_texts_share_one_base_pass(base, monkeypatch):
     """Answers and topics from one model, and a task per sample in one batch; what was learned first stays bitwise."""
     texts = Lines()
@@ -493,7 +552,7 @@ def test_a_side_learns_to_answer_and_can_be_asked(data, encoder, tmp_path):
     assert result["scores"]["f1"] > 90 and result["scores"]["no_answer"] > 80  # never to answer would give 33
     answers = json.loads((tmp_path / "run" / "predictions.json").read_text())
     odds = json.loads((tmp_path / "run" / "null_odds.json").read_text())
-    assert len(answers) == 60 and all((answers[k] == "") == (odds[k] > 0) for k in answers)
+    assert len(answers) == 60 and all(answers.values()) and 15 < sum(v > 0 for v in odds.values()) < 25
     before = (tmp_path / "run" / "result.json").read_bytes()
     assert command(tmp_path, *squad(data, encoder, "--epochs", 40, "--lr", "5e-3", "--out", "run")).returncode == 0
     assert (tmp_path / "run" / "result.json").read_bytes() == before
@@ -517,6 +576,7 @@ def test_a_side_learns_to_answer_and_can_be_asked(data, encoder, tmp_path):
         (("squad", "--data", data, "--base", "resnet44-cifar10", "--out", "third"), "texts need an encoder"),
         (squad(data, encoder, "--method", "ladder", "--rungs", 9, "--out", "other"), "the base has 3 layers"),
         (squad("some/where/else", encoder, "--out", "other"), "does not exist"),
+        (squad(data / "dev.json", encoder, "--out", "other"), "is one file"),
         (squad("nobody/squad", encoder, "--out", "other"), "could not be read from the Hub"),
     ):
         done = command(tmp_path, *arguments)

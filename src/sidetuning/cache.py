@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,13 +241,25 @@ def data_identity(dataset: Dataset[Any]) -> str:
     return digest.hexdigest()
 
 
-def cache_key(base: Base, identity: str, views: int, augment: Augment | None, seed: int, dtype: str) -> str:
-    """Names a cache by all that its content depends on."""
+def cache_key(
+    base: Base, identity: str, views: int, augment: Augment | None, seed: int, dtype: str, taps: Mapping[str, Any] | None = None
+) -> str:  # fmt: skip
+    """Names a cache by all that its content depends on; `taps` are those stored, with their shapes, by default all."""
     how = "none" if augment is None or views == 1 else f"{augment.__module__}.{augment.__qualname__} {seed}"
     norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
     output = base.select.output
     output = getattr(output, "__qualname__", output)
-    parts = [base.fingerprint(), norm, output, base.output_shape, base.tap_shapes, identity, views, how, dtype]
+    parts = [
+        base.fingerprint(),
+        norm,
+        output,
+        base.output_shape,
+        base.tap_shapes if taps is None else taps,
+        identity,
+        views,
+        how,
+        dtype,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

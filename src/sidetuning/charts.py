@@ -176,7 +176,7 @@ def _draw(chart: Chart, xs: Sequence[float], width: int, height: int) -> Drawing
 
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers that reach from below `low` to above `high`, `most` or fewer."""
-    if low == high:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal but for rounding
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     exponent = math.floor(math.log10((high - low) / most))
     for step in (m * 10.0**e for e in (exponent, exponent + 1, exponent + 2) for m in (1, 2, 5)):

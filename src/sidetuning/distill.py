@@ -33,6 +33,7 @@ def distill(
     clip: float | None = 1.0,
     seed: int = 0,
     resume: str | Path | None = None,
+    save_every: float = 60.0,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> TrainResult:
@@ -43,7 +44,7 @@ def distill(
         task: a task with a side.
         loader: batches as `fit` takes them; the labels are ignored.
         steps: optimiser steps.
-        lr, optimizer, scheduler, clip, seed, resume, accelerator, progress: as in `fit`.
+        lr, optimizer, scheduler, clip, seed, resume, save_every, accelerator, progress: as in `fit`.
         loss: `loss(side, base)` on codes.
 
     Raises:
@@ -61,7 +62,7 @@ def distill(
     return train(
         _Imitation(model, task, loss), loader, built, steps=steps,
         scheduler=None if scheduler is None else scheduler(built), clip=clip, seed=seed, resume=resume,
-        accelerator=accelerator, progress=f"distilling {task}" if progress else None, label=f"imitation {task}",
+        save_every=save_every, accelerator=accelerator, progress=f"distilling {task}" if progress else None, label=f"imitation {task}",
     )  # fmt: skip
 
 

@@ -99,8 +99,10 @@ class CachedTokens(Dataset[Any]):
 @torch.no_grad()
 def embed(layer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The embeddings of tokens, before the first layer; 0 where there is padding."""
-    given = {k: inputs[k] for k in ("input_ids", "token_type_ids") if k in inputs}
-    return layer(**given) * inputs["attention_mask"].unsqueeze(-1)
+    device = next(layer.parameters()).device
+    given = {k: inputs[k].to(device) for k in ("input_ids", "token_type_ids") if k in inputs}
+    vectors: Tensor = layer(**given)
+    return vectors.to(inputs["attention_mask"].device) * inputs["attention_mask"].unsqueeze(-1)
 
 
 def _embeddings(base: Base) -> nn.Module | None:
@@ -139,7 +141,8 @@ def cache_tokens(
         raise ShapeError(
             f"cache_tokens keeps features of tokens, and this base returns a {base.kind}; use cache_features"
         )
-    folder = Path(path) / cache_key(base, texts.fingerprint(), 1, None, 0, f"tokens {dtype}")
+    stored = {name: shape for name, shape in base.tap_shapes.items() if name != EMBEDDINGS}
+    folder = Path(path) / cache_key(base, texts.fingerprint(), 1, None, 0, f"tokens {dtype}", stored)
     if not (folder / "meta.json").exists():
         with disk_errors(path):
             _write(base, texts, folder, dtype, batch_size, progress)

@@ -123,7 +123,7 @@ def _from_json(file: Path) -> Iterator[Raw]:
                     if entry.get("is_impossible"):
                         answers = []  # some files keep plausible ones there
                     yield str(entry["id"]), entry["question"], paragraph["context"], answers
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is no SQuAD file ({type(error).__name__}: {error}); download it again") from error
 
 
@@ -180,6 +180,7 @@ class Windows:
         offsets: the characters of the context that each token covers, (t, 2); -1 for tokens of the question and special ones.
         labels: start and end token of the answer, 0 and 0 where this window has none, (n, 2).
         problems: how often what was met.
+        typed: whether the network takes segment ids.
     """
 
     ids: list[NDArray[np.int32]]
@@ -188,6 +189,7 @@ class Windows:
     offsets: list[NDArray[np.int32]]
     labels: NDArray[np.int64]
     problems: dict[str, int]
+    typed: bool = True
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -204,7 +206,7 @@ class Windows:
         for k, r in enumerate(rows):
             n = len(self.ids[r])
             ids[k, :n], types[k, :n], mask[k, :n] = torch.from_numpy(self.ids[r]), torch.from_numpy(self.types[r]), 1
-        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        return {"input_ids": ids, "attention_mask": mask, **({"token_type_ids": types} if self.typed else {})}
 
     def fingerprint(self) -> str:
         """sha256 of all tokens."""
@@ -263,7 +265,10 @@ def make_windows(questions: Sequence[Question], tokenizer: Any, length: int = 38
             found = found or labels[-1] != (0, 0)
         if q.answers and not found:
             problems["answers longer than their window, learned as none"] += 1
-    return Windows(ids, types, np.array(owners), offsets, np.array(labels, np.int64).reshape(-1, 2), dict(problems))
+    typed = "token_type_ids" in tokenizer.model_input_names
+    return Windows(
+        ids, types, np.array(owners), offsets, np.array(labels, np.int64).reshape(-1, 2), dict(problems), typed
+    )
 
 
 def _label(answers: Sequence[Answer], place: NDArray[np.int32]) -> tuple[int, int]:
@@ -315,13 +320,14 @@ def best_answers(
         known, place, context = found[k], windows.offsets[w], questions[k].context
         null = min(known.null, float(start[0] + end[0]))
         best = known
-        for i in _top(start, place):
-            for j in _top(end, place):
-                if i <= j < i + LONGEST and start[i] + end[j] > best.score:
-                    a, b = int(place[i, 0]), int(place[j, 1])
-                    best = Prediction(context[a:b], a, b, float(start[i] + end[j]), null)
+        pairs = [(i, j) for i in _top(start, place) for j in _top(end, place) if i <= j < i + LONGEST]
+        pairs += [(i, i) for i in _top(start + end, place)[:1]]  # every likely start may lie after every likely end
+        for i, j in pairs:
+            if start[i] + end[j] > best.score:
+                a, b = int(place[i, 0]), int(place[j, 1])
+                best = Prediction(context[a:b], a, b, float(start[i] + end[j]), null)
         found[k] = best._replace(null=null)
-    return found
+    return [p if np.isfinite(p.score) else p._replace(score=p.null) for p in found]  # a context without any token
 
 
 def _top(scores: NDArray[np.float32], place: NDArray[np.int32]) -> list[int]:

@@ -80,8 +80,13 @@ class Writer:
     def __len__(self) -> int:
         return int(self._storage.total_episodes)
 
-    def append(self, episode: Episode) -> None:
-        """Add one; it counts once it is whole."""
+    @property
+    def tried(self) -> int:
+        """How many episodes were run for those that are here."""
+        return int(self._storage.metadata.get("tried", 0))
+
+    def append(self, episode: Episode, tried: int) -> None:
+        """Add one, for which so many were run in all; it counts once it is whole."""
         from minari.data_collector.episode_buffer import EpisodeBuffer
 
         n = len(episode.actions)
@@ -94,6 +99,7 @@ class Writer:
                 infos={EXPERT: expert},
             )
         ])  # fmt: skip
+        self._storage.update_metadata({"tried": tried})
         self._keep()
 
 

@@ -60,9 +60,16 @@ class HabitatWorld(gym.Env[Any, Any]):
         self._image = np.zeros((size, size, 3), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode: the one that the seed gives, or without one another, drawn after it.
+
+        Habitat itself goes through its episodes in one order, whatever the seed: copies of an environment would all walk the same.
+        """
         super().reset(seed=seed)
+        inner = self.env.unwrapped.habitat_env
         if seed is not None:
             self.env.unwrapped.seed(seed)
+        k = seed if seed is not None else int(self.np_random.integers(2**31))
+        inner.current_episode = inner.episodes[k % len(inner.episodes)]  # what the next reset takes
         return self._observation(self.env.reset()), {}
 
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:

@@ -110,12 +110,15 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         self.base = built
         self.given = CODE in observation_space.spaces and method in ("sidetune", "features")
         self.branch: nn.Module | None = None
-        self.trunk: nn.Module | None = None
-        if method in ("sidetune", "scratch"):
+        self.trunk: nn.Module | None = None  # makes a code alone, without a pass of the base
+        if method == "sidetune":
             self.branch = build_branch(
-                built, side=side, head="identity", merge=merge if method == "sidetune" else "side-only",
-                init=init if method == "sidetune" else None, side_options=side_options,
-            )  # fmt: skip
+                built, side=side, head="identity", merge=merge, init=init, side_options=side_options
+            )
+        elif method == "scratch":
+            self.trunk = build_branch(
+                built, side=side, head="identity", merge="side-only", side_options=side_options
+            ).side
         elif method == "finetune":
             self.trunk = Trunk(built)
         width = math.prod(built.output_shape)

@@ -8,7 +8,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from sidetuning.data.trajectories import Episode, Writer, concatenate
 from sidetuning.errors import SideTuningError
 from sidetuning.scenarios.runs import Run, end_with_parent
-from sidetuning.scenarios.worlds import make_world
+from sidetuning.scenarios.worlds import expert_of, make_world
 
 AHEAD = 16  # episodes per process that may wait to be written
 SEEDS = 1_000_000  # between the episodes of two seeds
@@ -55,21 +54,23 @@ def run(settings: Settings) -> tuple[int, int]:
         SideTuningError: the folder holds a data set of other settings, or the expert fails nearly always.
     """
     s = settings
-    if s.episodes < 1 or not 0 <= s.stray < 1:
+    workers = s.workers or torch.get_num_threads()
+    if min(s.episodes, workers) < 1 or not 0 <= s.stray < 1:
         raise SideTuningError(
-            f"--episodes {s.episodes} --stray {s.stray}: give at least one episode, and 0 <= stray < 1"
+            f"--episodes {s.episodes} --workers {workers} --stray {s.stray}: give one or more, and 0 <= stray < 1"
         )
     Run(s.out, "collect-trajectories", s, free=("out", "episodes", "workers", "progress"))
     world = make_world(s.env, s.split, s.size)
-    spaces = world.observation_space, world.action_space
-    world.close()
+    try:
+        expert_of(world, s.env)
+        spaces = world.observation_space, world.action_space
+    finally:
+        world.close()
     writer = Writer(
         s.out, *spaces, {"description": f"shortest-path expert in {s.env}, split {s.split}, straying {s.stray}"}
     )
-    state = Path(s.out) / "tried"  # episodes tried for those that are written
-    tried = int(state.read_text()) if state.exists() and len(writer) else 0
+    tried = writer.tried
     failed, before = 0, len(writer)
-    workers = s.workers or torch.get_num_threads()
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=s.episodes, initial=min(before, s.episodes), unit="episode", disable=not s.progress) as bar,
@@ -88,8 +89,7 @@ def run(settings: Settings) -> tuple[int, int]:
                     if failed > 20 + tried // 2:
                         raise SideTuningError(f"the expert failed in {failed} of {tried} episodes of {s.env}")
                     continue
-                writer.append(episode)
-                state.write_text(str(tried))
+                writer.append(episode, tried)
                 bar.update()
         except BrokenProcessPool as error:
             raise SideTuningError("a collecting process was killed; the same command goes on from there") from error

@@ -265,10 +265,14 @@ def finish(settings: Settings, results: Sequence[RunResult], galleries: Sequence
         table += "\n" + measures_table(with_first)
     out = Path(settings.out)
     (out / "table.md").write_text(table, encoding="utf-8")
-    name = "iCIFAR" if settings.scenario == "icifar" else "iTaskonomy"
-    title = f"{name}: {settings.grid}" if settings.grid != "methods" else f"{name}: methods compared"
     pictures = [folder if folder.is_dir() else None for folder in galleries]
-    write_report(with_first, out / "report.html", title=title, galleries=pictures if any(pictures) else ())
+    write_report(with_first, out / "report.html", title=title(settings), galleries=pictures if any(pictures) else ())
+
+
+def title(settings: Settings) -> str:
+    """Of the report."""
+    name = "iCIFAR" if settings.scenario == "icifar" else "iTaskonomy"
+    return f"{name}: {'methods compared' if settings.grid == 'methods' else settings.grid}"
 
 
 def add_alone(results: Sequence[RunResult]) -> list[RunResult]:

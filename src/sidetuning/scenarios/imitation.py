@@ -17,16 +17,16 @@ from tqdm import tqdm
 from sidetuning.artifacts import write_json
 from sidetuning.base import Base, Features, Observation, load_base
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
-from sidetuning.charts import Chart, Line, Point, write_charts
+from sidetuning.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
-from sidetuning.data.trajectories import Steps, extra_of, read_steps
-from sidetuning.errors import DataError, UnknownNameError
+from sidetuning.data.trajectories import COMPASS, Steps, extra_of, read_steps
+from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.play import film, load_player
 from sidetuning.scenarios.runs import Run
-from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, make_world, wilson
+from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, expert_of, make_world, wilson
 
 TASK = "navigate"
 STOP = 0  # Habitat's first action
@@ -160,12 +160,17 @@ def run(settings: Settings) -> list[Result]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
+    if not s.trajectories or min(*s.trajectories, s.steps, s.test_episodes, s.seeds) < 1:
+        raise SideTuningError("--trajectories, --steps, --test-episodes and --seeds must all be 1 or more")
+    if len(s.methods) + len(EXPERTS) > COLOURS:
+        raise SideTuningError(f"--methods: at most {COLOURS - len(EXPERTS)} fit into one comparison")
     Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))
     steps = read_steps(s.data)
     most = max(s.trajectories)
     if most > len(steps.starts) - 1:
         raise DataError(f"{s.data} has {len(steps.starts) - 1} trajectories, not {most}; collect more")
     size = steps.rgb.shape[-1]
+    check_world(s, steps, size)
     results = [baseline(s, name, size) for name in EXPERTS]
     for cell in tqdm(list(cells(s, size)), unit="run", dynamic_ncols=True, disable=not s.progress):
         results.append(one(cell, steps))
@@ -185,6 +190,21 @@ LEAD = (
     "An agent learns by imitation to walk to a point that its compass tells. Success: it stops near the point. "
     "SPL: success weighted by how short the way was. Tested on scenes that no trajectory shows."
 )
+
+
+def check_world(settings: Settings, steps: Steps, size: int) -> None:
+    """What the clones are tested in must have an expert, and be what they learned from."""
+    world = make_world(settings.env, settings.test_split, size)
+    try:
+        expert_of(world, settings.env)
+        compass = COMPASS in world.observation_space.spaces
+    finally:
+        world.close()
+    if compass != (steps.extra.shape[1] > 0):
+        raise DataError(
+            f"{settings.data} was collected {'without' if compass else 'with'} a compass, and {settings.env} has "
+            f"{'one' if compass else 'none'}: give the --env that it was collected in"
+        )
 
 
 def baseline(settings: Settings, name: str, size: int) -> Result:
@@ -243,7 +263,7 @@ def one_cycle(lr: float) -> Callable[..., Any]:
 
     def schedule(optimizer: Any, steps: int) -> Any:
         return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, lr, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
+            optimizer, lr, total_steps=steps + 1, pct_start=min(1.0, max(0.1, 2 / (steps + 1))), cycle_momentum=False
         )
 
     return schedule
@@ -272,8 +292,11 @@ def cached(base: Base, steps: Steps, cell: Cell) -> CachedFeatures:
 @torch.no_grad()
 def agreement(method: Method, moves: Moves, rows: Tensor) -> float:
     """The share of steps at which the most likely action is the expert's."""
+    from accelerate.utils import send_to_device
+
     right = 0
-    for x, features, y in loader_over(moves, batch_size=256, shuffle=False, indices=rows):
+    for batch in loader_over(moves, batch_size=256, shuffle=False, indices=rows):
+        x, features, y = send_to_device(batch, method.base.device)
         right += int((method(x, TASK, features=features).argmax(1) == y).sum())
     return right / len(rows)
 
@@ -283,13 +306,13 @@ def actor(method: Method, seed: int) -> Callable[[dict[str, Any]], int]:
 
     It stops only where that is the likeliest action, since nothing takes a stop back.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), method.base.device
 
     @torch.no_grad()
     def act(observation: dict[str, Any]) -> int:
         rgb = torch.from_numpy(observation["rgb"]).permute(2, 0, 1)[None]
         extra = extra_of({k: v[None] for k, v in observation.items()}, 1)
-        scores = method(Observation(rgb, extra), TASK)[0]
+        scores = method(Observation(rgb.to(device), extra.to(device)), TASK)[0].float().cpu()
         if scores.argmax() == STOP:
             return STOP
         scores[STOP] = -torch.inf

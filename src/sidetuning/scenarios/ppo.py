@@ -38,7 +38,6 @@ def one(cell: Cell) -> Result:
     file = folder.folder / "result.json"
     if file.exists():
         return Result(**json.loads(file.read_text()))
-    torch.manual_seed(c.seed)
     env = training_env(c)
     try:
         model = build(c, env)
@@ -56,11 +55,12 @@ def one(cell: Cell) -> Result:
     finally:
         world.close()
     n = len(outcomes)
-    success = sum(o.success or 0.0 for o in outcomes)
+    success = None if outcomes[0].success is None else sum(o.success or 0.0 for o in outcomes)
+    spl = None if outcomes[0].spl is None else sum(o.spl or 0.0 for o in outcomes) / n
     extractor: Any = model.policy.features_extractor
     result = Result(
-        c.method, c.seed, c.env, folder.metrics(), success / n, sum(o.spl or 0.0 for o in outcomes) / n,
-        sum(o.reward for o in outcomes) / n, wilson(success, n), sum(p.numel() for p in model.policy.parameters() if p.requires_grad),
+        c.method, c.seed, c.env, folder.metrics(), None if success is None else success / n, spl,
+        sum(o.reward for o in outcomes) / n, None if success is None else wilson(success, n), sum(p.numel() for p in model.policy.parameters() if p.requires_grad),
         getattr(extractor.branch, "alpha", None), passes, c.steps / curve.seconds,
         {k: v for k, v in asdict(c).items() if k not in FREE},
     )  # fmt: skip
@@ -96,7 +96,7 @@ def build(cell: Cell, env: VecEnv) -> PPO:
     extractor = {"base": base, "method": c.method, "side": c.side, "merge": c.merge, "init": c.init}
     return PPO(
         "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,
-        gae_lambda=0.95, ent_coef=c.entropy, clip_range=0.2, seed=SEEDS * c.seed, device="cpu" if not torch.cuda.is_available() else "auto",
+        gae_lambda=0.95, ent_coef=c.entropy, clip_range=0.2, seed=SEEDS * c.seed,
         policy_kwargs={"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": {**extractor, **options}, "net_arch": [64]},
     )  # fmt: skip
 
@@ -107,7 +107,7 @@ class Curve(BaseCallback):
     def __init__(self, folder: Run, cell: Cell, saved: Mapping[str, Any]) -> None:
         super().__init__()
         self.folder, self.cell, self.passes_before = folder, cell, int(saved["passes"])
-        self.recent: list[tuple[float, float, float]] = []
+        self.recent: list[dict[str, float]] = saved.get("recent", [])
         self.seconds, self._since = float(saved["seconds"]), time.perf_counter()
         self._rollouts = 0
         self._bar = tqdm(
@@ -118,8 +118,8 @@ class Curve(BaseCallback):
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
             if "episode" in info:
-                row = float(info["episode"]["r"]), float(info.get("success", 0)), float(info.get("spl", 0))
-                self.recent = [*self.recent[1 - RECENT :], row]
+                measures = {name: float(info[name]) for name in ("success", "spl") if name in info}
+                self.recent = [*self.recent[1 - RECENT :], {"reward": float(info["episode"]["r"]), **measures}]
         self._bar.update(self.cell.envs)
         return True
 
@@ -127,23 +127,17 @@ class Curve(BaseCallback):
         if self._rollouts:
             self._tick()
             if self._rollouts % SAVE_EVERY == 0:
-                save_state(self.model, self.folder.resume("ppo"), self.seconds, self.passes)  # type: ignore[arg-type]
+                done = {"seconds": self.seconds, "passes": self.passes, "recent": self.recent}
+                save_state(self.model, self.folder.resume("ppo"), done)  # type: ignore[arg-type]
 
     def _on_rollout_end(self) -> None:
         self._rollouts += 1
         self._tick()
         known = max((int(row["steps"]) for row in self.folder.metrics()), default=0)
         if self.recent and self.num_timesteps > known:  # a run that goes on repeats what followed its last save
-            reward, success, spl = np.mean(self.recent, 0).tolist()
-            row = {
-                "steps": self.num_timesteps,
-                "reward": reward,
-                "success": success,
-                "spl": spl,
-                "seconds": self.seconds,
-            }
-            self.folder.append(row)
-            self._bar.set_postfix(reward=f"{reward:.2f}", success=f"{success:.2f}")
+            means = {name: float(np.mean([row[name] for row in self.recent])) for name in self.recent[-1]}
+            self.folder.append({"steps": self.num_timesteps, **means, "seconds": self.seconds})
+            self._bar.set_postfix({name: f"{mean:.2f}" for name, mean in means.items()})
 
     def _on_training_end(self) -> None:
         self._tick()
@@ -159,11 +153,11 @@ class Curve(BaseCallback):
         return self.passes_before + int(getattr(self.training_env, "passes", 0))
 
 
-def save_state(model: PPO, file: Path, seconds: float, passes: int) -> None:
-    """What a stopped run goes on from, but for the episodes that were under way."""
+def save_state(model: PPO, file: Path, done: Mapping[str, Any]) -> None:
+    """What a stopped run goes on from, but for the episodes that were under way; `done` is what the run counts itself."""
     state = {
         "policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict(), "steps": model.num_timesteps,
-        "seconds": seconds, "passes": passes, "rng": torch.get_rng_state(),
+        "rng": torch.get_rng_state(), **done,
     }  # fmt: skip
     with atomic_write(file) as temporary:
         torch.save(state, temporary)
@@ -181,6 +175,8 @@ def load_state(model: PPO, file: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises what a damaged file makes it
         raise SideTuningError(f"{file} cannot be read ({error}); delete it to begin this run again") from error
     model.num_timesteps = state["steps"]
+    if model.env is not None:  # other episodes than those that the run began with
+        model.env.seed((int(model.seed or 0) + model.num_timesteps) % TEST_SEED)
     return state
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sidetuning.charts import Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
-from sidetuning.errors import UnknownNameError
+from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.play import film, load_player
@@ -92,7 +92,7 @@ class Result:
 
     Attributes:
         curve: rows of steps, mean reward, success and SPL of the last episodes, and seconds so far.
-        success, spl, reward: means over the test episodes, unseen scenes where there are several.
+        success, spl, reward: means over the test episodes, unseen scenes where there are several; None without a goal.
         interval: 95 % of success.
         added: parameters that were trained.
         alpha: the base's weight in the merge at the end.
@@ -104,10 +104,10 @@ class Result:
     seed: int
     env: str
     curve: list[dict[str, float]]
-    success: float
-    spl: float
+    success: float | None
+    spl: float | None
     reward: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     added: int
     alpha: float | None
     base_passes: int | None
@@ -130,6 +130,8 @@ def run(settings: Settings) -> list[Result]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
+    if min(s.steps, s.test_episodes, s.seeds, s.envs, s.rollout) < 1:
+        raise SideTuningError("--steps, --test-episodes, --seeds, --envs and --rollout must all be 1 or more")
     try:
         from sidetuning.scenarios.ppo import one
     except ModuleNotFoundError as error:
@@ -139,7 +141,8 @@ def run(settings: Settings) -> list[Result]:
     for cell in tqdm(list(cells(s)), unit="run", dynamic_ncols=True, disable=not s.progress):
         results.append(one(cell))
         (Path(s.out) / "table.md").write_text(table(results), encoding="utf-8")
-        write_charts(charts(results), Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=LEAD)
+        if made := charts(results):  # none where no episode ended
+            write_charts(made, Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=LEAD)
     films = [
         f
         for method in s.methods
@@ -155,8 +158,8 @@ LEAD = "Agents learn by PPO. All have the same policy on top of their features; 
 def table(results: Sequence[Result]) -> str:
     """Methods as rows, in Markdown: what they came to on the test episodes, mean and standard error over seeds."""
     columns: dict[str, Callable[[Result], float | None]] = {
-        "Success, %": lambda r: 100 * r.success, "SPL, %": lambda r: 100 * r.spl, "Reward": lambda r: r.reward,
-        "Success while learning, %": lambda r: 100 * r.curve[-1]["success"] if r.curve else None,
+        "Success, %": lambda r: percent(r.success), "SPL, %": lambda r: percent(r.spl), "Reward": lambda r: r.reward,
+        "Success while learning, %": lambda r: percent(r.curve[-1].get("success")) if r.curve else None,
         "Parameters trained": lambda r: r.added, "Steps per second": lambda r: r.steps_per_second,
     }  # fmt: skip
     text = "| Method | " + " | ".join(columns) + " | Seeds |\n| --- |" + " ---: |" * (len(columns) + 1) + "\n"
@@ -171,13 +174,19 @@ def table(results: Sequence[Result]) -> str:
     return text
 
 
+def percent(share: float | None) -> float | None:
+    """Of a share, where there is one."""
+    return None if share is None else 100 * share
+
+
 def charts(results: Sequence[Result]) -> list[Chart]:
     """Learning curves: success where the environment has it, and reward."""
     made = []
     for name, title, scale in (("success", "Success, %", 100.0), ("reward", "Reward of an episode", 1.0)):
         lines = []
         for method in dict.fromkeys(r.method for r in results):
-            runs = [{int(row["steps"]): scale * row[name] for row in r.curve} for r in results if r.method == method]
+            curves = [r.curve for r in results if r.method == method]
+            runs = [{int(row["steps"]): scale * row[name] for row in curve if name in row} for curve in curves]
             steps = [s for s in runs[0] if all(s in r for r in runs)]
             points = [Point(s, *mean_and_error([r[s] for r in runs]), len(runs)) for s in steps]
             lines.append(Line(method, points))

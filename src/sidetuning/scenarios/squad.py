@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import time
@@ -28,7 +29,7 @@ from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.scenarios.runs import Run
 from sidetuning.sides.top import EMBEDDINGS, layers_of
 from sidetuning.token_cache import ByLength, cache_tokens, token_loader
-from sidetuning.training import seeded
+from sidetuning.training import default_accelerator, seeded
 from sidetuning.tuner import SideTuner
 
 TASK = "squad"
@@ -102,7 +103,7 @@ class Result:
         added: parameters that were trained.
         shared: parameters of the base.
         steps, seconds: of training; the seconds include those of distilling the side, and not the base's features.
-        base_seconds: of the base's features of the training windows; 0 where they were there, or none are used.
+        base_seconds: of the base's features of the training windows; near 0 where they were there, 0 where none are used.
         seconds_per_1000: of answering 1,000 test questions, base included where it is run.
         memory_mb: the most memory while training above what there was before, in MB.
         problems: what was met in the data, and how often.
@@ -144,12 +145,17 @@ def span_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def run(settings: Settings) -> Result:
-    """Learn, answer the test questions, and write `result.json`, `predictions.json` and `null_odds.json` (the official formats)."""
+    """Learn, answer the test questions, and write `result.json`, `predictions.json` and `null_odds.json` (the official formats).
+
+    The predictions are the best spans; where the odds of there being none are above 0, no answer is what counts.
+    """
     s = settings
     folder = Run(s.out, "squad", s, free=FREE)
     file = folder.folder / "result.json"
     if file.exists():
         return Result(**json.loads(file.read_text()))
+    if Path(s.data).is_file():
+        raise SideTuningError(f"{s.data} is one file; give the folder with train*.json and dev*.json")
     if not s.base.startswith("hf:"):
         raise SideTuningError(f"texts need an encoder of transformers as base, hf:NAME or hf:FOLDER, not {s.base}")
     base, tokenizer = load_base(s.base, taps=taps_of(s)), load_tokenizer(s.base)
@@ -158,6 +164,7 @@ def run(settings: Settings) -> Result:
     windows = make_windows(train.items, tokenizer, s.length, s.stride)
     problems = {f"train: {k}": v for k, v in {**train.problems, **windows.problems}.items()}
     started = time.perf_counter()
+    base.to(default_accelerator().device)
     data = prepare(s, base, windows)
     base_seconds = time.perf_counter() - started if s.method in CACHED else 0.0
     steps = max(1, round(s.epochs * len(windows) / s.batch))
@@ -169,7 +176,7 @@ def run(settings: Settings) -> Result:
     if s.init == "distilled" and s.method in ("sidetune", "ladder"):
         weights, imitated = imitate(s, base, data, windows, folder)
         method = build_method(s, base, weights)
-    before = memory_mb()
+    before = memory_mb(anew=True)
     learned = method.learn(
         Task(TASK, "span", span_loss, seed=s.seed), token_loader(data, windows.lengths(), s.batch), recipe,
         resume=folder.resume(TASK), save_every=s.save_every, progress=s.progress,
@@ -179,7 +186,7 @@ def run(settings: Settings) -> Result:
     result, predictions = test_on(s, method, tokenizer, test)
     write_json(
         folder.folder / "predictions.json",
-        {q.id: "" if p.null_odds > 0 else p.text for q, p in zip(test.items, predictions, strict=True)},
+        {q.id: p.text for q, p in zip(test.items, predictions, strict=True)},
     )
     write_json(
         folder.folder / "null_odds.json", {q.id: p.null_odds for q, p in zip(test.items, predictions, strict=True)}
@@ -243,7 +250,7 @@ def imitate(settings: Settings, base: Base, data: Any, windows: Windows, folder:
     steps = max(1, round(s.distill_epochs * len(windows) / s.batch))
     found = distill(
         model, "imitation", token_loader(data, windows.lengths(), s.batch), steps=steps, loss=code_distance, seed=s.seed,
-        resume=folder.resume("imitation"), progress=s.progress,
+        resume=folder.resume("imitation"), save_every=s.save_every, progress=s.progress,
     )  # fmt: skip
     file = folder.folder / "side.safetensors"
     assert branch.side is not None
@@ -324,8 +331,11 @@ def scores_of(
     return found
 
 
-def memory_mb() -> float:
-    """The most memory that this process has held, in MB."""
+def memory_mb(anew: bool = False) -> float:
+    """The most memory that this process has held, in MB; `anew` counts from here on, where the system can (Linux)."""
+    if anew:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -10,8 +10,10 @@ from typing import Literal, NamedTuple
 from tqdm import tqdm
 
 from sidetuning.artifacts import write_json
-from sidetuning.charts import Chart, Line, Point, write_charts
+from sidetuning.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
+from sidetuning.data.taskonomy import Taskonomy
+from sidetuning.errors import SideTuningError
 from sidetuning.results import Estimate, MeasureRow, RunResult, measure_rows, number_text
 from sidetuning.scenarios import compare, itaskonomy
 from sidetuning.scenarios.runs import Run
@@ -75,6 +77,11 @@ def run(settings: Settings) -> list[RunResult]:
         SideTuningError: a cell failed; the others' results stay.
     """
     todo = list(cells(settings))
+    if len(settings.methods) > COLOURS:
+        raise SideTuningError(f"--methods: at most {COLOURS} fit into one comparison")
+    Taskonomy(
+        settings.data, ("rgb",), "train", None, limit=max(settings.frames)
+    )  # too few are found now, not after hours
     Run(settings.out, "transfer", settings, free=("data", "out", "cache", "seeds", "methods", "frames", "targets"))
     out = Path(settings.out)
     results = []

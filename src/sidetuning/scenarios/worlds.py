@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sidetuning.errors import UnknownNameError
+from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.registry import Registry, unknown
 
 WORLDS: Registry[Callable[..., Any]] = Registry(
@@ -45,6 +45,18 @@ def make_world(name: str, split: str, size: int) -> Any:
         return WORLDS[name](split, size)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} needs {error.name}; type: pip install 'sidetuning[agents]'") from error
+
+
+def expert_of(world: Any, name: str) -> Callable[[], int]:
+    """What says the best action of an environment at any time.
+
+    Raises:
+        SideTuningError: the environment has no goal.
+    """
+    expert: Callable[[], int] | None = getattr(world, "expert", None)
+    if expert is None:
+        raise SideTuningError(f"{name} has no goal and so no expert to imitate; use doom-pointnav or doom-home")
+    return expert
 
 
 @dataclass(frozen=True)

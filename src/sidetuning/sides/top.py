@@ -58,8 +58,8 @@ class Top(nn.Module):
 class Given(nn.Module):
     """Stands for the embeddings and the layers that were left out: returns what it is given."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
-        return inputs_embeds
+    def forward(self, *given: Tensor | None, **named: Any) -> Tensor:
+        return next(x for x in (named.get("inputs_embeds"), *given) if x is not None)
 
 
 def layers_of(base: Base) -> tuple[str, list[str]]:

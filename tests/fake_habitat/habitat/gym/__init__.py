@@ -6,22 +6,47 @@ import numpy as np
 from gymnasium import spaces
 
 
-class Task:
-    """The task environment, which `unwrapped` gives: it owns the simulator and takes the seed."""
+class Env:
+    """Habitat's own environment: it goes through its episodes in a fixed order, unless one is set for the next reset."""
 
-    def __init__(self):
-        self.rng = random.Random(0)
-        self.habitat_env = SimpleNamespace(sim=None, current_episode=None)
+    def __init__(self, sim):
+        self.sim = sim
+        rng = random.Random(0)
+        ways = [(rng.uniform(-math.pi, math.pi), rng.uniform(1, 3)) for _ in range(50)]
+        goals = [(d * math.cos(a), d * math.sin(a)) for a, d in ways]
+        self.episodes = [SimpleNamespace(goals=[SimpleNamespace(position=goal)]) for goal in goals]
+        self._iterator = iter(self.episodes * 1000)
+        self._episode, self._set = None, False
+
+    @property
+    def current_episode(self):
+        return self._episode
+
+    @current_episode.setter
+    def current_episode(self, episode):
+        self._episode, self._set = episode, True
+
+    def reset(self):
+        if not self._set:
+            self._episode = next(self._iterator)
+        self._set = False
+
+
+class Task:
+    """The task environment, which `unwrapped` gives; its seed is not what chooses an episode."""
+
+    def __init__(self, sim):
+        self.habitat_env = Env(sim)
 
     def seed(self, seed):
-        self.rng = random.Random(seed)
+        random.seed(seed)
 
 
 class HabGymWrapper:
     """Old gym: reset gives an observation, step four values. The agent turns by 10 degrees; the goal is ahead, left or right."""
 
     def __init__(self, config):
-        self.config, self.unwrapped, self.closed = config, Task(), False
+        self.config, self.unwrapped, self.closed = config, Task(self), False
         names = ("move_forward", "stop", "turn_left", "turn_right")  # sorted, as spaces.Dict sorts them
         self.original_action_space = SimpleNamespace(spaces=dict.fromkeys(names))
         self.action_space = spaces.Discrete(4)
@@ -30,15 +55,11 @@ class HabGymWrapper:
         self.observation_space = spaces.Dict({"pointgoal_with_gps_compass": compass, "rgb": rgb})
 
     def reset(self):
-        rng = self.unwrapped.rng
+        self.unwrapped.habitat_env.reset()
         self.x = self.y = self.heading = 0.0
-        angle, distance = rng.uniform(-math.pi, math.pi), rng.uniform(1, 3)
-        self.goal = distance * math.cos(angle), distance * math.sin(angle)
-        self.shortest = self.before = distance
+        self.goal = self.unwrapped.habitat_env.current_episode.goals[0].position
+        self.shortest = self.before = math.hypot(*self.goal)
         self.walked, self.steps = 0.0, 0
-        self.unwrapped.habitat_env = SimpleNamespace(
-            sim=self, current_episode=SimpleNamespace(goals=[SimpleNamespace(position=self.goal)])
-        )
         return self.observation()
 
     def polar(self):
