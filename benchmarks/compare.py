@@ -1,4 +1,4 @@
-"""The grids of `sidetuning compare icifar`, recorded cell by cell: `python benchmarks/compare.py --data FOLDER --grid methods`.
+"""The grids of `sidetuning compare icifar`, recorded cell by cell: `python benchmarks/compare.py icifar --data FOLDER --grid methods`.
 
 A cell that has its result is not run again. `--table` prints the table of a grid from the results, `--report FILE` writes a page of them.
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from common import RESULTS, record
 from sidetuning.scenarios import icifar
+from sidetuning.scenarios.runs import peak_memory_mb
 
 MERGES = ("mlp2", "alpha", "base-only", "side-only")
 
@@ -41,7 +41,7 @@ def one(arguments: argparse.Namespace, merge: str, seed: int, name: str | None =
             "final": matrix.final, "forgetting": matrix.forgetting, "alphas": result.alphas,
             "parameters_per_task": max(result.parameters), "base_seconds": result.base_seconds,
             "task_seconds": result.seconds, "whole_seconds": time.perf_counter() - started,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_memory_mb": peak_memory_mb(),
         },
     )  # fmt: skip
 

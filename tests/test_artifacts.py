@@ -14,11 +14,14 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load as parse
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base
+from sidetuning.methods import METHODS, Recipe, Task
+
+FEATURES = METHODS["features"]
 
 
 def scrambled(model: st.SideTuner, task: str) -> None:
@@ -127,6 +130,56 @@ def test_another_base_is_refused_unless_any_will_do(tmp_path: Path) -> None:
         model.load_task(tmp_path)
     assert model.tasks == []
     assert model.load_task(tmp_path, any_base=True) == "pets"
+
+
+@pytest.mark.parametrize("other", [{"mean": [0.5] * 3, "std": [0.2] * 3}, {"output": lambda out: 2 * out}])
+def test_a_base_that_prepares_otherwise_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    """The same weights on other inputs, or another of their outputs, are another base."""
+    x = inputs("conv")
+    net = conv_base().net
+    plain, changed = (st.Base(net, example=x, output=o.pop("output", None), **o) for o in ({}, dict(other)))  # type: ignore[arg-type]
+    assert plain.fingerprint() == changed.fingerprint()
+    model = st.SideTuner(plain)
+    model.add_task("pets", side="fcn4", head=3)
+    model.save_task("pets", tmp_path / "task")
+    with pytest.raises(st.ArtifactError, match="prepares its inputs or picks its output otherwise"):
+        st.SideTuner(changed).load_task(tmp_path / "task")
+    assert st.SideTuner(changed).load_task(tmp_path / "task", any_base=True) == "pets"
+    method = FEATURES(plain)
+    method.learn(Task("pets", 3), [(x, torch.tensor([0, 1, 2, 0])[: len(x)])], Recipe(1), progress=False)  # type: ignore[arg-type]
+    method.save(tmp_path / "method")
+    FEATURES(plain).load(tmp_path / "method")
+    with pytest.raises(st.ArtifactError, match="prepares its inputs or picks its output otherwise"):
+        FEATURES(changed).load(tmp_path / "method")
+
+
+def test_tied_weights_are_saved(tmp_path: Path) -> None:
+    first = nn.Linear(8, 8)
+    side = nn.Sequential(nn.Flatten(), first, nn.ReLU(), first)
+    model = st.SideTuner(st.Base(nn.Linear(8, 8), example=torch.zeros(1, 8)))
+    model.add_task("tied", side=side, head=3)
+    model.save_task("tied", tmp_path)
+    again = st.SideTuner(model.base)
+    twin = nn.Linear(8, 8)
+    again.load_task(tmp_path, side=nn.Sequential(nn.Flatten(), twin, nn.ReLU(), twin))
+    x = torch.randn(2, 8)
+    assert torch.equal(again(x, "tied"), model(x, "tied"))
+
+
+def test_paths_of_this_machine_do_not_go_to_the_hub(hub: type[FakeHub], tmp_path: Path) -> None:
+    weights = tmp_path / "mine.safetensors"
+    base = st.load_base("resnet44-cifar10")
+    save_file(base.net.state_dict(), weights)  # type: ignore[union-attr]
+    model = st.SideTuner(st.load_base("resnet44-cifar10", weights=weights))
+    model.add_task("pets", side=None, merge="base-only", head=3)
+    model.save_task("pets", tmp_path / "task")
+    assert str(tmp_path) in (tmp_path / "task" / "side.json").read_text()
+    st.push(tmp_path / "task", "someone/pets")
+    folder = st.pull("someone/pets")
+    assert str(tmp_path) not in (folder / "side.json").read_text() + (folder / "README.md").read_text()
+    with pytest.raises(st.ArtifactError, match="base=base"):
+        st.load(folder)
+    assert st.load(folder, base=base).tasks == ["pets"]
 
 
 def test_a_task_can_be_loaded_under_another_name_but_never_twice(tmp_path: Path) -> None:

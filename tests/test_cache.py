@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def fill(
 ) -> st.CachedFeatures:
     options = {"progress": False, "identity": "toy", **options}
     return st.cache_features(base or mlp_base(), Toy() if data is None else data, path, **options)
+
+
+def test_two_lambdas_are_two_functions(tmp_path: Path) -> None:
+    """All lambdas of a scope have one name; what they do is part of the key, and so is what a partial holds."""
+    net = mlp_base().net
+    outputs = [lambda out: out, lambda out: 2 * out]
+    folders = [
+        fill(tmp_path, base=st.Base(net, example=mlp_base().example, output=output)).folder  # type: ignore[arg-type]
+        for output in (*outputs, outputs[1], partial(torch.mul, other=3))
+    ]
+    assert folders[1] == folders[2] and len(set(folders)) == 3
+    assert torch.equal(st.CachedFeatures(folders[1])[0][1].out, 2 * st.CachedFeatures(folders[0])[0][1].out)
+    assert st.CachedFeatures(folders[0]).seconds > 0
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -113,8 +114,21 @@ def test_mistakes_are_one_sentence(run: Path, tiny_cifar: Path, tmp_path: Path) 
     cache = run.parent / "cache"
     one_sentence(sidetuning(*icifar(tmp_path / "nowhere", tmp_path / "a", cache)), "nowhere", "does not exist")
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "b", cache, "--merge", "alhpa")), "'alhpa'", "'alpha'")
+    for number in ("batch", "tasks", "samples"):
+        one_sentence(
+            sidetuning(*icifar(tiny_cifar, tmp_path / "c", cache, f"--{number}", 0)), f"--{number} must be 1 or more"
+        )
+    one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "c", cache, "--lr", -1)), "give lr > 0")
+    one_sentence(sidetuning("compare", "icifar", "--seeds", 0, "--out", tmp_path / "d"), "--seeds must be 1 or more")
     (tmp_path / "file").touch()
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "file" / "run", cache)), "cannot be written to")
+
+
+def test_a_row_that_was_lost_is_said(run: Path, tiny_cifar: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    done = sidetuning(*icifar(tiny_cifar, tmp_path / "run", run.parent / "cache"))
+    one_sentence(done, "metrics.jsonl is damaged", "classes-0-9")
 
 
 def test_a_full_disk_loses_nothing(run: Path, tiny_cifar: Path, small_disk: Callable[[str], Path]) -> None:

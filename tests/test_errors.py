@@ -185,7 +185,7 @@ def test_features_of_another_shape_are_refused() -> None:
 
 
 def test_a_base_is_wrapped_and_returns_one_code() -> None:
-    with pytest.raises(TypeError, match="wrap it"):
+    with pytest.raises(st.TaskError, match="wrap it"):
         st.SideTuner(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(st.ShapeError, match="output="):
         st.Base(nn.LSTM(4, 4), example=torch.zeros(1, 2, 4))

@@ -458,7 +458,7 @@ def test_other_encoders_serve_as_bases(kind, layer, options, tokenizer, tmp_path
 
 
 def test_memory_is_counted_anew():
-    from sidetuning.scenarios.squad import memory_mb
+    from sidetuning.scenarios.runs import peak_memory_mb as memory_mb
 
     del_me = torch.ones(100_000_000)  # 400 MB
     del del_me

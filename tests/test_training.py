@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import sidetuning as st
 from conftest import conv_base, inputs, mlp_base
-from sidetuning.training import parameter_groups
+from sidetuning.training import parameter_groups, seed_loader
 
 State = dict[str, Tensor]
 
@@ -157,6 +157,9 @@ def test_the_resume_file_of_another_run_is_refused(tmp_path: Path) -> None:
     for other in ({"steps": 3}, {"steps": 2, "seed": 1}):
         with pytest.raises(st.TrainingError, match="belongs to a run of 2 steps with seed 0"):
             st.fit(build(), "t", loader(), resume=file, progress=False, **other)
+    for other in ({"lr": 0.5}, {"scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o)}):
+        with pytest.raises(st.TrainingError, match=r"holds the state of AdamW at 0\.001, 0\.001, not of AdamW at"):
+            st.fit(build(), "t", loader(), steps=2, resume=file, progress=False, **other)
     with pytest.raises(st.TrainingError, match="another network"):
         st.fit(build(merge="film"), "t", loader(), steps=2, resume=file, progress=False)
 
@@ -335,6 +338,20 @@ def test_seeded_repeats_and_puts_the_generators_back() -> None:
         draw()
         raise Stop
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sampler_inside_a_batch_sampler_hears_the_seed() -> None:
+    data = toy(40)
+
+    def order(seed: int) -> list[int]:
+        sampler = RandomSampler(
+            data, generator=torch.Generator().manual_seed(77)
+        )  # as accelerate puts in, for processes
+        batches = DataLoader(data, batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+        seed_loader(batches, seed)
+        return [int(i) for i in sampler]
+
+    assert order(1) == order(1) != order(2)
 
 
 def test_train_minimises_any_objective() -> None:

@@ -68,7 +68,12 @@ def save_task(model: SideTuner, task: str, path: str | Path, *, metrics: Mapping
         "labels": branch.labels,
         "alpha": branch.alpha,
         "metrics": dict(metrics or {}),
-        "base": {"spec": spec, "sha256": base.fingerprint(), "output_shape": list(base.output_shape)},
+        "base": {
+            "spec": spec,
+            "sha256": base.fingerprint(),
+            "output_shape": list(base.output_shape),
+            "preparation": base.preparation(),
+        },
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -89,7 +94,8 @@ def is_saved(model: SideTuner, task: str, path: str | Path) -> bool:
 
 
 def _tensor_bytes(branch: nn.Module) -> bytes:
-    return save({k: v.detach().contiguous() for k, v in branch.state_dict().items()}, metadata={"format": "pt"})
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in branch.state_dict().items()}  # tied ones apart
+    return save(tensors, metadata={"format": "pt"})
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -156,6 +162,12 @@ def load_task(
         raise ArtifactError(
             f"{path} was trained on another base: sha256 {str(config['base'].get('sha256'))[:12]}…, this one has "
             f"{own[:12]}…; load its own base, {_spec_text(config)}, or pass any_base=True"
+        )
+    prepared = config["base"].get("preparation")  # older files do not have it
+    if prepared is not None and prepared != model.base.preparation() and not any_base:
+        raise ArtifactError(
+            f"{path} was trained on a base that prepares its inputs or picks its output otherwise: {prepared}, this one "
+            f"{model.base.preparation()}; build the base as it was, or pass any_base=True"
         )
     given = {"side": side, "merge": merge, "head": head}
     try:

@@ -272,6 +272,13 @@ class Base(nn.Module):
             digest.update(f"{getattr(net, '__module__', '')}.{name} {self.output_shape}".encode())
         return digest.hexdigest()
 
+    def preparation(self) -> dict[str, Any]:
+        """What `fingerprint` does not know: normalisation (to three decimals) and the choice of the output, as JSON values."""
+        norm = [None if t is None else [round(float(v), 3) for v in t.flatten()] for t in (self.mean, self.std)]
+        output = self.select.output
+        name = getattr(output, "__qualname__", type(output).__qualname__) if callable(output) else output
+        return {"mean": norm[0], "std": norm[1], "output": name, "channels_last": self.select.channels_last}
+
     def parameter_count(self) -> int:
         """Parameters of the network, all frozen."""
         net = self.net

@@ -11,9 +11,11 @@ import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +54,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
         folder: where it lies.
         views: augmented views per sample; which one an index gives is drawn from torch's generator, or `view`.
         view: the view to give, or None for a random one.
+        seconds: that writing it took, with all calls that were interrupted.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -61,6 +64,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
             if meta["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format_version {meta['format_version']}, this library reads {FORMAT_VERSION}")
             self.samples, self.views = int(meta["samples"]), int(meta["views"])
+            self.seconds = float(meta.get("seconds", 0.0))
             self.fields = {name: Field(tuple(f["shape"]), f["dtype"]) for name, f in meta["fields"].items()}
         except FileNotFoundError as error:
             raise CacheError(
@@ -245,10 +249,10 @@ def cache_key(
     base: Base, identity: str, views: int, augment: Augment | None, seed: int, dtype: str, taps: Mapping[str, Any] | None = None
 ) -> str:  # fmt: skip
     """Names a cache by all that its content depends on; `taps` are those stored, with their shapes, by default all."""
-    how = "none" if augment is None or views == 1 else f"{augment.__module__}.{augment.__qualname__} {seed}"
+    how = "none" if augment is None or views == 1 else f"{augment.__module__}.{_name_of(augment)} {seed}"
     norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
     output = base.select.output
-    output = getattr(output, "__qualname__", output)
+    output = _name_of(output) if callable(output) else output
     parts = [
         base.fingerprint(),
         norm,
@@ -261,6 +265,21 @@ def cache_key(
         dtype,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """A function's name; that of a lambda says what it does, since all in one place are called the same."""
+    if isinstance(function, partial):
+        return f"{_name_of(function.func)} {function.args} {function.keywords}"
+    name = getattr(function, "__qualname__", None)
+    if name is None:
+        return f"{type(function).__qualname__} {function!r}"
+    if "<lambda>" in name:
+        code: Any = function.__code__
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        constants = [c for c in code.co_consts if not hasattr(c, "co_code")]
+        name += hashlib.sha256(repr((code.co_code, code.co_names, constants, cells)).encode()).hexdigest()
+    return str(name)
 
 
 def _fields(base: Base, dataset: Dataset[Any], dtype: str) -> dict[str, Field]:
@@ -314,6 +333,7 @@ def _write(
             leave=False,
         )
         for view, start in mine:
+            started = time.perf_counter()
             rows = range(start, min(start + CHUNK, n))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + view * n + start)
             for first in range(rows.start, rows.stop, batch_size):
@@ -330,16 +350,19 @@ def _write(
                 bar.update(len(batch))
             for handle in handles.values():
                 os.fsync(handle)
-            (folder / "done" / f"{view}-{start}").touch()
+            (folder / "done" / f"{view}-{start}").write_text(f"{time.perf_counter() - started:.3f}")
         bar.close()
     finally:
         for handle in handles.values():
             os.close(handle)
     state.wait_for_everyone()
-    if all((folder / "done" / f"{view}-{start}").exists() for view, start in chunks):
+    markers = [folder / "done" / f"{view}-{start}" for view, start in chunks]
+    if all(marker.exists() for marker in markers):
+        seconds = sum(float(marker.read_text() or 0) for marker in markers)
         about = {name: {"shape": list(f.shape), "dtype": f.dtype} for name, f in fields.items()}
         write_json(
-            folder / "meta.json", {"format_version": FORMAT_VERSION, "samples": n, "views": views, "fields": about}
+            folder / "meta.json",
+            {"format_version": FORMAT_VERSION, "samples": n, "views": views, "fields": about, "seconds": seconds},
         )
     else:
         raise CacheError(f"{folder} is still being written by another process; run again when that one has ended")

@@ -7,7 +7,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from sidetuning.artifacts import CONFIG, TENSORS, read_config
+from sidetuning.artifacts import CONFIG, TENSORS, read_config, write_json
 from sidetuning.errors import ArtifactError
 
 CARD = """
@@ -51,13 +51,13 @@ def push(path: str | Path, repo: str, *, private: bool = False, token: str | Non
     from huggingface_hub.errors import HfHubHTTPError
 
     path = Path(path)
-    config = read_config(path)
+    config = without_paths(read_config(path))
     if not (path / TENSORS).exists():
         raise ArtifactError(f"{path / TENSORS} is missing; save the task again")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        for name in (CONFIG, TENSORS):
-            copyfile(path / name, Path(folder) / name)
+        copyfile(path / TENSORS, Path(folder) / TENSORS)
+        write_json(Path(folder) / CONFIG, config)
         (Path(folder) / "README.md").write_text(
             model_card(config, repo, (path / TENSORS).stat().st_size), encoding="utf-8"
         )
@@ -89,6 +89,14 @@ def pull(repo: str, *, revision: str | None = None, token: str | None = None) ->
         ) from error
     read_config(folder)
     return folder
+
+
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """`side.json` for others, for whom a base that was read from files of this machine is a base of one's own."""
+    spec = config["base"].get("spec") or {"name": "", "options": {}}
+    file = spec["name"].partition(":")[2]
+    local = "weights" in spec["options"] or (file and Path(file).exists())
+    return {**config, "base": {**config["base"], "spec": None}} if local else config
 
 
 def model_card(config: dict[str, Any], repo: str, size: int) -> str:

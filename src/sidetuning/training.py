@@ -314,7 +314,9 @@ def train(
     if accelerator is None:
         accelerator = default_accelerator()
     path = None if resume is None else Path(resume)
-    state = _Position(seed=seed, steps=steps, label=label, optimizer=type(optimizer).__name__)
+    rates = ", ".join(f"{group.get('initial_lr', group['lr']):g}" for group in optimizer.param_groups)
+    how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
+    state = _Position(seed=seed, steps=steps, label=label, optimizer=how)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     batches = accelerator.prepare(loader) if isinstance(loader, torch.utils.data.DataLoader) else loader
     rng: dict[str, Any] | None = None
@@ -453,7 +455,8 @@ def _mix(seed: int, epoch: int) -> int:
 
 def seed_loader(loader: Iterable[Any], seed: int) -> None:
     """A loader or sampler with a generator of its own does not hear the global seed."""
-    for holder in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+    batches = getattr(loader, "batch_sampler", None)
+    for holder in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
         generator = getattr(holder, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)

@@ -30,7 +30,7 @@ class SideTuner(nn.Module):
     def __init__(self, base: Base) -> None:
         super().__init__()
         if not isinstance(base, Base):
-            raise TypeError(f"SideTuner takes a Base, not a {type(base).__name__}: wrap it, Base(module, example=x)")
+            raise TaskError(f"SideTuner takes a Base, not a {type(base).__name__}: wrap it, Base(module, example=x)")
         self.base = base
         self.branches = nn.ModuleDict()
         self.eval()

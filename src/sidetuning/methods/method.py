@@ -296,6 +296,7 @@ class Method(nn.Module):
             "method": self.name,
             "options": self.options,
             "base": self.base.fingerprint(),
+            "preparation": self.base.preparation(),
             "tasks": [
                 {"name": t.name, "head": t.head, "labels": t.labels, "head_options": dict(t.head_options)}
                 for t in self.tasks.values()
@@ -332,6 +333,11 @@ class Method(nn.Module):
         if config["base"] != self.base.fingerprint():
             raise ArtifactError(
                 f"{folder} was learned from another base (sha256 {config['base'][:12]}…); load that one"
+            )
+        if config.get("preparation", self.base.preparation()) != self.base.preparation():
+            raise ArtifactError(
+                f"{folder} was learned from a base that prepares its inputs or picks its output otherwise: "
+                f"{config['preparation']}, this one {self.base.preparation()}; build the base as it was"
             )
         try:
             for t in config["tasks"]:

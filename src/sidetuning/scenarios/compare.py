@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from sidetuning.base import load_base
 from sidetuning.errors import SideTuningError, UnknownNameError
-from sidetuning.methods import METHODS
+from sidetuning.methods import METHODS, Task
 from sidetuning.registry import unknown
 from sidetuning.report import write_report
 from sidetuning.results import RunResult, markdown, measures_table, summary_table
 from sidetuning.scenarios import icifar, itaskonomy
 from sidetuning.scenarios.dense import ORDER
-from sidetuning.scenarios.runs import Run, end_with_parent
+from sidetuning.scenarios.runs import Run, at_least_one, end_with_parent
 
 Grid = Literal["methods", "merge", "init", "side", "order", "dense", "base", "data", "boosting"]
 MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", "mlp", "mlp2", "res-mlp", "concat")
@@ -184,7 +184,7 @@ def data_grid(common: Any, s: Settings) -> Variants:
     """A part of each task's images, 1, 10 and 100 %, at the same number of steps: who overfits?"""
     for method in s.methods or ("sidetune", "features", "independent", "finetune"):
         for share in s.shares:
-            yield f"data={share:.0%}", replace(common, method=method, share=share)
+            yield f"data={100 * share:g}%", replace(common, method=method, share=share)
 
 
 def boosting_grid(common: Any, s: Settings) -> Variants:
@@ -211,10 +211,14 @@ def run(settings: Settings) -> list[RunResult]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
+    at_least_one(s, "seeds", "samples", "frames", "tasks")
     todo = list(cells(s))
     base = load_base(todo[0].settings.base, weights=todo[0].settings.base_weights)
-    for method in {cell.settings.method for cell in todo}:  # a package that is missing is said before hours of work
-        todo[0].scenario.build_method(replace(todo[0].settings, method=method, init=None), base)
+    kinds = {(c.settings.method, c.settings.side, c.settings.side_width): c for c in todo if c.settings.seed == 0}
+    for cell in kinds.values():  # a package that is missing is said before hours of work
+        method = cell.scenario.build_method(replace(cell.settings, init=None), base)
+        if s.scenario == "icifar":
+            method.add(Task("dry-run", 2))
     Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods", "shares"))
     results: list[RunResult] = []
     bar = tqdm(total=sum(cell.tasks for cell in todo), unit="task", dynamic_ncols=True)
@@ -279,14 +283,15 @@ def add_alone(results: Sequence[RunResult]) -> list[RunResult]:
     """Fill in how well each task is learned first: what it got in the sequence, for methods whose tasks do not touch.
 
     The first task of fine-tuning, EWC and PSP is a fine-tuned copy of the base, so theirs is the run of `independent` with
-    the same seed, where there is one.
+    the same seed, where there is one, and where PSP is tested as that is: with running statistics.
     """
     runs = {(r.method, r.variant, r.seed): r for r in results}
     filled = []
     for r in results:
         other = FIRST.get(r.method)
         if other is not None:
-            first = runs.get((other, r.variant, r.seed))
+            otherwise = r.method == "psp" and r.settings.get("psp_statistics", "batch") == "batch"
+            first = None if otherwise else runs.get((other, r.variant, r.seed))
             alone = None if first is None else [first.matrix.learned[first.tasks.index(t)] for t in r.tasks]
         else:
             touches = r.method == "pnn" or r.settings.get("dense")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from sidetuning.data.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
-from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.runs import Run, at_least_one
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
 CLASSES_PER_TASK = 10
@@ -46,7 +45,7 @@ class Settings:
     """Folder of the run; the same command run again goes on where it stopped."""
     recipe: Literal["paper", "best"] = "paper"
     """The paper's protocol, or the most accurate one for no more parameters per task: a side on inner maps of the base,
-    mirrored and shifted, 28 passes. It sets side, taps, merge, init, mirror, samples, optimiser and schedule."""
+    mirrored and shifted, about 27 passes. It sets side, taps, merge, init, mirror, samples, optimiser and schedule."""
     method: str = "sidetune"
     """sidetune, features, finetune, independent, scratch, ewc, psp, pnn, residual-adapter, lora, piggyback or boosting."""
     merge: str = "mlp2"
@@ -114,6 +113,11 @@ class Settings:
 def run(settings: Settings) -> RunResult:
     """Learn the tasks in order, saving after each; evaluates every task after every task."""
     s = with_recipe(settings)
+    at_least_one(s, "batch", "tasks", "samples", "stages")
+    if not s.lr > 0 or not 0 < s.share <= 1 or not 0 <= s.smoothing <= 1:
+        raise SideTuningError(
+            f"--lr {s.lr:g} --share {s.share:g} --smoothing {s.smoothing:g}: give lr > 0, 0 < share <= 1, 0 <= smoothing <= 1"
+        )
     folder = Run(s.out, "icifar", s, free=FREE)
     base = load_base(s.base, weights=s.base_weights, taps=s.taps)
     method = build_method(s, base)
@@ -123,10 +127,9 @@ def run(settings: Settings) -> RunResult:
     if classes < s.tasks * CLASSES_PER_TASK:
         raise DataError(f"{s.data} has {classes} classes; {s.tasks} tasks of ten need {s.tasks * CLASSES_PER_TASK}")
 
-    started = time.perf_counter()
     train = prepare(method, base, train_set, s)
     test = views_of(prepare(method, base, test_set, s))
-    base_seconds = time.perf_counter() - started
+    base_seconds = sum(data.seconds for data in (train, test[0]) if isinstance(data, CachedFeatures))
 
     def lesson(k: int) -> Lesson:
         labels = train_set.names[CLASSES_PER_TASK * k : CLASSES_PER_TASK * (k + 1)]
@@ -290,7 +293,7 @@ def show(result: RunResult, settings: Settings) -> None:
             name, f"{100 * matrix.learned[i]:.1f}", f"{100 * matrix.final[i]:.1f}", f"{100 * matrix.forgetting[i]:.1f}",
             "–" if alpha is None else f"{alpha:.3f}", f"{result.seconds[i]:.1f}",
         )  # fmt: skip
-    average = [sum(v) / len(v) for v in (matrix.learned, matrix.final, matrix.forgetting)]
+    average = [*(sum(v) / len(v) for v in (matrix.learned, matrix.final)), -matrix.backward_transfer]
     table.add_section()
     table.add_row("average", *(f"{100 * v:.1f}" for v in average), "", f"{sum(result.seconds):.1f} in all")
     console = Console()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -144,9 +143,8 @@ def run(settings: Settings) -> RunResult:
     method = build_method(s, base)
     method.add(Task("dry-run", "identity"))  # an unknown part is found before the long work
 
-    started = time.perf_counter()
     inputs = {frames: prepare(method, base, frames, s) for frames in (train, test)}
-    base_seconds = time.perf_counter() - started
+    base_seconds = sum(data.seconds for data in inputs.values() if isinstance(data, CachedFeatures))
     gallery = Gallery(folder.folder / "gallery", test, s.pictures)
 
     @cache

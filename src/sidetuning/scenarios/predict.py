@@ -44,11 +44,16 @@ def predict(settings: Settings) -> list[Answer]:
         raise DataError("name at least one image file")
     model = load(settings.run)
     example = model.base.example
-    assert isinstance(example, Tensor)
+    if not isinstance(example, Tensor):
+        raise DataError(f"{settings.run} does not read images; see `sidetuning answer` for texts")
     batch = torch.stack([read(Path(i), tuple(example.shape[-2:])) for i in settings.images])  # (b, 3, h, w) in [0, 1]
     views = [batch, batch.flip(-1)] if averages_mirror_images(Path(settings.run)) else [batch]
     with torch.no_grad():
         each = [model.forward_all(view) for view in views]
+    if dense := [task for task, out in each[0].items() if out.ndim != 2]:
+        raise DataError(
+            f"the task {dense[0]} of {settings.run} does not classify images; its pictures are in its run's report"
+        )
     outputs = {task: torch.stack([F.softmax(o[task], 1) for o in each]).mean(0) for task in model.tasks}
     answers = []
     for i, image in enumerate(settings.images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -60,14 +61,13 @@ class Run:
     def _check(self, file: Path, scenario: str, wanted: Mapping[str, Any]) -> None:
         try:
             found = json.loads(file.read_text())
-            settings = found["settings"]
+            settings, was = {**self._defaults, **found["settings"]}, found["scenario"]
         except (ValueError, KeyError, TypeError) as error:
             raise SideTuningError(
                 f"{file} is damaged ({error}); choose another folder with --out, or delete this one"
             ) from error
-        if found["scenario"] != scenario:
-            raise SideTuningError(f"{self.folder} holds a run of {found['scenario']}; choose another folder with --out")
-        settings = {**self._defaults, **settings}  # an older version's file does not have the newest settings
+        if was != scenario:
+            raise SideTuningError(f"{self.folder} holds a run of {was}; choose another folder with --out")
         names = [*wanted, *(k for k in settings if k not in wanted and k not in self._free)]
         other = [f"{k} {settings.get(k)!r} (now {wanted.get(k)!r})" for k in names if settings.get(k) != wanted.get(k)]
         if other:
@@ -109,6 +109,40 @@ class Run:
             out.seek(len(text.encode()))
             out.truncate()
             out.write(json.dumps(row) + "\n")
+            out.flush()
+            os.fsync(out.fileno())  # what is saved after it must not outlive it
+
+
+def at_least_one(settings: Any, *names: str) -> None:
+    """Counts of a user's settings must be 1 or more.
+
+    Raises:
+        SideTuningError: one is not.
+    """
+    for name in names:
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            flag = name.replace("_", "-")
+            raise SideTuningError(f"--{flag} must be 1 or more, not {getattr(settings, name)}")
+
+
+def peak_memory_mb(anew: bool = False) -> float | None:
+    """The most memory that this process has held, in MB; None where the system does not tell (Windows).
+
+    Args:
+        anew: count from here on, where the system can (Linux).
+    """
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike `ru_maxrss` it does not start at the peak of the process that started this one
+        if anew:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+        row = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(row.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
 
 
 def end_with_parent() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sidetuning.continual import AccuracyMatrix
+from sidetuning.errors import ArtifactError
 from sidetuning.methods import Method, Recipe, Task, saved_tasks
 from sidetuning.results import RunResult
-from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.runs import Run, peak_memory_mb
 
 
 class Score(NamedTuple):
@@ -68,7 +68,12 @@ def learn_in_order(
     names = [lesson.task.name for lesson in lessons]
     rows = {row["task"]: row for row in folder.metrics()}
     saved = [n for n in names if n in saved_tasks(folder.tasks(n if alone else ""))]
-    done = {name: rows[name] for name in saved}  # a task is saved after its row is written
+    if lost := [name for name in saved if name not in rows]:  # a task is saved after its row is written
+        raise ArtifactError(
+            f"{folder.folder}/metrics.jsonl is damaged: {lost[0]} is learned, and its row is not there; delete "
+            f"{folder.folder} and run again"
+        )
+    done = {name: rows[name] for name in saved}
     matrix = AccuracyMatrix(names)
     methods = [build() for _ in done] if alone and done else [build()]
     for method, name in zip(methods, done, strict=False):
@@ -94,7 +99,7 @@ def learn_in_order(
         row: dict[str, Any] = {
             "task": name, "accuracy": [s.score for s in scores], "values": [s.value for s in scores], "seconds": result.seconds,
             "loss": result.losses[-1], "added": method.added(name), "shared": method.shared(), "alpha": method.alpha(name),
-            "base_seconds": base_seconds, "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "base_seconds": base_seconds, "peak_memory_mb": peak_memory_mb(),
         }  # fmt: skip
         matrix.add(row["accuracy"])
         if name in rows:  # killed between the next lines; its resume file has brought back what it had learned
@@ -112,7 +117,7 @@ def learn_in_order(
         alphas=[row["alpha"] for row in learned_rows], parameters=[row["added"] for row in learned_rows],
         shared_parameters=learned_rows[-1]["shared"], seconds=[row["seconds"] for row in learned_rows],
         base_seconds=max(row["base_seconds"] for row in learned_rows) if methods[0].uses_features else 0.0,
-        peak_memory_mb=max(row["peak_memory_mb"] for row in learned_rows), settings=dict(settings),
+        peak_memory_mb=max((m for row in learned_rows if (m := row["peak_memory_mb"]) is not None), default=None), settings=dict(settings),
         values=[row["values"] for row in learned_rows] if measures else None,
         measures=[measures[name] for name in names] if measures else None,
     )  # fmt: skip

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +24,7 @@ from sidetuning.data.squad import Prediction, Questions, Windows, best_answers, 
 from sidetuning.distill import distill
 from sidetuning.errors import SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
-from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.runs import Run, at_least_one, peak_memory_mb
 from sidetuning.sides.top import EMBEDDINGS, layers_of
 from sidetuning.token_cache import ByLength, cache_tokens, token_loader
 from sidetuning.training import default_accelerator, seeded
@@ -154,6 +152,7 @@ def run(settings: Settings) -> Result:
     file = folder.folder / "result.json"
     if file.exists():
         return Result(**json.loads(file.read_text()))
+    at_least_one(s, "batch", "length", "questions", "test_questions", "width", "layers", "rungs")
     if Path(s.data).is_file():
         raise SideTuningError(f"{s.data} is one file; give the folder with train*.json and dev*.json")
     if not s.base.startswith("hf:"):
@@ -176,12 +175,13 @@ def run(settings: Settings) -> Result:
     if s.init == "distilled" and s.method in ("sidetune", "ladder"):
         weights, imitated = imitate(s, base, data, windows, folder)
         method = build_method(s, base, weights)
-    before = memory_mb(anew=True)
+    before = peak_memory_mb(anew=True)
     learned = method.learn(
         Task(TASK, "span", span_loss, seed=s.seed), token_loader(data, windows.lengths(), s.batch), recipe,
         resume=folder.resume(TASK), save_every=s.save_every, progress=s.progress,
     )  # fmt: skip
-    above = memory_mb() - before
+    after = peak_memory_mb()
+    above = 0.0 if before is None or after is None else after - before
     method.save(folder.tasks())
     result, predictions = test_on(s, method, tokenizer, test)
     write_json(
@@ -329,14 +329,6 @@ def scores_of(
         for k, row in enumerate(rows):
             found[row] = out[k, : len(windows.ids[row])]
     return found
-
-
-def memory_mb(anew: bool = False) -> float:
-    """The most memory that this process has held, in MB; `anew` counts from here on, where the system can (Linux)."""
-    if anew:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main(settings: Settings) -> None:
