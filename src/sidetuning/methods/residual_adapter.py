@@ -77,9 +77,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.beside_conv = nn.ModuleDict()
         for name, conv in convolutions.items():
-            adapter = nn.Conv2d(
-                conv.in_channels, conv.out_channels, 1, stride=conv.stride[0], groups=conv.groups, bias=False
-            )
+            adapter = nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=conv.groups, bias=False)
             nn.init.zeros_(adapter.weight)
             self.beside_conv[name.replace(".", "/")] = adapter
         self.norms = nn.ModuleDict()
@@ -104,7 +102,9 @@ class Adapters(nn.Module):
         adapter = self.beside_conv[name.replace(".", "/")]
 
         def hook(conv: nn.Conv2d, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]
+            # What a stride would skip is left out before. A 1x1 convolution with a stride, channels last, of fewer than 8 channels
+            # corrupts memory when it learns (oneDNN issue 6035, AVX2): that is a stem's, whose input is an image.
+            x = args[0][..., :: conv.stride[0], :: conv.stride[1]]
             extra = adapter(x)
             if extra.shape != output.shape:  # a convolution that does not pad: the middle of what the adapter sees
                 top, left = [(a - b) // 2 for a, b in zip(extra.shape[-2:], output.shape[-2:], strict=True)]
