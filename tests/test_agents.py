@@ -383,34 +383,30 @@ def test_scenarios_run_unchanged_in_habitat(tmp_path):
     assert (tmp_path / "rl" / "report.html").read_text().count("<video") == 4
     done = run(tmp_path, "play", "rl/finetune-0", "--episodes", 1)
     assert done.returncode == 0 and (tmp_path / "rl/finetune-0/play/episode-0.mp4").stat().st_size > 500, done.stderr
-    alone = (
-        "imitation",
-        "--env",
-        "doom-home",
-        "--data",
-        "t-v0",
-        "--out",
-        "other",
-        "--no-progress",
-        "--trajectories",
-        4,
-    )
-    for wrong, message in (
-        (("play", "rl"), "such as rl/sidetune-0"),
-        (("play", "none"), "holds no run"),
-        (alone, "collected with a compass, and doom-home has none"),
-        ((*alone[:2], "doom-explore", *alone[3:]), "no goal and so no expert"),
-        ((*imitation[:-4], "--test-episodes", 0, "--out", "other"), "must all be 1 or more"),
-        (
-            (*imitation, "--methods", "sidetune", "features", "independent", "scratch", "ewc", "--out", "other"),
-            "at most 4",
-        ),
-        (("collect-trajectories", "--env", "doom-explore", "--out", "x-v0"), "no goal and so no expert"),
-        (("collect-trajectories", *world, "--workers", -1, "--out", "x-v0"), "give one or more"),
-        ((*rl, "--test-episodes", 0, "--out", "other"), "must all be 1 or more"),
-    ):
+    for wrong, message in ((("play", "rl"), "such as rl/sidetune-0"), (("play", "none"), "holds no run")):
         done = run(tmp_path, *wrong)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    mistakes_are_said_before_anything_is_learned(tmp_path)
+
+
+def mistakes_are_said_before_anything_is_learned(folder):
+    from sidetuning.scenarios import collect, imitation, rl
+
+    clone = imitation.Settings(data=str(folder / "t-v0"), out=str(folder / "other"), trajectories=(4,), progress=False)
+    record = collect.Settings(out=str(folder / "x-v0"), progress=False)
+    five = ("sidetune", "features", "independent", "scratch", "ewc")
+    for scenario, settings, message in (
+        (imitation, replace(clone, env="doom-home"), "collected with a compass, and doom-home has none"),
+        (imitation, replace(clone, env="doom-explore"), "no goal and so no expert"),
+        (imitation, replace(clone, test_episodes=0), "must all be 1 or more"),
+        (imitation, replace(clone, trajectories=()), "must all be 1 or more"),
+        (imitation, replace(clone, methods=five), "at most 4"),
+        (collect, replace(record, env="doom-explore"), "no goal and so no expert"),
+        (collect, replace(record, workers=-1), "give one or more"),
+        (rl, rl.Settings(out=str(folder / "other-rl"), test_episodes=0), "must all be 1 or more"),
+    ):
+        with pytest.raises(SideTuningError, match=message):
+            scenario.run(settings)
 
 
 # Doom -------------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import sidetuning as st
+from sidetuning.scenarios import compare
+from sidetuning.scenarios import icifar as scenario
 
 CLI = [sys.executable, "-m", "sidetuning.cli"]
 
@@ -114,12 +117,16 @@ def test_mistakes_are_one_sentence(run: Path, tiny_cifar: Path, tmp_path: Path) 
     cache = run.parent / "cache"
     one_sentence(sidetuning(*icifar(tmp_path / "nowhere", tmp_path / "a", cache)), "nowhere", "does not exist")
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "b", cache, "--merge", "alhpa")), "'alhpa'", "'alpha'")
-    for number in ("batch", "tasks", "samples"):
-        one_sentence(
-            sidetuning(*icifar(tiny_cifar, tmp_path / "c", cache, f"--{number}", 0)), f"--{number} must be 1 or more"
-        )
-    one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "c", cache, "--lr", -1)), "give lr > 0")
-    one_sentence(sidetuning("compare", "icifar", "--seeds", 0, "--out", tmp_path / "d"), "--seeds must be 1 or more")
+    one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "c", cache, "--tasks", 0)), "--tasks must be 1 or more")
+    for wrong, message in (
+        ({"batch": 0}, "--batch must"),
+        ({"samples": 0}, "--samples must"),
+        ({"lr": -1.0}, "lr > 0"),
+    ):
+        with pytest.raises(st.SideTuningError, match=message):
+            scenario.run(replace(scenario.Settings(out=str(tmp_path / "c")), **wrong))
+    with pytest.raises(st.SideTuningError, match="--seeds must be 1 or more"):
+        compare.run(compare.Settings("icifar", seeds=0, out=str(tmp_path / "d")))
     (tmp_path / "file").touch()
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "file" / "run", cache)), "cannot be written to")
 

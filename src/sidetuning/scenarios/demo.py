@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
         results, out / "report.html", title="Five dense tasks in Doom: side-tuning and fine-tuning",
         galleries=[Path(run.out) / "gallery" for run in runs],
     )  # fmt: skip
-    lost = [-100 * r.matrix.backward_transfer for r in results]
+    lost = [100 * (0.0 - r.matrix.backward_transfer) for r in results]
     print(
         f"Lost of earlier tasks, on average: side-tuning {lost[0]:.1f} points of score, fine-tuning {lost[1]:.1f}.\n"
         f"See it: open {report} in a browser."

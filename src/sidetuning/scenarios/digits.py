@@ -97,7 +97,7 @@ def main(settings: Settings) -> None:
         ("Fine-tuning: one network, task after task", tuned),
     ):
         console.print(table(title, matrix))
-    lost = [-100 * m.backward_transfer for m in (side, tuned)]
+    lost = [100 * (0.0 - m.backward_transfer) for m in (side, tuned)]
     console.print(
         f"Accuracy lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points, fine-tuning {lost[1]:.1f} points.\n"
         f"The five tasks are in {settings.out}/tasks; ask them all about an image: sidetuning predict {settings.out} IMAGE",

@@ -293,7 +293,7 @@ def show(result: RunResult, settings: Settings) -> None:
             name, f"{100 * matrix.learned[i]:.1f}", f"{100 * matrix.final[i]:.1f}", f"{100 * matrix.forgetting[i]:.1f}",
             "–" if alpha is None else f"{alpha:.3f}", f"{result.seconds[i]:.1f}",
         )  # fmt: skip
-    average = [*(sum(v) / len(v) for v in (matrix.learned, matrix.final)), -matrix.backward_transfer]
+    average = [*(sum(v) / len(v) for v in (matrix.learned, matrix.final)), 0.0 - matrix.backward_transfer]
     table.add_section()
     table.add_row("average", *(f"{100 * v:.1f}" for v in average), "", f"{sum(result.seconds):.1f} in all")
     console = Console()
