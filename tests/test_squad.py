@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -567,23 +568,27 @@ def test_a_side_learns_to_answer_and_can_be_asked(data, encoder, tmp_path):
         "no answer"
     )
     (tmp_path / "empty.txt").write_text(" ")
-    for arguments, message in (
-        (("answer", "run", "what ?", "--context", "nothing.txt"), "cannot be read as text"),
-        (("answer", "run", "what ?", "--context", "empty.txt"), "is empty"),
-        (("answer", "nowhere", "what ?", "--context", "text.txt"), "holds no run of squad"),
-        (squad(data, encoder, "--epochs", 2, "--out", "run"), "other settings"),
-        (squad(data, tmp_path, "--out", "other"), "cannot load"),
-        (("squad", "--data", data, "--base", "resnet44-cifar10", "--out", "third"), "texts need an encoder"),
-        (squad(data, encoder, "--method", "ladder", "--rungs", 9, "--out", "other"), "the base has 3 layers"),
-        (squad("some/where/else", encoder, "--out", "other"), "does not exist"),
-        (squad(data / "dev.json", encoder, "--out", "other"), "is one file"),
-        (squad("nobody/squad", encoder, "--out", "other"), "could not be read from the Hub"),
+    done = command(tmp_path, "answer", "run", "what ?", "--context", "nothing.txt")
+    assert done.returncode == 1 and "cannot be read as text" in done.stderr and "Traceback" not in done.stderr
+    from sidetuning.scenarios import answer
+    from sidetuning.scenarios import squad as scenario
+
+    first = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    given = scenario.Settings(**{**first, "data": str(data), "out": str(tmp_path / "run"), "progress": False})
+    other = replace(given, out=str(tmp_path / "other"))
+    for settings, message in (
+        (replace(given, epochs=2), "other settings"),
+        (replace(other, base=f"hf:{tmp_path}"), "cannot load"),
+        (replace(other, base="resnet44-cifar10"), "texts need an encoder"),
+        (replace(other, method="ladder", rungs=9), "the base has 3 layers"),
+        (replace(other, data="some/where/else"), "does not exist"),
+        (replace(other, data=str(data / "dev.json")), "is one file"),
     ):
-        done = command(tmp_path, *arguments)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, (
-            arguments,
-            done.stderr,
-        )
+        with pytest.raises(st.SideTuningError, match=message):
+            scenario.run(settings)
+    for run, context, message in (("run", "empty.txt", "is empty"), ("nowhere", "text.txt", "holds no run of squad")):
+        with pytest.raises(st.SideTuningError, match=message):
+            answer.main(answer.Settings(str(tmp_path / run), "what ?", context=str(tmp_path / context)))
 
 
 def test_a_distilled_side_starts_near_the_base(data, encoder, tmp_path):
