@@ -71,7 +71,7 @@ def main() -> None:
             "milliseconds_per_step": {k: 1000 * v for k, v in median.items()},
             "ratios": ratios,
             "rounds": ROUNDS,
-            "rounds_live": 3,
+            "rounds_live": len(times["live"]),
             "seeds": [0],
         },
     )

@@ -1,6 +1,6 @@
 """What a step of training costs on texts, in seconds and memory: `python benchmarks/squad_cost.py --data FOLDER --base hf:FOLDER`.
 
-Batches of 16 windows of 384 tokens, every method in a process of its own, in rounds one after another. Base features are cached before.
+Batches of 16 windows of up to 384 tokens, every method in a process of its own, in rounds one after another. Base features are cached before.
 Memory is the peak while training above what the process held before, less the weights that a method builds; so it is gradients, the
 optimiser's state and activations.
 """

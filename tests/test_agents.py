@@ -398,12 +398,12 @@ def mistakes_are_said_before_anything_is_learned(folder):
     for scenario, settings, message in (
         (imitation, replace(clone, env="doom-home"), "collected with a compass, and doom-home has none"),
         (imitation, replace(clone, env="doom-explore"), "no goal and so no expert"),
-        (imitation, replace(clone, test_episodes=0), "must all be 1 or more"),
-        (imitation, replace(clone, trajectories=()), "must all be 1 or more"),
+        (imitation, replace(clone, test_episodes=0), "--test-episodes must be 1 or more"),
+        (imitation, replace(clone, trajectories=()), "must be numbers of 1 or more"),
         (imitation, replace(clone, methods=five), "at most 4"),
         (collect, replace(record, env="doom-explore"), "no goal and so no expert"),
-        (collect, replace(record, workers=-1), "give one or more"),
-        (rl, rl.Settings(out=str(folder / "other-rl"), test_episodes=0), "must all be 1 or more"),
+        (collect, replace(record, workers=-1), "--workers must be 1 or more"),
+        (rl, rl.Settings(out=str(folder / "other-rl"), test_episodes=0), "--test-episodes must be 1 or more"),
     ):
         with pytest.raises(SideTuningError, match=message):
             scenario.run(settings)

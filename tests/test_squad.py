@@ -570,6 +570,8 @@ def test_a_side_learns_to_answer_and_can_be_asked(data, encoder, tmp_path):
     (tmp_path / "empty.txt").write_text(" ")
     done = command(tmp_path, "answer", "run", "what ?", "--context", "nothing.txt")
     assert done.returncode == 1 and "cannot be read as text" in done.stderr and "Traceback" not in done.stderr
+    done = command(tmp_path, *squad("nobody/squad", encoder, "--out", "other"))
+    assert done.returncode == 1 and "could not be read from the Hub" in done.stderr and "Traceback" not in done.stderr
     from sidetuning.scenarios import answer
     from sidetuning.scenarios import squad as scenario
 

@@ -126,6 +126,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def check_preparation(path: Path, recorded: Any, base: Base) -> None:
+    """Equal weights are not enough: a base must prepare inputs and pick its output as it did; older files do not say how.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    if recorded is not None and recorded != base.preparation():
+        raise ArtifactError(
+            f"{path} was trained on a base that prepares its inputs or picks its output otherwise: {recorded}, this one "
+            f"{base.preparation()}; build the base as it was (or, for a single task, pass any_base=True)"
+        )
+
+
 def load_task(
     model: SideTuner,
     path: str | Path,
@@ -163,12 +176,8 @@ def load_task(
             f"{path} was trained on another base: sha256 {str(config['base'].get('sha256'))[:12]}…, this one has "
             f"{own[:12]}…; load its own base, {_spec_text(config)}, or pass any_base=True"
         )
-    prepared = config["base"].get("preparation")  # older files do not have it
-    if prepared is not None and prepared != model.base.preparation() and not any_base:
-        raise ArtifactError(
-            f"{path} was trained on a base that prepares its inputs or picks its output otherwise: {prepared}, this one "
-            f"{model.base.preparation()}; build the base as it was, or pass any_base=True"
-        )
+    if not any_base:
+        check_preparation(path, config["base"].get("preparation"), model.base)
     given = {"side": side, "merge": merge, "head": head}
     try:
         parts = BranchConfig(**config["parts"])

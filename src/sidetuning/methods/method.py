@@ -18,7 +18,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sidetuning.artifacts import atomic_write, write_json
+from sidetuning.artifacts import atomic_write, check_preparation, write_json
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
 from sidetuning.heads import HEADS, named_head
@@ -334,11 +334,7 @@ class Method(nn.Module):
             raise ArtifactError(
                 f"{folder} was learned from another base (sha256 {config['base'][:12]}…); load that one"
             )
-        if config.get("preparation", self.base.preparation()) != self.base.preparation():
-            raise ArtifactError(
-                f"{folder} was learned from a base that prepares its inputs or picks its output otherwise: "
-                f"{config['preparation']}, this one {self.base.preparation()}; build the base as it was"
-            )
+        check_preparation(folder, config.get("preparation"), self.base)
         try:
             for t in config["tasks"]:
                 options = t.get("head_options", {})

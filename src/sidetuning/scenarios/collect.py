@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sidetuning.data.trajectories import Episode, Writer, concatenate
 from sidetuning.errors import SideTuningError
-from sidetuning.scenarios.runs import Run, end_with_parent
+from sidetuning.scenarios.runs import Run, at_least_one, end_with_parent
 from sidetuning.scenarios.worlds import expert_of, make_world
 
 AHEAD = 16  # episodes per process that may wait to be written
@@ -54,11 +54,9 @@ def run(settings: Settings) -> tuple[int, int]:
         SideTuningError: the folder holds a data set of other settings, or the expert fails nearly always.
     """
     s = settings
-    workers = s.workers or torch.get_num_threads()
-    if min(s.episodes, workers) < 1 or not 0 <= s.stray < 1:
-        raise SideTuningError(
-            f"--episodes {s.episodes} --workers {workers} --stray {s.stray}: give one or more, and 0 <= stray < 1"
-        )
+    at_least_one(s, "episodes", "workers")
+    if not 0 <= s.stray < 1:
+        raise SideTuningError(f"--stray {s.stray}: give a share of 0 or more, below 1")
     Run(s.out, "collect-trajectories", s, free=("out", "episodes", "workers", "progress"))
     world = make_world(s.env, s.split, s.size)
     try:
@@ -71,6 +69,7 @@ def run(settings: Settings) -> tuple[int, int]:
     )
     tried = writer.tried
     failed, before = 0, len(writer)
+    workers = s.workers or torch.get_num_threads()
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=s.episodes, initial=min(before, s.episodes), unit="episode", disable=not s.progress) as bar,

@@ -25,7 +25,7 @@ from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.play import film, load_player
-from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.runs import Run, at_least_one
 from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, expert_of, make_world, wilson
 
 TASK = "navigate"
@@ -160,8 +160,9 @@ def run(settings: Settings) -> list[Result]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
-    if not s.trajectories or min(*s.trajectories, s.steps, s.test_episodes, s.seeds) < 1:
-        raise SideTuningError("--trajectories, --steps, --test-episodes and --seeds must all be 1 or more")
+    at_least_one(s, "steps", "batch", "test_episodes", "seeds")
+    if min(s.trajectories, default=0) < 1:
+        raise SideTuningError("--trajectories must be numbers of 1 or more")
     if len(s.methods) + len(EXPERTS) > COLOURS:
         raise SideTuningError(f"--methods: at most {COLOURS - len(EXPERTS)} fit into one comparison")
     Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))

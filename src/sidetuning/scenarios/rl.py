@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from sidetuning.charts import Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
-from sidetuning.errors import SideTuningError, UnknownNameError
+from sidetuning.errors import UnknownNameError
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.play import film, load_player
-from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.runs import Run, at_least_one
 
 METHODS = ("sidetune", "features", "finetune", "scratch")
 RECENT = 100  # episodes that a point of a learning curve averages
@@ -130,8 +130,7 @@ def run(settings: Settings) -> list[Result]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
-    if min(s.steps, s.test_episodes, s.seeds, s.envs, s.rollout) < 1:
-        raise SideTuningError("--steps, --test-episodes, --seeds, --envs and --rollout must all be 1 or more")
+    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "batch", "passes")
     try:
         from sidetuning.scenarios.ppo import one
     except ModuleNotFoundError as error:

@@ -45,7 +45,7 @@ class Run:
                 f"{folder} cannot be written to ({error.strerror}); choose another folder with --out"
             ) from error
         file = self.folder / "run.json"
-        if any(other != file for other in self.folder.iterdir()) and file.exists():
+        if file.exists() and any(other != file for other in self.folder.iterdir()):
             self._check(file, scenario, wanted)
         else:  # what failed before it began, by a mistake in its settings, may be begun again with others
             versions = {name: version(name) for name in ("sidetuning", "torch", "numpy", "accelerate")}

@@ -24,6 +24,7 @@ from sidetuning.data.squad import Prediction, Questions, Windows, best_answers, 
 from sidetuning.distill import distill
 from sidetuning.errors import SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
+from sidetuning.results import number_text
 from sidetuning.scenarios.runs import Run, at_least_one, peak_memory_mb
 from sidetuning.sides.top import EMBEDDINGS, layers_of
 from sidetuning.token_cache import ByLength, cache_tokens, token_loader
@@ -103,7 +104,7 @@ class Result:
         steps, seconds: of training; the seconds include those of distilling the side, and not the base's features.
         base_seconds: of the base's features of the training windows; near 0 where they were there, 0 where none are used.
         seconds_per_1000: of answering 1,000 test questions, base included where it is run.
-        memory_mb: the most memory while training above what there was before, in MB.
+        memory_mb: the most memory while training above what there was before, in MB; None where the system does not tell.
         problems: what was met in the data, and how often.
     """
 
@@ -119,7 +120,7 @@ class Result:
     seconds: float
     base_seconds: float
     seconds_per_1000: float
-    memory_mb: float
+    memory_mb: float | None
     problems: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -181,7 +182,7 @@ def run(settings: Settings) -> Result:
         resume=folder.resume(TASK), save_every=s.save_every, progress=s.progress,
     )  # fmt: skip
     after = peak_memory_mb()
-    above = 0.0 if before is None or after is None else after - before
+    above = None if before is None or after is None else after - before
     method.save(folder.tasks())
     result, predictions = test_on(s, method, tokenizer, test)
     write_json(
@@ -203,7 +204,7 @@ def run(settings: Settings) -> Result:
 
 
 def taps_of(settings: Settings) -> list[str]:
-    """The inner activations that the side reads: its embeddings; for the ladder some of its layers too, for the top the layer below it."""
+    """The inner activations that the side reads: the base's embeddings, for the ladder some of its layers too; for the top the layer below it."""
     s = settings
     if s.method not in ("sidetune", "ladder"):
         return []
@@ -348,7 +349,7 @@ def main(settings: Settings) -> None:
         console.print(f"{problem}: {count}", highlight=False)
     console.print(
         f"trained {result.added:,} parameters beside the base's {result.shared:,} in {result.seconds:.0f} s, "
-        f"{result.memory_mb:.0f} MB above the start; 1,000 questions take {result.seconds_per_1000:.0f} s.\n"
+        f"{number_text(result.memory_mb, 0)} MB above the start; 1,000 questions take {result.seconds_per_1000:.0f} s.\n"
         f"predictions: {settings.out}/predictions.json; ask it: sidetuning answer {settings.out} --context FILE \"question\"",
         highlight=False,
     )  # fmt: skip

@@ -17,7 +17,7 @@ EMBEDDINGS = "embeddings"  # what encoders of transformers call the module befor
 class Top(nn.Module):
     """The base's last layers with their weights, reading the last tap: S(x) starts as B(x), and costs these layers only.
 
-    The paper starts sides as copies of the base (section 4.3); copying its top alone keeps what pretraining knows of language, and
+    A copy of the base is one of the paper's ways to start a side; copying its top alone keeps what pretraining knows of language, and
     the layers below, which are frozen and cached, are never run in training.
 
     Args:
