@@ -20,6 +20,11 @@ from sidetuning.continual import mean_and_error
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios import squad
 
+RATES = {
+    "finetune": 2e-4,
+    "lora": 1e-3,
+    "scratch": 2e-4,
+}  # for so small a base and so few steps; the others have the scenario's own
 METHODS = ("sidetune", "ladder", "features", "finetune", "lora", "scratch")
 COLUMNS = {
     "F1, %": "f1", "Exact, %": "exact", "F1 with an answer, %": "has_answer", "F1 without, %": "no_answer", "Best F1, %": "best_f1",
@@ -71,6 +76,7 @@ def one(s: Settings, method: str, seed: int) -> None:
     result = squad.run(
         squad.Settings(
             data=s.data, base=s.base, method=method, seed=seed, epochs=epochs, questions=s.questions, test_questions=s.test_questions,  # type: ignore[arg-type]
+            lr=RATES.get(method),
             out=f"{s.out}/{name(s, method, seed)}", cache=s.cache,
         )
     )  # fmt: skip

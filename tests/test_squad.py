@@ -343,6 +343,7 @@ def test_a_cache_of_tokens_goes_on_after_a_kill_and_half_precision_is_near(base,
         CachedTokens(base, texts, labels, next(tmp_path.iterdir()))
     cached = cache_tokens(base, texts, labels, tmp_path, batch_size=5, progress=False)
     assert len(calls) == 3 + 6  # the first chunk of two batches was whole
+    assert cached.seconds == sum(float(f.read_text()) for f in (cached.folder / "done").iterdir()) > 0
     out = cached.__getitems__(range(40))[1].out
     assert torch.allclose(out[7, : len(texts.ids[7])], base(texts.batch([7])).out[0], atol=4e-3)
     (cached.folder / "out").write_bytes(b"")
@@ -367,7 +368,7 @@ def test_batches_of_similar_lengths():
     assert [lengths[b].max() for b in batches] != sorted(lengths[b].max() for b in batches)
 
 
-@pytest.mark.parametrize("side", ["slim", "convolutional", "ladder", "top"])
+@pytest.mark.parametrize("side", ["slim", "convolutional", "ladder", "top", "match"])
 def test_padding_and_companions_never_matter(base, side):
     model = st.SideTuner(base)
     with st.seeded(0):
@@ -397,12 +398,56 @@ def test_sides_for_texts_say_what_they_need(encoder):
         tapped.add_task("qa", side="slim", head="span", side_options={"width": 10})
     with pytest.raises(ShapeError, match="make it odd"):
         tapped.add_task("qa", side="convolutional", head="span", side_options={"kernel": 4})
+    with pytest.raises(ShapeError, match="compares tokens"):
+        plain.add_task("qa", side="match", head="span")
+    with pytest.raises(ShapeError, match="multiple of its 4 heads"):
+        tapped.add_task("qa", side="match", head="span", side_options={"width": 10})
+    with pytest.raises(ShapeError, match="must be a text encoder"):
+        vectors = st.Base(
+            torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 6)), example=torch.zeros(1, 5, 4), taps=["0"]
+        )
+        st.SideTuner(vectors).add_task("qa", side="match", head="span")
     highest = st.SideTuner(st.load_base(f"hf:{encoder}", taps=["encoder.layer.2"]))
     for model in (plain, highest):  # nothing to copy from, and nothing left to copy
         with pytest.raises(ShapeError, match=r"layers above the last tap.*'encoder\.layer\.1'"):
             model.add_task("qa", side="top", head="span")
     with pytest.raises(ShapeError, match="no text encoder"):
         st.SideTuner(st.load_base("resnet44-cifar10")).add_task("qa", side="top", head=3)
+
+
+def test_the_match_side_compares_with_the_question():
+    """Ids 2 … 3 question 3 … text 3, as encoders of pairs have them; padding is left or right."""
+    from sidetuning.sides.match import two_texts
+
+    ids = torch.tensor([[2, 5, 6, 3, 7, 5, 8, 3, 0, 0], [0, 2, 5, 3, 3, 9, 9, 9, 9, 3], [2, 5, 6, 7, 8, 9, 4, 3, 0, 0]])
+    first, second = two_texts(ids, (ids > 0).long())
+    assert first.int().tolist() == [[0, 1, 1] + [0] * 7, [0, 0, 1] + [0] * 7, [0] + [1] * 6 + [0] * 3]
+    assert second.int().tolist() == [[0] * 4 + [1] * 3 + [0] * 3, [0] * 5 + [1] * 4 + [0], [0] * 10]
+
+
+def test_the_match_side_finds_what_the_question_names(encoder):
+    """Which token of the text is also in the question: other words in the test than in training."""
+    base = st.load_base(f"hf:{encoder}", taps=["embeddings", "encoder.layer.1"])
+    model, generator = st.SideTuner(base), torch.Generator().manual_seed(0)
+
+    def batch(low, high, n=64):
+        text = torch.stack([low + torch.randperm(high - low, generator=generator)[:8] for _ in range(n)])
+        place = torch.randint(8, (n,), generator=generator)
+        asked, one = text[torch.arange(n), place, None], torch.ones(n, 1, dtype=torch.long)
+        ids = torch.cat([2 * one, asked, 3 * one, text, 3 * one], 1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": place + 3}
+
+    with st.seeded(0):
+        model.add_task("qa", side="match", head="span", side_options={"width": 16})
+    loss = lambda scores, y: torch.nn.functional.cross_entropy(scores[..., 0], y)  # noqa: E731
+    st.fit(model, "qa", [batch(5, 25) for _ in range(60)], steps=60, lr=1e-2, loss=loss, progress=False)
+    test = batch(25, 40)
+    right = (
+        (model({k: test[k] for k in ("input_ids", "attention_mask")}, "qa")[..., 0].argmax(1) == test["labels"])
+        .float()
+        .mean()
+    )
+    assert right > 0.8  # chance is 0.12
 
 
 @pytest.mark.parametrize(("tap", "layers"), [("embeddings", 3), ("encoder.layer.0", 2), ("encoder.layer.1", 1)])
@@ -451,7 +496,7 @@ def test_other_encoders_serve_as_bases(kind, layer, options, tokenizer, tmp_path
     cached = cache_tokens(base, windows, torch.zeros(2, 2), tmp_path, dtype="float32", progress=False)
     inputs, features, _ = cached.__getitems__([0, 1])
     model, real = st.SideTuner(base), inputs["attention_mask"] > 0
-    for side in ("slim", "ladder", "top"):
+    for side in ("slim", "ladder", "match", "top"):
         branch = model.add_task(side, side=side, head="identity")
         live = branch.side_output(inputs, base(inputs))
         assert torch.allclose(branch.side_output(inputs, features)[real], live[real], atol=1e-4)
@@ -598,7 +643,7 @@ def test_a_distilled_side_starts_near_the_base(data, encoder, tmp_path):
 
     settings = scenario.Settings(
         data=str(data), base=f"hf:{encoder}", out=str(tmp_path / "run"), length=48, stride=8, width=32, epochs=0.1, lr=1e-6,
-        test_questions=3, init="distilled", distill_epochs=8, cache=str(tmp_path / "cache"), progress=False,
+        test_questions=3, side="slim", init="distilled", distill_epochs=8, cache=str(tmp_path / "cache"), progress=False,
     )  # fmt: skip
     assert scenario.run(settings).seconds > 0
     base = st.load_base(settings.base, taps=scenario.taps_of(settings))
@@ -614,20 +659,20 @@ def test_a_distilled_side_starts_near_the_base(data, encoder, tmp_path):
     assert near < 0.5 * far and near < features.out[real].var()
 
 
-@pytest.mark.parametrize("method", ["sidetune", "top", "ladder", "features", "finetune", "scratch", "lora"])
+@pytest.mark.parametrize("method", ["sidetune", "slim", "top", "ladder", "features", "finetune", "scratch", "lora"])
 def test_every_method_reads(data, encoder, tmp_path, method):
     if method == "lora":
         pytest.importorskip("peft")
     from sidetuning.scenarios import squad as scenario
 
     settings = scenario.Settings(
-        data=str(data), base=f"hf:{encoder}", method="sidetune" if method == "top" else method, out=str(tmp_path / "run"), length=48,
+        data=str(data), base=f"hf:{encoder}", method="sidetune" if method in ("slim", "top") else method, out=str(tmp_path / "run"), length=48,
         stride=8, width=16, epochs=0.2, questions=120, test_questions=12, cache=str(tmp_path / "cache"), progress=False,
-        side="top" if method == "top" else "slim", layers=1,
+        side=method if method in ("slim", "top") else "match", layers=1,
     )  # fmt: skip
     result = scenario.run(settings)
     assert result.questions == 120 and result.test_questions == 12 and 0 <= result.scores["f1"] <= 100
     assert result.added > 0 and result.steps == round(0.2 * 120 / 16)
-    assert (result.alpha is not None) == (method in ("sidetune", "top", "ladder"))
+    assert (result.alpha is not None) == (method in ("sidetune", "slim", "top", "ladder"))
     sizes = {"features": 66, "finetune": result.shared + 66}
     assert result.added == sizes.get(method, result.added)

@@ -57,7 +57,8 @@ class Branch(nn.Module):
         if self.side is None:
             return None
         if getattr(self.side, "uses_taps", False):
-            out = self.side(features.taps, mask_of(inputs))
+            ids = (ids_of(inputs),) if getattr(self.side, "uses_ids", False) else ()
+            out = self.side(features.taps, mask_of(inputs), *ids)
         else:
             out = call(self.side, inputs)
         return out
@@ -164,3 +165,13 @@ def mask_of(inputs: Input) -> Tensor | None:
     if isinstance(inputs, Observation):
         inputs = inputs.x
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+
+
+def ids_of(inputs: Input) -> Tensor:
+    """The token ids (b, t) of a text."""
+    if isinstance(inputs, Observation):
+        inputs = inputs.x
+    if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        raise ShapeError("this side reads token ids: its base must be a text encoder, called with input_ids")
+    ids: Tensor = inputs["input_ids"]
+    return ids

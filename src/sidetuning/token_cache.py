@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,7 @@ class CachedTokens(Dataset[Any]):
         texts: the texts.
         labels: of each, (n, …).
         taps: names of those that are stored.
+        seconds: that writing it took, with all calls that were interrupted.
     """
 
     def __init__(self, base: Base, texts: Texts, labels: Tensor, folder: Path) -> None:
@@ -62,6 +64,7 @@ class CachedTokens(Dataset[Any]):
             if meta["format_version"] != FORMAT_VERSION or meta["samples"] != len(texts):
                 raise ValueError("another version or number of texts")
             fields = {name: Field(tuple(f["shape"]), f["dtype"]) for name, f in meta["fields"].items()}
+            self.seconds = float(meta.get("seconds", 0.0))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{folder}/meta.json cannot be read ({error}); delete {folder} and cache again") from error
         self._starts = np.concatenate([[0], np.cumsum(texts.lengths())])
@@ -172,17 +175,22 @@ def _write(base: Base, texts: Texts, folder: Path, dtype: str, batch_size: int, 
                 chunk = np.arange(first, min(first + CHUNK, len(lengths)))
                 marker = folder / "done" / str(first)
                 if not marker.exists():
+                    started = time.perf_counter()
                     for rows in np.array_split(chunk[np.argsort(lengths[chunk])], -(-len(chunk) // batch_size)):
                         _keep(base, texts, rows.tolist(), handles, fields, starts)
                     for handle in handles.values():
                         os.fsync(handle)
-                    marker.touch()
+                    marker.write_text(f"{time.perf_counter() - started:.3f}")
                 bar.update(len(chunk))
     finally:
         for handle in handles.values():
             os.close(handle)
     about = {name: {"shape": list(f.shape), "dtype": f.dtype} for name, f in fields.items()}
-    write_json(folder / "meta.json", {"format_version": FORMAT_VERSION, "samples": len(lengths), "fields": about})
+    seconds = sum(float(marker.read_text() or 0) for marker in (folder / "done").iterdir())
+    write_json(
+        folder / "meta.json",
+        {"format_version": FORMAT_VERSION, "samples": len(lengths), "fields": about, "seconds": seconds},
+    )
 
 
 def _keep(base: Base, texts: Texts, rows: list[int], handles: Any, fields: Any, starts: NDArray[Any]) -> None:

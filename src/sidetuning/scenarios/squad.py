@@ -27,7 +27,7 @@ from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import number_text
 from sidetuning.scenarios.runs import Run, at_least_one, peak_memory_mb
 from sidetuning.sides.top import EMBEDDINGS, layers_of
-from sidetuning.token_cache import ByLength, cache_tokens, token_loader
+from sidetuning.token_cache import ByLength, CachedTokens, cache_tokens, token_loader
 from sidetuning.training import default_accelerator, seeded
 from sidetuning.tuner import SideTuner
 
@@ -48,13 +48,14 @@ class Settings:
     base: str = "hf:google-bert/bert-base-uncased"
     """An encoder of transformers: hf:NAME or hf:FOLDER; its tokenizer comes with it."""
     method: Name = "sidetune"
-    """sidetune (a slim side on the embeddings), ladder (a block per tapped layer), features (the head alone), finetune, scratch, lora."""
-    side: str = "slim"
-    """Of sidetune: slim, convolutional, or top (a copy of the base's last --layers layers)."""
+    """sidetune (a side that --side names), ladder (a block per tapped layer), features (the head alone), finetune, scratch, lora."""
+    side: str = "match"
+    """Of sidetune: match (compares the text with the question), slim (a transformer on the embeddings), convolutional, or top (a copy of
+    the base's last --layers layers)."""
     width: int = 96
     """Of the side."""
-    layers: int = 4
-    """Of the sides slim, convolutional and top."""
+    layers: int | None = None
+    """Of the side; by default 1 of match and top, 4 of slim and convolutional."""
     rungs: int = 3
     """Of the ladder: how many layers of the base it reads, spread evenly, the embeddings not counted."""
     merge: str = "alpha"
@@ -102,7 +103,7 @@ class Result:
         added: parameters that were trained.
         shared: parameters of the base.
         steps, seconds: of training; the seconds include those of distilling the side, and not the base's features.
-        base_seconds: of the base's features of the training windows; near 0 where they were there, 0 where none are used.
+        base_seconds: of the base's features of the training windows, whichever run computed them; 0 where none are used.
         seconds_per_1000: of answering 1,000 test questions, base included where it is run.
         memory_mb: the most memory while training above what there was before, in MB; None where the system does not tell.
         problems: what was met in the data, and how often.
@@ -163,10 +164,9 @@ def run(settings: Settings) -> Result:
     train, test = read_questions(s.data, "train", s.questions), read_questions(s.data, "dev", s.test_questions)
     windows = make_windows(train.items, tokenizer, s.length, s.stride)
     problems = {f"train: {k}": v for k, v in {**train.problems, **windows.problems}.items()}
-    started = time.perf_counter()
     base.to(default_accelerator().device)
     data = prepare(s, base, windows)
-    base_seconds = time.perf_counter() - started if s.method in CACHED else 0.0
+    base_seconds = data.seconds if isinstance(data, CachedTokens) else 0.0
     steps = max(1, round(s.epochs * len(windows) / s.batch))
     recipe = Recipe(
         steps, s.lr or rate_of(s.method), s.weight_decay, 1.0, optimizer=torch.optim.AdamW, scheduler=linear_decay, seed=s.seed,
@@ -204,18 +204,21 @@ def run(settings: Settings) -> Result:
 
 
 def taps_of(settings: Settings) -> list[str]:
-    """The inner activations that the side reads: the base's embeddings, for the ladder some of its layers too; for the top the layer below it."""
+    """The inner activations that the side reads: the base's embeddings, for match its last but one layer, for the ladder some of its layers
+    too; for the top the layer below it."""
     s = settings
     if s.method not in ("sidetune", "ladder"):
         return []
-    if s.method == "sidetune" and s.side != "top":
+    if s.method == "sidetune" and s.side not in ("top", "match"):
         return [EMBEDDINGS]
     _, layers = layers_of(load_base(s.base))
-    wanted, option = (s.rungs, "rungs") if s.method == "ladder" else (s.layers, "layers")
+    if s.method == "sidetune" and s.side == "match":
+        return [EMBEDDINGS, layers[-2:][0]]
+    wanted, option = (s.rungs, "rungs") if s.method == "ladder" else (depth(s), "layers")
     if not 1 <= wanted <= len(layers):
         raise SideTuningError(f"--{option} {wanted}: the base has {len(layers)} layers")
     if s.method == "sidetune":
-        return [[EMBEDDINGS, *layers][-1 - s.layers]]
+        return [[EMBEDDINGS, *layers][-1 - wanted]]
     chosen = [layers[round((k + 1) * len(layers) / (s.rungs + 1)) - 1] for k in range(s.rungs)]
     return [EMBEDDINGS, *dict.fromkeys(chosen)]
 
@@ -238,7 +241,13 @@ def side_of(settings: Settings) -> tuple[str, dict[str, Any]]:
     s = settings
     if s.method == "ladder":
         return "ladder", {"width": s.width}
-    return s.side, {} if s.side == "top" else {"width": s.width, "layers": s.layers}
+    return s.side, {} if s.side == "top" else {"width": s.width, "layers": depth(s)}
+
+
+def depth(settings: Settings) -> int:
+    """Layers of the side of sidetune."""
+    s = settings
+    return s.layers or (1 if s.side in ("match", "top") else 4)
 
 
 def imitate(settings: Settings, base: Base, data: Any, windows: Windows, folder: Run) -> tuple[Path, float]:

@@ -1,7 +1,8 @@
 """Side networks S(x). A side is built from the base (its input and output shapes) and trained; the base is not.
 
 A registered side is a function `(base, **options) -> nn.Module`. Its module is called like the base, or, where it has
-`uses_taps = True`, as `side(taps, mask)` with the base's inner activations.
+`uses_taps = True`, as `side(taps, mask)` with the base's inner activations, or as `side(taps, mask, ids)` with the token ids too
+where it also has `uses_ids = True`.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ SIDES: Registry[Callable[..., nn.Module]] = Registry(
         "transformer": "sidetuning.sides.transformer:Transformer",
         "slim": "sidetuning.sides.tokens:Slim",
         "convolutional": "sidetuning.sides.tokens:Convolutional",
+        "match": "sidetuning.sides.match:Match",
         "top": "sidetuning.sides.top:Top",
         "ladder": "sidetuning.sides.ladder:Ladder",
         "fusion": "sidetuning.sides.fusion:Fusion",

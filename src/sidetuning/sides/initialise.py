@@ -30,6 +30,7 @@ class LowEnergy(nn.Module):
         self.side = side
         self.scale = nn.Parameter(torch.tensor(ENERGY))
         self.uses_taps = getattr(side, "uses_taps", False)
+        self.uses_ids = getattr(side, "uses_ids", False)
 
     def forward(self, *tensors: Tensor, **named: Tensor) -> Tensor:
         return self.scale * self.side(*tensors, **named)

@@ -76,14 +76,24 @@ class Convolutional(TokenSide):
         super().__init__(base, width)
         if kernel % 2 == 0:
             raise ShapeError(f"a kernel of {kernel} tokens has no middle; make it odd")
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
-        self.convs = nn.ModuleList(
-            nn.Conv1d(width, width, kernel, padding=(kernel // 2) * 2**i, dilation=2**i) for i in range(layers)
-        )
+        self.layers = nn.ModuleList(Dilated(width, 2**i, kernel) for i in range(layers))
 
     def body(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        real = 1.0 if mask is None else mask.to(x.dtype).unsqueeze(-1)
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            h = F.gelu(norm(x)) * real  # a convolution sees what is beside it, padding too
-            x = x + conv(h.transpose(1, 2)).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x, mask)
         return x
+
+
+class Dilated(nn.Module):
+    """A residual convolution over tokens (b, t, width), `dilation` apart; padding counts as 0."""
+
+    def __init__(self, width: int, dilation: int, kernel: int = 5) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv1d(width, width, kernel, padding=(kernel // 2) * dilation, dilation=dilation)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        h = F.gelu(self.norm(x))
+        if mask is not None:
+            h = h * mask.to(x.dtype).unsqueeze(-1)
+        return x + self.conv(h.transpose(1, 2)).transpose(1, 2)

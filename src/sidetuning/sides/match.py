@@ -1,0 +1,103 @@
+"""A side for pairs of texts, such as a question and a paragraph: it compares their tokens, which its base may never have learned to do."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sidetuning.base import Base
+from sidetuning.errors import ShapeError
+from sidetuning.sides.fit import FitTokens
+from sidetuning.sides.tokens import Dilated
+from sidetuning.sides.transformer import encoder_layer
+
+FAR = -1e4  # a score that softmax turns to 0, in half precision too
+
+
+class Match(nn.Module):
+    """Every token with the first text's tokens: is the same word there, how much does it weigh, what is there that means the same?
+
+    The features are those of Chen et al. (2017, "Reading Wikipedia to answer open-domain questions", section 3.2) on the base's taps,
+    with which a reader of convolutions and encoder layers then starts. An encoder that was trained on single texts keeps the two apart,
+    and few thousand examples do not teach a small network from random weights to compare them.
+
+    The first text ends before the first separator, which is the token that every input ends with; where there is no second text, a text is
+    compared with itself.
+
+    Args:
+        base: a text encoder; all its taps are read, and should have its embeddings and one of its upper layers.
+        width: of the tokens; a multiple of `heads`.
+        layers: encoder layers at the end.
+        convolutions: before them, each looking twice as far as the one before.
+        heads: attention heads per layer.
+        dropout: of the projected taps and after each convolution.
+
+    Shape: taps (b, t, c), a mask (b, t) and ids (b, t) -> as the base's output. What stands at padding never matters.
+    """
+
+    uses_taps = True
+    uses_ids = True
+
+    def __init__(
+        self, base: Base, width: int = 96, layers: int = 1, convolutions: int = 2, heads: int = 4, dropout: float = 0.1
+    ) -> None:  # fmt: skip
+        super().__init__()
+        shapes = list(base.tap_shapes.values())
+        if not shapes or any(len(shape) != 2 for shape in shapes) or base.kind == "map":
+            raise ShapeError(
+                "the match side compares tokens: name taps that are sequences, such as "
+                "load_base('hf:…', taps=['embeddings', 'encoder.layer.4'])"
+            )
+        if width % heads:
+            raise ShapeError(f"the match side's width {width} is not a multiple of its {heads} heads")
+        self.taps = list(base.tap_shapes)
+        self.down = nn.Linear(sum(shape[-1] for shape in shapes), width)
+        self.compare = nn.Linear(width, width)
+        nn.init.eye_(self.compare.weight)  # alike is what the base calls alike, to begin with
+        nn.init.zeros_(self.compare.bias)
+        self.sharpness = nn.Parameter(torch.tensor(8.0))
+        self.weigh = nn.Linear(width, 2)  # of the first text's tokens: as a word that recurs, and in its summary
+        self.mix = nn.Linear(4 * width + 3, width)
+        self.convolutions = nn.ModuleList(Dilated(width, 2**i) for i in range(convolutions))
+        self.pool = nn.Linear(width, width)
+        self.layers = nn.ModuleList(encoder_layer(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.fit = FitTokens(base, width)
+
+    def forward(self, taps: dict[str, Tensor], mask: Tensor | None, ids: Tensor) -> Tensor:
+        mask = torch.ones_like(ids) if mask is None else mask
+        first, second = (part.unsqueeze(-1) for part in two_texts(ids, mask))  # (b, t, 1)
+        normal = [F.layer_norm(taps[name], taps[name].shape[-1:]) for name in self.taps]
+        x = self.dropout(self.down(torch.cat(normal, -1)))  # (b, t, width)
+        asked = first.to(x.dtype).transpose(1, 2)  # (b, 1, t)
+        hidden = (1 - asked) * FAR
+
+        recurs, summary = self.weigh(x.tanh()).split(1, -1)
+        weight = recurs.transpose(1, 2).sigmoid() * asked
+        same = (ids.unsqueeze(2) == ids.unsqueeze(1)).to(x.dtype)  # (b, t, t)
+        compared = F.normalize(self.compare(x), dim=-1)
+        alike = compared @ compared.transpose(1, 2)
+        found = [same * asked, same * weight, alike.clamp(min=0) * weight]
+        aligned = ((alike * self.sharpness + hidden).softmax(-1) * asked) @ x
+        question = ((summary.transpose(1, 2) + hidden).softmax(-1) * asked) @ x  # (b, 1, width)
+        x = self.mix(torch.cat([x, aligned, x * aligned, x * question, *(f.amax(-1, keepdim=True) for f in found)], -1))
+
+        for convolution in self.convolutions:
+            x = self.dropout(convolution(x, mask))
+        most = x.masked_fill(~second, FAR).amax(1, keepdim=True).clamp(min=-100)  # the best of the second text …
+        x = torch.cat([x[:, :1] + self.pool(most), x[:, 1:]], 1)  # … tells the token that stands for no answer
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=mask == 0)
+        return self.fit(self.norm(x), mask)
+
+
+def two_texts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens are the first text's and which the second's, without the special ones at start and end. (b, t) each."""
+    real = mask != 0
+    place = real.long().cumsum(1)  # from 1
+    last = place.argmax(1, keepdim=True)
+    ends = (ids == ids.gather(1, last)) & real
+    first = real & (ends.long().cumsum(1) == 0) & (place > 1)
+    return first, real & ~first & ~ends & (place > 1)
