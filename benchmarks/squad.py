@@ -1,7 +1,8 @@
 """Methods on SQuAD, each run recorded as squad-<grid>-<method>-<seed>.json: `python benchmarks/squad.py --data FOLDER --base hf:FOLDER`.
 
-The grid "epochs" gives every method the same number of passes; "seconds" gives those that read cached features as many passes as fit in
-the time that fine-tuning takes for one. A run that has its result is not run again; `--table` prints a grid.
+The grid "epochs" gives every method the same number of passes; "seconds" the same time, base features included, by the speed of its first
+steps. Times and memory of steps are left to `squad_cost.py`, which measures methods in turn. A run that has its result is not run again;
+`--table` prints a grid.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -20,12 +21,16 @@ from sidetuning.continual import mean_and_error
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios import squad
 
-RATES = {
-    "finetune": 2e-4,
-    "lora": 1e-3,
-    "scratch": 2e-4,
-}  # for so small a base and so few steps; the others have the scenario's own
-METHODS = ("sidetune", "ladder", "features", "finetune", "lora", "scratch")
+METHODS: dict[str, dict[str, Any]] = {
+    "sidetune, match": {"method": "sidetune"},
+    "sidetune, slim": {"method": "sidetune", "side": "slim"},
+    "ladder": {"method": "ladder"},
+    "features": {"method": "features"},
+    # Rates for so small a base and so few steps; the others have the scenario's own.
+    "lora": {"method": "lora", "lr": 1e-3},
+    "finetune": {"method": "finetune", "lr": 2e-4},
+    "scratch": {"method": "scratch", "lr": 2e-4},
+}
 COLUMNS = {
     "F1, %": "f1", "Exact, %": "exact", "F1 with an answer, %": "has_answer", "F1 without, %": "no_answer", "Best F1, %": "best_f1",
 }  # fmt: skip
@@ -41,12 +46,14 @@ class Settings:
     """The base; recorded by the last part of its name."""
     grid: Literal["epochs", "seconds"] = "epochs"
     """What is equal."""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
     """Methods."""
     seeds: int = 1
     """Seeds 0, 1, …"""
     epochs: float = 2.0
-    """Passes over the questions."""
+    """Passes over the questions, where these are equal."""
+    seconds: float = 600.0
+    """Of training and of base features together, where these are equal."""
     questions: int | None = 6000
     """Training questions, None for all."""
     test_questions: int | None = 2000
@@ -56,46 +63,44 @@ class Settings:
     cache: str = "~/.cache/sidetuning"
     """Folder of base features."""
     cell: str | None = None
-    """Run this method with this seed, "lora 0", in this process: its peak memory is its own then."""
+    """Run this method with this seed, "lora:0", in this process."""
     table: bool = False
     """Only print the table."""
 
 
-def name(s: Settings, method: str, seed: int) -> str:
+def name(grid: str, method: str, seed: int | str) -> str:
     """Of a result."""
-    return f"squad-{s.grid}-{method}-{seed}"
+    return f"squad-{grid}-{method.replace(', ', '-')}-{seed}"
 
 
 def one(s: Settings, method: str, seed: int) -> None:
     """Run and record a cell."""
-    epochs = s.epochs
-    if s.grid == "seconds":
-        whole = json.loads((RESULTS / f"{name(s, 'finetune', 0).replace('seconds', 'epochs')}.json").read_text())
-        own = json.loads((RESULTS / f"{name(s, method, 0).replace('seconds', 'epochs')}.json").read_text())
-        epochs = min(40.0, s.epochs * whole["seconds"] / own["seconds"])
-    result = squad.run(
-        squad.Settings(
-            data=s.data, base=s.base, method=method, seed=seed, epochs=epochs, questions=s.questions, test_questions=s.test_questions,  # type: ignore[arg-type]
-            lr=RATES.get(method),
-            out=f"{s.out}/{name(s, method, seed)}", cache=s.cache,
-        )
+    given = squad.Settings(
+        data=s.data, base=s.base, seed=seed, epochs=s.epochs, questions=s.questions, test_questions=s.test_questions,
+        out=f"{s.out}/{name(s.grid, method, seed)}", cache=s.cache, **METHODS[method],
     )  # fmt: skip
+    if s.grid == "seconds":
+        few = squad.run(replace(given, epochs=0.04, test_questions=1, out=f"{given.out}-few"))
+        given = replace(given, epochs=0.04 * (s.seconds - few.base_seconds) / few.seconds)
+    result = squad.run(given)
     content = asdict(result)
     content["settings"]["base"] = Path(s.base).name
-    record(name(s, method, seed), content)
+    del content["memory_mb"]
+    record(name(s.grid, method, seed), content)
 
 
 def table(s: Settings) -> str:
     """Methods as rows."""
-    more = ("Parameters trained", "Training, s", "s per 1,000 questions", "Memory above the start, MB", "Seeds")
+    more = ("Parameters trained", "Passes", "Training, s", "Base features, s", "Seeds")
     text = "| Method | " + " | ".join([*COLUMNS, *more]) + " |\n| --- |" + " ---: |" * (len(COLUMNS) + len(more)) + "\n"
     for method in METHODS:
-        runs = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"squad-{s.grid}-{method}-*.json"))]
+        runs = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{name(s.grid, method, '*')}.json"))]
         if not runs:
             continue
         cells = [number_text(Estimate(*mean_and_error([r["scores"][k] for r in runs]))) for k in COLUMNS.values()]
-        for key in ("added", "seconds", "seconds_per_1000", "memory_mb"):
-            cells.append(number_text(sum(r[key] for r in runs) / len(runs), 0))
+        mean = {k: sum(r[k] for r in runs) / len(runs) for k in ("added", "seconds", "base_seconds")}
+        passes = number_text(runs[0]["settings"]["epochs"])
+        cells += [number_text(mean["added"], 0), passes, *(number_text(v, 0) for v in list(mean.values())[1:])]
         text += f"| {method} | " + " | ".join([*cells, str(len(runs))]) + " |\n"
     return text
 
@@ -103,11 +108,11 @@ def table(s: Settings) -> str:
 if __name__ == "__main__":
     given = tyro.cli(Settings, config=(tyro.conf.OmitArgPrefixes,))
     if given.cell is not None:
-        method, seed = given.cell.split()
+        method, seed = given.cell.split(":")
         one(given, method, int(seed))
     else:
         for seed in range(0 if given.table else given.seeds):
             for method in given.methods:
-                if not (RESULTS / f"{name(given, method, seed)}.json").exists():
-                    subprocess.run([sys.executable, *sys.argv, "--cell", f"{method} {seed}"], check=True)
+                if not (RESULTS / f"{name(given.grid, method, seed)}.json").exists():
+                    subprocess.run([sys.executable, *sys.argv, "--cell", f"{method}:{seed}"], check=True)
         print(table(given))

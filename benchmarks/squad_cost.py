@@ -31,7 +31,8 @@ from sidetuning.token_cache import token_loader
 BATCH, STEPS = 16, 6  # the first step warms up
 METHODS = {
     "features": {"method": "features"},
-    "sidetune, slim": {"method": "sidetune"},
+    "sidetune, match": {"method": "sidetune"},
+    "sidetune, slim": {"method": "sidetune", "side": "slim"},
     "sidetune, convolutional": {"method": "sidetune", "side": "convolutional"},
     "ladder": {"method": "ladder"},
     "sidetune, top layer": {"method": "sidetune", "side": "top", "layers": 1},

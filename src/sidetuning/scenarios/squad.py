@@ -52,10 +52,10 @@ class Settings:
     side: str = "match"
     """Of sidetune: match (compares the text with the question), slim (a transformer on the embeddings), convolutional, or top (a copy of
     the base's last --layers layers)."""
-    width: int = 96
-    """Of the side."""
+    width: int | None = None
+    """Of the side; by default 128 of match, 96 of the others."""
     layers: int | None = None
-    """Of the side; by default 1 of match and top, 4 of slim and convolutional."""
+    """Of the side; by default 2 of match, 1 of top, 4 of slim and convolutional."""
     rungs: int = 3
     """Of the ladder: how many layers of the base it reads, spread evenly, the embeddings not counted."""
     merge: str = "alpha"
@@ -204,8 +204,8 @@ def run(settings: Settings) -> Result:
 
 
 def taps_of(settings: Settings) -> list[str]:
-    """The inner activations that the side reads: the base's embeddings, for match its last but one layer, for the ladder some of its layers
-    too; for the top the layer below it."""
+    """The inner activations that the side reads: the base's embeddings, for match and the ladder some of its layers too; for the top the layer
+    below it."""
     s = settings
     if s.method not in ("sidetune", "ladder"):
         return []
@@ -213,7 +213,7 @@ def taps_of(settings: Settings) -> list[str]:
         return [EMBEDDINGS]
     _, layers = layers_of(load_base(s.base))
     if s.method == "sidetune" and s.side == "match":
-        return [EMBEDDINGS, layers[-2:][0]]
+        return [EMBEDDINGS, *dict.fromkeys((layers[(len(layers) - 1) // 2], layers[-2:][0]))]
     wanted, option = (s.rungs, "rungs") if s.method == "ladder" else (depth(s), "layers")
     if not 1 <= wanted <= len(layers):
         raise SideTuningError(f"--{option} {wanted}: the base has {len(layers)} layers")
@@ -240,14 +240,15 @@ def side_of(settings: Settings) -> tuple[str, dict[str, Any]]:
     """Name and options of the side."""
     s = settings
     if s.method == "ladder":
-        return "ladder", {"width": s.width}
-    return s.side, {} if s.side == "top" else {"width": s.width, "layers": depth(s)}
+        return "ladder", {"width": s.width or 96}
+    if s.side == "top":
+        return "top", {}
+    return s.side, {"width": s.width or (128 if s.side == "match" else 96), "layers": depth(s)}
 
 
 def depth(settings: Settings) -> int:
     """Layers of the side of sidetune."""
-    s = settings
-    return s.layers or (1 if s.side in ("match", "top") else 4)
+    return settings.layers or {"match": 2, "top": 1}.get(settings.side, 4)
 
 
 def imitate(settings: Settings, base: Base, data: Any, windows: Windows, folder: Run) -> tuple[Path, float]:

@@ -26,7 +26,7 @@ class Match(nn.Module):
     compared with itself.
 
     Args:
-        base: a text encoder; all its taps are read, and should have its embeddings and one of its upper layers.
+        base: a text encoder; all its taps are read, and should have its embeddings and some of its layers.
         width: of the tokens; a multiple of `heads`.
         layers: encoder layers at the end.
         convolutions: before them, each looking twice as far as the one before.
@@ -40,7 +40,7 @@ class Match(nn.Module):
     uses_ids = True
 
     def __init__(
-        self, base: Base, width: int = 96, layers: int = 1, convolutions: int = 2, heads: int = 4, dropout: float = 0.1
+        self, base: Base, width: int = 128, layers: int = 2, convolutions: int = 2, heads: int = 4, dropout: float = 0.2
     ) -> None:  # fmt: skip
         super().__init__()
         shapes = list(base.tap_shapes.values())
@@ -68,25 +68,29 @@ class Match(nn.Module):
 
     def forward(self, taps: dict[str, Tensor], mask: Tensor | None, ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids) if mask is None else mask
-        first, second = (part.unsqueeze(-1) for part in two_texts(ids, mask))  # (b, t, 1)
+        first, second = two_texts(ids, mask)
         normal = [F.layer_norm(taps[name], taps[name].shape[-1:]) for name in self.taps]
         x = self.dropout(self.down(torch.cat(normal, -1)))  # (b, t, width)
-        asked = first.to(x.dtype).transpose(1, 2)  # (b, 1, t)
-        hidden = (1 - asked) * FAR
 
-        recurs, summary = self.weigh(x.tanh()).split(1, -1)
-        weight = recurs.transpose(1, 2).sigmoid() * asked
-        same = (ids.unsqueeze(2) == ids.unsqueeze(1)).to(x.dtype)  # (b, t, t)
-        compared = F.normalize(self.compare(x), dim=-1)
-        alike = compared @ compared.transpose(1, 2)
+        # The first text alone, (b, q, …): it is short, and all comparisons are with it.
+        place = first.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(first.sum(1).max()))]
+        asked = first.gather(1, place).unsqueeze(1).to(x.dtype)  # (b, 1, q): what is one of its tokens
+        words = x.gather(1, place.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (b, q, width)
+        hidden = (1 - asked) * FAR
+        recurs, summary = self.weigh(words.tanh()).transpose(1, 2).split(1, 1)  # (b, 1, q) each
+        weight = recurs.sigmoid() * asked
+        same = (ids.unsqueeze(2) == ids.gather(1, place).unsqueeze(1)).to(x.dtype)  # (b, t, q)
+        alike = F.normalize(self.compare(x), dim=-1) @ F.normalize(self.compare(words), dim=-1).transpose(1, 2)
         found = [same * asked, same * weight, alike.clamp(min=0) * weight]
-        aligned = ((alike * self.sharpness + hidden).softmax(-1) * asked) @ x
-        question = ((summary.transpose(1, 2) + hidden).softmax(-1) * asked) @ x  # (b, 1, width)
+        aligned = ((alike * self.sharpness + hidden).softmax(-1) * asked) @ words
+        question = ((summary + hidden).softmax(-1) * asked) @ words  # (b, 1, width)
         x = self.mix(torch.cat([x, aligned, x * aligned, x * question, *(f.amax(-1, keepdim=True) for f in found)], -1))
 
         for convolution in self.convolutions:
             x = self.dropout(convolution(x, mask))
-        most = x.masked_fill(~second, FAR).amax(1, keepdim=True).clamp(min=-100)  # the best of the second text …
+        most = (
+            x.masked_fill(~second.unsqueeze(-1), FAR).amax(1, keepdim=True).clamp(min=-100)
+        )  # the best of the second text …
         x = torch.cat([x[:, :1] + self.pool(most), x[:, 1:]], 1)  # … tells the token that stands for no answer
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=mask == 0)
