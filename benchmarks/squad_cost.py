@@ -20,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from common import record
+from common import RESULTS, record
 from sidetuning.base import load_base
 from sidetuning.data.squad import Windows, make_windows, read_questions
 from sidetuning.methods import Recipe, Task
@@ -46,7 +46,7 @@ METHODS = {
 class Settings:
     """Measure and record."""
 
-    data: str
+    data: str = "rajpurkar/squad_v2"
     """A SQuAD folder."""
     base: str = "hf:sentence-transformers/all-MiniLM-L6-v2"
     """The base; recorded by the last part of its name."""
@@ -56,6 +56,8 @@ class Settings:
     """Of all methods."""
     one: str | None = None
     """Measure this method in this process, and print it."""
+    table: bool = False
+    """Only print the recorded table."""
 
 
 def longest(windows: Windows, count: int) -> Windows:
@@ -109,16 +111,26 @@ def main(given: Settings) -> None:
         "squad-cost",
         {"base": Path(given.base).name, "batch": BATCH, "rounds": given.rounds, "methods": rows, "seeds": [0]},
     )
+    print(table())
+
+
+def table() -> str:
+    """What was recorded, beside LoRA and fine-tuning."""
+    rows = json.loads((RESULTS / "squad-cost.json").read_text())["methods"]
+    lora, whole = rows["lora"], rows["finetune"]
+    text = "| | s per step | of lora | memory, MB | of lora | of fine-tuning |\n| --- | ---: | ---: | ---: | ---: | ---: |\n"
     for name, row in rows.items():
-        lora = {k: row[k] / rows["lora"][k] for k in ("seconds", "memory_mb")}
-        print(
-            f"{name}: {row['seconds']:.2f} s ({lora['seconds']:.0%} of lora), {row['memory_mb']:.0f} MB ({lora['memory_mb']:.0%})"
-        )
+        seconds, memory = row["seconds"], row["memory_mb"]
+        text += f"| {name} | {seconds:.2f} | {seconds / lora['seconds']:.0%} | {memory:,.0f} | {memory / lora['memory_mb']:.0%} "
+        text += f"| {memory / whole['memory_mb']:.0%} |\n"
+    return text
 
 
 if __name__ == "__main__":
     settings = tyro.cli(Settings, config=(tyro.conf.OmitArgPrefixes,))
-    if settings.one is None:
+    if settings.table:
+        print(table())
+    elif settings.one is None:
         main(settings)
     else:
         print(json.dumps(one(settings, settings.one)))

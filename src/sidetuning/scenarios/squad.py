@@ -52,8 +52,8 @@ class Settings:
     side: str = "match"
     """Of sidetune: match (compares the text with the question), slim (a transformer on the embeddings), convolutional, or top (a copy of
     the base's last --layers layers)."""
-    width: int | None = None
-    """Of the side; by default 128 of match, 96 of the others."""
+    width: int = 96
+    """Of the side."""
     layers: int | None = None
     """Of the side; by default 2 of match, 1 of top, 4 of slim and convolutional."""
     rungs: int = 3
@@ -240,10 +240,10 @@ def side_of(settings: Settings) -> tuple[str, dict[str, Any]]:
     """Name and options of the side."""
     s = settings
     if s.method == "ladder":
-        return "ladder", {"width": s.width or 96}
+        return "ladder", {"width": s.width}
     if s.side == "top":
         return "top", {}
-    return s.side, {"width": s.width or (128 if s.side == "match" else 96), "layers": depth(s)}
+    return s.side, {"width": s.width, "layers": depth(s)}
 
 
 def depth(settings: Settings) -> int:

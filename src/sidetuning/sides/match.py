@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ class Match(nn.Module):
     uses_ids = True
 
     def __init__(
-        self, base: Base, width: int = 128, layers: int = 2, convolutions: int = 2, heads: int = 4, dropout: float = 0.2
+        self, base: Base, width: int = 96, layers: int = 2, convolutions: int = 2, heads: int = 4, dropout: float = 0.2
     ) -> None:  # fmt: skip
         super().__init__()
         shapes = list(base.tap_shapes.values())
@@ -52,7 +54,7 @@ class Match(nn.Module):
         if width % heads:
             raise ShapeError(f"the match side's width {width} is not a multiple of its {heads} heads")
         self.taps = list(base.tap_shapes)
-        self.down = nn.Linear(sum(shape[-1] for shape in shapes), width)
+        self.down = nn.ModuleList(nn.Sequential(nn.Linear(shape[-1], width), nn.LayerNorm(width)) for shape in shapes)
         self.compare = nn.Linear(width, width)
         nn.init.eye_(self.compare.weight)  # alike is what the base calls alike, to begin with
         nn.init.zeros_(self.compare.bias)
@@ -69,8 +71,8 @@ class Match(nn.Module):
     def forward(self, taps: dict[str, Tensor], mask: Tensor | None, ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids) if mask is None else mask
         first, second = two_texts(ids, mask)
-        normal = [F.layer_norm(taps[name], taps[name].shape[-1:]) for name in self.taps]
-        x = self.dropout(self.down(torch.cat(normal, -1)))  # (b, t, width)
+        read = (down(taps[name]) for name, down in zip(self.taps, self.down, strict=True))
+        x = self.dropout(reduce(torch.add, read))  # (b, t, width)
 
         # The first text alone, (b, q, …): it is short, and all comparisons are with it.
         place = first.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(first.sum(1).max()))]
