@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -23,6 +25,13 @@ def test_the_tables_of_grids_are_made_from_the_results() -> None:
         command = [sys.executable, "benchmarks/compare.py", "icifar", "--grid", grid, "--table"]
         table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
         assert table.count("\n") > 2 and table in text, grid
+
+
+@pytest.mark.parametrize("script", ["squad.py", "squad_cost.py"])
+def test_the_tables_of_language_are_made_from_the_results(script: str) -> None:
+    command = [sys.executable, f"benchmarks/{script}", "--table"]
+    table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    assert table.count("\n") > 2 and table in (ROOT / "docs/benchmarks.md").read_text()
 
 
 def test_no_document_names_a_path_of_one_machine() -> None:
