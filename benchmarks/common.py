@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -24,10 +25,19 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def arguments(given: list[str]) -> list[str]:
+    """What a user gave: without the cell, which the scripts put at the end, and the folders of the machine."""
+    given = given[: given.index("--cell")] if "--cell" in given else given
+    if "--cache" in given:
+        at = given.index("--cache")
+        given = given[:at] + given[at + 2 :]
+    return [f"hf:{Path(w[3:]).name}" if w.startswith("hf:") and Path(w[3:]).is_dir() else w for w in given]
+
+
 def record(name: str, content: dict[str, Any]) -> None:
     """Write `results/<name>.json`: the content, and command, machine, versions and date."""
     about = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments(sys.argv[1:])]),
         "machine": f"{os.cpu_count()} cores, {processor()}",
         "threads": torch.get_num_threads(),
         "versions": {p: version(p) for p in ("sidetuning", "torch", "numpy", "accelerate")}

@@ -98,9 +98,9 @@ def table(s: Settings) -> str:
         if not runs:
             continue
         cells = [number_text(Estimate(*mean_and_error([r["scores"][k] for r in runs]))) for k in COLUMNS.values()]
-        mean = {k: sum(r[k] for r in runs) / len(runs) for k in ("added", "seconds", "base_seconds")}
+        added, seconds, base = (sum(r[k] for r in runs) / len(runs) for k in ("added", "seconds", "base_seconds"))
         passes = number_text(runs[0]["settings"]["epochs"])
-        cells += [number_text(mean["added"], 0), passes, *(number_text(v, 0) for v in list(mean.values())[1:])]
+        cells += [number_text(added, 0), passes, number_text(seconds, 0), number_text(base, 0)]
         text += f"| {method} | " + " | ".join([*cells, str(len(runs))]) + " |\n"
     return text
 

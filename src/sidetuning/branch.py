@@ -162,16 +162,19 @@ def decode(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
 
 def mask_of(inputs: Input) -> Tensor | None:
     """The attention mask (b, t) of a mapping; None for tensors and unmasked inputs."""
-    if isinstance(inputs, Observation):
-        inputs = inputs.x
-    return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return part_of(inputs, "attention_mask")
 
 
 def ids_of(inputs: Input) -> Tensor:
     """The token ids (b, t) of a text."""
+    ids = part_of(inputs, "input_ids")
+    if ids is None:
+        raise ShapeError("this side reads token ids: its base must be a text encoder, called with input_ids")
+    return ids
+
+
+def part_of(inputs: Input, name: str) -> Tensor | None:
+    """A named tensor of a mapping; None where it is not there."""
     if isinstance(inputs, Observation):
         inputs = inputs.x
-    if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
-        raise ShapeError("this side reads token ids: its base must be a text encoder, called with input_ids")
-    ids: Tensor = inputs["input_ids"]
-    return ids
+    return inputs.get(name) if isinstance(inputs, Mapping) else None

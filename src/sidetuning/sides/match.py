@@ -90,10 +90,9 @@ class Match(nn.Module):
 
         for convolution in self.convolutions:
             x = self.dropout(convolution(x, mask))
-        most = (
-            x.masked_fill(~second.unsqueeze(-1), FAR).amax(1, keepdim=True).clamp(min=-100)
-        )  # the best of the second text …
-        x = torch.cat([x[:, :1] + self.pool(most), x[:, 1:]], 1)  # … tells the token that stands for no answer
+        # The most that the second text has is told to the first token, which stands for there being no answer.
+        most = x.masked_fill(~second.unsqueeze(-1), FAR).amax(1, keepdim=True).clamp(min=-100)
+        x = torch.cat([x[:, :1] + self.pool(most), x[:, 1:]], 1)
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=mask == 0)
         return self.fit(self.norm(x), mask)
