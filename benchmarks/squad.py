@@ -74,6 +74,29 @@ def name(grid: str, method: str, seed: int | str) -> str:
     return f"squad-{grid}-{method.replace(', ', '-')}-{seed}"
 
 
+def protocol(s: Settings, method: str) -> dict[str, Any]:
+    """What two results must share to stand in one table."""
+    equal = {"questions": s.questions} if s.grid == "epochs" else {"seconds": s.seconds}
+    return {
+        "base": Path(s.base).name,
+        "epochs": s.epochs,
+        "test_questions": s.test_questions,
+        **equal,
+        **METHODS[method],
+    }
+
+
+def recorded(s: Settings, method: str, seed: int) -> bool:
+    """Whether the cell has its result; one of another protocol is an error."""
+    file = RESULTS / f"{name(s.grid, method, seed)}.json"
+    if not file.exists():
+        return False
+    was, now = json.loads(file.read_text())["protocol"], protocol(s, method)
+    if was != now:
+        sys.exit(f"{file.name} is of {was}, not of {now}; move it away to measure anew")
+    return True
+
+
 def one(s: Settings, method: str, seed: int) -> None:
     """Run and record a cell."""
     given = squad.Settings(
@@ -87,19 +110,23 @@ def one(s: Settings, method: str, seed: int) -> None:
     content = asdict(result)
     content["settings"]["base"] = Path(s.base).name
     del content["memory_mb"]
+    content["protocol"] = protocol(s, method)
     record(name(s.grid, method, seed), content)
 
 
 def table(s: Settings) -> str:
     """Methods as rows."""
-    more = ("Parameters trained", "Questions", "Training, s", "Base features, s", "Seeds")
+    more = ("Parameters trained", "Questions", "Training, s", "Base features, s", "1,000 answers, s", "Seeds")
     text = "| Method | " + " | ".join([*COLUMNS, *more]) + " |\n| --- |" + " ---: |" * (len(COLUMNS) + len(more)) + "\n"
     for method in METHODS:
         runs = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{name(s.grid, method, '*')}.json"))]
         if not runs:
             continue
         cells = [number_text(Estimate(*mean_and_error([r["scores"][k] for r in runs]))) for k in COLUMNS.values()]
-        means = [sum(r[k] for r in runs) / len(runs) for k in ("added", "questions", "seconds", "base_seconds")]
+        means = [
+            sum(r[k] for r in runs) / len(runs)
+            for k in ("added", "questions", "seconds", "base_seconds", "seconds_per_1000")
+        ]
         cells += [number_text(m, 0) for m in means]
         text += f"| {method} | " + " | ".join([*cells, str(len(runs))]) + " |\n"
     return text
@@ -113,6 +140,6 @@ if __name__ == "__main__":
     else:
         for seed in range(0 if given.table else given.seeds):
             for method in given.methods:
-                if not (RESULTS / f"{name(given.grid, method, seed)}.json").exists():
+                if not recorded(given, method, seed):
                     subprocess.run([sys.executable, *sys.argv, "--cell", f"{method}:{seed}"], check=True)
         print(table(given))

@@ -23,6 +23,7 @@ from torch import Tensor
 from common import RESULTS, record
 from sidetuning.base import load_base
 from sidetuning.data.squad import Windows, make_windows, read_questions
+from sidetuning.integrations.transformers import load_tokenizer
 from sidetuning.methods import Recipe, Task
 from sidetuning.scenarios import squad
 from sidetuning.scenarios.runs import peak_memory_mb
@@ -74,16 +75,16 @@ def one(given: Settings, name: str) -> dict[str, float]:
     s = squad.Settings(base=given.base, cache=given.cache, progress=False, **METHODS[name])  # type: ignore[arg-type]
     base = load_base(s.base, taps=squad.taps_of(s))
     questions = read_questions(given.data, "train", 3000)
-    windows = longest(make_windows(questions.items, squad.load_tokenizer(s.base)), STEPS * BATCH)
+    windows = longest(make_windows(questions.items, load_tokenizer(base)), STEPS * BATCH)
     data = squad.prepare(s, base, windows)
-    method = squad.build_method(s, base)
     times: list[float] = []
 
     def loss(scores: Tensor, labels: Tensor) -> Tensor:
         times.append(time.perf_counter())  # once a step
         return squad.span_loss(scores, labels)
 
-    before = peak_memory_mb(anew=True)
+    before = peak_memory_mb(anew=True)  # before the method, some of which copy the base when they are made
+    method = squad.build_method(s, base)
     method.learn(
         Task("squad", "span", loss), token_loader(data, windows.lengths(), BATCH),
         Recipe(STEPS, 1e-4, optimizer=torch.optim.AdamW), progress=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 
 import sidetuning as st
 from sidetuning.data import squad_metric
-from sidetuning.data.squad import Question, best_answers, make_windows, read_questions
+from sidetuning.data.squad import Question, best_answers, make_windows, n_best, read_questions
 from sidetuning.errors import CacheError, DataError, ShapeError
 from sidetuning.methods.method import load_method
 from sidetuning.token_cache import ByLength, CachedTokens, cache_tokens, token_cache_bytes
@@ -78,17 +79,33 @@ def test_faults_of_the_data_are_mended_and_counted(tmp_path):
         entry("empty question", question=""),
         entry("empty answer", answers=[("", 0), ("1822", 15)]),
         entry("unicode", context="né à Zürich — 🗼 1822", answers=[("Zürich", 5)]),
+        entry("spaces", answers=[(" 1822 ", 14)]),
+        entry("before the start", answers=[("1822", -6)]),
     )  # fmt: skip
     found = read_questions(tmp_path, "train")
     answers = {q.id: q.answers for q in found.items}
-    assert list(answers) == ["good", "shifted", "nearest", "nowhere", "none", "plausible", "empty answer", "unicode"]
+    assert list(answers) == [
+        "good",
+        "shifted",
+        "nearest",
+        "nowhere",
+        "none",
+        "plausible",
+        "empty answer",
+        "unicode",
+        "spaces",
+        "before the start",
+    ]
     assert answers["shifted"] == (("1822", 15),) and answers["nearest"] == (("1822", 8),)
     assert answers["nowhere"] == answers["none"] == answers["plausible"] == ()
+    kinds = {q.id: (q.golds, q.teaches) for q in found.items}
+    assert kinds["nowhere"] == (["1999"], False) and kinds["none"] == ([], True)  # not taught as having no answer
+    assert answers["spaces"] == (("1822", 15),) and answers["before the start"] == (("1822", 15),)
     assert found.problems == {
-        "answers that start elsewhere, found again": 2, "answers that are not in their context, left out": 1,
+        "answers that start elsewhere, found again": 3, "answers that are not in their context, kept for the metric alone": 1,
         "questions or contexts without text, left out": 2, "answers without text, left out": 1,
     }  # fmt: skip
-    assert [q.id for q in read_questions(file, limit=3).items] == ["good", "nearest", "plausible"]
+    assert [q.id for q in read_questions(file, limit=3).items] == ["good", "nowhere", "empty answer"]
 
     with pytest.raises(DataError, match="two questions with the id a"):
         read_questions(squad_file(tmp_path / "twice.json", entry("a"), entry("a")))
@@ -103,6 +120,11 @@ def test_faults_of_the_data_are_mended_and_counted(tmp_path):
         read_questions(tmp_path / "none.json")
     with pytest.raises(DataError, match="has no text"):
         read_questions(squad_file(tmp_path / "types.json", entry("a", answers=[("x", "1")])))
+    with pytest.raises(DataError, match="has no text"):
+        read_questions(squad_file(tmp_path / "types.json", entry("a", answers=[(1822, 1)])))
+    squad_file(tmp_path / "train-v1.1.json", entry("a"))
+    with pytest.raises(DataError, match=r"several files of train \(train-v1.1.json, train-v2.0.json\)"):
+        read_questions(tmp_path, "train")
     with pytest.raises(DataError, match="does not exist"):
         read_questions(tmp_path / "nothing")
 
@@ -233,6 +255,34 @@ def test_the_best_answer_of_all_windows(tokenizer):
     assert best.score == 6 and best.text == context[best.start : best.end] != ""
 
 
+def test_the_n_best_answers_are_different_spans(tokenizer):
+    context = " ".join(["old"] * 30 + ["1822", "1823"] + ["new"] * 30)
+    question = Question("a", "what ?", context, ())
+    windows = make_windows([question], tokenizer, length=40, stride=12)
+    scores = {w: np.zeros((len(windows.ids[w]), 2), np.float32) for w in range(len(windows))}
+    seen = 0
+    for w, place in enumerate(windows.offsets):
+        for i in np.flatnonzero(place[:, 0] >= 0):
+            word = context[place[i, 0] : place[i, 1]]
+            seen += word == "1822"
+            scores[w][i] = {"1822": (4 + w, 1), "1823": (2, 3)}.get(word, (-9, -9))
+    assert seen > 1  # two windows hold the same span
+    (best,) = n_best([question], windows, scores, 3)
+    assert [p.text for p in best] == ["1822 1823", "1822", "1823"]
+    assert [p.score for p in best] == sorted((p.score for p in best), reverse=True)
+    assert best[:1] == best_answers([question], windows, scores)
+    silent = [Question("a", "what ?", " ", ())]
+    (empty,) = n_best(silent, make_windows(silent, tokenizer, 40, 10), {0: np.ones((5, 2), np.float32)}, 3)
+    assert [p.text for p in empty] == [""]
+
+
+def test_special_tokens_that_somebody_wrote_are_text(tokenizer):
+    (plain,) = make_windows([Question("a", "what ?", "it was made", ())], tokenizer, 40, 10).ids
+    (window,) = make_windows([Question("a", "what [SEP] ?", "it [CLS] was made", ())], tokenizer, 40, 10).ids
+    for token in (tokenizer.sep_token_id, tokenizer.cls_token_id):
+        assert (window == token).sum() == (plain == token).sum()
+
+
 # the metric -------------------------------------------------------------------------------------------------------------
 
 
@@ -254,10 +304,15 @@ def test_the_metric_is_the_official_one():
 def test_edges_of_the_metric():
     assert squad_metric.normalise("The  Cat's, a hat!") == "cats hat"
     assert squad_metric.against(["the"], "") == (1.0, 1.0)  # answers of articles alone do not count
+    assert (
+        squad_metric.score([["the"]], ["x"], [1.0]).f1 == 0
+    )  # yet silence is wrong where an answer was given, as officially
     assert squad_metric.against([], "x") == (0.0, 0.0) and squad_metric.against([], "") == (1.0, 1.0)
     assert squad_metric.against(["a b c", "x y"], "x") == (0.0, pytest.approx(2 / 3))
     scores = squad_metric.score([["x"], []], ["x", "y"], [-1.0, 1.0])
-    assert scores.exact == scores.f1 == scores.best_f1 == 100
+    assert scores.exact == scores.f1 == scores.best_f1 == scores.has_answer_exact == 100
+    assert squad_metric.score([["x"], []], ["x", "y"], [-1.0, 1.0], threshold=-2.0).f1 == 50
+    assert squad_metric.score([["x"], []], ["x", "y"], [-1.0, 1.0], threshold=2.0).no_answer == 0
     scores = squad_metric.score([["x"], ["y"]], ["x", "z"], [2.0, 3.0])  # silent, and wrongly so
     assert (
         scores.f1 == 0
@@ -467,8 +522,8 @@ def test_the_top_starts_as_the_base(encoder, tap, layers):
     ("kind", "layer", "options"),
     [
         ("DistilBert", "transformer.layer.1", {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 48}),
-        ("Roberta", "encoder.layer.1", {"pad_token_id": 0}),
-        ("Electra", "encoder.layer.1", {"embedding_size": 32}),
+        ("Roberta", "encoder.layer.1", {"pad_token_id": 1}),
+        ("Electra", "encoder.layer.1", {"embedding_size": 16}),
         ("ModernBert", "layers.1", {"pad_token_id": 0}),
     ],
 )
@@ -627,12 +682,105 @@ def test_a_side_learns_to_answer_and_can_be_asked(data, encoder, tmp_path):
         (replace(other, method="ladder", rungs=9), "the base has 3 layers"),
         (replace(other, data="some/where/else"), "does not exist"),
         (replace(other, data=str(data / "dev.json")), "is one file"),
+        (replace(other, side="slimm"), "slimm"),
+        (replace(other, method="ladder", width=10), "multiple of its 4 heads"),
+        (replace(other, length=80), "cannot read 80 tokens at once, 64 at most"),
+        (replace(other, stride=-5), "--stride must be 0 or more"),
+        (replace(other, epochs=0.0), "--epochs must be above 0"),
+        (replace(other, method="lora", rank=0), "--rank must be 1 or more"),
+        (replace(other, method="features", init="zero"), "features has none"),
     ):
         with pytest.raises(st.SideTuningError, match=message):
             scenario.run(settings)
     for run, context, message in (("run", "empty.txt", "is empty"), ("nowhere", "text.txt", "holds no run of squad")):
         with pytest.raises(st.SideTuningError, match=message):
             answer.main(answer.Settings(str(tmp_path / run), "what ?", context=str(tmp_path / context)))
+
+
+def test_a_run_is_of_one_data_set_and_one_tokenizer(data, encoder, tmp_path):
+    from sidetuning.scenarios import answer
+    from sidetuning.scenarios import squad as scenario
+
+    mine = tmp_path / "encoder"
+    shutil.copytree(encoder, mine)
+    settings = scenario.Settings(
+        data=str(data), base=f"hf:{mine}", method="features", out=str(tmp_path / "run"), length=48, stride=8, epochs=0.1,
+        questions=30, test_questions=5, cache=str(tmp_path / "cache"), progress=False,
+    )  # fmt: skip
+    scenario.run(settings)
+    others = tmp_path / "others"
+    others.mkdir()
+    numbers(others / "train.json", 40, 7)
+    numbers(others / "dev.json", 20, 8)
+    with pytest.raises(st.SideTuningError, match="a run of another data; choose"):
+        scenario.run(replace(settings, data=str(others)))
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert scenario.run(replace(settings, data=str(moved))).test_questions == 5
+
+    (tmp_path / "text.txt").write_text("old river made in 1844 by tower")
+    ask = answer.Settings(str(tmp_path / "run"), "what ?", context=str(tmp_path / "text.txt"))
+    assert answer.answer(ask).best
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *reversed(WORDS), *NUMBERS]
+    for vocabulary, message in ((words, "has another tokenizer"), ([*words, "extra"], "belongs to another network")):
+        (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+        transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(mine)
+        with pytest.raises(st.SideTuningError, match=message):
+            answer.answer(ask)
+
+
+def test_a_run_goes_on_where_it_stopped(data, encoder, tmp_path, monkeypatch):
+    from sidetuning.scenarios import squad as scenario
+
+    def settings(out):
+        return scenario.Settings(
+            data=str(data), base=f"hf:{encoder}", out=str(tmp_path / out), length=48, stride=8, width=16, epochs=1, layers=1,
+            questions=120, test_questions=30, cache=str(tmp_path / "cache"), progress=False, save_every=0,
+        )  # fmt: skip
+
+    scenario.run(settings("whole"))
+    loss, calls = scenario.span_loss, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(scenario, "span_loss", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scenario.run(settings("stopped"))
+    monkeypatch.setattr(scenario, "span_loss", loss)
+    result = scenario.run(settings("stopped"))
+    assert result.steps == 8 and result.memory_mb is None  # the peak of the first part is not known
+    for name in ("predictions.json", "null_odds.json"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_ladder_reads_layers_spread_up_to_the_last(encoder):
+    from sidetuning.scenarios import squad as scenario
+
+    for rungs, layers in ((1, [2]), (2, [0, 2]), (3, [0, 1, 2])):
+        given = scenario.Settings(base=f"hf:{encoder}", method="ladder", rungs=rungs)
+        assert scenario.taps_of(given) == ["embeddings", *(f"encoder.layer.{i}" for i in layers)]
+
+
+def test_a_checkpoint_in_half_precision_serves(encoder, tmp_path):
+    net = transformers.AutoModel.from_pretrained(encoder).to(torch.bfloat16)
+    net.save_pretrained(tmp_path / "half")
+    half = st.load_base(f"hf:{tmp_path / 'half'}", taps=["embeddings"])
+    model = st.SideTuner(half)
+    model.add_task("qa", side="slim", head="span", side_options={"width": 16})
+    texts = Lines(8)
+    assert model(texts.batch([0, 1]), "qa").dtype == torch.float32
+    cached = cache_tokens(half, texts, torch.arange(8), tmp_path / "cache", progress=False)
+    assert torch.isfinite(cached.__getitems__([3])[1].out).all()
+
+
+def test_features_beyond_half_precision_are_not_cached(base, tmp_path, monkeypatch):
+    encode = type(base).encode
+    monkeypatch.setattr(type(base), "encode", lambda *a: (found := encode(*a))._replace(out=found.out * 1e6))
+    with pytest.raises(CacheError, match="float16 cannot hold"):
+        cache_tokens(base, Lines(4), torch.arange(4), tmp_path, progress=False)
 
 
 def test_a_distilled_side_starts_near_the_base(data, encoder, tmp_path):
@@ -660,6 +808,7 @@ def test_a_distilled_side_starts_near_the_base(data, encoder, tmp_path):
 def test_every_method_reads(data, encoder, tmp_path, method):
     if method == "lora":
         pytest.importorskip("peft")
+    from sidetuning.scenarios import answer
     from sidetuning.scenarios import squad as scenario
 
     settings = scenario.Settings(
@@ -671,5 +820,14 @@ def test_every_method_reads(data, encoder, tmp_path, method):
     assert result.questions == 120 and result.test_questions == 12 and 0 <= result.scores["f1"] <= 100
     assert result.added > 0 and result.steps == round(0.2 * 120 / 16)
     assert (result.alpha is not None) == (method in ("sidetune", "slim", "top", "ladder"))
+    best = json.loads((tmp_path / "run" / "nbest_predictions.json").read_text())
+    first = {k: v[0]["text"] for k, v in best.items()}
+    assert (
+        first == json.loads((tmp_path / "run" / "predictions.json").read_text()) and max(map(len, best.values())) == 5
+    )
+    (tmp_path / "text.txt").write_text("old river made in 1844 by tower")
+    asked = answer.Settings(str(tmp_path / "run"), "what is ?", str(tmp_path / "text.txt"), best=3, threshold=-1e9)
+    found = answer.answer(asked)
+    assert len(found.best) == 3 and found.none and found.best[0].score >= found.best[1].score
     sizes = {"features": 66, "finetune": result.shared + 66}
     assert result.added == sizes.get(method, result.added)

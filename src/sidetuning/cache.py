@@ -391,9 +391,15 @@ def allocate(file: Path, f: Field, rows: int) -> int:
 
 def put(handle: int, f: Field, value: Tensor, row: int) -> None:
     """Write rows from `row` on."""
-    array = np.ascontiguousarray(value.detach().cpu().numpy().astype(f.dtype, copy=False))
+    with np.errstate(over="ignore"):  # told below
+        array = np.ascontiguousarray(value.detach().float().cpu().numpy().astype(f.dtype, copy=False))
     if array.shape[1:] != f.shape:
         raise ShapeError(f"sample {row} has the shape {array.shape[1:]}, the first one has {f.shape}")
+    if not np.isfinite(array).all():
+        raise CacheError(
+            f"sample {row} has features that {f.dtype} cannot hold (NaN, infinite, or beyond its range); check the base and its "
+            "input, or cache with dtype='float32'"
+        )
     data, offset = array.tobytes(), row * f.bytes
     while data:
         written = os.pwrite(handle, data, offset)

@@ -37,12 +37,24 @@ class Question:
 
     Attributes:
         answers: all that were given, in order; none where there is no answer.
+        lost: answers that were given and are nowhere in the context: nothing to learn from, but right all the same.
     """
 
     id: str
     question: str
     context: str
     answers: tuple[Answer, ...]
+    lost: tuple[str, ...] = ()
+
+    @property
+    def golds(self) -> list[str]:
+        """What the metric compares with."""
+        return [*(a.text for a in self.answers), *self.lost]
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the place of its answer is known, or that there is none."""
+        return bool(self.answers) or not self.lost
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,11 @@ def read_questions(source: str | Path, split: str = "train", limit: int | None =
         split: "train" or "dev".
         limit: take so many questions, spread evenly.
 
-    An answer that is not where `answer_start` says is taken from where its text is nearest, and left out where its text is nowhere;
-    contexts and questions without text are left out. All is counted in `problems`.
+    An answer that is not where `answer_start` says is taken from where its text is nearest; where its text is nowhere, it is kept for the
+    metric alone. Contexts and questions without text are left out. All is counted in `problems`.
 
     Raises:
-        DataError: no such data, damaged, or two questions of one id.
+        DataError: no such data, several files of one split, damaged, or two questions of one id.
     """
     path = local_folder(source, HUB)
     if path.is_dir():
@@ -86,8 +98,11 @@ def read_questions(source: str | Path, split: str = "train", limit: int | None =
             raise DataError(
                 f"{path} has no {split}*.json and no {split}*.parquet; give the folder of SQuAD or a Hub name such as {HUB}"
             )
-        if files[0].suffix == ".json":
-            files = files[:1]
+        if files[0].suffix == ".json" and len(files) > 1:
+            names = ", ".join(f.name for f in files)
+            raise DataError(
+                f"{path} has several files of {split} ({names}); keep the one that you mean in a folder of its own"
+            )
     else:
         files = [path]
     problems: Counter[str] = Counter()
@@ -108,6 +123,14 @@ def read_questions(source: str | Path, split: str = "train", limit: int | None =
     if limit is not None and limit < len(items):
         items = [items[i * len(items) // limit] for i in range(limit)]
     return Questions(items, dict(problems))
+
+
+def fingerprint(*splits: Questions) -> str:
+    """sha256 of all questions, contexts and answers."""
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(repr([(q.id, q.question, q.context, q.answers, q.lost) for q in split.items]).encode())
+    return digest.hexdigest()
 
 
 Raw = tuple[str, str, str, list[Answer]]  # id, question, context, answers
@@ -145,7 +168,7 @@ def _checked(raw: Raw, file: Path, problems: Counter[str]) -> Question | None:
     if (
         not isinstance(question, str)
         or not isinstance(context, str)
-        or not all(isinstance(a.start, int) for a in answers)
+        or not all(isinstance(a.text, str) and isinstance(a.start, int) for a in answers)
     ):
         raise DataError(
             f"{file}: the question {name} has no text, no context, or an answer without a place; mend the file"
@@ -153,21 +176,23 @@ def _checked(raw: Raw, file: Path, problems: Counter[str]) -> Question | None:
     if not context.strip() or not question.strip():
         problems["questions or contexts without text, left out"] += 1
         return None
-    kept = []
+    kept, lost = [], []
     for answer in answers:
-        text, start = answer
+        text = answer.text.strip()  # space is in no token
+        start = answer.start + answer.text.find(text)
         if not text:
             problems["answers without text, left out"] += 1
             continue
-        if context[start : start + len(text)] != text:
+        if start < 0 or context[start : start + len(text)] != text:
             places = [i for i in range(len(context)) if context.startswith(text, i)]
             if not places:
-                problems["answers that are not in their context, left out"] += 1
+                problems["answers that are not in their context, kept for the metric alone"] += 1
+                lost.append(text)
                 continue
             start = min(places, key=lambda i: abs(i - answer.start))
             problems["answers that start elsewhere, found again"] += 1
         kept.append(Answer(text, start))
-    return Question(name, question, context, tuple(kept))
+    return Question(name, question, context, tuple(kept), tuple(lost))
 
 
 @dataclass(frozen=True)
@@ -240,14 +265,17 @@ def make_windows(questions: Sequence[Question], tokenizer: Any, length: int = 38
     problems: Counter[str] = Counter()
     ids, types, owners, offsets, labels = [], [], [], [], []
     for k, q in enumerate(questions):
-        asked = tokenizer(q.question, add_special_tokens=False, truncation=False)["input_ids"]
+        # A separator that somebody wrote is text like any other.
+        asked = tokenizer(q.question, add_special_tokens=False, truncation=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         text = q.question
         if len(asked) > most:
             problems["questions longer than their window, cut"] += 1
             text = tokenizer.decode(asked[:most])
         coded = tokenizer(
             text, q.context, max_length=length, stride=stride, truncation="only_second", return_overflowing_tokens=True,
-            return_offsets_mapping=True,
+            return_offsets_mapping=True, split_special_tokens=True,
         )  # fmt: skip
         found = False
         for i in range(len(coded["input_ids"])):
@@ -307,27 +335,38 @@ class Prediction(NamedTuple):
 def best_answers(
     questions: Sequence[Question], windows: Windows, scores: Mapping[int, NDArray[np.float32]]
 ) -> list[Prediction]:
-    """The best span of each question over all its windows.
+    """The best span of each question over all its windows; arguments as of `n_best`."""
+    return [found[0] for found in n_best(questions, windows, scores, 1)]
+
+
+def n_best(
+    questions: Sequence[Question], windows: Windows, scores: Mapping[int, NDArray[np.float32]], n: int
+) -> list[list[Prediction]]:
+    """The n best spans of each question over all its windows, best first; one without text where the context has no token.
 
     Args:
         questions: all of them.
         windows: of these questions.
         scores: of each window, (t, 2): of its tokens being the first and the last of the answer; token 0 stands for none.
+        n: how many; spans that overlap count as different ones.
     """
-    found = [Prediction("", 0, 0, -np.inf, np.inf) for _ in questions]
+    spans: list[dict[tuple[int, int], float]] = [{} for _ in questions]
+    nulls = [float("inf")] * len(questions)
     for w, k in enumerate(windows.question.tolist()):
         start, end = scores[w][:, 0], scores[w][:, 1]
-        known, place, context = found[k], windows.offsets[w], questions[k].context
-        null = min(known.null, float(start[0] + end[0]))
-        best = known
+        place = windows.offsets[w]
+        nulls[k] = min(nulls[k], float(start[0] + end[0]))
         pairs = [(i, j) for i in _top(start, place) for j in _top(end, place) if i <= j < i + LONGEST]
         pairs += [(i, i) for i in _top(start + end, place)[:1]]  # every likely start may lie after every likely end
         for i, j in pairs:
-            if start[i] + end[j] > best.score:
-                a, b = int(place[i, 0]), int(place[j, 1])
-                best = Prediction(context[a:b], a, b, float(start[i] + end[j]), null)
-        found[k] = best._replace(null=null)
-    return [p if np.isfinite(p.score) else p._replace(score=p.null) for p in found]  # a context without any token
+            where = int(place[i, 0]), int(place[j, 1])
+            spans[k][where] = max(spans[k].get(where, -np.inf), float(start[i] + end[j]))
+    found = []
+    for question, known, null in zip(questions, spans, nulls, strict=True):
+        best = sorted(known.items(), key=lambda item: -item[1])[:n]
+        answers = [Prediction(question.context[a:b], a, b, score, null) for (a, b), score in best]
+        found.append(answers or [Prediction("", 0, 0, null, null)])
+    return found
 
 
 def _top(scores: NDArray[np.float32], place: NDArray[np.int32]) -> list[int]:

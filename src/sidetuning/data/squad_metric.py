@@ -17,6 +17,7 @@ class Scores(NamedTuple):
     Attributes:
         exact, f1: over all questions, with the predictions as they are.
         has_answer, no_answer: F1 of the questions with and without an answer (for these F1 is the exact match).
+        has_answer_exact: exact match of those with an answer.
         best_exact, best_f1: with the best threshold on the odds of there being no answer.
         best_threshold: that of best_f1.
     """
@@ -28,6 +29,7 @@ class Scores(NamedTuple):
     best_exact: float
     best_f1: float
     best_threshold: float
+    has_answer_exact: float
 
 
 def normalise(text: str) -> str:
@@ -67,8 +69,10 @@ def score(
         null_odds: how likely each system thinks that there is no answer; above `threshold` the answer counts as none.
     """
     spans = [against(g, a) for g, a in zip(golds, given, strict=True)]
-    final = ["" if odds > threshold else a for a, odds in zip(given, null_odds, strict=True)]
-    values = [against(g, a) for g, a in zip(golds, final, strict=True)]
+    values = [  # not to answer is right where there is no answer, whatever the answers normalise to
+        (float(not g), float(not g)) if odds > threshold else span
+        for g, span, odds in zip(golds, spans, null_odds, strict=True)
+    ]
     has = [v[1] for v, g in zip(values, golds, strict=True) if g]
     none = [v[1] for v, g in zip(values, golds, strict=True) if not g]
     # what answering instead of staying silent gains or loses: where there is no answer, any text loses
@@ -78,7 +82,8 @@ def score(
     best_exact, _ = _best(gains[0], len(none), null_odds)
     best_f1, at = _best(gains[1], len(none), null_odds)
     return Scores(
-        _percent([v[0] for v in values]), _percent([v[1] for v in values]), _percent(has), _percent(none), best_exact, best_f1, at
+        _percent([v[0] for v in values]), _percent([v[1] for v in values]), _percent(has), _percent(none), best_exact, best_f1, at,
+        _percent([v[0] for v, g in zip(values, golds, strict=True) if g]),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +11,12 @@ from typing import Annotated
 import tyro
 
 from sidetuning.base import load_base
-from sidetuning.data.squad import Prediction, Question, best_answers, make_windows
+from sidetuning.data.squad import Prediction, Question, make_windows, n_best
 from sidetuning.errors import DataError, SideTuningError
+from sidetuning.integrations.transformers import load_tokenizer, tokenizer_fingerprint
 from sidetuning.methods.method import load_method
 from sidetuning.scenarios import squad
+from sidetuning.scenarios.runs import at_least_one
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,40 @@ class Settings:
     """The question."""
     context: str
     """A text file."""
+    best: int = 1
+    """Give so many answers, best first."""
+    threshold: float | None = None
+    """Where the score of there being no answer exceeds that of the best span by more than this, there is none; by default as in the run."""
 
 
-def answer(settings: Settings) -> Prediction:
-    """The best answer that the text gives.
+@dataclass(frozen=True)
+class Answers:
+    """What a text says to a question.
+
+    Attributes:
+        best: the best spans, best first.
+        threshold: on their `null_odds`.
+        problems: what was met in text and question, and how often.
+    """
+
+    best: list[Prediction]
+    threshold: float
+    problems: dict[str, int]
+
+    @property
+    def none(self) -> bool:
+        """Whether there is no answer."""
+        return not self.best[0].text or self.best[0].null_odds > self.threshold
+
+
+def answer(settings: Settings) -> Answers:
+    """The best answers that the text gives.
 
     Raises:
-        SideTuningError: no run of squad, no text, or no question.
+        SideTuningError: no run of squad, one with another tokenizer, no text, or no question.
     """
     s = settings
+    at_least_one(s, "best")
     try:
         content = json.loads((Path(s.run) / "run.json").read_text())
         given = squad.Settings(**{**content["settings"], "progress": False})
@@ -48,17 +76,22 @@ def answer(settings: Settings) -> Prediction:
         raise DataError(f"{s.context} cannot be read as text ({error}); give the path of a text file") from error
     if not text.strip() or not s.question.strip():
         raise DataError("the text or the question is empty; give both")
-    method = load_method(Path(s.run) / "tasks", load_base(given.base, taps=squad.taps_of(given)))
+    base = load_base(given.base, taps=squad.taps_of(given))
+    method, tokenizer = load_method(Path(s.run) / "tasks", base), load_tokenizer(base)
+    if content.get("fingerprints", {}).get("tokenizer", found := tokenizer_fingerprint(tokenizer)) != found:
+        raise SideTuningError(f"{given.base} has another tokenizer than {s.run} was trained with; put the old one back")
     asked = [Question("0", s.question, text, ())]
-    windows = make_windows(asked, squad.load_tokenizer(given.base), given.length, given.stride)
-    return best_answers(asked, windows, squad.scores_of(method, windows))[0]
+    windows = make_windows(asked, tokenizer, given.length, given.stride)
+    (best,) = n_best(asked, windows, squad.scores_of(method, windows), s.best)
+    return Answers(best, given.threshold if s.threshold is None else s.threshold, windows.problems)
 
 
 def main(settings: Settings) -> None:
     """Print the answer."""
     found = answer(settings)
-    if found.null_odds > 0:
-        print(f"no answer (score {found.null:.2f}); the best guess would be: {found.text}")
-    else:
-        print(found.text)
-    print(f"score {found.score:.2f}, {-found.null_odds:.2f} above no answer; characters {found.start} to {found.end}")
+    for problem in found.problems:
+        print(f"note: {problem}", file=sys.stderr)
+    for k, p in enumerate(found.best):
+        guess = f"; the best guess would be: {p.text}" if p.text else ""
+        print(f"no answer (score {p.null:.2f}){guess}" if k == 0 and found.none else p.text)
+        print(f"score {p.score:.2f}, {-p.null_odds:.2f} above no answer; characters {p.start} to {p.end}")

@@ -76,6 +76,22 @@ class Run:
                 "or delete this one"
             )
 
+    def belongs(self, **what: str) -> None:
+        """Keep fingerprints of what the run is of, such as its data, and refuse others when it goes on.
+
+        Raises:
+            SideTuningError: another was kept.
+        """
+        file = self.folder / "run.json"
+        content = json.loads(file.read_text())
+        kept = content.setdefault("fingerprints", {})
+        for name, value in what.items():
+            if kept.setdefault(name, value) != value:
+                raise SideTuningError(
+                    f"{self.folder} holds a run of another {name}; choose another folder with --out, or delete this one"
+                )
+        write_json(file, content)
+
     def tasks(self, name: str = "") -> Path:
         """Where a method saves its tasks; a method that has one task alone goes by that task's name."""
         return self.folder / "tasks" / name

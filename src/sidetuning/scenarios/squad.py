@@ -20,9 +20,10 @@ from torch.utils.data import Dataset
 from sidetuning.artifacts import atomic_write, write_json
 from sidetuning.base import Base, load_base
 from sidetuning.data import squad_metric
-from sidetuning.data.squad import Prediction, Questions, Windows, best_answers, make_windows, read_questions
+from sidetuning.data.squad import Prediction, Questions, Windows, fingerprint, make_windows, n_best, read_questions
 from sidetuning.distill import distill
-from sidetuning.errors import SideTuningError
+from sidetuning.errors import DataError, SideTuningError
+from sidetuning.integrations.transformers import load_tokenizer, tokenizer_fingerprint
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import number_text
 from sidetuning.scenarios.runs import Run, at_least_one, peak_memory_mb
@@ -33,7 +34,7 @@ from sidetuning.tuner import SideTuner
 
 TASK = "squad"
 Name = Literal["sidetune", "ladder", "features", "finetune", "scratch", "lora"]
-FREE = ("data", "out", "cache", "save_every", "progress")
+FREE = ("data", "out", "cache", "save_every", "progress")  # of the data a fingerprint is kept instead
 CACHED = ("sidetune", "ladder", "features")  # those that never train the base: its features are computed once
 
 
@@ -78,6 +79,10 @@ class Settings:
     """Tokens of a window."""
     stride: int = 128
     """Tokens that two windows of a context share."""
+    threshold: float = 0.0
+    """Where the score of there being no answer exceeds that of the best span by more than this, there is none."""
+    n_best: int = 5
+    """Write so many answers to each question into nbest_predictions.json."""
     questions: int | None = None
     """Train on so many questions, spread evenly; None for all."""
     test_questions: int | None = None
@@ -105,7 +110,8 @@ class Result:
         steps, seconds: of training; the seconds include those of distilling the side, and not the base's features.
         base_seconds: of the base's features of the training windows, whichever run computed them; 0 where none are used.
         seconds_per_1000: of answering 1,000 test questions, base included where it is run.
-        memory_mb: the most memory while training above what there was before, in MB; None where the system does not tell.
+        memory_mb: the most memory while training above what there was before, in MB; None where the system does not tell, and where
+            training went on after a stop.
         problems: what was met in the data, and how often.
     """
 
@@ -145,25 +151,30 @@ def span_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def run(settings: Settings) -> Result:
-    """Learn, answer the test questions, and write `result.json`, `predictions.json` and `null_odds.json` (the official formats).
+    """Learn, answer the test questions, and write `result.json`, `predictions.json` and `null_odds.json` (the official formats), and
+    `nbest_predictions.json`.
 
-    The predictions are the best spans; where the odds of there being none are above 0, no answer is what counts.
+    The predictions are the best spans; where the odds of there being none are above the threshold, no answer is what counts.
     """
     s = settings
+    check(s)
+    train, test = read_questions(s.data, "train", s.questions), read_questions(s.data, "dev", s.test_questions)
     folder = Run(s.out, "squad", s, free=FREE)
+    folder.belongs(data=fingerprint(train, test))
     file = folder.folder / "result.json"
     if file.exists():
         return Result(**json.loads(file.read_text()))
-    at_least_one(s, "batch", "length", "questions", "test_questions", "width", "layers", "rungs")
-    if Path(s.data).is_file():
-        raise SideTuningError(f"{s.data} is one file; give the folder with train*.json and dev*.json")
-    if not s.base.startswith("hf:"):
-        raise SideTuningError(f"texts need an encoder of transformers as base, hf:NAME or hf:FOLDER, not {s.base}")
-    base, tokenizer = load_base(s.base, taps=taps_of(s)), load_tokenizer(s.base)
+    base = load_base(s.base, taps=taps_of(s))
+    tokenizer = load_tokenizer(base, s.length)
+    folder.belongs(tokenizer=tokenizer_fingerprint(tokenizer))
     method = build_method(s, base)
-    train, test = read_questions(s.data, "train", s.questions), read_questions(s.data, "dev", s.test_questions)
-    windows = make_windows(train.items, tokenizer, s.length, s.stride)
+    lessons = [q for q in train.items if q.teaches]
+    if not lessons:
+        raise DataError(f"no question of {s.data} has its answer in its context; check answer_start and the contexts")
+    windows = make_windows(lessons, tokenizer, s.length, s.stride)
     problems = {f"train: {k}": v for k, v in {**train.problems, **windows.problems}.items()}
+    if len(lessons) < len(train):
+        problems["train: questions whose answers are not in their context, not learned"] = len(train) - len(lessons)
     base.to(default_accelerator().device)
     data = prepare(s, base, windows)
     base_seconds = data.seconds if isinstance(data, CachedTokens) else 0.0
@@ -176,22 +187,20 @@ def run(settings: Settings) -> Result:
     if s.init == "distilled" and s.method in ("sidetune", "ladder"):
         weights, imitated = imitate(s, base, data, windows, folder)
         method = build_method(s, base, weights)
+    afresh = not folder.resume(TASK).exists()
     before = peak_memory_mb(anew=True)
     learned = method.learn(
         Task(TASK, "span", span_loss, seed=s.seed), token_loader(data, windows.lengths(), s.batch), recipe,
         resume=folder.resume(TASK), save_every=s.save_every, progress=s.progress,
     )  # fmt: skip
     after = peak_memory_mb()
-    above = None if before is None or after is None else after - before
+    above = after - before if afresh and before is not None and after is not None else None
     method.save(folder.tasks())
-    result, predictions = test_on(s, method, tokenizer, test)
-    write_json(
-        folder.folder / "predictions.json",
-        {q.id: p.text for q, p in zip(test.items, predictions, strict=True)},
-    )
-    write_json(
-        folder.folder / "null_odds.json", {q.id: p.null_odds for q, p in zip(test.items, predictions, strict=True)}
-    )
+    result, answers = test_on(s, method, tokenizer, test)
+    answered = [(q.id, a) for q, a in zip(test.items, answers, strict=True)]
+    write_json(folder.folder / "predictions.json", {i: a[0].text for i, a in answered})
+    write_json(folder.folder / "null_odds.json", {i: a[0].null_odds for i, a in answered})
+    write_json(folder.folder / "nbest_predictions.json", {i: [p._asdict() for p in a] for i, a in answered})
     final = Result(
         s.method, s.seed, {k: v for k, v in result["scores"].items() if v == v}, len(train), len(test), method.added(TASK), base.parameter_count(),
         method.alpha(TASK), steps, learned.seconds + imitated, base_seconds, result["seconds"] / len(test) * 1000, above,
@@ -201,6 +210,27 @@ def run(settings: Settings) -> Result:
     folder.done(TASK)
     folder.done("imitation")
     return final
+
+
+def check(settings: Settings) -> None:
+    """Settings that cannot be meant, before anything is read.
+
+    Raises:
+        SideTuningError: there is one.
+    """
+    s = settings
+    at_least_one(s, "batch", "length", "questions", "test_questions", "width", "layers", "rungs", "rank", "n_best")
+    if s.stride < 0:
+        raise SideTuningError(f"--stride must be 0 or more, not {s.stride}")
+    for name in ("epochs", "lr", "distill_epochs"):
+        if getattr(s, name) is not None and not getattr(s, name) > 0:
+            raise SideTuningError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
+    if s.init != "as-built" and s.method not in ("sidetune", "ladder"):
+        raise SideTuningError(f"--init {s.init} is about how a side starts, and {s.method} has none")
+    if Path(s.data).is_file():
+        raise SideTuningError(f"{s.data} is one file; give the folder with train*.json and dev*.json")
+    if not s.base.startswith("hf:"):
+        raise SideTuningError(f"texts need an encoder of transformers as base, hf:NAME or hf:FOLDER, not {s.base}")
 
 
 def taps_of(settings: Settings) -> list[str]:
@@ -219,8 +249,7 @@ def taps_of(settings: Settings) -> list[str]:
         raise SideTuningError(f"--{option} {wanted}: the base has {len(layers)} layers")
     if s.method == "sidetune":
         return [[EMBEDDINGS, *layers][-1 - wanted]]
-    chosen = [layers[round((k + 1) * len(layers) / (s.rungs + 1)) - 1] for k in range(s.rungs)]
-    return [EMBEDDINGS, *dict.fromkeys(chosen)]
+    return [EMBEDDINGS, *(layers[(k + 1) * len(layers) // s.rungs - 1] for k in range(s.rungs))]
 
 
 def build_method(settings: Settings, base: Base, weights: Path | None = None) -> Method:
@@ -228,6 +257,8 @@ def build_method(settings: Settings, base: Base, weights: Path | None = None) ->
     s = settings
     if s.method in ("sidetune", "ladder"):
         side, side_options = side_of(s)
+        # A mistake in the names shall be found before the base has run over all texts.
+        SideTuner(base).add_task(TASK, side=side, side_options=side_options, merge=s.merge, head="span")
         init = str(weights) if weights else s.init if s.init in ("xavier", "low-energy", "zero") else None
         options: dict[str, Any] = {"side": side, "merge": s.merge, "side_options": side_options, "init": init}
     else:
@@ -289,19 +320,6 @@ def linear_decay(optimizer: Any, steps: int) -> Any:
     )
 
 
-def load_tokenizer(base: str) -> Any:
-    """The tokenizer that belongs to a base."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(base.removeprefix("hf:"))
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise SideTuningError(
-            f"{base} has no tokenizer that can be loaded ({first}); give a base that comes with its own"
-        ) from error
-
-
 def prepare(settings: Settings, base: Base, windows: Windows) -> Any:
     """Windows with cached base features where the method uses them."""
     s = settings
@@ -313,17 +331,19 @@ def prepare(settings: Settings, base: Base, windows: Windows) -> Any:
 
 def test_on(
     settings: Settings, method: Method, tokenizer: Any, test: Questions
-) -> tuple[dict[str, Any], list[Prediction]]:
-    """Answer questions with nothing cached, and score the answers."""
+) -> tuple[dict[str, Any], list[list[Prediction]]]:
+    """Answer questions with nothing cached, and score the answers; the best ones of each."""
     s = settings
     windows = make_windows(test.items, tokenizer, s.length, s.stride)
     started = time.perf_counter()
-    predictions = best_answers(test.items, windows, scores_of(method, windows, progress=s.progress))
+    answers = n_best(test.items, windows, scores_of(method, windows, progress=s.progress), s.n_best)
     seconds = time.perf_counter() - started
-    golds = [[a.text for a in q.answers] for q in test.items]
-    scores = squad_metric.score(golds, [p.text for p in predictions], [p.null_odds for p in predictions])
+    best = [a[0] for a in answers]
+    scores = squad_metric.score(
+        [q.golds for q in test.items], [p.text for p in best], [p.null_odds for p in best], s.threshold
+    )
     problems = {f"test: {k}": v for k, v in {**test.problems, **windows.problems}.items()}
-    return {"scores": scores._asdict(), "seconds": seconds, "problems": problems}, predictions
+    return {"scores": scores._asdict(), "seconds": seconds, "problems": problems}, answers
 
 
 @torch.no_grad()

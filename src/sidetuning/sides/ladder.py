@@ -46,6 +46,8 @@ class Ladder(nn.Module):
         else:
             self.down = nn.ModuleList(nn.Linear(c, width) for c in channels)
             sequence = self.dimension == 2
+            if sequence and width % heads:
+                raise ShapeError(f"the ladder's width {width} is not a multiple of its {heads} heads")
             self.blocks = nn.ModuleList(
                 encoder_layer(width, heads) if sequence else _VectorBlock(width) for _ in channels
             )

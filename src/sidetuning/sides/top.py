@@ -44,6 +44,8 @@ class Top(nn.Module):
         net: Any = copy.deepcopy(base.net)
         net.set_submodule(where, net.get_submodule(where)[below:])
         net.set_submodule(EMBEDDINGS, Given())  # before training is asked for: the table is no part of the side
+        if below and hasattr(net, "embeddings_project"):  # of ELECTRA: a tap above it has the layers' width already
+            net.embeddings_project = nn.Identity()
         if getattr(net, "pooler", None) is not None:
             net.pooler = None
         self.net = net.requires_grad_(True)
