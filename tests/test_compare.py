@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,22 @@ def test_alone_is_the_first_task_of_every_order(tiny_cifar: Path, tmp_path: Path
     assert again.accuracy == alone.accuracy
     with pytest.raises(SideTuningError, match="other settings"):
         icifar.run(replace(common, out=str(tmp_path / "alone")))
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tiny_cifar: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    moved, other = shutil.copytree(tiny_cifar, tmp_path / "moved"), shutil.copytree(tiny_cifar, tmp_path / "other")
+    for file in other.glob("train*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.slice(0, len(table) - 1), file)
+    given = icifar.Settings(
+        data=str(tiny_cifar), out=str(tmp_path / "run"), tasks=1, samples=64, method="features", progress=False
+    )
+    first = icifar.run(given)
+    assert icifar.run(replace(given, data=str(moved))).accuracy == first.accuracy
+    with pytest.raises(SideTuningError, match="a run of another data; choose another folder"):
+        icifar.run(replace(given, data=str(other)))
 
 
 @pytest.mark.parametrize("method", ["ewc", "independent"])

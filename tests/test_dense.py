@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -229,7 +230,7 @@ def test_a_distilled_side_of_another_width_is_told_which_one_ships(settings):
         itaskonomy.run(packaged)
 
 
-def test_errors_name_what_is_wrong(settings, taskonomy_folder):
+def test_errors_name_what_is_wrong(settings, taskonomy_folder, tmp_path):
     with pytest.raises(UnknownNameError, match="normals"):
         itaskonomy.run(replace(settings, tasks=("normals",)))
     with pytest.raises(DataError, match="keypoints2d"):
@@ -243,6 +244,11 @@ def test_errors_name_what_is_wrong(settings, taskonomy_folder):
         one = replace(settings, tasks=("rgb",), out=folder, epochs=1)
         itaskonomy.run(one)
         itaskonomy.run(replace(one, epochs=2))
+    other = shutil.copytree(taskonomy_folder, tmp_path / "other")
+    for picture in (other / "rgb").rglob("*_rgb.png"):
+        picture.write_bytes(picture.read_bytes() + b" ")
+    with pytest.raises(SideTuningError, match="a run of another data"):
+        itaskonomy.run(replace(one, data=str(other)))
 
 
 def test_the_paper_has_twelve_tasks_in_this_order():

@@ -123,6 +123,7 @@ def run(settings: Settings) -> RunResult:
     method = build_method(s, base)
     method.add(Task("dry-run", CLASSES_PER_TASK))  # an unknown part is found before the long work
     train_set, test_set = load_images(s.data, "train"), load_images(s.data, "test")
+    folder.belongs(data=train_set.fingerprint())
     classes = len(train_set.names)
     if classes < s.tasks * CLASSES_PER_TASK:
         raise DataError(f"{s.data} has {classes} classes; {s.tasks} tasks of ten need {s.tasks * CLASSES_PER_TASK}")

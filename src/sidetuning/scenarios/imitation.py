@@ -165,8 +165,9 @@ def run(settings: Settings) -> list[Result]:
         raise SideTuningError("--trajectories must be numbers of 1 or more")
     if len(s.methods) + len(EXPERTS) > COLOURS:
         raise SideTuningError(f"--methods: at most {COLOURS - len(EXPERTS)} fit into one comparison")
-    Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))
+    folder = Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))
     steps = read_steps(s.data)
+    folder.belongs(data=steps.fingerprint())
     most = max(s.trajectories)
     if most > len(steps.starts) - 1:
         raise DataError(f"{s.data} has {len(steps.starts) - 1} trajectories, not {most}; collect more")

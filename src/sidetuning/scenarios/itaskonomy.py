@@ -131,6 +131,7 @@ def run(settings: Settings) -> RunResult:
     test = Taskonomy(s.data, domains, "test", s.subset, size=s.size)
     if s.test_frames is not None and len(test) > s.test_frames:
         test = Taskonomy(s.data, domains, "test", s.subset, limit=s.test_frames, size=s.size)
+    folder.belongs(data=train.fingerprint())
     classes = names(s.data, "segment_semantic")
     tasks = {name: dense_task(name, train, classes) for name in ordered(s)}
     base = load_base(s.base, weights=s.base_weights).with_example(
