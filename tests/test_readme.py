@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +18,19 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     assert (tmp_path / "out/pets/side.json").exists()
+
+
+def test_the_readme_runs_with_an_encoder_of_texts(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=12, hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=6
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nwho\nbuilt\nit\n?\ndid\n.\ni")
+    transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    (block,) = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    name = "google-bert/bert-base-uncased"
+    assert block.count(name) == 2
+    scope: dict[str, Any] = {}
+    exec(compile(block.replace(name, str(tmp_path)), "README.md", "exec"), scope)
+    assert scope["span"].shape == (1, 10, 2) and scope["topic"].shape == (1, 4)
