@@ -6,6 +6,7 @@ A cell that has its result is not run again. `--table` prints the table of a gri
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,8 @@ from common import RESULTS, record
 from sidetuning.report import write_report
 from sidetuning.results import RunResult, markdown, summary_table
 from sidetuning.scenarios import compare
+
+PRIVATE = ("base_weights",)  # a path of the machine
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,28 @@ def prefix(scenario: str, grid: str) -> str:
     return f"compare-{grid}" if scenario == "icifar" else f"compare-{scenario}-{grid}"
 
 
+def recorded(settings: Settings, cell: compare.Cell) -> bool:
+    """Whether the cell has its result; one that was run otherwise is an error."""
+    file = RESULTS / f"{name(settings, cell)}.json"
+    if not file.exists():
+        return False
+    was = json.loads(file.read_text())["settings"]
+    free = (*cell.scenario.FREE, *PRIVATE, "seed", "precision")
+    now = json.loads(json.dumps({k: v for k, v in asdict(cell.settings).items() if k not in free}))
+    other = [f"{k} {was[k]!r} (now {v!r})" for k, v in now.items() if k in was and was[k] != v]
+    if other:
+        sys.exit(f"{file.name} was run with {', '.join(other)}; move it away to run it anew")
+    return True
+
+
 def run(settings: Settings) -> None:
     """Run and record the cells that have no result yet."""
-    todo = [c for c in compare.cells(settings) if not (RESULTS / f"{name(settings, c)}.json").exists()]
+    todo = [c for c in compare.cells(settings) if not recorded(settings, c)]
     with tqdm(total=sum(cell.tasks for cell in todo), unit="task") as bar:
         for cell in todo:
             bar.set_description(cell.folder.name)
             result = replace(compare.one(cell, bar), variant=cell.variant)
-            public = {k: v for k, v in result.settings.items() if k not in ("base_weights", "init") or v == "distilled"}
+            public = {k: v for k, v in result.settings.items() if k not in PRIVATE}
             record(name(settings, cell), asdict(replace(result, settings=public)))
 
 

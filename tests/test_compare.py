@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from sidetuning.continual import average_rank, forward_transfer, mean_and_error, rigidity
 from sidetuning.errors import SideTuningError, UnknownNameError
@@ -112,6 +113,18 @@ def test_a_run_goes_on_with_its_own_data_alone(tiny_cifar: Path, tmp_path: Path)
     assert icifar.run(replace(given, data=str(moved))).accuracy == first.accuracy
     with pytest.raises(SideTuningError, match="a run of another data; choose another folder"):
         icifar.run(replace(given, data=str(other)))
+    for wrong, message in (
+        ({"clip": -1.0}, "--clip"),
+        ({"weight_decay": -0.1}, "--weight-decay"),
+        ({"share": 2.0}, "share"),
+    ):
+        with pytest.raises(SideTuningError, match=message):
+            icifar.run(replace(given, out=str(tmp_path / "wrong"), **wrong))
+    few = icifar.Settings(schedule="one-cycle", samples=3 * given.batch, batch=given.batch)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+    assert (
+        icifar.recipe_of(few).scheduler(optimizer, 3) is not None
+    )  # three steps, at which torch's schedule divides by zero
 
 
 @pytest.mark.parametrize("method", ["ewc", "independent"])

@@ -193,6 +193,21 @@ def test_ewc_fisher_of_a_regression_by_hand() -> None:
     assert torch.allclose(method.fisher(task, [(x, y)]), expected.flatten(), atol=1e-6)
 
 
+def test_ewc_takes_several_numbers_for_no_classes() -> None:
+    """A regression with two outputs has the Fisher of its own loss, drawn from no softmax."""
+    with st.seeded(1):
+        method = EWC(st.Base(nn.Linear(2, 2, bias=False), example=torch.zeros(1, 2)))
+    x, y = torch.tensor([[1.0, 2.0], [-0.5, 1.5]]), torch.tensor([[0.3, 1.0], [-1.0, 0.5]])
+    task = Task("a", 2, F.mse_loss)
+    method._add(task, method.add)
+    weight, head = method.trunk.net[0].weight, method.heads["a"].linear
+    expected = torch.zeros(2, 2)
+    for i in range(2):
+        error = head(weight @ x[i]) - y[i]
+        expected += torch.outer(head.weight.T @ error, x[i]) ** 2 / 2  # the mean over two outputs takes the 2 away
+    assert torch.allclose(method.fisher(task, [(x, y)]), expected.flatten(), atol=1e-6)
+
+
 def test_ewc_fisher_of_the_models_own_labels() -> None:
     """E_y [(d log p(y))^2] by summing over both classes, against sampled labels."""
     method = linear_ewc(labels="model", samples=4000)
@@ -368,6 +383,18 @@ def test_lora_learns_only_its_own_adapter_and_small_numbers() -> None:
     # conv1 3->8 3x3 and conv2 8->16 3x3 at rank 2: A (2, in, 3, 3), B (out, 2, 1, 1); head 16 -> 3
     assert method.added("b") == 2 * 3 * 9 + 8 * 2 + 2 * 8 * 9 + 16 * 2 + 16 * 3 + 3
     assert not any("base_layer" in name for name in method.tensors())
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS.names() if n not in ("finetune", "ewc", "psp", "pnn")])
+def test_gradients_of_earlier_tasks_do_not_count_when_clipping(name: str) -> None:
+    """A task is learned alike first and second, where tasks do not touch each other."""
+    clipped = Recipe(5, lr=1e-2, clip=1e-3, optimizer=torch.optim.SGD)
+    after, alone = build("conv", name), build("conv", name)
+    learn(after, "conv", "a")
+    for method in (after, alone):
+        method.learn(Task("b", 3, seed=5), batches("conv", 1), clipped, progress=False)
+    x = inputs("conv")
+    assert torch.equal(after(x, "b"), alone(x, "b"))
 
 
 def test_piggyback_masks_are_bits_of_the_frozen_weights() -> None:

@@ -120,7 +120,7 @@ def test_a_run_resumes_over_cached_random_views(tmp_path: Path) -> None:
 
     ends = []
     for stop in (None, 11):
-        model = build()
+        model = build(dropout=True)  # data and objective draw from one generator, in turn
         cached = st.cache_features(model.base, toy(), tmp_path, views=3, augment=augment, progress=False)
         options: dict[str, Any] = {"steps": 20, "save_every": 0.0, "progress": False}
         if stop:
@@ -128,7 +128,7 @@ def test_a_run_resumes_over_cached_random_views(tmp_path: Path) -> None:
                 st.fit(
                     model, "t", st.loader_over(cached, batch_size=32), resume=tmp_path / "r", loss=stopping(stop), **options
                 )  # fmt: skip
-            model = build()
+            model = build(dropout=True)
         st.fit(model, "t", st.loader_over(cached, batch_size=32), resume=tmp_path / "r" if stop else None, **options)
         ends.append(state(model))
     assert same(*ends)

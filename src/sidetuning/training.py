@@ -318,7 +318,10 @@ def train(
     how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
     state = _Position(seed=seed, steps=steps, label=label, optimizer=how)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    batches = accelerator.prepare(loader) if isinstance(loader, torch.utils.data.DataLoader) else loader
+    # One process reads the loader as it is: accelerate's fetches a batch ahead, so what data and objective draw would come in another
+    # order after an interruption.
+    many = accelerator.num_processes > 1 and isinstance(loader, torch.utils.data.DataLoader)
+    batches = accelerator.prepare(loader) if many else loader
     rng: dict[str, Any] | None = None
     if path is not None and path.exists():
         rng = _restore(path, state, objective, optimizer, scheduler)
@@ -442,7 +445,10 @@ def _step(
     optimizer.zero_grad()
     accelerator.backward(loss)
     if clip is not None:
-        accelerator.clip_grad_norm_(wrapped.parameters(), clip)
+        trained = {
+            id(p) for group in optimizer.param_groups for p in group["params"]
+        }  # others may hold gradients of earlier tasks
+        accelerator.clip_grad_norm_([p for p in wrapped.parameters() if id(p) in trained], clip)
     optimizer.step()
     if scheduler is not None:
         scheduler.step()

@@ -77,7 +77,8 @@ class EWC(FineTune):
         n = 0
         for x, y in self._samples(loader):
             output = self(x, task.name)
-            if self.options["labels"] == "model" and output.ndim == 2 and output.shape[1] > 1:
+            classes = output.ndim == 2 and output.shape[1] > 1 and y.ndim == 1 and y.dtype == torch.int64
+            if self.options["labels"] == "model" and classes:
                 drawn = torch.multinomial(output.detach().softmax(1), 1).squeeze(1)
                 loss = F.cross_entropy(output, drawn)
             else:

@@ -150,11 +150,11 @@ def init_grid(common: Any, s: Settings) -> Variants:
 
 
 def side_grid(common: Any, s: Settings) -> Variants:
-    """Sides of growing size, all from random weights, since distilled ones ship for fcn4 alone."""
+    """Sides of growing size, all from random weights (xavier's in copies of the base), since distilled ones ship for fcn4 alone."""
     for side in ("fcn4", "fcn5", "fcn8"):
         yield f"side={side}", replace(common, side=side, init=None)
     for width in (0.25, 0.5):
-        yield f"side=copy, width={width}", replace(common, side="copy", side_width=width, init=None)
+        yield f"side=copy, width={width}", replace(common, side="copy", side_width=width, init="xavier")
 
 
 def order_grid(common: Any, s: Settings) -> Variants:
@@ -192,7 +192,7 @@ def boosting_grid(common: Any, s: Settings) -> Variants:
     for stages in (1, 2, 3):
         yield f"stages={stages}", replace(common, method="boosting", stages=stages)
     yield "side=fcn4", common
-    yield "side=copy, width=0.5", replace(common, side="copy", side_width=0.5, init=None)
+    yield "side=copy of the base, width=0.5", replace(common, side="copy", side_width=0.5, init=None)
 
 
 GRIDS: dict[str, Callable[[Any, Settings], Variants]] = {
@@ -212,13 +212,18 @@ def run(settings: Settings) -> list[RunResult]:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
     at_least_one(s, "seeds", "samples", "frames", "tasks")
+    if len(set(s.methods)) < len(s.methods) or len(set(s.shares)) < len(s.shares):
+        raise SideTuningError("--methods or --shares names one twice")
+    if not all(0 < share <= 1 for share in s.shares):
+        raise SideTuningError(f"--shares are parts of the data, above 0 and up to 1, not {s.shares}")
     todo = list(cells(s))
     base = load_base(todo[0].settings.base, weights=todo[0].settings.base_weights)
     kinds = {(c.settings.method, c.settings.side, c.settings.side_width): c for c in todo}
     for cell in kinds.values():  # a package that is missing is said before hours of work
         method = cell.scenario.build_method(replace(cell.settings, init=None), base)
         method.add(Task("dry-run", "identity"))
-    Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods", "shares"))
+    folder = Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods", "shares"))
+    folder.belongs(data=todo[0].scenario.fingerprint_of(todo[0].settings), base=base.fingerprint())
     results: list[RunResult] = []
     bar = tqdm(total=sum(cell.tasks for cell in todo), unit="task", dynamic_ncols=True)
     with bar:
@@ -247,6 +252,10 @@ def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
                 bar.update(start + learned - bar.n)
             bar.update(start + cell.tasks - bar.n)
             return future.result()
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():  # where the interrupt was sent to this process alone
+                process.terminate()
+            raise
         except BrokenProcessPool as error:
             raise SideTuningError(
                 f"the run in {cell.folder} was killed, perhaps for want of memory; the same command goes on from there"

@@ -118,12 +118,16 @@ def run(settings: Settings) -> RunResult:
         raise SideTuningError(
             f"--lr {s.lr:g} --share {s.share:g} --smoothing {s.smoothing:g}: give lr > 0, 0 < share <= 1, 0 <= smoothing <= 1"
         )
+    if (s.clip is not None and not s.clip > 0) or not s.weight_decay >= 0:
+        raise SideTuningError(f"--clip {s.clip} --weight-decay {s.weight_decay:g}: give clip > 0, weight decay >= 0")
     folder = Run(s.out, "icifar", s, free=FREE)
     base = load_base(s.base, weights=s.base_weights, taps=s.taps)
     method = build_method(s, base)
     method.add(Task("dry-run", CLASSES_PER_TASK))  # an unknown part is found before the long work
     train_set, test_set = load_images(s.data, "train"), load_images(s.data, "test")
     folder.belongs(data=train_set.fingerprint())
+    if train_set.names != test_set.names:
+        raise DataError(f"{s.data} has other classes to test than to train on; give both splits the same")
     classes = len(train_set.names)
     if classes < s.tasks * CLASSES_PER_TASK:
         raise DataError(f"{s.data} has {classes} classes; {s.tasks} tasks of ten need {s.tasks * CLASSES_PER_TASK}")
@@ -147,6 +151,11 @@ def run(settings: Settings) -> RunResult:
         settings={k: v for k, v in asdict(s).items() if k not in FREE}, method_name=s.method, seed=s.seed,
         base_seconds=base_seconds, alone=s.alone, save_every=s.save_every, progress=s.progress,
     )  # fmt: skip
+
+
+def fingerprint_of(settings: Settings) -> str:
+    """Of the training images."""
+    return load_images(settings.data, "train").fingerprint()
 
 
 def build_method(settings: Settings, base: Base) -> Method:
@@ -185,7 +194,10 @@ def recipe_of(settings: Settings) -> Recipe:
     steps = -(-s.samples // s.batch)
 
     def one_cycle(optimizer: Optimizer, steps: int) -> OneCycleLR:
-        return OneCycleLR(optimizer, s.lr, total_steps=steps + 1, pct_start=0.25, cycle_momentum=False)
+        rise = max(
+            0.25, 1.5 / (steps + 1)
+        )  # of so few steps that a quarter is just one, torch's schedule divides by zero
+        return OneCycleLR(optimizer, s.lr, total_steps=steps + 1, pct_start=rise, cycle_momentum=False)
 
     return Recipe(
         steps, s.lr, s.weight_decay, s.clip, optimizer=torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam,

@@ -122,15 +122,26 @@ class Labelled(Dataset[Any]):
         return x, features, y
 
 
+def fingerprint_of(settings: Settings) -> str:
+    """Of the training frames."""
+    return training_frames(settings).fingerprint()
+
+
+def training_frames(settings: Settings) -> Taskonomy:
+    """With all domains that the tasks need."""
+    s = settings
+    domains = ("rgb", *(domain_of(t).name for t in s.tasks if t != "rgb"))
+    return Taskonomy(s.data, domains, "train", s.subset, limit=s.frames, size=s.size)
+
+
 def run(settings: Settings) -> RunResult:
     """Learn the tasks in order, saving after each; evaluates every task after every task."""
     s = settings
     folder = Run(s.out, "itaskonomy", s, free=FREE)
-    domains = ("rgb", *(domain_of(t).name for t in s.tasks if t != "rgb"))
-    train = Taskonomy(s.data, domains, "train", s.subset, limit=s.frames, size=s.size)
-    test = Taskonomy(s.data, domains, "test", s.subset, size=s.size)
+    train = training_frames(s)
+    test = Taskonomy(s.data, train.domains, "test", s.subset, size=s.size)
     if s.test_frames is not None and len(test) > s.test_frames:
-        test = Taskonomy(s.data, domains, "test", s.subset, limit=s.test_frames, size=s.size)
+        test = Taskonomy(s.data, train.domains, "test", s.subset, limit=s.test_frames, size=s.size)
     folder.belongs(data=train.fingerprint())
     classes = names(s.data, "segment_semantic")
     tasks = {name: dense_task(name, train, classes) for name in ordered(s)}
