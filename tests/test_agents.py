@@ -318,7 +318,7 @@ def test_habitat_lacking_what_is_needed_is_said(habitat):
     import habitat.gym as fake  # the stand-in
 
     env = fake.make_gym_from_config({})
-    del env.original_action_space.spaces["stop"]
+    del env.unwrapped.habitat_env.task.actions["stop"]
     with pytest.raises(SideTuningError, match="and not stop"):
         HabitatWorld(env, 32)
     env = fake.make_gym_from_config({})

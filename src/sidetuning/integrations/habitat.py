@@ -42,7 +42,8 @@ class HabitatWorld(gym.Env[Any, Any]):
 
     def __init__(self, env: Any, size: int) -> None:
         self.env, self.size = env, size
-        there = list(env.original_action_space.spaces)
+        # A number stands for an action by the order of the task's configuration; the action space is sorted by name.
+        there = list(env.unwrapped.habitat_env.task.actions)
         missing = [name for name in ACTIONS if name not in there]
         if missing:
             raise SideTuningError(f"the task has the actions {', '.join(there)}, and not {', '.join(missing)}")
@@ -69,7 +70,9 @@ class HabitatWorld(gym.Env[Any, Any]):
         if seed is not None:
             self.env.unwrapped.seed(seed)
         k = seed if seed is not None else int(self.np_random.integers(2**31))
-        inner.current_episode = inner.episodes[k % len(inner.episodes)]  # what the next reset takes
+        count = len(inner.episodes)  # they come scene by scene: successive seeds shall see many
+        place = np.random.default_rng(0).permutation(count)[k % count]
+        inner.current_episode = inner.episodes[place]  # what the next reset takes
         return self._observation(self.env.reset()), {}
 
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:

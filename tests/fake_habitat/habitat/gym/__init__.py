@@ -11,6 +11,8 @@ class Env:
 
     def __init__(self, sim):
         self.sim = sim
+        names = ("stop", "move_forward", "turn_left", "turn_right")  # in the order of the configuration
+        self.task = SimpleNamespace(actions=dict.fromkeys(names))
         rng = random.Random(0)
         ways = [(rng.uniform(-math.pi, math.pi), rng.uniform(1, 3)) for _ in range(50)]
         goals = [(d * math.cos(a), d * math.sin(a)) for a, d in ways]
@@ -47,8 +49,8 @@ class HabGymWrapper:
 
     def __init__(self, config):
         self.config, self.unwrapped, self.closed = config, Task(self), False
-        names = ("move_forward", "stop", "turn_left", "turn_right")  # sorted, as spaces.Dict sorts them
-        self.original_action_space = SimpleNamespace(spaces=dict.fromkeys(names))
+        names = self.unwrapped.habitat_env.task.actions
+        self.original_action_space = SimpleNamespace(spaces=dict.fromkeys(sorted(names)))  # as spaces.Dict sorts them
         self.action_space = spaces.Discrete(4)
         rgb = spaces.Box(0, 255, (24, 24, 3), np.uint8)
         compass = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -74,7 +76,7 @@ class HabGymWrapper:
         return {"rgb": image, "pointgoal_with_gps_compass": np.array([distance, angle], np.float32)}
 
     def step(self, action):
-        name = list(self.original_action_space.spaces)[action]
+        name = list(self.unwrapped.habitat_env.task.actions)[action]  # as EmbodiedTask.get_action_name does
         if name == "move_forward":
             self.x += 0.25 * math.cos(self.heading)
             self.y += 0.25 * math.sin(self.heading)
