@@ -1,8 +1,8 @@
 """Methods on SQuAD, each run recorded as squad-<grid>-<method>-<seed>.json: `python benchmarks/squad.py --data FOLDER --base hf:FOLDER`.
 
 The grid "epochs" gives every method the same questions and passes; "seconds" the same passes and the same time, base features included: as
-many questions as it gets through, by its speed on the first few. Times and memory of steps are left to `squad_cost.py`, which measures methods in turn. A run that has its result is not run again;
-`--table` prints a grid.
+many questions as it gets through, by its speed on the first few. Times and memory of steps are left to `squad_cost.py`, which measures
+methods in turn. A run that has its result is not run again; `--table` prints a grid.
 """
 
 from __future__ import annotations

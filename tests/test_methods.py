@@ -178,34 +178,23 @@ def test_ewc_fisher_by_hand() -> None:
     assert not torch.allclose(fisher, together.flatten(), rtol=0.1)  # what the original code computes
 
 
-def test_ewc_fisher_of_a_regression_by_hand() -> None:
-    """For the loss (H W x - y)^2: d loss / dW = 2 (H W x - y) H^T x^T, squared per sample, then averaged."""
+@pytest.mark.parametrize(
+    "y", [[[0.3], [-1.0]], [[0.3, 1.0], [-1.0, 0.5]]], ids=["one number", "two, which are no classes"]
+)
+def test_ewc_fisher_of_a_regression_by_hand(y: list[list[float]]) -> None:
+    """For the loss mean((H W x - y)^2) over m outputs: d loss / dW = 2 / m H^T (H W x - y) x^T, squared per sample, then averaged."""
     with st.seeded(1):
         method = EWC(st.Base(nn.Linear(2, 2, bias=False), example=torch.zeros(1, 2)))
-    x, y = torch.tensor([[1.0, 2.0], [-0.5, 1.5]]), torch.tensor([[0.3], [-1.0]])
-    task = Task("a", 1, F.mse_loss)
+    x, target = torch.tensor([[1.0, 2.0], [-0.5, 1.5]]), torch.tensor(y)
+    m = target.shape[1]
+    task = Task("a", m, F.mse_loss)
     method._add(task, method.add)
     weight, head = method.trunk.net[0].weight, method.heads["a"].linear
     expected = torch.zeros(2, 2)
     for i in range(2):
-        error = head(weight @ x[i]) - y[i]
-        expected += torch.outer(2 * error * head.weight[0], x[i]) ** 2 / 2
-    assert torch.allclose(method.fisher(task, [(x, y)]), expected.flatten(), atol=1e-6)
-
-
-def test_ewc_takes_several_numbers_for_no_classes() -> None:
-    """A regression with two outputs has the Fisher of its own loss, drawn from no softmax."""
-    with st.seeded(1):
-        method = EWC(st.Base(nn.Linear(2, 2, bias=False), example=torch.zeros(1, 2)))
-    x, y = torch.tensor([[1.0, 2.0], [-0.5, 1.5]]), torch.tensor([[0.3, 1.0], [-1.0, 0.5]])
-    task = Task("a", 2, F.mse_loss)
-    method._add(task, method.add)
-    weight, head = method.trunk.net[0].weight, method.heads["a"].linear
-    expected = torch.zeros(2, 2)
-    for i in range(2):
-        error = head(weight @ x[i]) - y[i]
-        expected += torch.outer(head.weight.T @ error, x[i]) ** 2 / 2  # the mean over two outputs takes the 2 away
-    assert torch.allclose(method.fisher(task, [(x, y)]), expected.flatten(), atol=1e-6)
+        error = head(weight @ x[i]) - target[i]
+        expected += torch.outer(2 / m * head.weight.T @ error, x[i]) ** 2 / 2
+    assert torch.allclose(method.fisher(task, [(x, target)]), expected.flatten(), atol=1e-6)
 
 
 def test_ewc_fisher_of_the_models_own_labels() -> None:

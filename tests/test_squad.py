@@ -17,7 +17,7 @@ import torch
 
 import sidetuning as st
 from sidetuning.data import squad_metric
-from sidetuning.data.squad import Question, best_answers, make_windows, n_best, read_questions
+from sidetuning.data.squad import Question, make_windows, n_best, read_questions
 from sidetuning.errors import CacheError, DataError, ShapeError
 from sidetuning.methods.method import load_method
 from sidetuning.token_cache import ByLength, CachedTokens, cache_tokens, token_cache_bytes
@@ -239,11 +239,11 @@ def test_the_best_answer_of_all_windows(tokenizer):
         v[1:3] = 50  # tokens of the question never answer
     scores[w][0] = 1.0  # but 2 here, and the smallest counts
     scores[w][start, 0], scores[w][end, 1] = 3.0, 2.5
-    (best,) = best_answers([question], windows, scores)
+    ((best,),) = n_best([question], windows, scores, 1)
     assert best.text == "1822 1823" == context[best.start : best.end] and best.score == 5.5
     assert best.null == 2.0 and best.null_odds == -3.5
     scores[w][end, 0], scores[w][start, 1] = 9.0, 9.0  # an end before its start would score 18
-    assert best_answers([question], windows, scores)[0][:4] == ("1822", best.start, best.start + 4, 12.0)
+    assert n_best([question], windows, scores, 1)[0][0][:4] == ("1822", best.start, best.start + 4, 12.0)
 
     (window,) = make_windows([question], tokenizer, length=80, stride=12).ids
     one = make_windows([question], tokenizer, length=80, stride=12)
@@ -251,7 +251,7 @@ def test_the_best_answer_of_all_windows(tokenizer):
     crossed = np.zeros((n, 2), np.float32)
     crossed[n // 2 :, 0], crossed[: n // 2, 1] = 5, 5  # the likely starts lie after the likely ends
     crossed[n // 2, 1] = 1
-    (best,) = best_answers([question], one, {0: crossed})
+    ((best,),) = n_best([question], one, {0: crossed}, 1)
     assert best.score == 6 and best.text == context[best.start : best.end] != ""
 
 
@@ -270,7 +270,7 @@ def test_the_n_best_answers_are_different_spans(tokenizer):
     (best,) = n_best([question], windows, scores, 3)
     assert [p.text for p in best] == ["1822 1823", "1822", "1823"]
     assert [p.score for p in best] == sorted((p.score for p in best), reverse=True)
-    assert best[:1] == best_answers([question], windows, scores)
+    assert [best[:1]] == n_best([question], windows, scores, 1)
     silent = [Question("a", "what ?", " ", ())]
     (empty,) = n_best(silent, make_windows(silent, tokenizer, 40, 10), {0: np.ones((5, 2), np.float32)}, 3)
     assert [p.text for p in empty] == [""]
@@ -304,9 +304,8 @@ def test_the_metric_is_the_official_one():
 def test_edges_of_the_metric():
     assert squad_metric.normalise("The  Cat's, a hat!") == "cats hat"
     assert squad_metric.against(["the"], "") == (1.0, 1.0)  # answers of articles alone do not count
-    assert (
-        squad_metric.score([["the"]], ["x"], [1.0]).f1 == 0
-    )  # yet silence is wrong where an answer was given, as officially
+    # Yet silence is wrong where an answer was given, as officially.
+    assert squad_metric.score([["the"]], ["x"], [1.0]).f1 == 0
     assert squad_metric.against([], "x") == (0.0, 0.0) and squad_metric.against([], "") == (1.0, 1.0)
     assert squad_metric.against(["a b c", "x y"], "x") == (0.0, pytest.approx(2 / 3))
     scores = squad_metric.score([["x"], []], ["x", "y"], [-1.0, 1.0])

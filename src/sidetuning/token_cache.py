@@ -231,9 +231,8 @@ class ByLength(Sampler[list[int]]):
             pool = pool[np.argsort(self.lengths[pool], kind="stable")]
             batches += [pool[i : i + size].tolist() for i in range(0, len(pool), size)]
         mixed = [batches[i] for i in torch.randperm(len(batches)).tolist()]
-        yield from sorted(
-            mixed, key=lambda batch: len(batch) < size
-        )  # accelerate, splitting batches, drops one on the way
+        # The smaller one last: accelerate, where it splits batches over processes, drops it on the way.
+        yield from sorted(mixed, key=lambda batch: len(batch) < size)
 
 
 def token_loader(data: Any, lengths: NDArray[np.int64], batch_size: int = 16, shuffle: bool = True) -> DataLoader[Any]:

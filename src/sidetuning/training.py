@@ -318,6 +318,8 @@ def train(
     how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
     state = _Position(seed=seed, steps=steps, label=label, optimizer=how)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [p for p in wrapped.parameters() if id(p) in optimised]  # others may hold gradients of earlier tasks
     # One process reads the loader as it is: accelerate's fetches a batch ahead, so what data and objective draw would come in another
     # order after an interruption.
     many = accelerator.num_processes > 1 and isinstance(loader, torch.utils.data.DataLoader)
@@ -349,7 +351,7 @@ def train(
                 for batch in iterator:
                     any_batch = True
                     batch = send_to_device(batch, accelerator.device)
-                    loss = _step(wrapped, batch, optimizer, scheduler, clip, accelerator, state.step)
+                    loss = _step(wrapped, batch, optimizer, scheduler, trained, clip, accelerator, state.step)
                     state.losses.append(loss)
                     state.step, state.batch = state.step + 1, state.batch + 1
                     bar.update(1)
@@ -427,6 +429,7 @@ def _step(
     batch: Any,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
+    trained: list[nn.Parameter],
     clip: float | None,
     accelerator: Accelerator,
     step: int,
@@ -445,10 +448,7 @@ def _step(
     optimizer.zero_grad()
     accelerator.backward(loss)
     if clip is not None:
-        trained = {
-            id(p) for group in optimizer.param_groups for p in group["params"]
-        }  # others may hold gradients of earlier tasks
-        accelerator.clip_grad_norm_([p for p in wrapped.parameters() if id(p) in trained], clip)
+        accelerator.clip_grad_norm_(trained, clip)
     optimizer.step()
     if scheduler is not None:
         scheduler.step()

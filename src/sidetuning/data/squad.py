@@ -332,13 +332,6 @@ class Prediction(NamedTuple):
         return self.null - self.score
 
 
-def best_answers(
-    questions: Sequence[Question], windows: Windows, scores: Mapping[int, NDArray[np.float32]]
-) -> list[Prediction]:
-    """The best span of each question over all its windows; arguments as of `n_best`."""
-    return [found[0] for found in n_best(questions, windows, scores, 1)]
-
-
 def n_best(
     questions: Sequence[Question], windows: Windows, scores: Mapping[int, NDArray[np.float32]], n: int
 ) -> list[list[Prediction]]:

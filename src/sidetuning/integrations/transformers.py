@@ -108,9 +108,9 @@ def load_tokenizer(base: Base, length: int | None = None) -> Any:
             base({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         except (RuntimeError, IndexError) as error:
             most = getattr(net.config, "max_position_embeddings", None)
-            known = f", {most} at most" if most else ""
+            limit = f", {most} at most" if most else ""
             raise ShapeError(
-                f"{spec.name} cannot read {length} tokens at once{known}; make --length smaller"
+                f"{spec.name} cannot read {length} tokens at once{limit}; make --length smaller"
             ) from error
     return tokenizer
 

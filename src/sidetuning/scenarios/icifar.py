@@ -194,9 +194,8 @@ def recipe_of(settings: Settings) -> Recipe:
     steps = -(-s.samples // s.batch)
 
     def one_cycle(optimizer: Optimizer, steps: int) -> OneCycleLR:
-        rise = max(
-            0.25, 1.5 / (steps + 1)
-        )  # of so few steps that a quarter is just one, torch's schedule divides by zero
+        # A quarter, but more of few steps: where a quarter of them is just one, torch's schedule divides by zero.
+        rise = max(0.25, 1.5 / (steps + 1))
         return OneCycleLR(optimizer, s.lr, total_steps=steps + 1, pct_start=rise, cycle_momentum=False)
 
     return Recipe(

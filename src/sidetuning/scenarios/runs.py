@@ -85,12 +85,14 @@ class Run:
         file = self.folder / "run.json"
         content = json.loads(file.read_text())
         kept = content.setdefault("fingerprints", {})
+        before = dict(kept)
         for name, value in what.items():
             if kept.setdefault(name, value) != value:
                 raise SideTuningError(
                     f"{self.folder} holds a run of another {name}; choose another folder with --out, or delete this one"
                 )
-        write_json(file, content)
+        if kept != before:
+            write_json(file, content)
 
     def tasks(self, name: str = "") -> Path:
         """Where a method saves its tasks; a method that has one task alone goes by that task's name."""

@@ -168,6 +168,7 @@ def run(settings: Settings) -> Result:
     tokenizer = load_tokenizer(base, s.length)
     folder.belongs(tokenizer=tokenizer_fingerprint(tokenizer))
     method = build_method(s, base)
+    build_method(s, base).add(Task("dry-run", "span"))  # an unknown part is found before the long work
     lessons = [q for q in train.items if q.teaches]
     if not lessons:
         raise DataError(f"no question of {s.data} has its answer in its context; check answer_start and the contexts")
@@ -184,7 +185,7 @@ def run(settings: Settings) -> Result:
         precision=s.precision,
     )  # fmt: skip
     imitated = 0.0
-    if s.init == "distilled" and s.method in ("sidetune", "ladder"):
+    if s.init == "distilled":
         weights, imitated = imitate(s, base, data, windows, folder)
         method = build_method(s, base, weights)
     afresh = not folder.resume(TASK).exists()
@@ -257,8 +258,6 @@ def build_method(settings: Settings, base: Base, weights: Path | None = None) ->
     s = settings
     if s.method in ("sidetune", "ladder"):
         side, side_options = side_of(s)
-        # A mistake in the names shall be found before the base has run over all texts.
-        SideTuner(base).add_task(TASK, side=side, side_options=side_options, merge=s.merge, head="span")
         init = str(weights) if weights else s.init if s.init in ("xavier", "low-energy", "zero") else None
         options: dict[str, Any] = {"side": side, "merge": s.merge, "side_options": side_options, "init": init}
     else:
