@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from sidetuning.bases.resnet_map import ResNetMap
 from sidetuning.continual import AccuracyMatrix
+from sidetuning.data.taskonomy import Taskonomy
 from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 from sidetuning.results import RunResult
 from sidetuning.scenarios import compare, itaskonomy, transfer
@@ -235,6 +236,16 @@ def test_errors_name_what_is_wrong(settings, taskonomy_folder, tmp_path):
         itaskonomy.run(replace(settings, tasks=("normals",)))
     with pytest.raises(DataError, match="keypoints2d"):
         itaskonomy.run(replace(settings, tasks=("keypoints2d",), out=settings.out + "2"))
+    for name, value, message in (
+        ("batch", 0, "--batch must be 1"), ("frames", 0, "--frames must be 1"), ("epochs", 0.0, "--epochs must be above 0"),
+        ("lr", -1e-3, "--lr must be above 0"), ("clip", float("nan"), "--clip must be above 0"), ("tasks", (), "--tasks names nothing"),
+        ("tasks", ("rgb", "rgb"), "names rgb twice"), ("weight_decay", -1.0, "--weight-decay must be 0 or more"),
+    ):  # fmt: skip
+        with pytest.raises(SideTuningError, match=message):
+            itaskonomy.run(replace(settings, **{name: value}))
+    (tmp_path / "both.csv").write_text("id,train,val,test\nalmena,1,0,1\n")
+    with pytest.raises(DataError, match="has almena for training and for testing"):
+        itaskonomy.run(replace(settings, subset=str(tmp_path / "both.csv"), out=settings.out + "6"))
     with pytest.raises(DataError, match="limit=5000"):
         itaskonomy.run(replace(settings, frames=5000, out=settings.out + "3"))
     with pytest.raises(SideTuningError, match="need a map"):
@@ -274,10 +285,55 @@ def test_compare_runs_dense_tasks_too(settings, tmp_path):
         compare.run(replace(given, grid="data"))
 
 
+def test_transfer_draws_frames_anew_for_every_seed_and_knows_the_papers_side(settings):
+    given = transfer.Settings(
+        data=settings.data, targets=("normal",), frames=(4, 8), methods=("sidetune", "sidetune-copy"), seeds=2
+    )
+    few, copied, more = [c.settings for c in transfer.cells(given)][:3]
+    assert (few.side, copied.side, copied.side_width, copied.init, copied.method) == (
+        "fcn5",
+        "copy",
+        1.0,
+        None,
+        "sidetune",
+    )
+    drawn = [itaskonomy.frames_of(c.settings)[0].frames for c in transfer.cells(given)]
+    assert drawn[0] == drawn[1] == drawn[2][:4] and drawn[0] != drawn[4]  # fewer are among the more; seeds differ
+    assert few.epochs * 4 == more.epochs * 8 == 800 * 32
+
+
+def test_frames_that_do_not_fit_into_memory_are_read_batch_by_batch(settings, monkeypatch):
+    few = replace(settings, tasks=("normal", "segment_semantic"), method="finetune", epochs=1)
+    held = itaskonomy.run(few)
+    monkeypatch.setattr(itaskonomy, "IN_MEMORY", 0)
+    monkeypatch.setattr(Taskonomy, "tensors", all_at_once_is_an_error(Taskonomy.tensors))
+    read = itaskonomy.run(replace(few, out=settings.out + "-read"))
+    assert read.accuracy == held.accuracy and read.values == held.values
+
+
+def all_at_once_is_an_error(tensors):
+    def checked(self, domain, progress=False, rows=None):
+        assert rows is not None
+        return tensors(self, domain, progress, rows)
+
+    return checked
+
+
+def test_a_frame_of_which_no_class_is_known_adds_nothing():
+    task = Segmentation("segment_semantic", 4, "")
+    output = torch.randn(2, 4, 3, 3, requires_grad=True)
+    y = task.labels(torch.tensor([0, 2]).view(2, 1, 1).expand(2, 3, 3), torch.ones(2, 3, 3))
+    loss = task.loss(output, y)
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(output[1:], y[1:]).item())
+    unknown = task.loss(output[:1], y[:1])  # as EWC takes it, frame by frame
+    unknown.backward()
+    assert unknown == 0 and torch.equal(output.grad, torch.zeros_like(output))
+
+
 def test_transfer_makes_a_table(settings, tmp_path):
     given = transfer.Settings(
         data=settings.data, out=str(tmp_path / "transfer"), targets=("normal",), frames=(4, 16), methods=("features", "scratch"),
-        steps=6, seeds=2, base_weights=settings.base_weights, init=None, cache=settings.cache,
+        batch=16, steps=6, seeds=2, base_weights=settings.base_weights, init=None, cache=settings.cache,
     )  # fmt: skip
     results = transfer.run(given)
     assert len(results) == 8 and {r.variant for r in results} == {"normal, 4 frames", "normal, 16 frames"}
@@ -289,5 +345,14 @@ def test_transfer_makes_a_table(settings, tmp_path):
     with pytest.raises(DataError, match="limit=5000"):  # before anything is learned
         transfer.run(replace(given, out=str(tmp_path / "many"), frames=(4, 5000)))
     assert not list((tmp_path / "many").glob("normal*"))
+    with pytest.raises(UnknownNameError, match="sidetune-copi"):
+        transfer.run(replace(given, methods=("sidetune-copi",)))
+    with pytest.raises(SideTuningError, match="--frames names 4 twice"):
+        transfer.run(replace(given, frames=(4, 4)))
+    other = shutil.copytree(settings.data, tmp_path / "other")
+    for picture in (other / "rgb").rglob("*_rgb.png"):
+        picture.write_bytes(picture.read_bytes() + b" ")
+    with pytest.raises(SideTuningError, match="a run of another data"):
+        transfer.run(replace(given, data=str(other)))
     page = (tmp_path / "transfer" / "report.html").read_text()
     assert f"{sum(values) / 2:.1f} <span" in page and page.count("<svg class=") >= 2 and "Lower is better." in page

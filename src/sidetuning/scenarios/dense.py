@@ -129,14 +129,15 @@ class Regression(DenseTask):
 
 @dataclass(frozen=True)
 class Segmentation(DenseTask):
-    """A class per pixel: cross-entropy, without pixels of class 0 (uncertain) and invalid ones; mean IoU of classes that occur."""
+    """A class per pixel: cross-entropy, without pixels of class 0 (uncertain); mean IoU of classes that occur."""
 
     def labels(self, raw: Tensor, mask: Tensor) -> Tensor:
         """(b, h, w) int64. The sky is a class in Doom, so only class 0 is left out, not what has no depth."""
         return raw.long().masked_fill(raw == 0, IGNORED)
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(output, y, ignore_index=IGNORED)
+        total = F.cross_entropy(output, y, ignore_index=IGNORED, reduction="sum")
+        return total / (y != IGNORED).sum().clamp(min=1)  # 0 where nothing is known, as of one frame alone
 
     def tally(self, output: Tensor, y: Tensor) -> Tensor:
         known = y != IGNORED

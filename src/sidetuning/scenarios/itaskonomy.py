@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -13,19 +14,22 @@ import tyro
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from sidetuning.base import Base, Features, load_base
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.data.taskonomy import Taskonomy
 from sidetuning.data.taskonomy_files import domain_of, names
-from sidetuning.errors import DataError
+from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS, Method, Recipe, Task
+from sidetuning.registry import unknown
 from sidetuning.results import RunResult
 from sidetuning.scenarios.dense import ORDER, DenseTask, Regression, dense_task
 from sidetuning.scenarios.gallery import Gallery
-from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
+IN_MEMORY = 2 * 1024**3  # bytes of one domain; some 100,000 labels of 128 pixels
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
 
 
@@ -61,6 +65,8 @@ class Settings:
     """A safetensors file of the base's weights to use instead of the packaged ones."""
     frames: int | None = None
     """Train on so many frames, drawn evenly over the training buildings; None for all."""
+    draw: int = 0
+    """Seed of that draw."""
     test_frames: int | None = 300
     """Test on at most so many frames, drawn evenly over the test buildings; None for all."""
     size: int | None = None
@@ -105,44 +111,94 @@ class Inputs(Dataset[Any]):
         return self.frames.fingerprint()
 
 
+class Stack:
+    """One domain of frames: in memory where that is at most `IN_MEMORY`, else read from the files batch by batch."""
+
+    def __init__(self, frames: Taskonomy, domain: str, progress: bool = False) -> None:
+        self.frames, self.domain = frames, domain
+        fits = len(frames) * frames.read(0, domain).nbytes <= IN_MEMORY
+        self.held = frames.tensors(domain, progress) if fits else None
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, rows: Sequence[int]) -> Tensor:
+        return self.frames.tensors(self.domain, rows=rows) if self.held is None else self.held[list(rows)]
+
+
 class Labelled(Dataset[Any]):
     """Batches of `(x, features or None, y)` for one task."""
 
-    def __init__(self, inputs: CachedFeatures | Tensor, raw: Tensor, mask: Tensor, task: DenseTask) -> None:
+    def __init__(self, inputs: CachedFeatures | Stack, raw: Stack, mask: Stack, task: DenseTask) -> None:
         self.inputs, self.raw, self.mask, self.task = inputs, raw, mask, task
 
     def __len__(self) -> int:
         return len(self.raw)
 
+    def labels(self, rows: Sequence[int]) -> Tensor:
+        """What the task makes of them."""
+        return self.task.labels(self.raw[rows], self.mask[rows])
+
     def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, Features | None, Tensor]:
-        y = self.task.labels(self.raw[list(rows)], self.mask[list(rows)])
-        if isinstance(self.inputs, Tensor):
-            return self.inputs[list(rows)], None, y
+        if isinstance(self.inputs, Stack):
+            return self.inputs[rows], None, self.labels(rows)
         x, features, _ = self.inputs.__getitems__(rows)
-        return x, features, y
+        return x, features, self.labels(rows)
 
 
 def fingerprint_of(settings: Settings) -> str:
-    """Of the training frames."""
-    return training_frames(settings).fingerprint()
+    """Of what is learned and tested."""
+    return fingerprint(*frames_of(settings))
 
 
-def training_frames(settings: Settings) -> Taskonomy:
-    """With all domains that the tasks need."""
+def fingerprint(train: Taskonomy, test: Taskonomy) -> str:
+    """Of frames with the names of their classes."""
+    parts = (train.fingerprint(), test.fingerprint(), *names(train.root, "segment_semantic"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def frames_of(settings: Settings) -> tuple[Taskonomy, Taskonomy]:
+    """Those for training and those for testing, with all domains that the tasks need.
+
+    Raises:
+        UnknownNameError: a task that is none of the twelve.
+        DataError: too few frames, missing files.
+    """
     s = settings
+    for name in s.tasks:
+        if name not in ORDER:
+            raise UnknownNameError(unknown("task", name, ORDER, verb="one of the twelve"))
     domains = ("rgb", *(domain_of(t).name for t in s.tasks if t != "rgb"))
-    return Taskonomy(s.data, domains, "train", s.subset, limit=s.frames, size=s.size)
+    train = Taskonomy(s.data, domains, "train", s.subset, limit=s.frames, size=s.size, seed=s.draw)
+    test = Taskonomy(s.data, domains, "test", s.subset, size=s.size)
+    if s.test_frames is not None and len(test) > s.test_frames:
+        test = Taskonomy(s.data, domains, "test", s.subset, limit=s.test_frames, size=s.size)
+    if both := {frame[0] for frame in train.frames} & {frame[0] for frame in test.frames}:
+        raise DataError(
+            f"the split has {', '.join(sorted(both))} for training and for testing; give another with --subset"
+        )
+    return train, test
+
+
+def check(settings: Settings) -> None:
+    """Settings that no data can make right.
+
+    Raises:
+        SideTuningError: one of them.
+    """
+    at_least_one(settings, "batch", "frames", "test_frames", "size")
+    above_zero(settings, "epochs", "lr", "clip", "side_width")
+    not_twice(settings, "tasks")
+    if settings.weight_decay < 0:
+        raise SideTuningError(f"--weight-decay must be 0 or more, not {settings.weight_decay}")
 
 
 def run(settings: Settings) -> RunResult:
     """Learn the tasks in order, saving after each; evaluates every task after every task."""
     s = settings
+    check(s)
     folder = Run(s.out, "itaskonomy", s, free=FREE)
-    train = training_frames(s)
-    test = Taskonomy(s.data, train.domains, "test", s.subset, size=s.size)
-    if s.test_frames is not None and len(test) > s.test_frames:
-        test = Taskonomy(s.data, train.domains, "test", s.subset, limit=s.test_frames, size=s.size)
-    folder.belongs(data=train.fingerprint())
+    train, test = frames_of(s)
     classes = names(s.data, "segment_semantic")
     tasks = {name: dense_task(name, train, classes) for name in ordered(s)}
     base = load_base(s.base, weights=s.base_weights).with_example(
@@ -152,19 +208,23 @@ def run(settings: Settings) -> RunResult:
         raise DataError(
             f"the base {s.base} returns a {base.kind}; dense tasks need a map, such as resnet-doom-curvature's"
         )
+    folder.belongs(data=fingerprint(train, test), base=base.fingerprint())
     method = build_method(s, base)
     method.add(Task("dry-run", "identity"))  # an unknown part is found before the long work
 
     inputs = {frames: prepare(method, base, frames, s) for frames in (train, test)}
     base_seconds = sum(data.seconds for data in inputs.values() if isinstance(data, CachedFeatures))
+    if s.progress and train.absent + test.absent:
+        absent = train.absent + test.absent
+        tqdm.write(
+            f"{len(absent)} buildings of the split have no folder here ({', '.join(absent[:5])}{' …' * (len(absent) > 5)})"
+        )
     gallery = Gallery(folder.folder / "gallery", test, s.pictures)
 
-    @cache
-    def mask(frames: Taskonomy) -> Tensor:
-        return frames.tensors("mask")
+    masks = {frames: Stack(frames, "mask") for frames in (train, test)}
 
     def labelled(frames: Taskonomy, task: DenseTask) -> Labelled:
-        return Labelled(inputs[frames], frames.tensors(task.domain), mask(frames), task)
+        return Labelled(inputs[frames], Stack(frames, task.domain), masks[frames], task)
 
     @cache  # every later task asks again
     def tested(task: DenseTask) -> tuple[Labelled, float]:
@@ -208,10 +268,10 @@ def build_method(settings: Settings, base: Base) -> Method:
     return METHODS.build(s.method, base, options=options.get(s.method, {}))
 
 
-def prepare(method: Method, base: Base, frames: Taskonomy, settings: Settings) -> CachedFeatures | Tensor:
+def prepare(method: Method, base: Base, frames: Taskonomy, settings: Settings) -> CachedFeatures | Stack:
     """Images with cached base features where the method uses them, else the images."""
     if not method.uses_features:
-        return frames.tensors("rgb", progress=settings.progress)
+        return Stack(frames, "rgb", settings.progress)
     pictures = frames.only("rgb")
     return cache_features(base, Inputs(pictures), Path(settings.cache).expanduser(), progress=settings.progress)
 
@@ -222,7 +282,7 @@ def constant(task: DenseTask, train: Taskonomy, test: Labelled, count: int = 500
         return 0.0
     rows = sorted({k * len(train) // count for k in range(count)})
     guess = task.constant(task.labels(train.tensors(task.domain, rows=rows), train.tensors("mask", rows=rows)))
-    labels = task.labels(test.raw[:count], test.mask[:count])
+    labels = test.labels(range(min(count, len(test))))
     return task.value(task.tally(guess.expand(len(labels), -1, *labels.shape[-2:]), labels))
 
 
@@ -231,9 +291,10 @@ def evaluate(method: Method, name: str, data: Labelled, constant: float) -> Scor
     """How well a method does a task on test frames."""
     loader: DataLoader[Any] = loader_over(data, batch_size=50, shuffle=False)
     tallies = []
-    for batch in loader:
-        x, features, y = send_to_device(batch, method.base.device)
-        tallies.append(data.task.tally(method(x, name, features=features), y).cpu())
+    for x, features, y in loader:
+        x, features = send_to_device((x, features), method.base.device)
+        output = method(x, name, features=features).float().cpu()  # sums are in double precision, which MPS has not
+        tallies.append(data.task.tally(output, y))
     return data.task.score(torch.stack(tallies).sum(0), constant)
 
 

@@ -143,6 +143,33 @@ def at_least_one(settings: Any, *names: str) -> None:
             raise SideTuningError(f"--{flag} must be 1 or more, not {getattr(settings, name)}")
 
 
+def above_zero(settings: Any, *names: str) -> None:
+    """Amounts of a user's settings must be above 0; None is no amount.
+
+    Raises:
+        SideTuningError: one is not.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:  # nor is NaN
+            raise SideTuningError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+
+
+def not_twice(settings: Any, *names: str) -> None:
+    """Lists of a user's settings name something, and nothing twice.
+
+    Raises:
+        SideTuningError: one does not.
+    """
+    for name in names:
+        values = getattr(settings, name)
+        flag = name.replace("_", "-")
+        if not values:
+            raise SideTuningError(f"--{flag} names nothing")
+        if twice := next((v for v in values if values.count(v) > 1), None):
+            raise SideTuningError(f"--{flag} names {twice} twice")
+
+
 def peak_memory_mb(anew: bool = False) -> float | None:
     """The most memory that this process has held, in MB; None where the system does not tell (Windows).
 

@@ -12,11 +12,12 @@ from tqdm import tqdm
 from sidetuning.artifacts import write_json
 from sidetuning.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
-from sidetuning.data.taskonomy import Taskonomy
-from sidetuning.errors import SideTuningError
+from sidetuning.errors import SideTuningError, UnknownNameError
+from sidetuning.methods import METHODS
+from sidetuning.registry import unknown
 from sidetuning.results import Estimate, MeasureRow, RunResult, measure_rows, number_text
 from sidetuning.scenarios import compare, itaskonomy
-from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,30 @@ class Settings:
 
     data: str = "runs/doom"
     """A folder in Taskonomy's layout."""
+    subset: str | None = None
+    """As of itaskonomy."""
     out: str = "runs/transfer"
     """Folder of the runs; the same command run again goes on where it stopped."""
     targets: tuple[str, ...] = ("normal", "class_object")
     """The tasks."""
     frames: tuple[int, ...] = (20, 100, 500, 2000, 5000)
     """How many training frames; fewer ones are among the more."""
-    methods: tuple[str, ...] = ("sidetune", "independent", "features", "scratch")
-    """Methods; "independent" fine-tunes a copy of the base for its one task."""
+    methods: tuple[str, ...] = ("sidetune", "sidetune-copy", "finetune", "features", "scratch")
+    """Methods; sidetune-copy has the paper's side of this experiment, a copy of the base."""
+    merge: str = "alpha"
+    """How base and side are fused."""
     steps: int = 800
     """Optimiser steps of every run, so that few frames are seen often."""
+    batch: int = 32
+    """Frames per step."""
+    lr: float = 1e-3
+    """Learning rate."""
+    size: int | None = None
+    """Resize frames to this width and height; None keeps them."""
+    test_frames: int | None = 300
+    """Test on at most so many frames; None for all."""
     seeds: int = 3
-    """Runs of every cell, with seeds 0, 1, …"""
+    """Runs of every cell, with seeds 0, 1, …, each on frames that are drawn anew."""
     base_weights: str | None = None
     """A safetensors file of the base's weights to use instead of the packaged ones."""
     init: str | None = "distilled"
@@ -47,6 +60,9 @@ class Settings:
     """Folder of base features, shared by all runs."""
 
 
+COPY = "sidetune-copy"
+
+
 def cells(settings: Settings) -> Iterator[compare.Cell]:
     """The runs, seed by seed; a variant is a target with a number of frames."""
     s = settings
@@ -55,14 +71,15 @@ def cells(settings: Settings) -> Iterator[compare.Cell]:
             for frames in s.frames:
                 for method in s.methods:
                     name = compare.folder_name(target, frames, method, seed)
-                    plain = itaskonomy.Settings(tasks=(target,), frames=frames, method=method, seed=seed)
-                    yield compare.Cell(
-                        variant(target, frames),
-                        replace(
-                            plain, data=s.data, out=str(Path(s.out) / name), epochs=s.steps * plain.batch / frames, cache=s.cache,
-                            base_weights=s.base_weights, init=s.init, precision=s.precision, progress=False,
-                        ),
+                    plain = itaskonomy.Settings(
+                        tasks=(target,), frames=frames, draw=seed, method=method, seed=seed, init=s.init, data=s.data, subset=s.subset,
+                        size=s.size, test_frames=s.test_frames, merge=s.merge, epochs=s.steps * s.batch / frames, batch=s.batch,
+                        lr=s.lr, base_weights=s.base_weights, precision=s.precision, out=str(Path(s.out) / name), cache=s.cache,
+                        progress=False,
                     )  # fmt: skip
+                    if method == COPY:
+                        plain = replace(plain, method="sidetune", side="copy", side_width=1.0, init=None)
+                    yield compare.Cell(variant(target, frames), plain)
 
 
 def variant(target: str, frames: int) -> str:
@@ -76,24 +93,34 @@ def run(settings: Settings) -> list[RunResult]:
     Raises:
         SideTuningError: a cell failed; the others' results stay.
     """
-    todo = list(cells(settings))
-    if len(settings.methods) > COLOURS:
+    s = settings
+    at_least_one(s, "steps", "batch", "size", "test_frames", "seeds")
+    above_zero(s, "lr")
+    not_twice(s, "targets", "frames", "methods")
+    for method in s.methods:
+        if method != COPY and method not in METHODS:
+            raise UnknownNameError(unknown("method", method, [*METHODS.names(), COPY], verb="registered"))
+    if len(s.methods) > COLOURS:
         raise SideTuningError(f"--methods: at most {COLOURS} fit into one comparison")
-    Taskonomy(
-        settings.data, ("rgb",), "train", None, limit=max(settings.frames)
+    todo = list(cells(s))
+    given = itaskonomy.Settings(data=s.data, subset=s.subset, size=s.size, test_frames=s.test_frames)
+    itaskonomy.frames_of(
+        replace(given, tasks=s.targets, frames=max(s.frames))
     )  # too few are found now, not after hours
-    Run(settings.out, "transfer", settings, free=("data", "out", "cache", "seeds", "methods", "frames", "targets"))
-    out = Path(settings.out)
+    folder = Run(s.out, "transfer", s, free=("data", "out", "cache", "seeds", "methods", "frames", "targets"))
+    folder.belongs(data=itaskonomy.fingerprint_of(replace(given, tasks=("rgb",))))
+    out = Path(s.out)
     results = []
     with tqdm(total=len(todo), unit="run", dynamic_ncols=True) as bar:
         for cell in todo:
             bar.set_description(cell.folder.name)
-            results.append(replace(compare.one(cell, bar), variant=cell.variant))
-            (out / "table.md").write_text(tables(results, settings.targets, settings.frames), encoding="utf-8")
-    write_json(out / "curves.json", {t: curves(results, t, settings.frames) for t in settings.targets})
+            name = COPY if cell.settings.side == "copy" else cell.settings.method
+            results.append(replace(compare.one(cell, bar), variant=cell.variant, method=name))
+            (out / "table.md").write_text(tables(results, s.targets, s.frames), encoding="utf-8")
+    write_json(out / "curves.json", {t: curves(results, t, s.frames) for t in s.targets})
     write_charts(
-        list(charts(results, settings.targets, settings.frames)), out / "report.html", title="Transfer from curvature",
-        lead=f"Single tasks, learned from few and from many frames, each in {settings.steps:,} optimiser steps, and measured on buildings that no training frame shows.",
+        list(charts(results, s.targets, s.frames)), out / "report.html", title="Transfer from curvature",
+        lead=f"Single tasks, learned from few and from many frames, each in {s.steps:,} optimiser steps, and measured on buildings that no training frame shows.",
     )  # fmt: skip
     return results
 
