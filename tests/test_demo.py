@@ -28,13 +28,17 @@ def test_the_quick_demo_learns_digits(tmp_path, monkeypatch, capfd):
 
 
 def test_without_the_engine_the_demo_names_the_other_one(tmp_path, monkeypatch, capsys):
+    from sidetuning.errors import EngineError, SideTuningError
     from sidetuning.scenarios import render_doom
 
-    def missing(settings):
-        raise render_doom.SideTuningError("rendering needs cv2; type: pip install 'sidetuning[doom]'")
-
-    monkeypatch.setattr(render_doom, "run", missing)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(["demo"])
-    assert stop.value.code == 1 and "--quick" in capsys.readouterr().err
+    for error, hint in ((EngineError("rendering needs cv2"), True), (SideTuningError("other settings"), False)):
+
+        def fails(settings, error=error):
+            raise error
+
+        monkeypatch.setattr(render_doom, "run", fails)
+        with pytest.raises(SystemExit) as stop:
+            main(["demo"])
+        said = capsys.readouterr().err
+        assert stop.value.code == 1 and str(error) in said and ("--quick" in said) == hint

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sidetuning.data import dense_labels, doom
 from sidetuning.data.dense_labels import Geometry
 from sidetuning.data.doom_engine import engine, freedoom
 from sidetuning.data.doom_map import CEILING, FLOOR, LINE, SECTOR, SIDE, SKY, VERTEX, WALL, Camera, DoomMap, load_map
-from sidetuning.errors import DataError
+from sidetuning.errors import DataError, EngineError
 
 CAMERA = Camera.of_size(128)
 
@@ -340,6 +341,19 @@ def test_rendering_goes_on_after_a_kill_and_gives_the_same(tmp_path):
     process = render(broken, "--size", "64")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "size" in err and "Traceback" not in err
+
+
+@linux
+def test_an_engine_that_dies_is_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(EngineError, match="Doom engine on map01 failed"), engine("map01", buttons=["ATTACK"]) as game:
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = file.read_bytes().decode().split("\0")
+                if "+viz_instance_id" in words and str(tmp_path) in " ".join(words):
+                    os.kill(int(file.parent.name), signal.SIGKILL)
+        for _ in range(3):
+            game.make_action([1])
 
 
 def test_the_engine_gives_its_state():

@@ -11,8 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sidetuning.errors import SideTuningError
+from sidetuning.errors import EngineError
 
+FAILURES = (
+    "ViZDoomErrorException", "ViZDoomIsNotRunningException", "ViZDoomUnexpectedExitException", "SharedMemoryException",
+    "MessageQueueException", "FileDoesNotExistException",
+)  # fmt: skip
 HIDDEN = ("hud", "weapon", "crosshair", "decals", "particles", "messages", "screen_flashes")
 
 
@@ -21,7 +25,7 @@ def vizdoom() -> Any:
     try:
         import vizdoom as module
     except ImportError as error:
-        raise SideTuningError("this needs the Doom engine; type: pip install 'sidetuning[doom]'") from error
+        raise EngineError("this needs the Doom engine; type: pip install 'sidetuning[doom]'") from error
     return module
 
 
@@ -49,6 +53,9 @@ def engine(
 
     The engine is a process of its own, with files in shared memory. It is closed when the block ends, and by a small watching shell
     when this process is killed.
+
+    Raises:
+        EngineError: ViZDoom is not installed, or the engine does not start or dies.
     """
     vzd = vizdoom()
     game = vzd.DoomGame()
@@ -84,6 +91,8 @@ def engine(
             if watcher is not None:
                 _tell(watcher, _instance(own))
             yield game
+        except tuple(getattr(vzd, name) for name in FAILURES) as error:
+            raise EngineError(f"the Doom engine on {level} failed ({error}); run the same command again") from error
         finally:
             game.close()
             if watcher is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sidetuning.errors import SideTuningError
+from sidetuning.errors import EngineError
 from sidetuning.report import write_report
 from sidetuning.scenarios import digits, itaskonomy, render_doom
 
@@ -37,8 +37,8 @@ def main(settings: Settings) -> None:
     frames = str(out / "frames")
     try:
         count = render_doom.run(render_doom.Settings(out=frames, frames=s.frames, seed=s.seed))
-    except SideTuningError as error:
-        raise SideTuningError(f"{error} (sidetuning demo --quick needs no Doom engine)") from error
+    except EngineError as error:
+        raise EngineError(f"{error} (sidetuning demo --quick needs no Doom engine)") from error
     print(f"{count} labelled frames of Doom in {frames}", flush=True)
     given = itaskonomy.Settings(
         data=frames, tasks=TASKS, epochs=s.epochs, test_frames=100, seed=s.seed, cache=str(out / "cache")

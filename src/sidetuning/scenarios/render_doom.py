@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from sidetuning.errors import SideTuningError
+from sidetuning.errors import EngineError, SideTuningError
 from sidetuning.scenarios.runs import Run, end_with_parent
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run(settings: Settings) -> int:
     try:
         from sidetuning.data import doom
     except ImportError as error:
-        raise SideTuningError(f"rendering needs {error.name}; type: pip install 'sidetuning[doom]'") from error
+        raise EngineError(f"rendering needs {error.name or error}; type: pip install 'sidetuning[doom]'") from error
 
     folder = Run(s.out, "render-doom", s, free=("out", "workers", "progress"))
     doom.write_index(folder.folder)
