@@ -90,12 +90,13 @@ def run_speed(s: Speed) -> str:
             try:
                 agent = ppo.build(cell, env)
                 seen = [0]
-                base = env.base if name == "once" else agent.policy.features_extractor.base  # type: ignore[attr-defined]
+                base = env.base if name == "once" else agent.policy.features_extractor.encoder  # type: ignore[attr-defined]
                 hook = base.net.register_forward_hook(
                     lambda _m, _i, out, seen=seen: seen.__setitem__(0, seen[0] + len(out))
                 )
-                started = time.perf_counter()
-                agent.learn(s.steps)
+                agent.learn(256 * cell.envs)  # starts the engines, on every level some of their time
+                seen[0], started = 0, time.perf_counter()
+                agent.learn(s.steps, reset_num_timesteps=False)
                 rows.append({"steps_per_second": s.steps / (time.perf_counter() - started), "base_passes": seen[0]})
                 hook.remove()
             finally:

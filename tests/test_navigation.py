@@ -252,6 +252,18 @@ def test_exploration_pays_for_what_is_seen_first(walk):
     _mark(behind, blocked, *args[1:], 0.0, 200.0, 32.0)
     assert behind.any() and not behind[13:].any()
 
+    for x in range(300, 340, 3):  # a line that no cell's centre is near: nobody sees through it from anywhere
+        oblique = clearance.copy()
+        doom_grid._keep_away(oblique, np.zeros(2), 16.0, np.array([[x, 0.0, x + 200.0, 640.0]]), 0.0)
+        behind = np.zeros((20, 20), bool)
+        _mark(behind, oblique, np.zeros(2), 16.0, 280.0, 320.0, 0.0, 300.0, 32.0)
+        far = np.array([[32 * i >= x + 200 * (32 * j + 32) / 640 for j in range(20)] for i in range(20)])
+        assert behind.sum() > 3 and not (behind & far).any()
+    against = clearance.copy()
+    against[20] = 0  # who stands where an obstacle is near sees what is ahead all the same
+    ahead = np.zeros((20, 20), bool)
+    assert _mark(ahead, against, *args[1:], 0.0, 200.0, 32.0) > 10
+
     env = walk(DoomExplore, "map01", max_steps=30)
     _, info = env.reset(seed=0)
     count = info["seen"]

@@ -276,22 +276,32 @@ class DoomExplore(DoomWalk):
 def _mark(
     seen: Any, clearance: Any, low: Any, cell: float, x: float, y: float, yaw: float, reach: float, square: float
 ) -> int:
-    """Walk along rays until an obstacle, and mark the squares on the way."""
+    """Go along rays from cell to cell until one that an obstacle may cross, and mark the squares on the way."""
     new = 0
+    near = cell * np.sqrt(0.5)  # a line that crosses a cell is at most so far from its centre
     for i in range(91):
         angle = yaw + np.radians(i - 45.0)
         dx, dy = np.cos(angle), np.sin(angle)
-        for k in range(int(reach / (cell / 2))):
-            px, py = x + dx * k * cell / 2 - low[0], y + dy * k * cell / 2 - low[1]
-            column, row = int(px // cell), int(py // cell)
-            if column < 0 or row < 0 or column >= clearance.shape[0] or row >= clearance.shape[1]:
+        px, py = (x - low[0]) / cell, (y - low[1]) / cell
+        column, row = int(np.floor(px)), int(np.floor(py))
+        across, along = 1 / max(abs(dx), 1e-12), 1 / max(abs(dy), 1e-12)  # of the ray, between two cells
+        to_column = (column + 1 - px if dx > 0 else px - column) * across
+        to_row = (row + 1 - py if dy > 0 else py - row) * along
+        gone, first = 0.0, True
+        while gone * cell <= reach and 0 <= column < clearance.shape[0] and 0 <= row < clearance.shape[1]:
+            if clearance[column, row] < near and not first:
                 break
-            if clearance[column, row] < cell / 2:
-                break
-            a, b = int(px // square), int(py // square)
+            left = min(to_column, to_row)  # the ray is in this cell from `gone` to `left`
+            middle = (gone + left) / 2 * cell
+            a, b = int((x - low[0] + dx * middle) // square), int((y - low[1] + dy * middle) // square)
             if not seen[a, b]:
                 seen[a, b] = True
                 new += 1
+            if to_column < to_row:
+                column, to_column = column + (1 if dx > 0 else -1), to_column + across
+            else:
+                row, to_row = row + (1 if dy > 0 else -1), to_row + along
+            gone, first = left, False
     return new
 
 

@@ -1,9 +1,10 @@
 """Habitat as an environment of this library: `--env habitat:CONFIG` where habitat-lab is installed.
 
 Habitat's environments speak old gym (`reset` gives an observation, `step` four values); here they become gymnasium's, with the
-observations and the order of actions that `data.doom_nav` has. Install (Linux, Python 3.9):
+observations and the order of actions that `data.doom_nav` has. Install (Linux, Python 3.10 or later, for which the nightly channel
+has builds):
 
-    conda install habitat-sim headless -c conda-forge -c aihabitat
+    conda install habitat-sim headless -c conda-forge -c aihabitat-nightly
     pip install git+https://github.com/facebookresearch/habitat-lab.git#subdirectory=habitat-lab
 """
 

@@ -82,7 +82,8 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         base: a base's name, or a function that builds it: what is saved with a policy must build it again.
         method: "sidetune"; "features", the base alone; "finetune", a tuned copy of the base; "scratch", the side alone from
             random weights.
-        side, side_options, merge, init: as `SideTuner.add_task`.
+        side, side_options, merge, init: as `SideTuner.add_task`; without options the side fcn5 has a quarter of its width, as the one
+            that is distilled from the packaged base.
         hidden: width of the features.
 
     Orthogonal initialisation, which stable-baselines3 applies to all layers of a policy, passes the extractor by: it would
@@ -107,8 +108,12 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         example = torch.zeros(1, *space.shape, dtype=torch.uint8)
         if tuple(space.shape[-2:]) != tuple(getattr(built.example, "shape", (0, 0))[-2:]):
             built = built.with_example(example)
+        if side_options is None and side == "fcn5":
+            side_options = {"width": 0.25}
         self.base = built
-        self.given = CODE in observation_space.spaces and method in ("sidetune", "features")
+        needed = method in ("sidetune", "features")
+        self.given = needed and CODE in observation_space.spaces
+        self.encoder = built.folded() if needed and not self.given else built  # folded, as VecBaseFeatures runs it
         self.branch: nn.Module | None = None
         self.trunk: nn.Module | None = None  # makes a code alone, without a pass of the base
         if method == "sidetune":
@@ -132,7 +137,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         if self.trunk is not None:
             code = self.trunk(x)
         else:
-            features = Features(observations[CODE]) if self.given else self.base.encode(x)
+            features = Features(observations[CODE]) if self.given else self.encoder.encode(x)
             code = features.out if self.branch is None else self.branch(x, features)
         out = self.code(code)
         return torch.cat([out, compass_numbers(observations[COMPASS])], 1) if COMPASS in observations else out

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from sidetuning.data.trajectories import Episode, Writer, concatenate
 from sidetuning.errors import SideTuningError
 from sidetuning.scenarios.runs import Run, at_least_one, end_with_parent
-from sidetuning.scenarios.worlds import expert_of, make_world
+from sidetuning.scenarios.worlds import TEST_SEED, expert_of, make_world
 
 AHEAD = 16  # episodes per process that may wait to be written
 SEEDS = 1_000_000  # between the episodes of two seeds
@@ -52,11 +54,20 @@ def run(settings: Settings) -> tuple[int, int]:
 
     Raises:
         SideTuningError: the folder holds a data set of other settings, or the expert fails nearly always.
+        ImportError: Minari is not installed.
     """
     s = settings
     at_least_one(s, "episodes", "workers")
     if not 0 <= s.stray < 1:
         raise SideTuningError(f"--stray {s.stray}: give a share of 0 or more, below 1")
+    if not 0 <= s.seed < TEST_SEED // SEEDS:
+        raise SideTuningError(
+            f"--seed {s.seed}: give 0 to {TEST_SEED // SEEDS - 1}; later ones reach the test episodes"
+        )
+    if not re.fullmatch(r".+-v\d+", Path(s.out).name):
+        raise SideTuningError(
+            f"--out {s.out}: Minari wants a name that ends in a version, such as {Path(s.out).name}-v0"
+        )
     Run(s.out, "collect-trajectories", s, free=("out", "episodes", "workers", "progress"))
     world = make_world(s.env, s.split, s.size)
     try:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sidetuning.artifacts import write_json
-from sidetuning.base import Base, Features, Observation, load_base
+from sidetuning.base import Base, Features, Observation
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
@@ -25,8 +25,8 @@ from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.play import film, load_player
-from sidetuning.scenarios.runs import Run, at_least_one
-from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, expert_of, make_world, wilson
+from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
+from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, expert_of, make_world, map_base, wilson
 
 TASK = "navigate"
 STOP = 0  # Habitat's first action
@@ -80,8 +80,8 @@ class Settings(Learning):
 
     out: str = "runs/imitation"
     """Folder of the runs; the same command run again goes on where it stopped."""
-    methods: tuple[str, ...] = ("sidetune", "features", "independent", "scratch")
-    """Methods; "independent" fine-tunes a copy of the base."""
+    methods: tuple[str, ...] = ("sidetune", "features", "finetune", "scratch")
+    """Methods; finetune tunes a copy of the base, scratch trains one from random weights."""
     trajectories: tuple[int, ...] = (5, 20, 100, 500)
     """How many trajectories to learn from; each seed draws others."""
     seeds: int = 3
@@ -105,7 +105,7 @@ class Result:
 
     Attributes:
         success, spl, reward: means over the episodes.
-        interval: 95 % of success, over the episodes.
+        intervals: 95 % of success (Wilson), SPL and reward (mean ± 1.96 standard errors), over the episodes.
         accuracy: share of held-out steps at which the clone does what the expert did; None for those that learn nothing.
         frames: of the trajectories that it learned from.
         added: parameters that were trained.
@@ -119,7 +119,7 @@ class Result:
     success: float
     spl: float
     reward: float
-    interval: tuple[float, float]
+    intervals: dict[str, tuple[float, float]]
     steps: float
     accuracy: float | None = None
     frames: int = 0
@@ -161,6 +161,8 @@ def run(settings: Settings) -> list[Result]:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
     at_least_one(s, "steps", "batch", "test_episodes", "seeds")
+    above_zero(s, "lr", "side_width")
+    not_twice(s, "methods", "trajectories")
     if min(s.trajectories, default=0) < 1:
         raise SideTuningError("--trajectories must be numbers of 1 or more")
     if len(s.methods) + len(EXPERTS) > COLOURS:
@@ -183,19 +185,34 @@ def run(settings: Settings) -> list[Result]:
         for f in film(load_player(Path(s.out) / f"{method}-{most}-0"), 2, Path(s.out) / "play" / method)
     ]
     write_charts(
-        charts(results, s.trajectories), Path(s.out) / "report.html", title="Imitation", lead=LEAD, films=films
+        charts(results, s.trajectories), Path(s.out) / "report.html", title="Imitation", lead=lead(s), films=films
     )
     return results
 
 
-LEAD = (
-    "An agent learns by imitation to walk to a point that its compass tells. Success: it stops near the point. "
-    "SPL: success weighted by how short the way was. Tested on scenes that no trajectory shows."
-)
+def lead(settings: Settings) -> str:
+    """What the report is about."""
+    s = settings
+    spl = f"SPL: success weighted by how short the way was. {s.test_episodes} episodes that no trajectory shows"
+    if s.env == "doom-home":
+        return f"An agent learns by imitation to find the armour of ViZDoom's my_way_home, the one map there is. {spl}."
+    return (
+        "An agent learns by imitation to walk to a point that its compass tells. Success: it stops near the point. "
+        f"{spl}, in other scenes ({s.test_split})."
+    )
 
 
 def check_world(settings: Settings, steps: Steps, size: int) -> None:
-    """What the clones are tested in must have an expert, and be what they learned from."""
+    """What the clones are tested in must have an expert, and be what they learned from, in other scenes."""
+    collected = Path(settings.data) / "run.json"
+    if collected.exists():  # ours; of other data sets nothing is known
+        was = json.loads(collected.read_text())["settings"]
+        if not settings.env.startswith("habitat:") and was["env"] != settings.env:
+            raise DataError(f"{settings.data} was collected in {was['env']}; give --env {was['env']}")
+        if was["split"] == settings.test_split and settings.env != "doom-home":
+            raise DataError(
+                f"{settings.data} was collected in the scenes of '{was['split']}'; give another --test-split than these"
+            )
     world = make_world(settings.env, settings.test_split, size)
     try:
         expert_of(world, settings.env)
@@ -271,15 +288,10 @@ def one_cycle(lr: float) -> Callable[..., Any]:
     return schedule
 
 
-def base_of(name: str, weights: str | None, size: int) -> Base:
-    """A base for pictures of a size."""
-    return load_base(name, weights=weights).with_example(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-
-
 def build_method(cell: Cell) -> Method:
     """The method that a cell names, without its task."""
     c = cell
-    base = base_of(c.base, c.base_weights, c.size)
+    base = map_base(c.base, c.base_weights, c.size)
     side: dict[str, Any] = {"side": c.side, "merge": c.merge, "init": c.init}
     if c.side in ("fcn5", "copy"):
         side["side_options"] = {"width": c.side_width}
@@ -327,19 +339,28 @@ def summarise(method: str, trajectories: int, seed: int, outcomes: Sequence[Outc
     """Means over episodes, and the interval of success."""
     n = len(outcomes)
     success = sum(o.success or 0.0 for o in outcomes)
-    return Result(
-        method, trajectories, seed, n, success / n, sum(o.spl or 0.0 for o in outcomes) / n, sum(o.reward for o in outcomes) / n,
-        wilson(success, n), sum(o.steps for o in outcomes) / n,
-    )  # fmt: skip
+    spl, reward = ([float(getattr(o, name) or 0.0) for o in outcomes] for name in ("spl", "reward"))
+    intervals = {"success": wilson(success, n), "spl": normal(spl), "reward": normal(reward)}
+    steps = sum(o.steps for o in outcomes) / n
+    return Result(method, trajectories, seed, n, success / n, sum(spl) / n, sum(reward) / n, intervals, steps)
 
 
-def values(results: Sequence[Result], method: str, count: int, name: str) -> list[float]:
-    """A measure of a method with so many trajectories, over seeds."""
-    return [getattr(r, name) for r in results if r.method == method and r.trajectories in (count, 0)]
+def normal(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean."""
+    mean, error = mean_and_error(values)
+    return mean - 1.96 * error, mean + 1.96 * error
+
+
+def runs_of(results: Sequence[Result], method: str, count: int) -> list[Result]:
+    """Those of a method with so many trajectories, one per seed."""
+    return [r for r in results if r.method == method and r.trajectories in (count, 0)]
 
 
 def table(results: Sequence[Result], counts: Sequence[int]) -> str:
-    """Success in %, SPL in % and reward in Markdown: methods as rows, numbers of trajectories as columns."""
+    """Success in %, SPL in % and reward in Markdown: methods as rows, numbers of trajectories as columns.
+
+    A cell has mean and standard error over seeds, and in brackets the 95 % interval over the episodes, its ends averaged over seeds.
+    """
     text = ""
     methods = list(dict.fromkeys(r.method for r in results))
     for name, title, scale in (("success", "Success, %", 100), ("spl", "SPL, %", 100), ("reward", "Reward", 1)):
@@ -348,8 +369,12 @@ def table(results: Sequence[Result], counts: Sequence[int]) -> str:
         for method in sorted(methods, key=lambda m: m in EXPERTS):
             row = []
             for n in counts:
-                found = [scale * v for v in values(results, method, n, name)]
-                row.append(number_text(Estimate(*mean_and_error(found)) if found else None))
+                runs = runs_of(results, method, n)
+                text_of = number_text(
+                    Estimate(*mean_and_error([scale * getattr(r, name) for r in runs])) if runs else None
+                )
+                ends = [sum(scale * r.intervals[name][k] for r in runs) / max(1, len(runs)) for k in (0, 1)]
+                row.append(f"{text_of} [{ends[0]:.1f}, {ends[1]:.1f}]" if runs else text_of)
             text += f"| {method} | " + " | ".join(row) + " |\n"
         text += "\n"
     return text
@@ -362,7 +387,7 @@ def charts(results: Sequence[Result], counts: Sequence[int]) -> list[Chart]:
     for name, title in (("success", "Success"), ("spl", "SPL")):
         lines = []
         for method in methods:
-            found = {n: [100 * v for v in values(results, method, n, name)] for n in counts}
+            found = {n: [100 * getattr(r, name) for r in runs_of(results, method, n)] for n in counts}
             lines.append(Line(method, [Point(n, *mean_and_error(v), len(v)) for n, v in found.items() if v]))
         made.append(Chart(title, "trajectories", f"{title}, %", lines, log_x=True, note="Higher is better."))
     return made

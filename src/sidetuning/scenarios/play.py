@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from sidetuning.artifacts import atomic_write
 from sidetuning.charts import Film, write_charts
 from sidetuning.errors import SideTuningError
-from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, make_world
+from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, make_world, map_base
 
 HEIGHT = 256  # of a film; what the agent sees is on its left, the map on its right
 COLOURS = {
@@ -78,16 +78,15 @@ def load_player(folder: str | Path) -> Player:
         from sidetuning.methods.method import load_method
         from sidetuning.scenarios import imitation
 
-        method = load_method(
-            folder / "tasks", imitation.base_of(settings["base"], settings["base_weights"], settings["size"])
-        )
+        method = load_method(folder / "tasks", map_base(settings["base"], settings["base_weights"], settings["size"]))
         act = imitation.actor(method, settings["seed"])
         return Player(settings["method"], settings["env"], settings["test_split"], settings["size"], act)
     if scenario == "rl-run":
         from sidetuning.scenarios import ppo
 
         cell, policy = ppo.load_policy(folder)
-        return Player(cell.method, cell.env, "test", cell.size, ppo.actor(policy, ppo.base_of(cell.base, cell.size)))
+        act = ppo.actor(policy, map_base(cell.base, cell.base_weights, cell.size))
+        return Player(cell.method, cell.env, cell.test_split, cell.size, act)
     raise SideTuningError(
         f"{folder} holds a run of {scenario}; give the folder of one run of imitation or rl, such as {folder}/sidetune-0"
     )

@@ -21,12 +21,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from tqdm import tqdm
 
 from sidetuning.artifacts import atomic_write, write_json
-from sidetuning.base import Base, load_base
+from sidetuning.base import Base
 from sidetuning.errors import SideTuningError
 from sidetuning.integrations.sb3 import CODE, IMAGE, SideTunedExtractor, VecBaseFeatures
 from sidetuning.scenarios.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
 from sidetuning.scenarios.runs import Run
-from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world, wilson
+from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world, map_base, wilson
 
 SEEDS = 1000  # between two runs: the environments of one have successive seeds
 
@@ -42,6 +42,7 @@ def one(cell: Cell) -> Result:
     try:
         model = build(c, env)
         saved = load_state(model, folder.resume("ppo"))
+        folder.keep(lambda row: row["steps"] <= saved["steps"])  # what followed is done again, with other episodes
         curve = Curve(folder, c, saved)
         if model.num_timesteps < c.steps:
             model.learn(c.steps - model.num_timesteps, callback=curve, reset_num_timesteps=False)
@@ -49,9 +50,11 @@ def one(cell: Cell) -> Result:
     finally:
         env.close()
     save_policy(model.policy, folder.folder / "policy.safetensors")
-    world = make_world(c.env, "test", c.size)
+    world = make_world(c.env, c.test_split, c.size)
     try:
-        outcomes = list(episodes(world, actor(model.policy, base_of(c.base, c.size)), c.test_episodes, TEST_SEED))
+        outcomes = list(
+            episodes(world, actor(model.policy, map_base(c.base, c.base_weights, c.size)), c.test_episodes, TEST_SEED)
+        )
     finally:
         world.close()
     n = len(outcomes)
@@ -69,11 +72,6 @@ def one(cell: Cell) -> Result:
     return result
 
 
-def base_of(name: str, size: int) -> Base:
-    """A base for pictures of a size."""
-    return load_base(name).with_example(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-
-
 def training_env(cell: Cell) -> VecEnv:
     """Environments side by side, with the base's features where the method uses them."""
     c = cell
@@ -84,7 +82,7 @@ def training_env(cell: Cell) -> VecEnv:
 
     env: VecEnv = DummyVecEnv([make] * c.envs)
     if c.cached and c.method in ("sidetune", "features"):
-        env = VecBaseFeatures(env, base_of(c.base, c.size))
+        env = VecBaseFeatures(env, map_base(c.base, c.base_weights, c.size))
     return env
 
 
@@ -92,7 +90,7 @@ def build(cell: Cell, env: VecEnv) -> PPO:
     """The learner."""
     c = cell
     options = {"side_options": {"width": c.side_width}} if c.side in ("fcn5", "copy") else {}
-    base = partial(base_of, c.base, c.size)
+    base = partial(map_base, c.base, c.base_weights, c.size)
     extractor = {"base": base, "method": c.method, "side": c.side, "merge": c.merge, "init": c.init}
     return PPO(
         "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,
@@ -127,21 +125,24 @@ class Curve(BaseCallback):
         if self._rollouts:
             self._tick()
             if self._rollouts % SAVE_EVERY == 0:
-                done = {"seconds": self.seconds, "passes": self.passes, "recent": self.recent}
-                save_state(self.model, self.folder.resume("ppo"), done)  # type: ignore[arg-type]
+                self._save()
 
     def _on_rollout_end(self) -> None:
         self._rollouts += 1
         self._tick()
-        known = max((int(row["steps"]) for row in self.folder.metrics()), default=0)
-        if self.recent and self.num_timesteps > known:  # a run that goes on repeats what followed its last save
+        if self.recent:
             means = {name: float(np.mean([row[name] for row in self.recent])) for name in self.recent[-1]}
             self.folder.append({"steps": self.num_timesteps, **means, "seconds": self.seconds})
             self._bar.set_postfix({name: f"{mean:.2f}" for name, mean in means.items()})
 
     def _on_training_end(self) -> None:
         self._tick()
+        self._save()
         self._bar.close()
+
+    def _save(self) -> None:
+        done = {"seconds": self.seconds, "passes": self.passes, "recent": self.recent}
+        save_state(self.model, self.folder.resume("ppo"), done)  # type: ignore[arg-type]
 
     def _tick(self) -> None:
         now = time.perf_counter()

@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from sidetuning.charts import Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
-from sidetuning.errors import UnknownNameError
+from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.play import film, load_player
-from sidetuning.scenarios.runs import Run, at_least_one
+from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
+from sidetuning.scenarios.worlds import make_world
 
 METHODS = ("sidetune", "features", "finetune", "scratch")
 RECENT = 100  # episodes that a point of a learning curve averages
@@ -32,7 +33,9 @@ class Learning:
     steps: int = 100_000
     """Steps of the environments, all together."""
     base: str = "resnet-doom-curvature"
-    """Base network."""
+    """Base network; of timm:… the last map."""
+    base_weights: str | None = None
+    """A safetensors file of the base's weights to use instead of the packaged ones."""
     side: str = "fcn5"
     """Side network."""
     side_width: float = 0.25
@@ -61,6 +64,8 @@ class Learning:
     """Compute the base's features once per step of the environment, not in every pass (sidetune and features)."""
     test_episodes: int = 100
     """Unseen episodes that every agent is tested on at the end."""
+    test_split: str = "test"
+    """Scenes of these episodes."""
     progress: bool = True
     """Show progress bars."""
 
@@ -130,12 +135,19 @@ def run(settings: Settings) -> list[Result]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
-    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "batch", "passes")
+    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "passes")
+    above_zero(s, "lr", "reward_scale", "side_width")
+    not_twice(s, "methods")
+    if s.batch < 2:
+        raise SideTuningError(f"--batch must be 2 or more, not {s.batch}: PPO normalises over it")
+    if s.test_split == "train" and s.env != "doom-home":
+        raise SideTuningError("--test-split train: agents learn in these scenes; give val or test")
     try:
         from sidetuning.scenarios.ppo import one
     except ModuleNotFoundError as error:
         raise ImportError(f"rl needs {error.name}; type: pip install 'sidetuning[agents]'") from error
     Run(s.out, "rl", s, free=("out", "progress", "seeds", "methods"))
+    make_world(s.env, s.test_split, s.size).close()  # what cannot be tested is not learned
     results = []
     for cell in tqdm(list(cells(s)), unit="run", dynamic_ncols=True, disable=not s.progress):
         results.append(one(cell))

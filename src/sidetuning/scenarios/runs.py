@@ -9,13 +9,13 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sidetuning.artifacts import write_json
+from sidetuning.artifacts import atomic_write, write_json
 from sidetuning.errors import SideTuningError
 
 
@@ -118,6 +118,13 @@ class Run:
             except ValueError:
                 break
         return rows
+
+    def keep(self, which: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Leave those rows of `metrics.jsonl` alone."""
+        rows = self.metrics()
+        if not all(map(which, rows)):
+            with atomic_write(self.folder / "metrics.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if which(row)))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to `metrics.jsonl`, after dropping a line that a kill cut short."""

@@ -1,4 +1,4 @@
-"""Environments by name, and how episodes in them are run: what imitation, rl, play and collect-trajectories share."""
+"""Environments by name, bases for what is seen in them, and how episodes are run: what imitation, rl, play and collect-trajectories share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sidetuning.errors import SideTuningError, UnknownNameError
+import torch
+
+from sidetuning.base import Base, load_base
+from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 from sidetuning.registry import Registry, unknown
 
 WORLDS: Registry[Callable[..., Any]] = Registry(
@@ -45,6 +48,21 @@ def make_world(name: str, split: str, size: int) -> Any:
         return WORLDS[name](split, size)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} needs {error.name}; type: pip install 'sidetuning[agents]'") from error
+
+
+def map_base(name: str, weights: str | None, size: int) -> Base:
+    """A base for pictures of a size that gives a map; of a timm model it is the last one.
+
+    Raises:
+        DataError: it gives none.
+    """
+    output = "map" if name.startswith("timm:") else None
+    base = load_base(name, weights=weights, output=output).with_example(
+        torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    )
+    if base.kind != "map":
+        raise DataError(f"the base {name} returns a {base.kind}; agents need a map, such as resnet-doom-curvature's")
+    return base
 
 
 def expert_of(world: Any, name: str) -> Callable[[], int]:
