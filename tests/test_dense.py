@@ -194,7 +194,7 @@ def test_fine_tuning_forgets_and_side_tuning_does_not(settings):
     assert result.parameters[1] < result.shared_parameters / 10
 
 
-def test_a_run_goes_on_after_a_kill_and_ends_the_same(settings, tmp_path):
+def test_a_run_goes_on_after_a_kill_and_ends_the_same(settings, tmp_path, capsys):
     from sidetuning.cli import main
 
     few = ["--tasks", "curvature", "normal", "--epochs", "4", "--batch", "8", "--init", "None", "--no-progress"]
@@ -220,6 +220,18 @@ def test_a_run_goes_on_after_a_kill_and_ends_the_same(settings, tmp_path):
     assert len((broken / "metrics.jsonl").read_text().splitlines()) == 1
     main([*given, "--out", str(broken)])
     first, second = (RunResult.load(p / "result.json") for p in (whole, broken))
+    page = (whole / "report.html").read_text()
+    assert (
+        "<h1>iTaskonomy: sidetune</h1>" in page and page.count("data:image/") >= 8
+    )  # input, truth, two moments, two tasks
+    other = RunResult.load(broken / "result.json")
+    replace(other, seed=1).save(broken / "result.json")
+    main(["report", str(whole), str(broken), "--out", str(tmp_path / "both.html")])
+    assert "<h1>iTaskonomy: 2 runs</h1>" in (tmp_path / "both.html").read_text()
+    for wrong, message in (([tmp_path], "holds no run"), ([whole, whole], "seed 0")):
+        with pytest.raises(SystemExit):
+            main(["report", *map(str, wrong)])
+        assert message in capsys.readouterr().err
     assert first.accuracy == second.accuracy and first.values == second.values
     for name in ("normal.end.png", "curvature.learned.png"):
         assert (whole / "gallery" / name).read_bytes() == (broken / "gallery" / name).read_bytes()

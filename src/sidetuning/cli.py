@@ -24,6 +24,7 @@ from sidetuning.scenarios import (
     predict,
     pretrain,
     render_doom,
+    report_runs,
     rl,
     squad,
     transfer,
@@ -43,6 +44,7 @@ SCENARIOS = (
     play,
     squad,
     answer,
+    report_runs,
     demo,
 )
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
@@ -67,6 +69,7 @@ Command = (
     | Annotated[play.Settings, tyro.conf.subcommand("play")]
     | Annotated[squad.Settings, tyro.conf.subcommand("squad")]
     | Annotated[answer.Settings, tyro.conf.subcommand("answer")]
+    | Annotated[report_runs.Settings, tyro.conf.subcommand("report")]
     | Annotated[demo.Settings, tyro.conf.subcommand("demo")]
     | Annotated[Parts, tyro.conf.subcommand("parts")]
 )

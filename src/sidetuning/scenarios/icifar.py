@@ -22,6 +22,7 @@ from sidetuning.data.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
+from sidetuning.scenarios.report_runs import report
 from sidetuning.scenarios.runs import Run, at_least_one
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
@@ -285,8 +286,9 @@ def task_loader(
 
 
 def main(settings: Settings) -> None:
-    """Run and print the table."""
+    """Run, print the table and write the report."""
     show(run(settings), with_recipe(settings))
+    print(f"report: {report([settings.out])}")
 
 
 def show(result: RunResult, settings: Settings) -> None:

@@ -26,6 +26,7 @@ from sidetuning.registry import unknown
 from sidetuning.results import RunResult
 from sidetuning.scenarios.dense import ORDER, DenseTask, Regression, dense_task
 from sidetuning.scenarios.gallery import Gallery
+from sidetuning.scenarios.report_runs import report
 from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
@@ -299,8 +300,9 @@ def evaluate(method: Method, name: str, data: Labelled, constant: float) -> Scor
 
 
 def main(settings: Settings) -> None:
-    """Run and print the table."""
+    """Run, print the table and write the report."""
     show(run(settings), settings)
+    print(f"report: {report([settings.out])}")
 
 
 def show(result: RunResult, settings: Settings) -> None:
