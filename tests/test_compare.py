@@ -82,6 +82,27 @@ def test_a_killed_grid_goes_on_and_finished_cells_stay(tiny_cifar: Path, tmp_pat
     assert filled["features"] == runs["features"].matrix.learned
 
 
+def test_what_a_task_learned_first_amounts_to_is_found_in_the_right_run() -> None:
+    def run(method: str, variant: str, learned: float, **settings: bool) -> RunResult:
+        return RunResult(
+            method=method, variant=variant, seed=0, tasks=["a"], accuracy=[[learned]], alone=None, alphas=[None], parameters=[1],
+            shared_parameters=1, seconds=[1.0], base_seconds=0.0, peak_memory_mb=None, settings=settings,
+        )  # fmt: skip
+
+    runs = [
+        run("independent", "", 0.9), run("ewc", "", 0.5), run("psp", "", 0.6), run("psp", compare.ALONE, 0.8), run("pnn", "", 0.7),
+        run("sidetune", "merge=alpha", 0.4), run("sidetune", "merge=alpha, dense", 0.3, dense=True), run("features", "", 0.2),
+    ]  # fmt: skip
+    filled = {(r.method, r.variant): r.alone for r in compare.add_alone(runs)}
+    assert filled == {
+        ("independent", ""): [0.9], ("ewc", ""): [0.9], ("psp", ""): [0.8], ("pnn", ""): None, ("sidetune", "merge=alpha"): [0.4],
+        ("sidetune", "merge=alpha, dense"): [0.4], ("features", ""): [0.2],
+    }  # fmt: skip
+    given = compare.Settings("icifar", methods=("psp", "features"), seeds=1)
+    cells = [(c.folder.name, getattr(c.settings, "alone", None)) for c in compare.cells(given)]
+    assert cells == [("psp-0", False), ("psp-alone-0", True), ("features-0", False)]
+
+
 def test_alone_is_the_first_task_of_every_order(tiny_cifar: Path, tmp_path: Path) -> None:
     """A task learned `alone` is learned as in a run in which it comes first."""
     common = icifar.Settings(

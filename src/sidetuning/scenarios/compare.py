@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
+from sidetuning.artifacts import atomic_write
 from sidetuning.base import load_base
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS, Task
@@ -31,8 +32,8 @@ MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", 
 DENSE_GRIDS = ("methods", "merge", "init", "side", "order", "dense", "base")
 Given = icifar.Settings | itaskonomy.Settings
 SCENARIOS: dict[str, Any] = {"icifar": icifar, "itaskonomy": itaskonomy}
-# What a task learned first amounts to, where tasks touch each other: such a method's first task is a fine-tuned copy of the base.
-FIRST = {"finetune": "independent", "ewc": "independent", "psp": "independent"}
+ALONE = "alone"  # the variant in which every task is learned first, of methods where only a run of its own tells that
+FIRST = {"finetune": ("independent", ""), "ewc": ("independent", ""), "psp": ("psp", ALONE), "pnn": ("pnn", ALONE)}
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def methods_grid(common: Any, s: Settings) -> Variants:
     more = ("residual-adapter", "lora", "piggyback", "boosting") if isinstance(common, icifar.Settings) else ()
     for method in s.methods or (*names, *more):
         yield "", replace(common, method=method)
+        if FIRST.get(method) == (method, ALONE) and isinstance(common, icifar.Settings):
+            yield ALONE, replace(common, method=method, alone=True)
 
 
 def merge_grid(common: Any, s: Settings) -> Variants:
@@ -167,11 +170,14 @@ def order_grid(common: Any, s: Settings) -> Variants:
             )
 
 
+DENSE = ", dense"
+
+
 def dense_grid(common: Any, s: Settings) -> Variants:
     """With and without the sides of earlier tasks."""
     for merge in ("alpha", "mlp2"):
         for dense in (False, True):
-            yield f"merge={merge}{', dense' if dense else ''}", replace(common, merge=merge, dense=dense)
+            yield f"merge={merge}{DENSE if dense else ''}", replace(common, merge=merge, dense=dense)
 
 
 def base_grid(common: Any, s: Settings) -> Variants:
@@ -231,7 +237,9 @@ def run(settings: Settings) -> list[RunResult]:
             bar.set_description(cell.folder.name)
             result = one(cell, bar)
             results.append(replace(result, variant=cell.variant))
-            finish(s, results, [c.folder / "gallery" for c in todo[: len(results)]])
+            galleries = [c.folder / "gallery" for c in todo[: len(results)] if c.variant != ALONE]
+            if galleries:
+                finish(s, results, galleries)
     return results
 
 
@@ -276,7 +284,8 @@ def finish(settings: Settings, results: Sequence[RunResult], galleries: Sequence
     if with_first[0].measures is not None:
         table += "\n" + measures_table(with_first)
     out = Path(settings.out)
-    (out / "table.md").write_text(table, encoding="utf-8")
+    with atomic_write(out / "table.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
     pictures = [folder if folder.is_dir() else None for folder in galleries]
     write_report(with_first, out / "report.html", title=title(settings), galleries=pictures if any(pictures) else ())
 
@@ -288,22 +297,24 @@ def title(settings: Settings) -> str:
 
 
 def add_alone(results: Sequence[RunResult]) -> list[RunResult]:
-    """Fill in how well each task is learned first: what it got in the sequence, for methods whose tasks do not touch.
+    """Fill in how well each task is learned first, and leave out the runs that tell nothing else.
 
-    The first task of fine-tuning, EWC and PSP is a fine-tuned copy of the base, so theirs is the run of `independent` with
-    the same seed, where there is one, and where PSP is tested as that is: with running statistics.
+    For methods whose tasks do not touch that is what it got in the sequence. The first task of fine-tuning and EWC is a
+    fine-tuned copy of the base, so theirs is the run of `independent` with the same seed; that of PSP and PNN is in runs
+    with every task "alone"; that of dense laterals is the run without them. None where there is no such run.
     """
     runs = {(r.method, r.variant, r.seed): r for r in results}
     filled = []
     for r in results:
-        other = FIRST.get(r.method)
-        if other is not None:
-            otherwise = r.method == "psp" and r.settings.get("psp_statistics", "batch") == "batch"
-            first = None if otherwise else runs.get((other, r.variant, r.seed))
-            alone = None if first is None else [first.matrix.learned[first.tasks.index(t)] for t in r.tasks]
-        else:
-            touches = r.method == "pnn" or r.settings.get("dense")
-            alone = None if touches else r.matrix.learned
+        if r.variant == ALONE:
+            continue
+        first: RunResult | None = r
+        if r.method in FIRST:
+            method, variant = FIRST[r.method]
+            first = runs.get((method, variant or r.variant, r.seed))
+        elif r.settings.get("dense"):
+            first = runs.get((r.method, r.variant.removesuffix(DENSE), r.seed))
+        alone = None if first is None else [first.matrix.learned[first.tasks.index(t)] for t in r.tasks]
         filled.append(replace(r, alone=alone))
     return filled
 
