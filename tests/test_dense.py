@@ -255,6 +255,8 @@ def test_errors_name_what_is_wrong(settings, taskonomy_folder, tmp_path):
     ):  # fmt: skip
         with pytest.raises(SideTuningError, match=message):
             itaskonomy.run(replace(settings, **{name: value}))
+    with pytest.raises(SideTuningError, match="--merge is not read by finetune, but by sidetune and boosting"):
+        itaskonomy.run(replace(settings, method="finetune", merge="mlp2"))
     (tmp_path / "both.csv").write_text("id,train,val,test\nalmena,1,0,1\n")
     with pytest.raises(DataError, match="has almena for training and for testing"):
         itaskonomy.run(replace(settings, subset=str(tmp_path / "both.csv"), out=settings.out + "6"))

@@ -23,11 +23,16 @@ from sidetuning.errors import DataError, SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
 from sidetuning.scenarios.report_runs import report
-from sidetuning.scenarios.runs import Run, at_least_one
+from sidetuning.scenarios.runs import Run, at_least_one, read_by_method
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
 CLASSES_PER_TASK = 10
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
+WITH_SIDES = ("sidetune", "boosting")
+READERS = {  # settings that some methods alone read
+    "merge": WITH_SIDES, "side": WITH_SIDES, "side_width": WITH_SIDES, "side_shift": WITH_SIDES, "dense": ("sidetune",),
+    "stages": ("boosting",), "psp_statistics": ("psp",), "prenorm": (*WITH_SIDES, "features"),
+}  # fmt: skip
 # The most accurate recipe found within the paper's parameters per task and ten minutes on two cores (docs/benchmarks.md).
 BEST: dict[str, Any] = {
     "side": "fusion", "side_shift": 2, "taps": ("layer2", "layer3"), "merge": "sum", "init": None, "mirror": True,
@@ -121,6 +126,7 @@ def run(settings: Settings) -> RunResult:
         )
     if (s.clip is not None and not s.clip > 0) or not s.weight_decay >= 0:
         raise SideTuningError(f"--clip {s.clip} --weight-decay {s.weight_decay:g}: give clip > 0, weight decay >= 0")
+    read_by_method(s, READERS)
     folder = Run(s.out, "icifar", s, free=FREE)
     base = load_base(s.base, weights=s.base_weights, taps=s.taps)
     method = build_method(s, base)

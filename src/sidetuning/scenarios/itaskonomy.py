@@ -27,9 +27,16 @@ from sidetuning.results import RunResult
 from sidetuning.scenarios.dense import ORDER, DenseTask, Regression, dense_task
 from sidetuning.scenarios.gallery import Gallery
 from sidetuning.scenarios.report_runs import report
-from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
+from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice, read_by_method
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
+WITH_SIDES = ("sidetune", "boosting")
+READERS = {
+    "merge": WITH_SIDES,
+    "side": WITH_SIDES,
+    "side_width": WITH_SIDES,
+    "dense": ("sidetune",),
+}  # methods that read them
 IN_MEMORY = 2 * 1024**3  # bytes of one domain; some 100,000 labels of 128 pixels
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
 
@@ -190,6 +197,7 @@ def check(settings: Settings) -> None:
     at_least_one(settings, "batch", "frames", "test_frames", "size")
     above_zero(settings, "epochs", "lr", "clip", "side_width")
     not_twice(settings, "tasks")
+    read_by_method(settings, READERS)
     if settings.weight_decay < 0:
         raise SideTuningError(f"--weight-decay must be 0 or more, not {settings.weight_decay}")
 

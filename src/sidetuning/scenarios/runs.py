@@ -162,6 +162,25 @@ def above_zero(settings: Any, *names: str) -> None:
             raise SideTuningError(f"--{name.replace('_', '-')} must be above 0, not {value}")
 
 
+def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> None:
+    """Settings that the method does not read must be as they are by default: who gives one believes that it matters.
+
+    Args:
+        settings: a frozen dataclass with the method's name as `method`.
+        readers: for such a setting the methods that read it.
+
+    Raises:
+        SideTuningError: one is not.
+    """
+    defaults = {f.name: f.default for f in fields(settings)}
+    for name, methods in readers.items():
+        if settings.method not in methods and getattr(settings, name) != defaults[name]:
+            flag = name.replace("_", "-")
+            raise SideTuningError(
+                f"--{flag} is not read by {settings.method}, but by {' and '.join(methods)}; leave it out"
+            )
+
+
 def not_twice(settings: Any, *names: str) -> None:
     """Lists of a user's settings name something, and nothing twice.
 

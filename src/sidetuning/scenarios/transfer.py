@@ -73,12 +73,14 @@ def cells(settings: Settings) -> Iterator[compare.Cell]:
                     name = compare.folder_name(target, frames, method, seed)
                     plain = itaskonomy.Settings(
                         tasks=(target,), frames=frames, draw=seed, method=method, seed=seed, init=s.init, data=s.data, subset=s.subset,
-                        size=s.size, test_frames=s.test_frames, merge=s.merge, epochs=s.steps * s.batch / frames, batch=s.batch,
+                        size=s.size, test_frames=s.test_frames, epochs=s.steps * s.batch / frames, batch=s.batch,
                         lr=s.lr, base_weights=s.base_weights, precision=s.precision, out=str(Path(s.out) / name), cache=s.cache,
                         progress=False,
                     )  # fmt: skip
+                    if method in itaskonomy.WITH_SIDES:
+                        plain = replace(plain, merge=s.merge)
                     if method == COPY:
-                        plain = replace(plain, method="sidetune", side="copy", side_width=1.0, init=None)
+                        plain = replace(plain, method="sidetune", merge=s.merge, side="copy", side_width=1.0, init=None)
                     yield compare.Cell(variant(target, frames), plain)
 
 
