@@ -370,3 +370,36 @@ def test_transfer_makes_a_table(settings, tmp_path):
         transfer.run(replace(given, data=str(other)))
     page = (tmp_path / "transfer" / "report.html").read_text()
     assert f"{sum(values) / 2:.1f} <span" in page and page.count("<svg class=") >= 2 and "Lower is better." in page
+
+
+def test_the_release_trains_at_its_size_and_at_another(weights, tmp_path):
+    """Twelve domains written as the release has them, 512 pixels, the official split with its CR line ends, no masks."""
+    from test_taskonomy import SUFFIX, TINY, file_of, put, raw_values
+
+    root, rng = tmp_path / "release", np.random.default_rng(0)
+    for domain in SUFFIX:
+        if domain not in ("point_info", "mask_valid", "segment_unsup25d", "class_scene"):
+            for building, points in (("hanson", 2), ("merom", 1), ("ihlen", 1), ("tansboro", 1)):
+                for point in range(points):
+                    put(file_of(root, domain, building, point), raw_values(domain, rng, 512))
+    (root / "splits").mkdir()
+    (root / "splits/train_val_test_tiny.csv").write_bytes(TINY)
+    given = itaskonomy.Settings(
+        data=str(root), subset="tiny", out=str(tmp_path / "small"), base_weights=weights, init=None, epochs=1, batch=2, size=64,
+        cache=str(tmp_path / "cache"), pictures=1, progress=False,
+    )  # fmt: skip
+    result = itaskonomy.run(given)
+    assert result.tasks == list(ORDER) and all(math.isfinite(v) for row in result.values for v in row)
+    assert [f[0] for f in itaskonomy.frames_of(given)[0].frames].count("hanson") == 2  # and none of the broken tansboro
+    whole = replace(given, size=None, tasks=("segment_semantic", "depth_zbuffer"), out=str(tmp_path / "whole"))
+    assert itaskonomy.run(whole).matrix.forgetting == [0.0, 0.0]
+    with Image.open(tmp_path / "whole/gallery/depth_zbuffer.end.png") as strip:
+        assert strip.size == (512, 512)
+
+
+@pytest.mark.parametrize("method", ["independent", "scratch", "ewc", "psp", "pnn"])
+def test_other_methods_learn_dense_tasks(settings, method):
+    two = replace(settings, tasks=("segment_semantic", "normal"), method=method, epochs=1)
+    result = itaskonomy.run(two)
+    assert all(0 < v < 1 for v in result.matrix.final) and all(math.isfinite(v) for row in result.values for v in row)
+    assert result.parameters[1] > 0 and (method in ("ewc", "psp") or result.matrix.forgetting == [0.0, 0.0])

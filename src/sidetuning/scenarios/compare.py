@@ -63,6 +63,12 @@ class Settings:
     """Training images per task, repetitions included (icifar)."""
     frames: int | None = None
     """Training frames, None for all (itaskonomy)."""
+    subset: str | None = None
+    """Which buildings train and test, as itaskonomy's own --subset."""
+    test_frames: int | None = 300
+    """Test frames, None for all (itaskonomy)."""
+    size: int | None = None
+    """Resize frames to this width and height; None keeps them (itaskonomy)."""
     epochs: float = 3.0
     """Passes over them, per task (itaskonomy)."""
     tasks: int | None = None
@@ -113,7 +119,9 @@ def common(s: Settings, seed: int) -> Given:
     if s.scenario == "icifar":
         plain = icifar.Settings(samples=s.samples, tasks=s.tasks or icifar.Settings.tasks)
     elif s.grid in DENSE_GRIDS:
-        plain = itaskonomy.Settings(frames=s.frames, epochs=s.epochs, tasks=ORDER[: s.tasks])
+        plain = itaskonomy.Settings(
+            frames=s.frames, epochs=s.epochs, tasks=ORDER[: s.tasks], subset=s.subset, test_frames=s.test_frames, size=s.size
+        )  # fmt: skip
     else:
         raise SideTuningError(f"--grid {s.grid} is one of icifar's; itaskonomy has {', '.join(DENSE_GRIDS)}")
     return replace(
@@ -217,7 +225,7 @@ def run(settings: Settings) -> list[RunResult]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
-    at_least_one(s, "seeds", "samples", "frames", "tasks")
+    at_least_one(s, "seeds", "samples", "frames", "test_frames", "size", "tasks")
     if len(set(s.methods)) < len(s.methods) or len(set(s.shares)) < len(s.shares):
         raise SideTuningError("--methods or --shares names one twice")
     if not all(0 < share <= 1 for share in s.shares):
