@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidetuning.continual import average_rank, forward_transfer, mean_and_error, rigidity
+from sidetuning.continual import AccuracyMatrix, average_rank, forward_transfer, mean_and_error, rigidity
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS
 from sidetuning.results import RunResult
@@ -225,6 +225,11 @@ def test_measures_by_hand() -> None:
     assert mean_and_error([4.0]) == (4.0, 0.0)
     with pytest.raises(ValueError, match="give one for each task"):
         rigidity([0.5], [])
+    for empty in ({}, {"a": []}):
+        with pytest.raises(ValueError, match="give one for each task"):
+            average_rank(empty)
+    with pytest.raises(ValueError, match="learn a task first"):
+        _ = AccuracyMatrix(["a"]).average
 
 
 def test_the_report_of_a_grid_needs_no_finished_seed(tmp_path: Path) -> None:

@@ -42,7 +42,13 @@ class AccuracyMatrix:
 
     @property
     def average(self) -> float:
-        """Average accuracy over the tasks at the end."""
+        """Average accuracy over the tasks at the end.
+
+        Raises:
+            ValueError: nothing is learned yet.
+        """
+        if not self.rows:
+            raise ValueError("an accuracy matrix without rows has no average; learn a task first")
         return sum(self.final) / len(self.final)
 
     @property
@@ -96,10 +102,13 @@ def average_rank(table: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
     Args:
         table: method -> value per task, higher is better, all of one length.
+
+    Raises:
+        ValueError: none, or of different lengths.
     """
     columns = list(table.values())
-    for column in columns[1:]:
-        _same_length(columns[0], column)
+    for column in columns or [[]]:
+        _same_length(columns[0] if columns else [], column)
     ranks = dict.fromkeys(table, 0.0)
     for task in zip(*columns, strict=True):
         for name, value in zip(table, task, strict=True):
