@@ -159,7 +159,7 @@ def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation():
 def test_cached_features_are_those_of_the_base_and_cost_a_pass_per_step():
     live, cached = learner(), learner(cached=True)
     seen = []
-    live.policy.features_extractor.base.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    live.policy.features_extractor.encoder.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     assert torch.allclose(answers(live), answers(cached), atol=1e-5)
     for model in (live, cached):
         with st.seeded(0):
@@ -444,6 +444,7 @@ def mistakes_are_said_before_anything_is_learned(folder):
     ):
         with pytest.raises(SideTuningError, match=message):
             scenario.run(settings)
+    assert not list(folder.glob("other*/*-0"))  # no cell has begun
 
 
 # Doom -------------------------------------------------------------------------------------------------------------------

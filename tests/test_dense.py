@@ -225,9 +225,10 @@ def test_a_run_goes_on_after_a_kill_and_ends_the_same(settings, tmp_path, capsys
         "<h1>iTaskonomy: sidetune</h1>" in page and page.count("data:image/") >= 8
     )  # input, truth, two moments, two tasks
     other = RunResult.load(broken / "result.json")
-    replace(other, seed=1).save(broken / "result.json")
+    replace(other, settings={**other.settings, "merge": "mlp2"}).save(broken / "result.json")
     main(["report", str(whole), str(broken), "--out", str(tmp_path / "both.html")])
-    assert "<h1>iTaskonomy: 2 runs</h1>" in (tmp_path / "both.html").read_text()
+    page = (tmp_path / "both.html").read_text()
+    assert "<h1>iTaskonomy: 2 runs</h1>" in page and "merge=alpha" in page and "merge=mlp2" in page
     for wrong, message in (([tmp_path], "holds no run"), ([whole, whole], "seed 0")):
         with pytest.raises(SystemExit):
             main(["report", *map(str, wrong)])
@@ -361,12 +362,14 @@ def test_transfer_makes_a_table(settings, tmp_path):
     assert not list((tmp_path / "many").glob("normal*"))
     with pytest.raises(UnknownNameError, match="sidetune-copi"):
         transfer.run(replace(given, methods=("sidetune-copi",)))
+    with pytest.raises(SideTuningError, match="--frames must be 1 or more, not 0"):
+        transfer.run(replace(given, frames=(0, 4)))
     with pytest.raises(SideTuningError, match="--frames names 4 twice"):
         transfer.run(replace(given, frames=(4, 4)))
     other = shutil.copytree(settings.data, tmp_path / "other")
-    for picture in (other / "rgb").rglob("*_rgb.png"):
+    for picture in (other / "normal").rglob("*_normal.png"):
         picture.write_bytes(picture.read_bytes() + b" ")
-    with pytest.raises(SideTuningError, match="a run of another data"):
+    with pytest.raises(SideTuningError, match="a run of another data of normal"):
         transfer.run(replace(given, data=str(other)))
     page = (tmp_path / "transfer" / "report.html").read_text()
     assert f"{sum(values) / 2:.1f} <span" in page and page.count("<svg class=") >= 2 and "Lower is better." in page
@@ -390,7 +393,11 @@ def test_the_release_trains_at_its_size_and_at_another(weights, tmp_path):
     )  # fmt: skip
     result = itaskonomy.run(given)
     assert result.tasks == list(ORDER) and all(math.isfinite(v) for row in result.values for v in row)
-    assert [f[0] for f in itaskonomy.frames_of(given)[0].frames].count("hanson") == 2  # and none of the broken tansboro
+    assert [f[0] for f in itaskonomy.frames_of(given)[0].frames] == [
+        "hanson",
+        "hanson",
+        "merom",
+    ]  # not the broken tansboro
     whole = replace(given, size=None, tasks=("segment_semantic", "depth_zbuffer"), out=str(tmp_path / "whole"))
     assert itaskonomy.run(whole).matrix.forgetting == [0.0, 0.0]
     with Image.open(tmp_path / "whole/gallery/depth_zbuffer.end.png") as strip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sidetuning.errors import DataError, SideTuningError, UnknownNameError
+from sidetuning.errors import DataError, EngineError, SideTuningError, UnknownNameError
 
 pytest.importorskip("vizdoom")
 pytest.importorskip("scipy")
@@ -376,3 +377,17 @@ def test_collecting_goes_on_after_a_kill_and_leaves_nothing(tmp_path):
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert process.returncode == 1 and "stray" in process.stderr and "Traceback" not in process.stderr
+
+
+@linux
+def test_an_engine_that_dies_under_an_agent_is_told_in_a_sentence(walk):
+    env = walk(DoomPointNav, "map01")
+    env.reset(seed=0)
+    for file in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            text = file.read_text()
+            if f"PPid:\t{os.getpid()}\n" in text and "Name:\tvizdoom\n" in text:
+                os.kill(int(file.parent.name), signal.SIGKILL)
+    with pytest.raises(EngineError, match="Doom engine on map01 failed"):
+        for _ in range(3):
+            env.step(FORWARD)

@@ -50,6 +50,10 @@ def test_the_recipe_sets_what_it_needs_and_refuses_what_contradicts_it() -> None
     assert icifar.with_recipe(icifar.Settings()) == icifar.Settings()
     with pytest.raises(SideTuningError, match="sets --merge itself, to sum"):
         icifar.with_recipe(icifar.Settings(recipe="best", merge="alpha"))
+    with pytest.raises(SideTuningError, match="--recipe best is side-tuning's"):
+        icifar.with_recipe(icifar.Settings(recipe="best", method="features"))
+    with pytest.raises(SideTuningError, match="--stages is not read by sidetune, but by boosting"):
+        icifar.run(icifar.Settings(stages=3))
 
 
 def test_a_run_answers_by_the_mean_over_mirror_images(tiny_cifar: Path, tmp_path: Path) -> None:

@@ -35,6 +35,17 @@ def freedoom() -> Path:
 
 
 @contextmanager
+def told(level: str) -> Iterator[None]:
+    """What fails in the engine as an `EngineError`; for calls of a game outside the block of `engine`."""
+    try:
+        yield
+    except tuple(getattr(vizdoom(), name) for name in FAILURES) as error:
+        raise EngineError(
+            f"the Doom engine on {level} failed ({error}); run the same command again, and reinstall vizdoom if it fails as before"
+        ) from error
+
+
+@contextmanager
 def engine(
     level: str, *, height: int = 240, buttons: Sequence[str] = (), variables: Sequence[str] = (), seed: int = 0,
     depth: bool = False, labels: bool = False, geometry: bool = False, scenario: Path | None = None, arguments: str = "",
@@ -78,7 +89,7 @@ def engine(
     game.set_episode_start_time(2)
     game.set_seed(seed)
     game.add_game_args(f"+sv_cheats 1 {arguments}".strip())
-    with TemporaryDirectory(prefix="vizdoom-") as own:
+    with told(level), TemporaryDirectory(prefix="vizdoom-") as own:
         game.set_doom_config_path(str(Path(own) / "vizdoom.ini"))
         watcher = _watch(own)
         try:
@@ -91,8 +102,6 @@ def engine(
             if watcher is not None:
                 _tell(watcher, _instance(own))
             yield game
-        except tuple(getattr(vzd, name) for name in FAILURES) as error:
-            raise EngineError(f"the Doom engine on {level} failed ({error}); run the same command again") from error
         finally:
             game.close()
             if watcher is not None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sidetuning.data import doom_grid
 from sidetuning.data.doom import SETUP, picture
-from sidetuning.data.doom_engine import engine, vizdoom
+from sidetuning.data.doom_engine import engine, told, vizdoom
 from sidetuning.data.doom_grid import Grid
 
 HOME = "my_way_home"  # ViZDoom's maze of rooms, the same textures everywhere; all other maps are Freedoom's
@@ -48,6 +48,11 @@ class World:
         """
         if name not in self._grids:
             self._grids[name] = load_grid(name, self.cache)
+        with told(name):
+            self._go(name, commands, seed)
+        return self._grids[name]
+
+    def _go(self, name: str, commands: Sequence[str], seed: int | None) -> None:
         if name != self.map or self._game.is_episode_finished():
             if self._game is None or HOME in (name, self.map):
                 if name != self.map:
@@ -62,7 +67,6 @@ class World:
             self._begin(seed)
         elif seed is not None:
             self._begin(seed)
-        return self._grids[name]
 
     def _begin(self, seed: int | None = None) -> None:
         if seed is not None:
@@ -73,6 +77,10 @@ class World:
 
     def place(self, x: float, y: float, yaw: float) -> None:
         """Put the player at a point, at rest, looking to `yaw` (degrees from east, anticlockwise)."""
+        with told(self.map):
+            self._place(x, y, yaw)
+
+    def _place(self, x: float, y: float, yaw: float) -> None:
         game = self._game
         for _ in range(2):
             game.send_game_command(f"warp {x:.0f} {y:.0f}")
@@ -96,10 +104,11 @@ class World:
         return self._act([0, -degrees], 1)
 
     def _act(self, action: list[float], tics: int) -> bool:
-        self._game.make_action(action, tics)
-        if self._game.is_episode_finished():
-            return False
-        self._look()
+        with told(self.map):
+            self._game.make_action(action, tics)
+            if self._game.is_episode_finished():
+                return False
+            self._look()
         return True
 
     def _look(self) -> None:

@@ -82,8 +82,8 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         base: a base's name, or a function that builds it: what is saved with a policy must build it again.
         method: "sidetune"; "features", the base alone; "finetune", a tuned copy of the base; "scratch", the side alone from
             random weights.
-        side, side_options, merge, init: as `SideTuner.add_task`; without options the side fcn5 has a quarter of its width, as the one
-            that is distilled from the packaged base.
+        side, side_options, merge, init: as `SideTuner.add_task`; without options the distilled fcn5 has a quarter of its width, as the one
+            that ships.
         hidden: width of the features.
 
     Orthogonal initialisation, which stable-baselines3 applies to all layers of a policy, passes the extractor by: it would
@@ -108,7 +108,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         example = torch.zeros(1, *space.shape, dtype=torch.uint8)
         if tuple(space.shape[-2:]) != tuple(getattr(built.example, "shape", (0, 0))[-2:]):
             built = built.with_example(example)
-        if side_options is None and side == "fcn5":
+        if side_options is None and side == "fcn5" and init == "distilled" and method == "sidetune":
             side_options = {"width": 0.25}
         self.base = built
         needed = method in ("sidetune", "features")

@@ -17,7 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from sidetuning.artifacts import atomic_write
-from sidetuning.base import load_base
+from sidetuning.base import Base, load_base
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS, Task
 from sidetuning.registry import unknown
@@ -32,6 +32,9 @@ MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", 
 DENSE_GRIDS = ("methods", "merge", "init", "side", "order", "dense", "base")
 Given = icifar.Settings | itaskonomy.Settings
 SCENARIOS: dict[str, Any] = {"icifar": icifar, "itaskonomy": itaskonomy}
+OTHERS = {  # settings of the other scenario
+    "icifar": ("frames", "subset", "test_frames", "size", "epochs"), "itaskonomy": ("samples", "shares"),
+}  # fmt: skip
 ALONE = "alone"  # the variant in which every task is learned first, of methods where only a run of its own tells that
 FIRST = {"finetune": ("independent", ""), "ewc": ("independent", ""), "psp": ("psp", ALONE), "pnn": ("pnn", ALONE)}
 
@@ -218,6 +221,9 @@ GRIDS: dict[str, Callable[[Any, Settings], Variants]] = {
 def run(settings: Settings) -> list[RunResult]:
     """Run the cells that have no result yet, each in a process of its own, and write table and report.
 
+    Returns:
+        The results of all cells; `add_alone` makes rows for a table of them.
+
     Raises:
         SideTuningError: a cell failed; the others' results stay.
     """
@@ -225,17 +231,19 @@ def run(settings: Settings) -> list[RunResult]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
+    defaults = Settings(s.scenario)
+    for name in OTHERS[s.scenario]:
+        if getattr(s, name) != getattr(defaults, name):
+            raise SideTuningError(f"--{name.replace('_', '-')} is not read by {s.scenario}; leave it out")
     at_least_one(s, "seeds", "samples", "frames", "test_frames", "size", "tasks")
     if len(set(s.methods)) < len(s.methods) or len(set(s.shares)) < len(s.shares):
         raise SideTuningError("--methods or --shares names one twice")
     if not all(0 < share <= 1 for share in s.shares):
         raise SideTuningError(f"--shares are parts of the data, above 0 and up to 1, not {s.shares}")
     todo = list(cells(s))
-    base = load_base(todo[0].settings.base, weights=todo[0].settings.base_weights)
-    kinds = {(c.settings.method, c.settings.side, c.settings.side_width): c for c in todo}
-    for cell in kinds.values():  # a package that is missing is said before hours of work
-        method = cell.scenario.build_method(replace(cell.settings, init=None), base)
-        method.add(Task("dry-run", "identity"))
+    base = dry_run(todo)
+    if s.scenario == "itaskonomy":
+        itaskonomy.tell_absent(*itaskonomy.frames_of(todo[0].settings))  # type: ignore[arg-type]
     folder = Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods", "shares"))
     folder.belongs(data=todo[0].scenario.fingerprint_of(todo[0].settings), base=base.fingerprint())
     results: list[RunResult] = []
@@ -249,6 +257,16 @@ def run(settings: Settings) -> list[RunResult]:
             if galleries:
                 finish(s, results, galleries)
     return results
+
+
+def dry_run(todo: Sequence[Cell]) -> Base:
+    """Build the parts of every kind of cell, so that one that is missing is said before hours of work; returns the base."""
+    base = load_base(todo[0].settings.base, weights=todo[0].settings.base_weights)
+    kinds = {(c.settings.method, c.settings.side, c.settings.side_width): c for c in todo}
+    for cell in kinds.values():
+        method = cell.scenario.build_method(replace(cell.settings, init=None), base)
+        method.add(Task("dry-run", "identity"))
+    return base
 
 
 def one(cell: Cell, bar: tqdm[Any]) -> RunResult:

@@ -183,10 +183,12 @@ def with_recipe(settings: Settings) -> Settings:
     """The settings with those that their recipe sets.
 
     Raises:
-        SideTuningError: one of these is neither what the recipe sets nor the paper's.
+        SideTuningError: one of these is neither what the recipe sets nor the paper's, or the method is another.
     """
     if settings.recipe == "paper":
         return settings
+    if settings.method != "sidetune":
+        raise SideTuningError(f"--recipe best is side-tuning's; leave out it or --method {settings.method}")
     plain = Settings()
     for name, value in BEST.items():
         if getattr(settings, name) not in (value, getattr(plain, name)):

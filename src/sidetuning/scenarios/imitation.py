@@ -25,7 +25,7 @@ from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.play import film, load_player
-from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
+from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice, read_result
 from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, expert_of, make_world, map_base, wilson
 
 TASK = "navigate"
@@ -231,7 +231,7 @@ def baseline(settings: Settings, name: str, size: int) -> Result:
     s = settings
     file = Path(s.out) / f"{name}.json"
     if file.exists():
-        return Result(**json.loads(file.read_text()))
+        return read_result(Result, file)  # type: ignore[no-any-return]
     world = make_world(s.env, s.test_split, size)
     rng = np.random.default_rng(0)
     try:
@@ -249,7 +249,7 @@ def one(cell: Cell, steps: Steps) -> Result:
     folder = Run(c.out, "imitation-run", c, free=FREE)
     file = folder.folder / "result.json"
     if file.exists():
-        return Result(**json.loads(file.read_text()))
+        return read_result(Result, file)  # type: ignore[no-any-return]
     method = build_method(c)
     features = cached(method.base, steps, c) if method.uses_features else None
     order = torch.randperm(len(steps.starts) - 1, generator=torch.Generator().manual_seed(c.seed)).tolist()
@@ -340,7 +340,8 @@ def summarise(method: str, trajectories: int, seed: int, outcomes: Sequence[Outc
     n = len(outcomes)
     success = sum(o.success or 0.0 for o in outcomes)
     spl, reward = ([float(getattr(o, name) or 0.0) for o in outcomes] for name in ("spl", "reward"))
-    intervals = {"success": wilson(success, n), "spl": normal(spl), "reward": normal(reward)}
+    low, high = normal(spl)
+    intervals = {"success": wilson(success, n), "spl": (max(0.0, low), min(1.0, high)), "reward": normal(reward)}
     steps = sum(o.steps for o in outcomes) / n
     return Result(method, trajectories, seed, n, success / n, sum(spl) / n, sum(reward) / n, intervals, steps)
 
@@ -374,7 +375,7 @@ def table(results: Sequence[Result], counts: Sequence[int]) -> str:
                     Estimate(*mean_and_error([scale * getattr(r, name) for r in runs])) if runs else None
                 )
                 ends = [sum(scale * r.intervals[name][k] for r in runs) / max(1, len(runs)) for k in (0, 1)]
-                row.append(f"{text_of} [{ends[0]:.1f}, {ends[1]:.1f}]" if runs else text_of)
+                row.append(f"{text_of} [{number_text(ends[0])}, {number_text(ends[1])}]" if runs else text_of)
             text += f"| {method} | " + " | ".join(row) + " |\n"
         text += "\n"
     return text

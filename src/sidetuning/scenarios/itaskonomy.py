@@ -188,6 +188,13 @@ def frames_of(settings: Settings) -> tuple[Taskonomy, Taskonomy]:
     return train, test
 
 
+def tell_absent(train: Taskonomy, test: Taskonomy) -> None:
+    """Say which buildings of the split have no folder."""
+    if absent := train.absent + test.absent:
+        some = ", ".join(absent[:5]) + " …" * (len(absent) > 5)
+        tqdm.write(f"{len(absent)} buildings of the split have no folder here ({some})")
+
+
 def check(settings: Settings) -> None:
     """Settings that no data can make right.
 
@@ -208,6 +215,8 @@ def run(settings: Settings) -> RunResult:
     check(s)
     folder = Run(s.out, "itaskonomy", s, free=FREE)
     train, test = frames_of(s)
+    if s.progress:  # else who started it has said so
+        tell_absent(train, test)
     classes = names(s.data, "segment_semantic")
     tasks = {name: dense_task(name, train, classes) for name in ordered(s)}
     base = load_base(s.base, weights=s.base_weights).with_example(
@@ -223,11 +232,6 @@ def run(settings: Settings) -> RunResult:
 
     inputs = {frames: prepare(method, base, frames, s) for frames in (train, test)}
     base_seconds = sum(data.seconds for data in inputs.values() if isinstance(data, CachedFeatures))
-    if s.progress and train.absent + test.absent:
-        absent = train.absent + test.absent
-        tqdm.write(
-            f"{len(absent)} buildings of the split have no folder here ({', '.join(absent[:5])}{' …' * (len(absent) > 5)})"
-        )
     gallery = Gallery(folder.folder / "gallery", test, s.pictures)
 
     masks = {frames: Stack(frames, "mask") for frames in (train, test)}

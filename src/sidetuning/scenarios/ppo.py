@@ -25,7 +25,7 @@ from sidetuning.base import Base
 from sidetuning.errors import SideTuningError
 from sidetuning.integrations.sb3 import CODE, IMAGE, SideTunedExtractor, VecBaseFeatures
 from sidetuning.scenarios.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
-from sidetuning.scenarios.runs import Run
+from sidetuning.scenarios.runs import Run, read_result
 from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world, map_base, wilson
 
 SEEDS = 1000  # between two runs: the environments of one have successive seeds
@@ -37,7 +37,7 @@ def one(cell: Cell) -> Result:
     folder = Run(c.out, "rl-run", c, free=FREE)
     file = folder.folder / "result.json"
     if file.exists():
-        return Result(**json.loads(file.read_text()))
+        return read_result(Result, file)  # type: ignore[no-any-return]
     env = training_env(c)
     try:
         model = build(c, env)
@@ -64,7 +64,7 @@ def one(cell: Cell) -> Result:
     result = Result(
         c.method, c.seed, c.env, folder.metrics(), None if success is None else success / n, spl,
         sum(o.reward for o in outcomes) / n, None if success is None else wilson(success, n), sum(p.numel() for p in model.policy.parameters() if p.requires_grad),
-        getattr(extractor.branch, "alpha", None), passes, c.steps / curve.seconds,
+        getattr(extractor.branch, "alpha", None), passes, model.num_timesteps / curve.seconds,
         {k: v for k, v in asdict(c).items() if k not in FREE},
     )  # fmt: skip
     write_json(file, asdict(result))
@@ -108,8 +108,11 @@ class Curve(BaseCallback):
         self.recent: list[dict[str, float]] = saved.get("recent", [])
         self.seconds, self._since = float(saved["seconds"]), time.perf_counter()
         self._rollouts = 0
+
+    def _on_training_start(self) -> None:
+        cell = self.cell
         self._bar = tqdm(
-            total=cell.steps, initial=int(saved["steps"]), unit="step", desc=f"{cell.method}-{cell.seed}",
+            total=cell.steps, initial=self.num_timesteps, unit="step", desc=f"{cell.method}-{cell.seed}",
             dynamic_ncols=True, leave=False, disable=not cell.progress,
         )  # fmt: skip
 

@@ -140,6 +140,8 @@ def run(settings: Settings) -> list[Result]:
     not_twice(s, "methods")
     if s.batch < 2:
         raise SideTuningError(f"--batch must be 2 or more, not {s.batch}: PPO normalises over it")
+    if s.envs * s.rollout < 2:
+        raise SideTuningError("--envs and --rollout: give at least two steps between updates")
     if s.test_split == "train" and s.env != "doom-home":
         raise SideTuningError("--test-split train: agents learn in these scenes; give val or test")
     try:

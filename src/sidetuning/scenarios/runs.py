@@ -162,6 +162,18 @@ def above_zero(settings: Any, *names: str) -> None:
             raise SideTuningError(f"--{name.replace('_', '-')} must be above 0, not {value}")
 
 
+def read_result(kind: Callable[..., Any], file: Path) -> Any:
+    """A result that an earlier call wrote.
+
+    Raises:
+        SideTuningError: it cannot be read, or another version of the library wrote it.
+    """
+    try:
+        return kind(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise SideTuningError(f"{file} cannot be read ({error}); delete it, and run the same command again") from error
+
+
 def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> None:
     """Settings that the method does not read must be as they are by default: who gives one believes that it matters.
 
@@ -172,7 +184,7 @@ def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> Non
     Raises:
         SideTuningError: one is not.
     """
-    defaults = {f.name: f.default for f in fields(settings)}
+    defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
     for name, methods in readers.items():
         if settings.method not in methods and getattr(settings, name) != defaults[name]:
             flag = name.replace("_", "-")

@@ -104,13 +104,17 @@ def run(settings: Settings) -> list[RunResult]:
             raise UnknownNameError(unknown("method", method, [*METHODS.names(), COPY], verb="registered"))
     if len(s.methods) > COLOURS:
         raise SideTuningError(f"--methods: at most {COLOURS} fit into one comparison")
+    if min(s.frames) < 1:
+        raise SideTuningError(f"--frames must be 1 or more, not {min(s.frames)}")
     todo = list(cells(s))
     given = itaskonomy.Settings(data=s.data, subset=s.subset, size=s.size, test_frames=s.test_frames)
-    itaskonomy.frames_of(
-        replace(given, tasks=s.targets, frames=max(s.frames))
-    )  # too few are found now, not after hours
+    for seed in range(s.seeds):  # what is missing is found now, not after hours
+        train, test = itaskonomy.frames_of(replace(given, tasks=s.targets, frames=max(s.frames), draw=seed))
+    itaskonomy.tell_absent(train, test)
+    compare.dry_run(todo)
     folder = Run(s.out, "transfer", s, free=("data", "out", "cache", "seeds", "methods", "frames", "targets"))
-    folder.belongs(data=itaskonomy.fingerprint_of(replace(given, tasks=("rgb",))))
+    for target in s.targets:  # of what all numbers of frames share
+        folder.belongs(**{f"data of {target}": itaskonomy.fingerprint_of(replace(given, tasks=(target,), frames=1))})
     out = Path(s.out)
     results = []
     with tqdm(total=len(todo), unit="run", dynamic_ncols=True) as bar:
