@@ -1,7 +1,7 @@
 """Methods on SQuAD, each run recorded as squad-<grid>-<method>-<seed>.json: `python benchmarks/squad.py --data FOLDER --base hf:FOLDER`.
 
 The grid "epochs" gives every method the same questions and passes; "seconds" the same passes and the same time, base features included: as
-many questions as it gets through, by its speed on the first few. Times and memory of steps are left to `squad_cost.py`, which measures
+many questions as it gets through, by its speed on the first few; "all" gives all questions there are. Times and memory of steps are left to `squad_cost.py`, which measures
 methods in turn. A run that has its result is not run again; `--table` prints a grid.
 """
 
@@ -45,7 +45,7 @@ class Settings:
     """A SQuAD folder."""
     base: str = "hf:sentence-transformers/all-MiniLM-L6-v2"
     """The base; recorded by the last part of its name."""
-    grid: Literal["epochs", "seconds"] = "epochs"
+    grid: Literal["epochs", "seconds", "all"] = "epochs"
     """What is equal."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods."""
@@ -55,8 +55,8 @@ class Settings:
     """Passes over the questions."""
     seconds: float = 600.0
     """Of training and of base features together, where these are equal."""
-    questions: int | None = 6000
-    """Training questions, None for all; not where the time is equal."""
+    questions: int = 6000
+    """Training questions of the grid "epochs"."""
     test_questions: int | None = 2000
     """Test questions, None for all."""
     out: str = "runs/benchmarks/squad"
@@ -76,7 +76,9 @@ def name(grid: str, method: str, seed: int | str) -> str:
 
 def protocol(s: Settings, method: str) -> dict[str, Any]:
     """What two results must share to stand in one table."""
-    equal = {"questions": s.questions} if s.grid == "epochs" else {"seconds": s.seconds}
+    equal = {"epochs": {"questions": s.questions}, "seconds": {"seconds": s.seconds}, "all": {"questions": None}}[
+        s.grid
+    ]
     return {
         "base": Path(s.base).name,
         "epochs": s.epochs,
@@ -100,7 +102,7 @@ def recorded(s: Settings, method: str, seed: int) -> bool:
 def one(s: Settings, method: str, seed: int) -> None:
     """Run and record a cell."""
     given = squad.Settings(
-        data=s.data, base=s.base, seed=seed, epochs=s.epochs, questions=s.questions, test_questions=s.test_questions,
+        data=s.data, base=s.base, seed=seed, epochs=s.epochs, questions=None if s.grid == "all" else s.questions, test_questions=s.test_questions,
         out=f"{s.out}/{name(s.grid, method, seed)}", cache=s.cache, **METHODS[method],
     )  # fmt: skip
     if s.grid == "seconds":
