@@ -28,7 +28,7 @@ def test_the_tables_of_grids_are_made_from_the_results() -> None:
         assert table.count("\n") > 2 and table in text, grid
 
 
-@pytest.mark.parametrize("script", ["squad.py", "squad.py --grid seconds", "squad_cost.py"])
+@pytest.mark.parametrize("script", ["squad.py", "squad.py --grid seconds", "squad.py --grid all", "squad_cost.py"])
 def test_the_tables_of_language_are_made_from_the_results(script: str) -> None:
     command = [sys.executable, *f"benchmarks/{script} --table".split()]
     table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
