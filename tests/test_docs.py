@@ -32,7 +32,7 @@ def test_the_tables_of_grids_are_made_from_the_results() -> None:
 def test_the_tables_of_language_are_made_from_the_results(script: str) -> None:
     command = [sys.executable, *f"benchmarks/{script} --table".split()]
     table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-    assert table.count("\n") > 2 and table in (ROOT / "docs/benchmarks.md").read_text()
+    assert table.count("\n") >= 2 and table in (ROOT / "docs/benchmarks.md").read_text()
 
 
 def test_no_document_names_a_path_of_one_machine() -> None:
