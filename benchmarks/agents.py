@@ -94,7 +94,7 @@ def run_speed(s: Speed) -> str:
                 hook = base.net.register_forward_hook(
                     lambda _m, _i, out, seen=seen: seen.__setitem__(0, seen[0] + len(out))
                 )
-                agent.learn(256 * cell.envs)  # starts the engines, on every level some of their time
+                agent.learn(cell.rollout * cell.envs)  # starts the engines, on every level some of their time
                 seen[0], started = 0, time.perf_counter()
                 agent.learn(s.steps, reset_num_timesteps=False)
                 rows.append({"steps_per_second": s.steps / (time.perf_counter() - started), "base_passes": seen[0]})

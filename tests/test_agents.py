@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -420,10 +421,15 @@ def mistakes_are_said_before_anything_is_learned(folder):
     from sidetuning.scenarios import collect, imitation, rl
 
     clone = imitation.Settings(data=str(folder / "t-v0"), out=str(folder / "other"), trajectories=(4,), progress=False)
+    shutil.copytree(folder / "t-v0", folder / "foreign-v0")
+    (folder / "foreign-v0" / "run.json").unlink()  # of another collector: where it comes from is not known
+    foreign = replace(clone, data=str(folder / "foreign-v0"))
     record = collect.Settings(out=str(folder / "x-v0"), progress=False)
     five = ("sidetune", "features", "independent", "scratch", "ewc")
     for scenario, settings, message in (
         (imitation, replace(clone, env="doom-home"), "was collected in habitat:nav.yaml; give --env habitat:nav.yaml"),
+        (imitation, replace(foreign, env="doom-home"), "collected with a compass, and doom-home has none"),
+        (imitation, replace(foreign, env="doom-explore"), "no goal and so no expert"),
         (imitation, replace(clone, test_episodes=0), "--test-episodes must be 1 or more"),
         (imitation, replace(clone, trajectories=(0,)), "must be numbers of 1 or more"),
         (imitation, replace(clone, methods=five), "at most 4"),

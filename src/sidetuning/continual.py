@@ -106,9 +106,9 @@ def average_rank(table: Mapping[str, Sequence[float]]) -> dict[str, float]:
     Raises:
         ValueError: none, or of different lengths.
     """
-    columns = list(table.values())
-    for column in columns or [[]]:
-        _same_length(columns[0] if columns else [], column)
+    columns = list(table.values()) or [[]]
+    for column in columns:
+        _same_length(columns[0], column)
     ranks = dict.fromkeys(table, 0.0)
     for task in zip(*columns, strict=True):
         for name, value in zip(table, task, strict=True):

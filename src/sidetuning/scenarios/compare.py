@@ -242,10 +242,15 @@ def run(settings: Settings) -> list[RunResult]:
         raise SideTuningError(f"--shares are parts of the data, above 0 and up to 1, not {s.shares}")
     todo = list(cells(s))
     base = dry_run(todo)
-    if s.scenario == "itaskonomy":
-        itaskonomy.tell_absent(*itaskonomy.frames_of(todo[0].settings))  # type: ignore[arg-type]
     folder = Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods", "shares"))
-    folder.belongs(data=todo[0].scenario.fingerprint_of(todo[0].settings), base=base.fingerprint())
+    first = todo[0].settings
+    if isinstance(first, itaskonomy.Settings):
+        frames = itaskonomy.frames_of(first)
+        itaskonomy.tell_absent(*frames)
+        data = itaskonomy.fingerprint(*frames)
+    else:
+        data = icifar.fingerprint_of(first)
+    folder.belongs(data=data, base=base.fingerprint())
     results: list[RunResult] = []
     bar = tqdm(total=sum(cell.tasks for cell in todo), unit="task", dynamic_ncols=True)
     with bar:

@@ -23,12 +23,11 @@ from sidetuning.errors import DataError, SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
 from sidetuning.scenarios.report_runs import report
-from sidetuning.scenarios.runs import Run, at_least_one, read_by_method
+from sidetuning.scenarios.runs import WITH_SIDES, Run, at_least_one, read_by_method
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
 CLASSES_PER_TASK = 10
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
-WITH_SIDES = ("sidetune", "boosting")
 READERS = {  # settings that some methods alone read
     "merge": WITH_SIDES, "side": WITH_SIDES, "side_width": WITH_SIDES, "side_shift": WITH_SIDES, "dense": ("sidetune",),
     "stages": ("boosting",), "psp_statistics": ("psp",), "prenorm": (*WITH_SIDES, "features"),

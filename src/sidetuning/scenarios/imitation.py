@@ -25,7 +25,7 @@ from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.play import film, load_player
-from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice, read_result
+from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_result
 from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, expert_of, make_world, map_base, wilson
 
 TASK = "navigate"
@@ -295,7 +295,7 @@ def build_method(cell: Cell) -> Method:
     side: dict[str, Any] = {"side": c.side, "merge": c.merge, "init": c.init}
     if c.side in ("fcn5", "copy"):
         side["side_options"] = {"width": c.side_width}
-    return METHODS.build(c.method, base, options=side if c.method in ("sidetune", "boosting") else {})
+    return METHODS.build(c.method, base, options=side if c.method in WITH_SIDES else {})
 
 
 def cached(base: Base, steps: Steps, cell: Cell) -> CachedFeatures:

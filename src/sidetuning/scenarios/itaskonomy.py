@@ -27,10 +27,9 @@ from sidetuning.results import RunResult
 from sidetuning.scenarios.dense import ORDER, DenseTask, Regression, dense_task
 from sidetuning.scenarios.gallery import Gallery
 from sidetuning.scenarios.report_runs import report
-from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice, read_by_method
+from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_by_method
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
-WITH_SIDES = ("sidetune", "boosting")
 READERS = {
     "merge": WITH_SIDES,
     "side": WITH_SIDES,

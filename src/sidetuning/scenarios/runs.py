@@ -18,6 +18,8 @@ from typing import Any
 from sidetuning.artifacts import atomic_write, write_json
 from sidetuning.errors import SideTuningError
 
+WITH_SIDES = ("sidetune", "boosting")  # methods that read settings of sides and merges
+
 
 class Run:
     """`run.json`, `metrics.jsonl`, `matrix.json`, `tasks/` and `resume/` under one folder.

@@ -26,7 +26,7 @@ from sidetuning.errors import DataError, SideTuningError
 from sidetuning.integrations.transformers import load_tokenizer, tokenizer_fingerprint
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import number_text
-from sidetuning.scenarios.runs import Run, at_least_one, peak_memory_mb
+from sidetuning.scenarios.runs import Run, above_zero, at_least_one, peak_memory_mb
 from sidetuning.sides.top import EMBEDDINGS, layers_of
 from sidetuning.token_cache import ByLength, CachedTokens, cache_tokens, token_loader
 from sidetuning.training import default_accelerator, seeded
@@ -223,9 +223,7 @@ def check(settings: Settings) -> None:
     at_least_one(s, "batch", "length", "questions", "test_questions", "width", "layers", "rungs", "rank", "n_best")
     if s.stride < 0:
         raise SideTuningError(f"--stride must be 0 or more, not {s.stride}")
-    for name in ("epochs", "lr", "distill_epochs"):
-        if getattr(s, name) is not None and not getattr(s, name) > 0:
-            raise SideTuningError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
+    above_zero(s, "epochs", "lr", "distill_epochs")
     if s.init != "as-built" and s.method not in ("sidetune", "ladder"):
         raise SideTuningError(f"--init {s.init} is about how a side starts, and {s.method} has none")
     if Path(s.data).is_file():

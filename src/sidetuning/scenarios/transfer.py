@@ -17,7 +17,7 @@ from sidetuning.methods import METHODS
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, MeasureRow, RunResult, measure_rows, number_text
 from sidetuning.scenarios import compare, itaskonomy
-from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
+from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def cells(settings: Settings) -> Iterator[compare.Cell]:
                         lr=s.lr, base_weights=s.base_weights, precision=s.precision, out=str(Path(s.out) / name), cache=s.cache,
                         progress=False,
                     )  # fmt: skip
-                    if method in itaskonomy.WITH_SIDES:
+                    if method in WITH_SIDES:
                         plain = replace(plain, merge=s.merge)
                     if method == COPY:
                         plain = replace(plain, method="sidetune", merge=s.merge, side="copy", side_width=1.0, init=None)
