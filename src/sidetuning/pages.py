@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sidetuning.artifacts import atomic_write
+from sidetuning.artifacts import write_text
 from sidetuning.results import number_text
 
 
@@ -19,6 +19,5 @@ def write_page(template: str, path: str | Path, **values: Any) -> Path:
     )  # fmt: skip
     environment.filters["number"] = number_text
     page = environment.get_template(template).render(version=version("sidetuning"), **values)
-    with atomic_write(path) as temporary:
-        temporary.write_text(page.lstrip(), encoding="utf-8")
+    write_text(path, page.lstrip())
     return Path(path)

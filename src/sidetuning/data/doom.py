@@ -8,7 +8,6 @@ everything else follows from `doom_map.DoomMap.look`. A frame whose exact depth 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from sidetuning.artifacts import write_json, write_text
 from sidetuning.data import dense_labels, taskonomy_files
 from sidetuning.data.dense_labels import Geometry
 from sidetuning.data.doom_engine import engine, freedoom
@@ -203,9 +203,8 @@ def render_map(root: Path, name: str, count: int, size: int, seed: int, written:
 def write_index(root: Path) -> None:
     """The files beside the frames: the split of the maps, and the names of the classes."""
     rows = [f"{m},{int(m in TRAIN)},{int(m in VAL)},{int(m in TEST)}" for m in MAPS]
-    (root / "splits.csv").write_text("\n".join(["id,train,val,test", *rows]) + "\n")
-    names = {"segment_semantic": SEMANTIC, "class_object": OBJECTS}
-    (root / "names.json").write_text(json.dumps(names, indent=2) + "\n")
+    write_text(root / "splits.csv", "\n".join(["id,train,val,test", *rows]) + "\n")
+    write_json(root / "names.json", {"segment_semantic": SEMANTIC, "class_object": OBJECTS})
 
 
 def picture(screen: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

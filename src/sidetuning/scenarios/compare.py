@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from sidetuning.artifacts import atomic_write
+from sidetuning.artifacts import write_text
 from sidetuning.base import Base, load_base
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS, Task
@@ -315,8 +315,7 @@ def finish(settings: Settings, results: Sequence[RunResult], galleries: Sequence
     if with_first[0].measures is not None:
         table += "\n" + measures_table(with_first)
     out = Path(settings.out)
-    with atomic_write(out / "table.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
+    write_text(out / "table.md", table)
     pictures = [folder if folder.is_dir() else None for folder in galleries]
     write_report(with_first, out / "report.html", title=title(settings), galleries=pictures if any(pictures) else ())
 

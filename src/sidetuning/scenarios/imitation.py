@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sidetuning.artifacts import write_json
+from sidetuning.artifacts import write_json, write_text
 from sidetuning.base import Base, Features, Observation
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.charts import COLOURS, Chart, Line, Point, write_charts
@@ -178,7 +178,7 @@ def run(settings: Settings) -> list[Result]:
     results = [baseline(s, name, size) for name in EXPERTS]
     for cell in tqdm(list(cells(s, size)), unit="run", dynamic_ncols=True, disable=not s.progress):
         results.append(one(cell, steps))
-        (Path(s.out) / "table.md").write_text(table(results, s.trajectories), encoding="utf-8")
+        write_text(Path(s.out) / "table.md", table(results, s.trajectories))
     films = [
         f
         for method in s.methods

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sidetuning.artifacts import write_text
 from sidetuning.charts import Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
 from sidetuning.errors import SideTuningError, UnknownNameError
@@ -153,7 +154,7 @@ def run(settings: Settings) -> list[Result]:
     results = []
     for cell in tqdm(list(cells(s)), unit="run", dynamic_ncols=True, disable=not s.progress):
         results.append(one(cell))
-        (Path(s.out) / "table.md").write_text(table(results), encoding="utf-8")
+        write_text(Path(s.out) / "table.md", table(results))
         if made := charts(results):  # none where no episode ended
             write_charts(made, Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=LEAD)
     films = [

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sidetuning.artifacts import atomic_write, write_json
+from sidetuning.artifacts import write_json, write_text
 from sidetuning.errors import SideTuningError
 
 WITH_SIDES = ("sidetune", "boosting")  # methods that read settings of sides and merges
@@ -125,8 +125,7 @@ class Run:
         """Leave those rows of `metrics.jsonl` alone."""
         rows = self.metrics()
         if not all(map(which, rows)):
-            with atomic_write(self.folder / "metrics.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if which(row)))
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if which(row)))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to `metrics.jsonl`, after dropping a line that a kill cut short."""

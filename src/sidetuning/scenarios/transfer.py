@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from sidetuning.artifacts import write_json
+from sidetuning.artifacts import write_json, write_text
 from sidetuning.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning.continual import mean_and_error
 from sidetuning.errors import SideTuningError, UnknownNameError
@@ -122,7 +122,7 @@ def run(settings: Settings) -> list[RunResult]:
             bar.set_description(cell.folder.name)
             name = COPY if cell.settings.side == "copy" else cell.settings.method
             results.append(replace(compare.one(cell, bar), variant=cell.variant, method=name))
-            (out / "table.md").write_text(tables(results, s.targets, s.frames), encoding="utf-8")
+            write_text(out / "table.md", tables(results, s.targets, s.frames))
     write_json(out / "curves.json", {t: curves(results, t, s.frames) for t in s.targets})
     write_charts(
         list(charts(results, s.targets, s.frames)), out / "report.html", title="Transfer from curvature",
