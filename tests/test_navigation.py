@@ -27,7 +27,7 @@ from sidetuning.data import doom_grid
 from sidetuning.data.doom import TEST, TRAIN, VAL
 from sidetuning.data.doom_nav import FORWARD, LEFT, MAPS, RIGHT, STOP, DoomExplore, DoomPointNav, _mark
 from sidetuning.data.trajectories import COMPASS
-from sidetuning.scenarios.worlds import make_world, wilson
+from sidetuning.scenarios.worlds import Outcome, make_world, wilson
 from test_doom import instances, left, linux
 
 
@@ -289,6 +289,13 @@ def test_unknown_names_are_said():
 def test_wilson_intervals():
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998, by hand
     assert wilson(0, 100)[0] == 0 and wilson(0, 100)[1] == pytest.approx(0.037, abs=1e-3)
+
+
+def test_spl_of_a_clone_that_never_arrives_has_an_interval():
+    from sidetuning.scenarios.imitation import summarise
+
+    found = summarise("sidetune", 10, 0, [Outcome(-0.5, 0.0, 0.0, 40)] * 100)
+    assert found.spl == 0 and found.intervals["spl"] == pytest.approx((0, 0.037), abs=1e-3)
 
 
 @linux

@@ -105,7 +105,7 @@ class Result:
 
     Attributes:
         success, spl, reward: means over the episodes.
-        intervals: 95 % of success (Wilson), SPL and reward (mean ± 1.96 standard errors), over the episodes.
+        intervals: 95 % of success and SPL (Wilson) and of reward (mean ± 1.96 standard errors), over the episodes.
         accuracy: share of held-out steps at which the clone does what the expert did; None for those that learn nothing.
         frames: of the trajectories that it learned from.
         added: parameters that were trained.
@@ -336,12 +336,11 @@ def actor(method: Method, seed: int) -> Callable[[dict[str, Any]], int]:
 
 
 def summarise(method: str, trajectories: int, seed: int, outcomes: Sequence[Outcome]) -> Result:
-    """Means over episodes, and the interval of success."""
+    """Means over episodes, and their intervals."""
     n = len(outcomes)
     success = sum(o.success or 0.0 for o in outcomes)
     spl, reward = ([float(getattr(o, name) or 0.0) for o in outcomes] for name in ("spl", "reward"))
-    low, high = normal(spl)
-    intervals = {"success": wilson(success, n), "spl": (max(0.0, low), min(1.0, high)), "reward": normal(reward)}
+    intervals = {"success": wilson(success, n), "spl": wilson(sum(spl), n), "reward": normal(reward)}
     steps = sum(o.steps for o in outcomes) / n
     return Result(method, trajectories, seed, n, success / n, sum(spl) / n, sum(reward) / n, intervals, steps)
 

@@ -111,7 +111,10 @@ def episodes(
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927): right for few trials, and for shares of 0 and 1."""
+    """The 95 % interval of a share (Wilson, 1927): right for few trials, and for shares of 0 and 1.
+
+    For the mean of numbers in 0 … 1, given their sum, it is wide enough: they vary at most as much as trials do.
+    """
     z = 1.96
     p = successes / count
     middle = (p + z * z / (2 * count)) / (1 + z * z / count)
