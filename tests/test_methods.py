@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sidetuning as st
 from conftest import BASES, SHARED, TAPS, conv_base, inputs, mlp_base
+from sidetuning.errors import TaskError
 from sidetuning.methods import METHODS, Method, Recipe, Task, load_method, saved_tasks
 from sidetuning.methods.boosting import Boosting
 from sidetuning.methods.ewc import EWC
@@ -79,9 +80,13 @@ def test_contract(kind: str, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_a_run_that_was_cut_short_ends_with_the_same_weights(name: str, tmp_path: Path) -> None:
-    recipe = Recipe(8, lr=1e-2)
-    whole = build("conv", name)
-    whole.learn(Task("a", 3), batches("conv"), recipe, progress=False)
+    """In the second task, in the process that was interrupted and in another that reads the first task from disk."""
+    recipe, second = Recipe(8, lr=1e-2), Task("b", 3, seed=1)
+    whole, cut = build("conv", name), build("conv", name)
+    for method in (whole, cut):
+        learn(method, "conv", "a")
+    cut.save(tmp_path / "saved")
+    whole.learn(second, batches("conv"), recipe, progress=False)
 
     class Cut(Exception):
         pass
@@ -96,15 +101,37 @@ def test_a_run_that_was_cut_short_ends_with_the_same_weights(name: str, tmp_path
                 raise Cut
             return iter(batches("conv"))
 
-    cut = build("conv", name)
     resume = tmp_path / "resume.pt"
     with pytest.raises(Cut):
-        cut.learn(Task("a", 3), Loader(), recipe, resume=resume, save_every=0.0, progress=False)
-    assert list(cut.tasks) == []
-    fresh = build("conv", name)
-    for method in (cut, fresh):
-        method.learn(Task("a", 3), batches("conv"), recipe, resume=resume, progress=False)
-        assert torch.equal(method(inputs("conv", 8), "a"), whole(inputs("conv", 8), "a"))
+        cut.learn(second, Loader(), recipe, resume=resume, save_every=0.0, progress=False)
+    assert list(cut.tasks) == ["a"]
+    for method in (cut, load_method(tmp_path / "saved", whole.base)):
+        method.learn(second, batches("conv"), recipe, resume=resume, progress=False)
+        for task in ("a", "b"):
+            assert torch.equal(method(inputs("conv", 8), task), whole(inputs("conv", 8), task))
+
+
+@pytest.mark.parametrize("name", ["finetune", "ewc", "psp"])
+def test_the_next_task_starts_from_what_the_ones_before_it_left(name: str) -> None:
+    method = build("conv", name)
+    learn(method, "conv", "a", recipe=Recipe(30, lr=1e-2))
+    before = {n: p.detach().clone() for n, p in method.trunk.named_parameters()}
+    started = build("conv", name).trunk.state_dict()
+    learn(method, "conv", "b", recipe=Recipe(1, lr=1e-7))
+    for n, p in method.trunk.named_parameters():
+        assert torch.allclose(p, before[n], atol=1e-6) and not torch.allclose(p, started[n], atol=1e-4), n
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("sidetune", "side"), ("boosting", "side"), ("sidetune", "merge"), ("features", "head")]
+)
+def test_parts_are_given_by_name(name: str, part: str) -> None:
+    """One module would be shared by all tasks, and what was learned would not be the same after the next."""
+    own = nn.Linear(6, 6)
+    method = METHODS.build(name, mlp_base(), options={} if part == "head" else {"side": "mlp", part: own})
+    with pytest.raises(TaskError, match=f"{part} is a Linear"):
+        method.learn(Task("a", own if part == "head" else 3), batches("mlp"), QUIET, progress=False)
+    assert list(method.tasks) == []
 
 
 def test_methods_that_do_not_use_features_ignore_them() -> None:
@@ -333,6 +360,28 @@ def test_pnn_lateral_by_hand() -> None:
     first, second = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 6.0]])
     # scaled: 1 2 | 2 3; reduced: 1 + 4 = 5, 2 - 6 + 1 = -3 -> relu 5, 0; expanded: 5, 0
     assert lateral([first, second]).tolist() == [[5.0, 0.0]]
+
+
+def test_pnn_columns_are_joined_after_each_tap() -> None:
+    """h_1 = layer_1(x) + lateral_1(taps of base and column a), h_2 = layer_2(h_1) + lateral_2(…), layer by layer."""
+    method = METHODS.build("pnn", mlp_base(TAPS["mlp"]), options={})
+    learn(method, "mlp", "a", "b")
+    x = inputs("mlp")
+
+    def by_hand(
+        net: nn.Module, laterals: nn.ModuleDict | None, known: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        h, taps = x, {}
+        for name, layer in net.named_children():
+            h = layer(h)
+            if name in TAPS["mlp"]:
+                h = taps[name] = h if laterals is None else h + laterals[name]([other[name] for other in known])
+        return h, taps
+
+    _, base = by_hand(method.base.net, None, [])
+    _, first = by_hand(method.columns["a"].trunk.net, method.columns["a"].laterals, [base])
+    code, _ = by_hand(method.columns["b"].trunk.net, method.columns["b"].laterals, [base, first])
+    assert torch.allclose(method(x, "b"), method.heads["b"](code), atol=1e-6)
 
 
 def test_pnn_hears_base_and_earlier_columns() -> None:

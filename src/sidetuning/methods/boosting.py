@@ -22,7 +22,7 @@ class Boosting(Method):
     Args:
         base: the base.
         stages: sides per task.
-        side, merge, init, prenorm, side_options: as in `SideTuner.add_task`; the merge must have a dense variant.
+        side, merge, init, prenorm, side_options: as in `SideTuner.add_task`, side and merge by name; the merge must have a dense variant.
     """
 
     name: ClassVar[str] = "boosting"

@@ -203,7 +203,7 @@ class Method(nn.Module):
             progress: show a bar.
 
         Raises:
-            TaskError: the task is learned already, or its name is not allowed.
+            TaskError: the task is learned already, its name is not allowed, or a part is not given by name.
             TrainingError, DataError: as `fit`.
         """
         if task.name in self.tasks:
@@ -245,6 +245,14 @@ class Method(nn.Module):
             raise TaskError(
                 f"'{task.name}' cannot be a task's name; use letters, digits, - and _ (and no attribute of a dict)"
             )
+        for name, value in {"head": task.head, "head_options": dict(task.head_options), **self.options}.items():
+            try:
+                json.dumps(value)
+            except TypeError:  # a module would be one for all tasks, and could not be built again
+                raise TaskError(
+                    f"{name} is a {type(value).__name__}, and a method builds its parts anew for every task: register it "
+                    "(with SIDES, MERGES or HEADS) and give its name"
+                ) from None
         with seeded(task.seed):
             add(task)
         self.tasks[task.name] = task

@@ -20,7 +20,7 @@ class SideTune(Method):
 
     Args:
         base: the base.
-        side, merge, init, prenorm, side_options: as in `SideTuner.add_task`.
+        side, merge, init, prenorm, side_options: as in `SideTuner.add_task`, side and merge by name.
         dense: feed the sides of all earlier tasks into the merge, detached.
     """
 

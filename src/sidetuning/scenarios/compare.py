@@ -164,11 +164,12 @@ def init_grid(common: Any, s: Settings) -> Variants:
 
 
 def side_grid(common: Any, s: Settings) -> Variants:
-    """Sides of growing size, all from random weights (xavier's in copies of the base), since distilled ones ship for fcn4 alone."""
+    """Sides of growing size, all from random weights, since distilled ones ship for fcn4 alone."""
+    common = replace(common, init="xavier")
     for side in ("fcn4", "fcn5", "fcn8"):
-        yield f"side={side}", replace(common, side=side, init=None)
+        yield f"side={side}", replace(common, side=side)
     for width in (0.25, 0.5):
-        yield f"side=copy, width={width}", replace(common, side="copy", side_width=width, init="xavier")
+        yield f"side=copy, width={width}", replace(common, side="copy", side_width=width)
 
 
 def order_grid(common: Any, s: Settings) -> Variants:
@@ -205,11 +206,12 @@ def data_grid(common: Any, s: Settings) -> Variants:
 
 
 def boosting_grid(common: Any, s: Settings) -> Variants:
-    """Several small sides, one after another, against one bigger side."""
+    """Several small sides, one after another, against one side with as many parameters, all from random weights."""
+    common = replace(common, init="xavier")
     for stages in (1, 2, 3):
         yield f"stages={stages}", replace(common, method="boosting", stages=stages)
-    yield "side=fcn4", common
-    yield "side=copy of the base, width=0.5", replace(common, side="copy", side_width=0.5, init=None)
+    for width in (1.875, 2.625):  # within 3 % of two and of three stages, merges included
+        yield f"side=fcn4, width={width}", replace(common, side_width=width)
 
 
 GRIDS: dict[str, Callable[[Any, Settings], Variants]] = {
@@ -267,10 +269,10 @@ def run(settings: Settings) -> list[RunResult]:
 def dry_run(todo: Sequence[Cell]) -> Base:
     """Build the parts of every kind of cell, so that one that is missing is said before hours of work; returns the base."""
     base = load_base(todo[0].settings.base, weights=todo[0].settings.base_weights)
-    kinds = {(c.settings.method, c.settings.side, c.settings.side_width): c for c in todo}
+    parts = ("method", "side", "side_width", "merge", "init", "stages")
+    kinds = {tuple(getattr(c.settings, part, None) for part in parts): c for c in todo}
     for cell in kinds.values():
-        method = cell.scenario.build_method(replace(cell.settings, init=None), base)
-        method.add(Task("dry-run", "identity"))
+        cell.scenario.build_method(cell.settings, base).add(Task("dry-run", "identity"))
     return base
 
 

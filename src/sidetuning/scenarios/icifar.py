@@ -58,7 +58,7 @@ class Settings:
     side: str = "fcn4"
     """Side network."""
     side_width: float = 1.0
-    """Fraction of the base's channels that the side "copy" keeps."""
+    """Fraction of the channels of the side fcn4, or of the base's that the side "copy" keeps."""
     side_shift: int = 0
     """Augmentation of the side "fusion": cells of the largest map by which maps are moved at random."""
     taps: tuple[str, ...] = ()
@@ -167,9 +167,10 @@ def fingerprint_of(settings: Settings) -> str:
 def build_method(settings: Settings, base: Base) -> Method:
     """The method that the settings name, without tasks."""
     s = settings
+    width = {} if s.side_width == 1 else {"width": s.side_width}  # distilled sides ship for the whole width
     side = {
         "side": s.side, "merge": s.merge, "init": s.init, "prenorm": s.prenorm,
-        "side_options": {"copy": {"width": s.side_width}, "fusion": {"shift": s.side_shift}}.get(s.side, {}),
+        "side_options": {"fcn4": width, "copy": width, "fusion": {"shift": s.side_shift}}.get(s.side, {}),
     }  # fmt: skip
     options: dict[str, dict[str, Any]] = {  # of the other methods: their own defaults
         "sidetune": {**side, "dense": s.dense}, "boosting": {**side, "stages": s.stages},

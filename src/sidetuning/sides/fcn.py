@@ -22,6 +22,11 @@ def layer(
     return nn.Sequential(conv, *([nn.GroupNorm(groups, outputs)] if norm else []), nn.ReLU())
 
 
+def even(channels: float) -> int:
+    """The nearest even number, and at least 2, which the group norms of a layer can halve."""
+    return max(2, round(channels / 2) * 2)
+
+
 class FCN(nn.Module):
     """What the four share. Shape: images (b, c, H, W) -> the base's output shape."""
 
@@ -59,14 +64,20 @@ class FCN3(FCN):
 
 
 class FCN4(FCN):
-    """Four layers, stride 4, for small images: the side of iCIFAR (25,904 parameters)."""
+    """Four layers, stride 4, for small images: the side of iCIFAR (25,904 parameters).
 
-    def __init__(self, base: Base) -> None:
+    Args:
+        base: the base.
+        width: fraction of the paper's channels.
+    """
+
+    def __init__(self, base: Base, width: float = 1.0) -> None:
         super().__init__(base)
-        self.conv1 = layer(self.channels, 16, 3, padding=1)
-        self.conv2 = layer(16, 16, 3, stride=2)
-        self.conv3 = layer(16, 32, 3, stride=2)
-        self.conv5 = layer(32, self.code, 3, norm=False)  # the original has no conv4
+        thin, wide = (even(width * c) for c in (16, 32))
+        self.conv1 = layer(self.channels, thin, 3, padding=1)
+        self.conv2 = layer(thin, thin, 3, stride=2)
+        self.conv3 = layer(thin, wide, 3, stride=2)
+        self.conv5 = layer(wide, self.code, 3, norm=False)  # the original has no conv4
 
     def body(self, x: Tensor) -> Tensor:
         return self.conv5(self.conv3(self.conv2(self.conv1(x))))
@@ -82,7 +93,7 @@ class FCN5(FCN):
 
     def __init__(self, base: Base, width: float = 1.0) -> None:
         super().__init__(base)
-        thin, wide = (max(2, round(width * c / 2) * 2) for c in (64, 256))  # group norm wants even numbers
+        thin, wide = (even(width * c) for c in (64, 256))
         self.conv1 = layer(self.channels, thin, 8, stride=4, padding=2)
         self.conv2 = layer(thin, wide, 3, stride=2, padding=1)
         self.conv3 = layer(wide, wide, 3, stride=2, padding=1)
