@@ -318,6 +318,17 @@ def test_psp_at_orthogonal_contexts_is_independent_networks() -> None:
     assert not torch.allclose(together(x, "a"), together(x, "b"), atol=0.1)
 
 
+def test_psp_of_grouped_convolutions_has_a_sign_for_every_input() -> None:
+    """A depthwise layer's W * c is the same weights on inputs whose signs c flips, channel by channel."""
+    net = nn.Conv2d(4, 8, 1, groups=4, bias=False)
+    method = PSP(st.Base(net, example=torch.zeros(1, 4, 5, 5)), seed=1)
+    (signs,) = method.contexts(1).values()
+    assert signs.shape == net.weight.shape and len(signs[::2].unique()) == 2
+    x = torch.rand(2, 4, 5, 5)
+    flipped = F.conv2d(x * signs[::2].view(1, 4, 1, 1), net.weight, groups=4)
+    assert torch.allclose(F.conv2d(x, superpose(net.weight, signs), groups=4), flipped)
+
+
 def test_psp_covers_every_layer_and_starts_from_the_base() -> None:
     base = conv_base()
     method = PSP(base)

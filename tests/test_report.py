@@ -99,13 +99,43 @@ def test_summary_by_hand() -> None:
     ours, other = rows
     assert ours.accuracy == pytest.approx((0.6, 0.1))  # 0.7 and 0.5: deviation 0.1 · √2, over √2
     assert ours.forgetting == (0, 0) and other.forgetting == pytest.approx((0.4, 0))  # the last task cannot forget
-    assert ours.rigidity is None and other.rigidity == pytest.approx((0.5 * 0.693147, 0), abs=1e-6)  # errors ×1 and ×2
+    assert ours.rigidity is None and other.rigidity == pytest.approx(
+        (0.693147, 0), abs=1e-6
+    )  # the second error doubles
     assert ours.rank == (1.5, 0) and other.rank == (
         1.5,
         0,
     )  # of seed 0 alone, which both have: first and second, once each
     assert (ours.parameters, ours.shared_parameters, ours.seconds) == (200, 5000, 3)
     assert (ours.base_seconds, ours.peak_memory_mb, other.peak_memory_mb) == (10, 300, None)
+
+
+def test_dense_rigidity_is_of_the_errors_that_were_scored() -> None:
+    """Scores f / (f + e) of 1/2 and 2/3 are errors of f and f / 2: learned in the sequence it is twice as large."""
+    (run,) = dense("psp")
+    (row,) = summary_table([replace(run, accuracy=[[0.7], [0.7, 1 / 2]], alone=[0.7, 2 / 3])])
+    assert row.rigidity == pytest.approx((0.693147, 0), abs=1e-6)
+
+
+def test_rank_among_those_that_add_little() -> None:
+    """Rows by accuracy: a large one, then one that adds a tenth of the 5,000 shared, then one that adds less."""
+    rows = summary_table(
+        [
+            result("large", accuracy=[[0.9], [0.9, 0.9]], parameters=[100, 501]),
+            result("tenth", accuracy=[[0.8], [0.8, 0.8]], parameters=[500, 500]),
+            result("small", accuracy=[[0.7], [0.7, 0.7]], parameters=[1, 1]),
+        ]
+    )
+    assert [r.rank for r in rows] == [(1, 0), (2, 0), (3, 0)]
+    assert [r.small_rank for r in rows] == [None, (1, 0), (2, 0)]
+    assert "Rank, of small" in markdown(rows) and "Rank, of small" not in markdown(
+        summary_table([result(), result("b")])
+    )
+
+
+def test_a_task_that_other_work_held_up_does_not_move_its_time() -> None:
+    (row,) = summary_table([result(seconds=[2.0, 700.0]), result(seed=1, seconds=[2.0, 2.5])])
+    assert row.seconds == 2.25
 
 
 def test_variants_are_rows_of_their_own_and_ranks_need_company() -> None:

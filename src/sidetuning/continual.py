@@ -78,23 +78,30 @@ FLOOR = 1e-3  # smallest error that a ratio divides by: one mistake in a thousan
 def forward_transfer(in_sequence: Sequence[float], first: Sequence[float]) -> float:
     """What earlier tasks bring to later ones: mean accuracy of tasks learned in sequence, less that of the same learned first.
 
+    Over all tasks but the first, which has none before it; 0 for a single task.
+
     Args:
         in_sequence: accuracy of task k just after it was learned in the sequence.
         first: its accuracy where it is the first task that the method learns.
     """
     _same_length(in_sequence, first)
-    return sum(a - b for a, b in zip(in_sequence, first, strict=True)) / len(first)
+    gains = [a - b for a, b in zip(in_sequence[1:], first[1:], strict=True)]
+    return sum(gains) / len(gains) if gains else 0.0
 
 
 def rigidity(in_sequence: Sequence[float], first: Sequence[float]) -> float:
     """How much worse tasks are learned because of earlier ones: mean log ratio of errors, in sequence over first.
 
-    0 for a method whose tasks do not touch each other, log 2 where the error doubles, negative where earlier tasks help.
-    The paper takes the ratio of losses; errors, 1 - accuracy, stand for them here.
+    Over all tasks but the first, which has none before it. 0 for a method whose tasks do not touch each other and for a
+    single task, log 2 where the error doubles, negative where earlier tasks help.
+
+    Args:
+        in_sequence: error of task k just after it was learned in the sequence: a loss, as in the paper, or 1 - accuracy.
+        first: its error where it is the first task that the method learns.
     """
     _same_length(in_sequence, first)
-    ratios = [math.log(max(1 - a, FLOOR) / max(1 - b, FLOOR)) for a, b in zip(in_sequence, first, strict=True)]
-    return sum(ratios) / len(ratios)
+    ratios = [math.log(max(a, FLOOR) / max(b, FLOOR)) for a, b in zip(in_sequence[1:], first[1:], strict=True)]
+    return sum(ratios) / len(ratios) if ratios else 0.0
 
 
 def average_rank(table: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -27,6 +27,7 @@ from sidetuning.results import (
     means,
     measure_rows,
     own_values,
+    shared_seeds,
     summary_table,
     used_columns,
 )
@@ -82,6 +83,7 @@ def write_report(
         tasks=results[0].tasks,
         one_order=all(r.tasks == results[0].tasks for r in results),
         columns=used_columns(rows),
+        ranked=shared_seeds(groups),
         scored=any(row.scored for row in rows),
         measures=measures,
         figures=figures,
@@ -127,9 +129,11 @@ class Panel:
     alphas: list[float | None]
     parameters: list[float]
     seconds: list[float]
+    memory: list[float]  # empty where it was not measured
 
 
 def _panel(row: SummaryRow, runs: Sequence[RunResult]) -> Panel:
+    measured = [[m for m in run.memory_mb or () if m is not None] for run in runs]
     matrix = [means(rows) for rows in zip(*(run.accuracy for run in runs), strict=True)]
     alphas = [[a for a in column if a is not None] for column in zip(*(run.alphas for run in runs), strict=True)]
     return Panel(
@@ -141,6 +145,7 @@ def _panel(row: SummaryRow, runs: Sequence[RunResult]) -> Panel:
         alphas=[mean(column) if column else None for column in alphas],
         parameters=means([run.parameters for run in runs]),
         seconds=means([run.seconds for run in runs]),
+        memory=means(measured) if all(len(m) == len(runs[0].tasks) for m in measured) else [],
     )
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from sidetuning.artifacts import write_json
@@ -31,6 +32,7 @@ class RunResult:
         seconds: training time of each task.
         base_seconds: time to compute the base's features; 0 where nothing is computed ahead.
         peak_memory_mb: the most memory the run held, in MB; None where it was not measured.
+        memory_mb: the most that it held while each task was learned and measured; None where that was not measured.
         settings: JSON values, shown as they are; they may be nested, such as {"versions": {…}}.
         values: like `accuracy`, in each task's own measure; None where that is the accuracy.
         measures: what the values of each task are, such as "mean angular error, °".
@@ -54,12 +56,13 @@ class RunResult:
     settings: dict[str, Any]
     values: list[list[float]] | None = None
     measures: list[str] | None = None
+    memory_mb: list[float | None] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.tasks)
         if not n:
             raise ArtifactError("there are no tasks")
-        for name in ("accuracy", "alone", "alphas", "parameters", "seconds", "values", "measures"):
+        for name in ("accuracy", "alone", "alphas", "parameters", "seconds", "values", "measures", "memory_mb"):
             values = getattr(self, name)
             if values is not None and len(values) != n:
                 raise ArtifactError(f"'{name}' has {len(values)} entries for {n} tasks")
@@ -88,7 +91,10 @@ class RunResult:
             raise ArtifactError(f"{path} is not a result in JSON ({error}); delete it and run again") from error
         names = {f.name for f in fields(cls)}
         found = set(content) if isinstance(content, dict) else set()
-        for word, keys in (("lacks", names - found - {"values", "measures"}), ("has the unknown", found - names)):
+        for word, keys in (
+            ("lacks", names - found - {"values", "measures", "memory_mb"}),
+            ("has the unknown", found - names),
+        ):
             if keys:
                 raise ArtifactError(f"{path} {word} {', '.join(map(repr, sorted(keys)))}; delete it and run again")
         try:
@@ -116,6 +122,9 @@ class RunResult:
         return AccuracyMatrix(self.tasks, self.accuracy)
 
 
+SMALL = 0.1  # of what all tasks share: what a task may add to be small
+
+
 class Estimate(NamedTuple):
     """A mean over seeds and its standard error, 0 for one seed."""
 
@@ -131,10 +140,12 @@ class SummaryRow:
         accuracy: average over the tasks at the end, in 0 … 1.
         forgetting: what a task lost from when it was learned to the end, in 0 … 1, average over all tasks but the last.
         rigidity: mean log ratio of errors, learned in sequence over learned alone; None where alone was not measured.
-        rank: average over tasks among the rows, 1 the best; None for a single row, or where rows share no seed.
+        rank: average over tasks among the rows, 1 the best, over the seeds that all rows have; None for a single row, or where
+            rows share no seed.
+        small_rank: the same among the rows that add at most a tenth of what all tasks share; None where that is all rows.
         parameters: added per task, mean.
-        seconds: of training per task, mean.
-        base_seconds: the longest of the seeds, because later ones find the features in the cache.
+        seconds: of training per task, median over tasks and seeds, which a task that other work held up does not move.
+        base_seconds: to compute the base's features, the longest of the seeds.
         peak_memory_mb: the most of the seeds, in MB.
         scored: the tasks have measures of their own, and `accuracy` is a score made of them.
     """
@@ -146,6 +157,7 @@ class SummaryRow:
     forgetting: Estimate
     rigidity: Estimate | None
     rank: Estimate | None
+    small_rank: Estimate | None
     parameters: float
     shared_parameters: int
     seconds: float
@@ -173,6 +185,7 @@ COLUMNS = (
     Column("Forgetting", "points", lambda r: Estimate(100 * r.forgetting.mean, 100 * r.forgetting.error)),
     Column("Rigidity", "log ratio", lambda r: r.rigidity, 2),
     Column("Rank", "average", lambda r: r.rank),
+    Column("Rank", "of small", lambda r: r.small_rank),
     Column("Parameters", "per task", lambda r: r.parameters, 0),
     Column("Parameters", "shared", lambda r: r.shared_parameters, 0),
     Column("Training", "s per task", lambda r: r.seconds),
@@ -189,10 +202,13 @@ def summary_table(results: Sequence[RunResult]) -> list[SummaryRow]:
         SideTuningError: no results, two of one seed, or results of different tasks.
     """
     groups = groups_of(results)
-    ranks = _ranks(groups)
+    small = [g for g in groups if all(max(r.parameters) <= SMALL * r.shared_parameters for r in g)]
+    ranks, small_ranks = _ranks(groups), _ranks(small) if len(small) < len(groups) else {}
     rows = []
-    for runs, rank in zip(groups, ranks, strict=True):
-        rigid = [rigidity(r.matrix.learned, r.alone) for r in runs if r.alone is not None]
+    for runs in groups:
+        label = runs[0].label
+        rank, small_rank = ranks.get(label), small_ranks.get(label)
+        rigid = [rigidity(_errors(r, r.matrix.learned), _errors(r, r.alone)) for r in runs if r.alone is not None]
         memory = [r.peak_memory_mb for r in runs if r.peak_memory_mb is not None]
         row = SummaryRow(
             method=runs[0].method,
@@ -202,9 +218,10 @@ def summary_table(results: Sequence[RunResult]) -> list[SummaryRow]:
             forgetting=_estimate([0.0 - r.matrix.backward_transfer for r in runs]),
             rigidity=_estimate(rigid) if rigid else None,
             rank=_estimate(rank) if rank else None,
+            small_rank=_estimate(small_rank) if small_rank else None,
             parameters=mean([p for r in runs for p in r.parameters]),
             shared_parameters=max(r.shared_parameters for r in runs),
-            seconds=mean([s for r in runs for s in r.seconds]),
+            seconds=median([s for r in runs for s in r.seconds]),
             base_seconds=max(r.base_seconds for r in runs),
             peak_memory_mb=max(memory, default=None),
             scored=any(r.measures is not None and r.values is not None for r in runs),
@@ -232,6 +249,11 @@ def _escaped(name: str) -> str:
     return " ".join(name.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
+def is_error(measure: str) -> bool:
+    """Whether lower values of a measure are better."""
+    return measure.startswith(("mean error", "rms error", "mean angle"))
+
+
 class MeasureRow(NamedTuple):
     """A task in its own measure: its value at the end, with each method and variant."""
 
@@ -243,7 +265,7 @@ class MeasureRow(NamedTuple):
     @property
     def lower_is_better(self) -> bool:
         """Whether it is an error."""
-        return self.measure.startswith(("mean error", "rms error", "mean angle"))
+        return is_error(self.measure)
 
     @property
     def best(self) -> list[bool]:
@@ -325,15 +347,25 @@ def groups_of(results: Sequence[RunResult]) -> list[list[RunResult]]:
     return [[runs[seed] for seed in sorted(runs)] for runs in groups.values()]
 
 
-def _ranks(groups: Sequence[Sequence[RunResult]]) -> list[list[float]]:
-    """The average rank of every row with each seed that all rows have; empty where there is nothing to compare."""
-    finals = [
-        {run.seed: [a for _, a in sorted(zip(run.tasks, run.matrix.final, strict=True))] for run in runs}
+def shared_seeds(groups: Sequence[Sequence[RunResult]]) -> list[int]:
+    """The seeds that all of several rows have, on which they are ranked."""
+    return sorted(set.intersection(*({run.seed for run in runs} for runs in groups))) if len(groups) > 1 else []
+
+
+def _ranks(groups: Sequence[Sequence[RunResult]]) -> dict[str, list[float]]:
+    """The average rank of every row, by its label, with each seed that all rows have."""
+    finals = {
+        runs[0].label: {run.seed: [a for _, a in sorted(zip(run.tasks, run.matrix.final, strict=True))] for run in runs}
         for runs in groups
-    ]
-    shared = sorted(set.intersection(*(set(f) for f in finals))) if len(groups) > 1 else []
-    by_seed = [average_rank({str(i): final[seed] for i, final in enumerate(finals)}) for seed in shared]
-    return [[ranks[str(i)] for ranks in by_seed] for i in range(len(groups))]
+    }
+    by_seed = [average_rank({label: f[seed] for label, f in finals.items()}) for seed in shared_seeds(groups)]
+    return {label: [ranks[label] for ranks in by_seed] for label in finals}
+
+
+def _errors(run: RunResult, scores: Sequence[float]) -> list[float]:
+    """Errors of accuracies or scores. An error e that was scored as f / (f + e) comes back in units of f."""
+    errors = run.measures or [""] * len(scores)
+    return [(1 - s) / max(s, 1e-9) if is_error(m) else 1 - s for m, s in zip(errors, scores, strict=True)]
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

@@ -18,8 +18,8 @@ from sidetuning.methods.method import Task, count
 class PSP(FineTune):
     """Every task sees each convolution and linear layer through its own random signs, W * c_k.
 
-    A context c_k has a sign for every input of a layer: (1, in, kh, kw) or (1, in). What one task learns looks like noise
-    to the others. The pretrained weights are folded with the first context, W = W_0 * c_0, so that the first task starts
+    A context c_k has a sign for every input of a layer, (1, in, kh, kw) or (1, in), in a grouped convolution for the inputs of
+    every group: (out, in / groups, kh, kw), alike for the outputs of a group. What one task learns looks like noise to the others. The pretrained weights are folded with the first context, W = W_0 * c_0, so that the first task starts
     from the base as it is. Biases and the scales of norms are shared.
 
     The shared weights move on while later tasks are learned, and the noise that an earlier task sees then changes the
@@ -54,8 +54,11 @@ class PSP(FineTune):
         signs = {}
         for i, (name, layer) in enumerate(self.trunk.layers().items()):
             generator = torch.Generator().manual_seed((int(self.options["seed"]) * 1009 + index) * 10_007 + i)
-            shape = (1, *layer.weight.shape[1:])
-            signs[f"net.{name}.weight"] = torch.randint(0, 2, shape, generator=generator).float() * 2 - 1
+            groups = getattr(layer, "groups", 1)
+            drawn = torch.randint(0, 2, (groups, *layer.weight.shape[1:]), generator=generator).float() * 2 - 1
+            signs[f"net.{name}.weight"] = (
+                drawn if groups == 1 else drawn.repeat_interleave(len(layer.weight) // groups, 0)
+            )
         return signs
 
     def add(self, task: Task) -> None:

@@ -89,6 +89,8 @@ def learn_in_order(
         if alone and i:
             methods.append(build())
         method = methods[-1]
+        held = peak_memory_mb()
+        peak_memory_mb(anew=True)
         result = method.learn(
             lesson.task, lesson.loader(), recipe, resume=folder.resume(name), save_every=save_every, progress=progress
         )
@@ -96,10 +98,11 @@ def learn_in_order(
             Score(done[n]["accuracy"][-1], done[n]["values"][-1]) if alone and n != name else other.evaluate(method)
             for n, other in zip(names[: i + 1], lessons, strict=False)
         ]
+        memory = peak_memory_mb()
         row: dict[str, Any] = {
             "task": name, "accuracy": [s.score for s in scores], "values": [s.value for s in scores], "seconds": result.seconds,
             "loss": result.losses[-1], "added": method.added(name), "shared": method.shared(), "alpha": method.alpha(name),
-            "base_seconds": base_seconds, "peak_memory_mb": peak_memory_mb(),
+            "base_seconds": base_seconds, "memory_mb": memory, "peak_memory_mb": memory if memory is None or held is None else max(held, memory),
         }  # fmt: skip
         matrix.add(row["accuracy"])
         if name in rows:  # killed between the next lines; its resume file has brought back what it had learned
@@ -118,6 +121,7 @@ def learn_in_order(
         shared_parameters=learned_rows[-1]["shared"], seconds=[row["seconds"] for row in learned_rows],
         base_seconds=max(row["base_seconds"] for row in learned_rows) if methods[0].uses_features else 0.0,
         peak_memory_mb=max((m for row in learned_rows if (m := row["peak_memory_mb"]) is not None), default=None), settings=dict(settings),
+        memory_mb=[row["memory_mb"] for row in learned_rows] if all("memory_mb" in row for row in learned_rows) else None,
         values=[row["values"] for row in learned_rows] if measures else None,
         measures=[measures[name] for name in names] if measures else None,
     )  # fmt: skip
