@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common import RESULTS, record
+from sidetuning.continual import mean_and_error
 from sidetuning.scenarios import icifar
 from sidetuning.scenarios.runs import peak_memory_mb
 
@@ -52,7 +53,7 @@ def label(arguments: argparse.Namespace) -> str:
 
 
 def table() -> str:
-    """Mean and standard deviation of the average accuracy per weights and merge, as Markdown."""
+    """Mean and standard error of the average accuracy per weights and merge, as Markdown."""
     cells: dict[tuple[str, str], list[float]] = {}
     for file in sorted(RESULTS.glob("icifar-*.json")):
         result = json.loads(file.read_text())
@@ -62,9 +63,8 @@ def table() -> str:
         row = []
         for weights in ("original", "packaged"):
             values = cells.get((merge, weights), [])
-            mean = sum(values) / len(values) if values else 0.0
-            spread = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
-            row.append(f"{mean:.1f} ± {spread:.1f} ({len(values)} seeds)" if values else "–")
+            mean, error = mean_and_error(values) if values else (0.0, 0.0)
+            row.append(f"{mean:.1f} ± {error:.1f} ({len(values)} seeds)" if values else "–")
         lines.append(f"| {merge} | {' | '.join(row)} |")
     return "\n".join(lines)
 

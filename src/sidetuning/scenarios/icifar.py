@@ -23,14 +23,14 @@ from sidetuning.errors import DataError, SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
 from sidetuning.scenarios.report_runs import report
-from sidetuning.scenarios.runs import WITH_SIDES, Run, at_least_one, read_by_method
+from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, read_by_method
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
 CLASSES_PER_TASK = 10
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
 READERS = {  # settings that some methods alone read
     "merge": WITH_SIDES, "side": WITH_SIDES, "side_width": WITH_SIDES, "side_shift": WITH_SIDES, "dense": ("sidetune",),
-    "stages": ("boosting",), "psp_statistics": ("psp",), "prenorm": (*WITH_SIDES, "features"),
+    "stages": ("boosting",), "psp_statistics": ("psp",), "ewc_coefficient": ("ewc",), "lora_rank": ("lora",), "prenorm": (*WITH_SIDES, "features"),
 }  # fmt: skip
 # The most accurate recipe found within the paper's parameters per task and ten minutes on two cores (docs/benchmarks.md).
 BEST: dict[str, Any] = {
@@ -71,6 +71,10 @@ class Settings:
     """Sides per task, for the method boosting."""
     psp_statistics: Literal["batch", "task"] = "batch"
     """Statistics of batch norms in tests of the method psp: those of the batch, or running ones kept for each task."""
+    ewc_coefficient: float = 100.0
+    """Of the penalty, for the method ewc; the balance between forgetting and rigidity."""
+    lora_rank: int = 8
+    """Of the updates, for the method lora."""
     base: str = "resnet44-cifar10"
     """Base network."""
     base_weights: str | None = None
@@ -118,7 +122,8 @@ class Settings:
 def run(settings: Settings) -> RunResult:
     """Learn the tasks in order, saving after each; evaluates every task after every task."""
     s = with_recipe(settings)
-    at_least_one(s, "batch", "tasks", "samples", "stages")
+    at_least_one(s, "batch", "tasks", "samples", "stages", "lora_rank")
+    above_zero(s, "ewc_coefficient")
     if not s.lr > 0 or not 0 < s.share <= 1 or not 0 <= s.smoothing <= 1:
         raise SideTuningError(
             f"--lr {s.lr:g} --share {s.share:g} --smoothing {s.smoothing:g}: give lr > 0, 0 < share <= 1, 0 <= smoothing <= 1"
@@ -175,6 +180,7 @@ def build_method(settings: Settings, base: Base) -> Method:
     options: dict[str, dict[str, Any]] = {  # of the other methods: their own defaults
         "sidetune": {**side, "dense": s.dense}, "boosting": {**side, "stages": s.stages},
         "features": {"prenorm": s.prenorm}, "psp": {"seed": s.seed, "statistics": s.psp_statistics},
+        "ewc": {"coefficient": s.ewc_coefficient}, "lora": {"rank": s.lora_rank},
     }  # fmt: skip
     return METHODS.build(s.method, base, options=options.get(s.method, {}))
 

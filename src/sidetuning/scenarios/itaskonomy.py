@@ -35,6 +35,7 @@ READERS = {
     "side": WITH_SIDES,
     "side_width": WITH_SIDES,
     "dense": ("sidetune",),
+    "ewc_coefficient": ("ewc",),
 }  # methods that read them
 IN_MEMORY = 2 * 1024**3  # bytes of one domain; some 100,000 labels of 128 pixels
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
@@ -66,6 +67,8 @@ class Settings:
     """How the side starts: distilled, xavier, low-energy, zero, or a safetensors file of its weights."""
     dense: bool = False
     """Feed the sides of all earlier tasks into the merge (the paper's dense variant)."""
+    ewc_coefficient: float = 100.0
+    """Of the penalty, for the method ewc; the balance between forgetting and rigidity."""
     base: str = "resnet-doom-curvature"
     """Base network; its code must be a map."""
     base_weights: str | None = None
@@ -201,7 +204,7 @@ def check(settings: Settings) -> None:
         SideTuningError: one of them.
     """
     at_least_one(settings, "batch", "frames", "test_frames", "size")
-    above_zero(settings, "epochs", "lr", "clip", "side_width")
+    above_zero(settings, "epochs", "lr", "clip", "side_width", "ewc_coefficient")
     not_twice(settings, "tasks")
     read_by_method(settings, READERS)
     if settings.weight_decay < 0:
@@ -272,7 +275,9 @@ def ordered(settings: Settings) -> list[str]:
 def build_method(settings: Settings, base: Base) -> Method:
     """The method that the settings name, without tasks."""
     s = settings
-    options: dict[str, dict[str, Any]] = {"psp": {"seed": s.seed}}  # of the other methods: their own defaults
+    options: dict[str, dict[str, Any]] = {  # of the other methods: their own defaults
+        "psp": {"seed": s.seed}, "ewc": {"coefficient": s.ewc_coefficient},
+    }  # fmt: skip
     side = {"side": s.side, "merge": s.merge, "init": s.init}
     if s.side in ("fcn5", "copy"):
         side["side_options"] = {"width": s.side_width}  # type: ignore[assignment]
