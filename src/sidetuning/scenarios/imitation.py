@@ -25,7 +25,7 @@ from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.play import film, load_player
-from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_result
+from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_result, side_options
 from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, expert_of, make_world, map_base, wilson
 
 TASK = "navigate"
@@ -61,7 +61,7 @@ class Learning:
     side: str = "fcn5"
     """Side network."""
     side_width: float = 0.25
-    """Of the sides fcn5 and copy: fraction of the channels."""
+    """Of the sides fcn4, fcn5 and copy: fraction of the channels."""
     init: str | None = "distilled"
     """How sides start."""
     merge: str = "alpha"
@@ -292,9 +292,9 @@ def build_method(cell: Cell) -> Method:
     """The method that a cell names, without its task."""
     c = cell
     base = map_base(c.base, c.base_weights, c.size)
-    side: dict[str, Any] = {"side": c.side, "merge": c.merge, "init": c.init}
-    if c.side in ("fcn5", "copy"):
-        side["side_options"] = {"width": c.side_width}
+    side: dict[str, Any] = {
+        "side": c.side, "merge": c.merge, "init": c.init, "side_options": side_options(c.side, c.side_width),
+    }  # fmt: skip
     return METHODS.build(c.method, base, options=side if c.method in WITH_SIDES else {})
 
 

@@ -27,7 +27,7 @@ from sidetuning.results import RunResult
 from sidetuning.scenarios.dense import ORDER, DenseTask, Regression, dense_task
 from sidetuning.scenarios.gallery import Gallery
 from sidetuning.scenarios.report_runs import report
-from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_by_method
+from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_by_method, side_options
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 
 READERS = {
@@ -62,7 +62,7 @@ class Settings:
     side: str = "fcn5"
     """Side network."""
     side_width: float = 0.25
-    """Of the sides fcn5 and copy: fraction of the channels."""
+    """Of the sides fcn4, fcn5 and copy: fraction of the channels."""
     init: str | None = "distilled"
     """How the side starts: distilled, xavier, low-energy, zero, or a safetensors file of its weights."""
     dense: bool = False
@@ -278,9 +278,7 @@ def build_method(settings: Settings, base: Base) -> Method:
     options: dict[str, dict[str, Any]] = {  # of the other methods: their own defaults
         "psp": {"seed": s.seed}, "ewc": {"coefficient": s.ewc_coefficient},
     }  # fmt: skip
-    side = {"side": s.side, "merge": s.merge, "init": s.init}
-    if s.side in ("fcn5", "copy"):
-        side["side_options"] = {"width": s.side_width}  # type: ignore[assignment]
+    side = {"side": s.side, "merge": s.merge, "init": s.init, "side_options": side_options(s.side, s.side_width)}
     options["sidetune"], options["boosting"] = {**side, "dense": s.dense}, side
     return METHODS.build(s.method, base, options=options.get(s.method, {}))
 

@@ -25,7 +25,7 @@ from sidetuning.base import Base
 from sidetuning.errors import SideTuningError
 from sidetuning.integrations.sb3 import CODE, IMAGE, SideTunedExtractor, VecBaseFeatures
 from sidetuning.scenarios.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
-from sidetuning.scenarios.runs import Run, read_result
+from sidetuning.scenarios.runs import Run, read_result, side_options
 from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world, map_base, wilson
 
 SEEDS = 1000  # between two runs: the environments of one have successive seeds
@@ -89,13 +89,19 @@ def training_env(cell: Cell) -> VecEnv:
 def build(cell: Cell, env: VecEnv) -> PPO:
     """The learner."""
     c = cell
-    options = {"side_options": {"width": c.side_width}} if c.side in ("fcn5", "copy") else {}
     base = partial(map_base, c.base, c.base_weights, c.size)
-    extractor = {"base": base, "method": c.method, "side": c.side, "merge": c.merge, "init": c.init}
+    extractor = {
+        "base": base,
+        "method": c.method,
+        "side": c.side,
+        "merge": c.merge,
+        "init": c.init,
+        "side_options": side_options(c.side, c.side_width),
+    }
     return PPO(
         "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,
         gae_lambda=0.95, ent_coef=c.entropy, clip_range=0.2, seed=SEEDS * c.seed,
-        policy_kwargs={"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": {**extractor, **options}, "net_arch": [64]},
+        policy_kwargs={"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": extractor, "net_arch": [64]},
     )  # fmt: skip
 
 

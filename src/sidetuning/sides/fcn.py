@@ -14,12 +14,12 @@ from sidetuning.sides.fit import FitMap
 
 
 def layer(
-    inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0, norm: bool = True
+    inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0, norm: bool = True, relu: bool = True
 ) -> nn.Sequential:
     """Convolution without bias, group norm with 2 groups, ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
     groups = 2 if outputs % 2 == 0 else 1
-    return nn.Sequential(conv, *([nn.GroupNorm(groups, outputs)] if norm else []), nn.ReLU())
+    return nn.Sequential(conv, *([nn.GroupNorm(groups, outputs)] if norm else []), *([nn.ReLU()] if relu else []))
 
 
 def even(channels: float) -> int:
@@ -89,17 +89,18 @@ class FCN5(FCN):
     Args:
         base: the base.
         width: fraction of the paper's channels; a quarter has about a sixteenth of the parameters.
+        signed: leave out the paper's last two ReLUs, for a base whose code has both signs: a sum of ReLUs cannot be like it.
     """
 
-    def __init__(self, base: Base, width: float = 1.0) -> None:
+    def __init__(self, base: Base, width: float = 1.0, signed: bool = False) -> None:
         super().__init__(base)
         thin, wide = (even(width * c) for c in (64, 256))
         self.conv1 = layer(self.channels, thin, 8, stride=4, padding=2)
         self.conv2 = layer(thin, wide, 3, stride=2, padding=1)
         self.conv3 = layer(wide, wide, 3, stride=2, padding=1)
         self.conv4 = layer(wide, thin, 3, padding=1)
-        self.conv5 = layer(thin, self.code, 3, padding=1)
-        self.skip = layer(wide, self.code, 3, stride=2, padding=1)
+        self.conv5 = layer(thin, self.code, 3, padding=1, relu=not signed)
+        self.skip = layer(wide, self.code, 3, stride=2, padding=1, relu=not signed)
 
     def body(self, x: Tensor) -> Tensor:
         x = self.conv2(self.conv1(x))
