@@ -61,7 +61,7 @@ class Learning:
     side: str = "fcn5"
     """Side network."""
     side_width: float = 0.25
-    """Of the sides fcn4, fcn5 and copy: fraction of the channels."""
+    """Of the sides fcn5 and copy: fraction of the channels."""
     init: str | None = "distilled"
     """How sides start."""
     merge: str = "alpha"

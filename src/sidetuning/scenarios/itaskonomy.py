@@ -62,7 +62,7 @@ class Settings:
     side: str = "fcn5"
     """Side network."""
     side_width: float = 0.25
-    """Of the sides fcn4, fcn5 and copy: fraction of the channels."""
+    """Of the sides fcn5 and copy: fraction of the channels."""
     init: str | None = "distilled"
     """How the side starts: distilled, xavier, low-energy, zero, or a safetensors file of its weights."""
     dense: bool = False

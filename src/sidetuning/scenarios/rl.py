@@ -40,7 +40,7 @@ class Learning:
     side: str = "fcn5"
     """Side network."""
     side_width: float = 0.25
-    """Of the sides fcn4, fcn5 and copy: fraction of the channels."""
+    """Of the sides fcn5 and copy: fraction of the channels."""
     merge: str = "alpha"
     """How base and side are fused."""
     init: str | None = "distilled"

@@ -196,7 +196,7 @@ def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> Non
 
 def side_options(side: str, width: float) -> dict[str, Any]:
     """Options of a side for a base that returns a map."""
-    return {"width": width} if side in ("fcn4", "fcn5", "copy") else {}
+    return {"width": width} if side in ("fcn5", "copy") else {}
 
 
 def not_twice(settings: Any, *names: str) -> None:
