@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common import RESULTS, record
 from sidetuning.report import write_report
-from sidetuning.results import RunResult, markdown, summary_table
+from sidetuning.results import RunResult, markdown, measures_table, summary_table
 from sidetuning.scenarios import compare
 
 PRIVATE = ("base_weights",)  # a path of the machine
@@ -50,7 +50,7 @@ def recorded(settings: Settings, cell: compare.Cell) -> bool:
     if not file.exists():
         return False
     was = json.loads(file.read_text())["settings"]
-    free = (*cell.scenario.FREE, *PRIVATE, "seed", "precision")
+    free = {*cell.scenario.FREE, *PRIVATE, "seed"} | ({"precision"} if settings.scenario == "icifar" else set())
     now = json.loads(json.dumps({k: v for k, v in asdict(cell.settings).items() if k not in free}))
     other = [f"{k} {was[k]!r} (now {v!r})" for k, v in now.items() if k in was and was[k] != v]
     if other:
@@ -69,6 +69,12 @@ def run(settings: Settings) -> None:
             record(name(settings, cell), asdict(replace(result, settings=public)))
 
 
+def galleries(settings: Settings, run: RunResult) -> Path | None:
+    """The pictures of a recorded run, where its folder is still there."""
+    folder = Path(settings.out) / compare.folder_name(run.method, run.variant, run.seed) / "gallery"
+    return folder if folder.is_dir() else None
+
+
 def results(grid: str, scenario: Literal["icifar", "itaskonomy"] = "icifar") -> list[RunResult]:
     """All recorded runs of a grid, in the grid's order."""
     known = {f.name for f in fields(RunResult)}
@@ -77,6 +83,11 @@ def results(grid: str, scenario: Literal["icifar", "itaskonomy"] = "icifar") -> 
         content = json.loads(file.read_text())
         run = RunResult(**{k: v for k, v in content.items() if k in known})
         found[run.method, run.variant, run.seed] = run
+    for what in ("data", "base"):
+        if len({run.settings.get("fingerprints", {}).get(what, "") for run in found.values()} - {""}) > 1:
+            sys.exit(
+                f"the results of {prefix(scenario, grid)} are of more than one {what}; move those of the other away"
+            )
     cells = compare.cells(compare.Settings(scenario, grid=grid, seeds=9))  # type: ignore[arg-type]
     order = [(c.settings.method, c.variant, c.settings.seed) for c in cells]
     return compare.add_alone([found[key] for key in order if key in found])
@@ -88,5 +99,8 @@ if __name__ == "__main__":
         run(given)
     found = results(given.grid, given.scenario)
     print(markdown(summary_table(found)))
+    if found[0].measures is not None:
+        print(measures_table(found))
     if given.report is not None:
-        write_report(found, Path(given.report), title=compare.title(given))
+        folders = [galleries(given, run) for run in found]
+        write_report(found, Path(given.report), title=compare.title(given), galleries=folders if any(folders) else ())

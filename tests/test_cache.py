@@ -238,6 +238,12 @@ def test_a_loader_gives_relabelled_rows_of_a_subset(tmp_path: Path) -> None:
     assert rows == {tuple(Toy().x[i].tolist()): i % 3 - 1 for i in (1, 4, 7, 2, 5)}
 
 
+def test_a_loader_leaves_a_small_last_batch_out(tmp_path: Path) -> None:
+    cached = fill(tmp_path)  # of ten
+    sizes = {n: [len(y) for _, _, y in st.loader_over(cached, batch_size=n, drop_last=True)] for n in (4, 10, 11)}
+    assert sizes == {4: [4, 4], 10: [10], 11: [10]}  # but not the only one
+
+
 def test_a_loader_without_shuffling_keeps_the_order(tmp_path: Path) -> None:
     cached = fill(tmp_path)
     ordered = torch.cat([x for x, _, _ in st.loader_over(cached, batch_size=3, shuffle=False)])

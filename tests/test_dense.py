@@ -375,6 +375,53 @@ def test_transfer_makes_a_table(settings, tmp_path):
     assert f"{sum(values) / 2:.1f} <span" in page and page.count("<svg class=") >= 2 and "Lower is better." in page
 
 
+def test_transfer_compares_methods_on_the_same_frames():
+    """Side-tuning has errors of 20 and 24, fine-tuning of 21 and 27, and a third seed that side-tuning has not."""
+
+    def run(method, seed, error):
+        return RunResult(
+            method, "normal, 4 frames", seed, ["normal"], [[0.5]], None, [None], [1], 1, [1.0], 0.0, None, {}, [[error]], ["mean angle, °"]
+        )  # fmt: skip
+
+    runs = [
+        run("sidetune", 0, 20.0),
+        run("sidetune", 1, 24.0),
+        *(run("finetune", k, e) for k, e in enumerate((21.0, 27.0, 99.0))),
+    ]
+    (difference,) = transfer.differences(runs, "normal", (4,), "finetune")
+    assert difference == pytest.approx((2.0, 1.0))  # 1 and 3
+    assert "| finetune less sidetune | 2.0 ± 1.0 |" in transfer.tables(runs, ("normal",), (4,))
+    assert "less" not in transfer.tables(runs[2:], ("normal",), (4,))
+
+
+def test_what_cannot_be_forgotten_is_measured_when_learned_and_at_the_end(settings, monkeypatch):
+    asked = []
+    plain = itaskonomy.evaluate
+    monkeypatch.setattr(itaskonomy, "evaluate", lambda m, name, *a: asked.append(name) or plain(m, name, *a))
+    three = replace(settings, tasks=("reshading", "normal", "rgb"), epochs=1)
+    result = itaskonomy.run(replace(three, method="features"))
+    assert asked == ["reshading", "normal", "reshading", "normal", "rgb"]
+    assert result.matrix.rows[1][0] == result.matrix.rows[0][0]
+    asked.clear()
+    itaskonomy.run(replace(three, method="finetune", out=settings.out + "-tuned"))
+    assert len(asked) == 6
+
+
+def test_settings_can_be_chosen_on_validation_buildings(settings):
+    tested = itaskonomy.frames_of(replace(settings, test_split="val"))[1]
+    assert {f[0] for f in tested.frames}.isdisjoint(f[0] for f in itaskonomy.frames_of(settings)[1].frames)
+
+
+def test_a_comparison_gives_each_method_the_settings_that_it_reads():
+    given = compare.Settings("itaskonomy", seeds=1, merge="mlp2", lr=3e-4, ewc_coefficient=1e4)
+    cells = {cell.settings.method: cell.settings for cell in compare.cells(given)}
+    for cell in cells.values():
+        itaskonomy.check(cell)
+    assert {cell.lr for cell in cells.values()} == {3e-4}
+    assert (cells["sidetune"].merge, cells["ewc"].ewc_coefficient) == ("mlp2", 1e4)
+    assert (cells["finetune"].merge, cells["sidetune"].ewc_coefficient) == ("alpha", 100.0)
+
+
 def test_the_release_trains_at_its_size_and_at_another(weights, tmp_path):
     """Twelve domains written as the release has them, 512 pixels, the official split with its CR line ends, no masks."""
     from test_taskonomy import SUFFIX, TINY, file_of, put, raw_values

@@ -193,12 +193,14 @@ def loader_over(
     indices: Sequence[int] | Tensor | None = None,
     relabel: Callable[[Tensor], Tensor] | None = None,
     num_workers: int = 0,
+    drop_last: bool = False,
 ) -> DataLoader[tuple[Tensor, Features, Tensor]]:
     """A loader of `(x, features, y)` batches, each read in one go.
 
     Args:
         cached: what `cache_features` returned, or another data set that gives batches of `(x, features, y)`.
         batch_size: samples per batch; the last one may be smaller.
+        drop_last: leave a smaller last one out, unless it is the only one.
         shuffle: whether to draw a new order in every pass.
         indices: use only these samples.
         relabel: applied to the labels of a batch.
@@ -206,7 +208,7 @@ def loader_over(
     """
     chosen = _Subset(cached, None if indices is None else torch.as_tensor(indices), relabel)
     sampler = RandomSampler(chosen) if shuffle else SequentialSampler(chosen)
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    batches = BatchSampler(sampler, batch_size, drop_last=drop_last and len(chosen) >= batch_size)
     return DataLoader(chosen, batch_sampler=batches, collate_fn=_as_is, num_workers=num_workers)
 
 

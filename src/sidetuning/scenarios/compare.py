@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,12 @@ class Settings:
     """A safetensors file of the base's weights to use instead of the packaged ones."""
     init: str | None = "distilled"
     """How sides start, where the grid does not say."""
+    merge: str | None = None
+    """How sides and base are fused, where the grid does not say; by default the scenario's."""
+    lr: float | None = None
+    """Learning rate; by default the scenario's."""
+    ewc_coefficient: float | None = None
+    """Of the penalty of ewc; by default the scenario's."""
     samples: int = 20_000
     """Training images per task, repetitions included (icifar)."""
     frames: int | None = None
@@ -128,8 +134,16 @@ def common(s: Settings, seed: int) -> Given:
     else:
         raise SideTuningError(f"--grid {s.grid} is one of icifar's; itaskonomy has {', '.join(DENSE_GRIDS)}")
     return replace(
-        plain, data=s.data or plain.data, base_weights=s.base_weights, init=s.init, seed=seed, cache=s.cache, progress=False
+        plain, data=s.data or plain.data, base_weights=s.base_weights, init=s.init, seed=seed, cache=s.cache, progress=False,
+        **{name: value for name in ("merge", "lr", "ewc_coefficient") if (value := getattr(s, name)) is not None},
     )  # fmt: skip
+
+
+def of_method(common: Any, method: str, **other: Any) -> Any:
+    """The settings for a method: those that it does not read as they are by default."""
+    scenario = icifar if isinstance(common, icifar.Settings) else itaskonomy
+    unread = {f.name: f.default for f in fields(common) if method not in scenario.READERS.get(f.name, (method,))}
+    return replace(common, method=method, **(unread | other))
 
 
 def folder_name(*parts: object) -> str:
@@ -145,9 +159,9 @@ def methods_grid(common: Any, s: Settings) -> Variants:
     names = ("sidetune", "features", "independent", "finetune", "ewc", "psp", "pnn", "scratch")
     more = ("residual-adapter", "lora", "piggyback", "boosting") if isinstance(common, icifar.Settings) else ()
     for method in s.methods or (*names, *more):
-        yield "", replace(common, method=method)
+        yield "", of_method(common, method)
         if FIRST.get(method) == (method, ALONE) and isinstance(common, icifar.Settings):
-            yield ALONE, replace(common, method=method, alone=True)
+            yield ALONE, of_method(common, method, alone=True)
 
 
 def merge_grid(common: Any, s: Settings) -> Variants:
@@ -178,7 +192,7 @@ def order_grid(common: Any, s: Settings) -> Variants:
         for order in (None, 1, 2):
             yield (
                 f"order={'label' if order is None else f'random {order}'}",
-                replace(common, method=method, order=order),
+                of_method(common, method, order=order),
             )
 
 
@@ -202,14 +216,14 @@ def data_grid(common: Any, s: Settings) -> Variants:
     """A part of each task's images, 1, 10 and 100 %, at the same number of steps: who overfits?"""
     for method in s.methods or ("sidetune", "features", "independent", "finetune"):
         for share in s.shares:
-            yield f"data={100 * share:g}%", replace(common, method=method, share=share)
+            yield f"data={100 * share:g}%", of_method(common, method, share=share)
 
 
 def boosting_grid(common: Any, s: Settings) -> Variants:
     """Several small sides, one after another, against one side with as many parameters, all from random weights."""
     common = replace(common, init="xavier")
     for stages in (1, 2, 3):
-        yield f"stages={stages}", replace(common, method="boosting", stages=stages)
+        yield f"stages={stages}", of_method(common, "boosting", stages=stages)
     for width in (1.875, 2.625):  # within 3 % of two and of three stages, merges included
         yield f"side=fcn4, width={width}", replace(common, side_width=width)
 

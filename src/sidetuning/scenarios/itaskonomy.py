@@ -77,6 +77,8 @@ class Settings:
     """Train on so many frames, drawn evenly over the training buildings; None for all."""
     draw: int = 0
     """Seed of that draw."""
+    test_split: Literal["test", "val"] = "test"
+    """Frames to test on; val to choose settings by."""
     test_frames: int | None = 300
     """Test on at most so many frames, drawn evenly over the test buildings; None for all."""
     size: int | None = None
@@ -180,9 +182,9 @@ def frames_of(settings: Settings) -> tuple[Taskonomy, Taskonomy]:
             raise UnknownNameError(unknown("task", name, ORDER, verb="one of the twelve"))
     domains = ("rgb", *(domain_of(t).name for t in s.tasks if t != "rgb"))
     train = Taskonomy(s.data, domains, "train", s.subset, limit=s.frames, size=s.size, seed=s.draw)
-    test = Taskonomy(s.data, domains, "test", s.subset, size=s.size)
+    test = Taskonomy(s.data, domains, s.test_split, s.subset, size=s.size)
     if s.test_frames is not None and len(test) > s.test_frames:
-        test = Taskonomy(s.data, domains, "test", s.subset, limit=s.test_frames, size=s.size)
+        test = Taskonomy(s.data, domains, s.test_split, s.subset, limit=s.test_frames, size=s.size)
     if both := {frame[0] for frame in train.frames} & {frame[0] for frame in test.frames}:
         raise DataError(
             f"the split has {', '.join(sorted(both))} for training and for testing; give another with --subset"
@@ -228,7 +230,8 @@ def run(settings: Settings) -> RunResult:
         raise DataError(
             f"the base {s.base} returns a {base.kind}; dense tasks need a map, such as resnet-doom-curvature's"
         )
-    folder.belongs(data=fingerprint(train, test), base=base.fingerprint())
+    fingerprints = {"data": fingerprint(train, test), "base": base.fingerprint()}
+    folder.belongs(**fingerprints)
     method = build_method(s, base)
     method.add(Task("dry-run", "identity"))  # an unknown part is found before the long work
 
@@ -250,7 +253,7 @@ def run(settings: Settings) -> RunResult:
         task = tasks[name]
         return Lesson(
             Task(name, task.head[0], task.loss, seed=s.seed * 1000 + ORDER.index(name), head_options=task.head[1]),
-            lambda: loader_over(labelled(train, task), batch_size=s.batch),
+            lambda: loader_over(labelled(train, task), batch_size=s.batch, drop_last=True),  # batch norms want many
             lambda method: evaluate(method, name, *tested(task)),
         )
 
@@ -258,7 +261,7 @@ def run(settings: Settings) -> RunResult:
     return learn_in_order(
         folder, partial(build_method, s, base), [lesson(name) for name in tasks],
         Recipe(steps, s.lr, s.weight_decay, s.clip, seed=s.seed, precision=s.precision),
-        settings={k: v for k, v in asdict(s).items() if k not in FREE}, method_name=s.method, seed=s.seed,
+        settings={k: v for k, v in asdict(s).items() if k not in FREE} | {"fingerprints": fingerprints}, method_name=s.method, seed=s.seed,
         base_seconds=base_seconds, save_every=s.save_every, progress=s.progress,
         learned=lambda method, name: gallery.add(method, name, tasks), measures={n: t.measure for n, t in tasks.items()},
     )  # fmt: skip

@@ -53,6 +53,8 @@ def learn_in_order(
 ) -> RunResult:
     """Learn the lessons in order in a run's folder, saving after each; evaluate every task so far after every task.
 
+    Of a method that is not `sequential` a task is evaluated when it is learned and after the last one; in between the former stands.
+
     Args:
         folder: the run; what it holds already is not learned again.
         build: makes a method without tasks.
@@ -94,8 +96,10 @@ def learn_in_order(
         result = method.learn(
             lesson.task, lesson.loader(), recipe, resume=folder.resume(name), save_every=save_every, progress=progress
         )
+        # Tasks that do not touch each other are measured when they are learned, and again at the end.
+        kept = alone or (not method.sequential and i + 1 < len(names))
         scores = [
-            Score(done[n]["accuracy"][-1], done[n]["values"][-1]) if alone and n != name else other.evaluate(method)
+            Score(done[n]["accuracy"][-1], done[n]["values"][-1]) if kept and n != name else other.evaluate(method)
             for n, other in zip(names[: i + 1], lessons, strict=False)
         ]
         memory = peak_memory_mb()

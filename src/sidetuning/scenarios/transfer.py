@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
@@ -61,6 +61,7 @@ class Settings:
 
 
 COPY = "sidetune-copy"
+REFERENCE = "sidetune"  # what other methods are compared with, seed by seed
 
 
 def cells(settings: Settings) -> Iterator[compare.Cell]:
@@ -120,15 +121,28 @@ def run(settings: Settings) -> list[RunResult]:
     with tqdm(total=len(todo), unit="run", dynamic_ncols=True) as bar:
         for cell in todo:
             bar.set_description(cell.folder.name)
-            name = COPY if cell.settings.side == "copy" else cell.settings.method
-            results.append(replace(compare.one(cell, bar), variant=cell.variant, method=name))
+            results.append(one(cell, bar))
             write_text(out / "table.md", tables(results, s.targets, s.frames))
     write_json(out / "curves.json", {t: curves(results, t, s.frames) for t in s.targets})
     write_charts(
         list(charts(results, s.targets, s.frames)), out / "report.html", title="Transfer from curvature",
-        lead=f"Single tasks, learned from few and from many frames, each in {s.steps:,} optimiser steps, and measured on buildings that no training frame shows.",
+        lead=lead(s.steps),
     )  # fmt: skip
     return results
+
+
+def lead(steps: int) -> str:
+    """What the report says first."""
+    return (
+        f"Single tasks, learned from few and from many frames, each in {steps:,} optimiser steps, and measured on buildings that no "
+        "training frame shows."
+    )
+
+
+def one(cell: compare.Cell, bar: tqdm[Any]) -> RunResult:
+    """The result of a cell, read where it is there, else run, under the names of a comparison."""
+    method = COPY if cell.settings.side == "copy" else cell.settings.method
+    return replace(compare.one(cell, bar), variant=cell.variant, method=method)
 
 
 def measure_of(results: Sequence[RunResult], target: str) -> MeasureRow | None:
@@ -168,7 +182,7 @@ def curves(results: Sequence[RunResult], target: str, frames: Sequence[int]) -> 
 
 
 def tables(results: Sequence[RunResult], targets: Sequence[str], frames: Sequence[int]) -> str:
-    """A table in Markdown per target: methods as rows, numbers of frames as columns."""
+    """A table in Markdown per target: methods, and their differences from side-tuning, as rows, numbers of frames as columns."""
     text = ""
     for target in targets:
         if row := measure_of(results, target):
@@ -177,8 +191,25 @@ def tables(results: Sequence[RunResult], targets: Sequence[str], frames: Sequenc
             for method, points in curves(results, target, frames).items():
                 cells = [number_text(p and Estimate(p.mean, p.error), row.decimals) for p in points]
                 text += f"| {method} | " + " | ".join(cells) + " |\n"
+            for method in list(curves(results, target, frames)):
+                cells = [number_text(d, row.decimals) for d in differences(results, target, frames, method)]
+                if method != REFERENCE and set(cells) != {number_text(None)}:
+                    text += f"| {method} less {REFERENCE} | " + " | ".join(cells) + " |\n"
             text += "\n"
     return text
+
+
+def differences(results: Sequence[RunResult], target: str, frames: Sequence[int], method: str) -> list[Estimate | None]:
+    """For each number of frames a method's value less side-tuning's, over the seeds that both have: each on the same frames."""
+    found: list[Estimate | None] = []
+    for n in frames:
+        ours, other = (
+            {r.seed: r.values[-1][-1] for r in results if (r.method, r.variant) == (m, variant(target, n)) and r.values}
+            for m in (REFERENCE, method)
+        )
+        both = [other[seed] - ours[seed] for seed in sorted(ours.keys() & other.keys())]
+        found.append(Estimate(*mean_and_error(both)) if both else None)
+    return found
 
 
 def main(settings: Settings) -> None:

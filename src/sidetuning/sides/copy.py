@@ -37,6 +37,9 @@ class CopySide(nn.Module):
     def __init__(self, net: nn.Module, base: Base) -> None:
         super().__init__()
         self.net = net
+        self.images = any(isinstance(m, nn.Conv2d) for m in net.modules())
+        if self.images:
+            net.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs and tensor cores alike
         self.select = base.select
         code = base.select(call(net.eval(), base.prepare(base.example)))
         channels = code.shape[-1] if base.kind == "sequence" else code.shape[1]
@@ -46,6 +49,8 @@ class CopySide(nn.Module):
             self.project = nn.Conv2d(channels, base.width, 1) if base.kind == "map" else nn.Linear(channels, base.width)
 
     def forward(self, *tensors: Tensor, **named: Any) -> Tensor:
+        if self.images:
+            tensors = tuple(t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors)
         code = self.select(self.net(*tensors, **named))
         return self.project(code)
 
