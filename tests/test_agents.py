@@ -133,16 +133,16 @@ def test_a_policy_of_another_base_is_refused(tmp_path):
 def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation():
     space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 64, 64), np.uint8)})
     with st.seeded(0):
-        extractor = SideTunedExtractor(space, side_options={"width": 0.25})
+        extractor = SideTunedExtractor(space, side_options={"width": 0.25, "signed": True})
     side = {k: v.clone() for k, v in extractor.branch.side.state_dict().items()}
     extractor.apply(lambda m: nn.init.zeros_(m.weight) if isinstance(m, nn.Conv2d) else None)
     from sidetuning.branch import distilled_weights
     from sidetuning.sides import SIDES
 
-    wanted = SIDES.build("fcn5", extractor.base, options={"width": 0.25})
+    wanted = SIDES.build("fcn5", extractor.base, options={"width": 0.25, "signed": True})
     from sidetuning.sides.initialise import load_weights
 
-    load_weights(wanted, distilled_weights(extractor.base, "fcn5", {"width": 0.25}), "fcn5")
+    load_weights(wanted, distilled_weights(extractor.base, "fcn5", {"width": 0.25, "signed": True}), "fcn5")
     for name, tensor in wanted.state_dict().items():
         assert torch.equal(side[name], tensor) and torch.equal(extractor.branch.side.state_dict()[name], tensor)
     tuned = SideTunedExtractor(space, method="finetune").train()

@@ -109,7 +109,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         if tuple(space.shape[-2:]) != tuple(getattr(built.example, "shape", (0, 0))[-2:]):
             built = built.with_example(example)
         if side_options is None and side == "fcn5" and init == "distilled" and method == "sidetune":
-            side_options = {"width": 0.25}
+            side_options = {"width": 0.25, "signed": True}
         self.base = built
         needed = method in ("sidetune", "features")
         self.given = needed and CODE in observation_space.spaces

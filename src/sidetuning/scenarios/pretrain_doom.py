@@ -6,11 +6,13 @@ distilled from it land in `--out` as safetensors. Only frames of training maps a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -20,13 +22,12 @@ from sidetuning.bases.resnet_map import ResNetMap
 from sidetuning.cache import cache_features, loader_over
 from sidetuning.data.taskonomy import Taskonomy
 from sidetuning.data.taskonomy_files import target
-from sidetuning.distill import distill
 from sidetuning.heads import HEADS
 from sidetuning.scenarios.pretrain_cifar import AugmentedBatches, groups, write
 from sidetuning.scenarios.runs import Run
+from sidetuning.sides.fcn import FCN5
 from sidetuning.sides.initialise import DISTILLED
 from sidetuning.training import default_accelerator, seeded, train
-from sidetuning.tuner import SideTuner
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Settings:
     """On kernels, none on norms and biases."""
     precision: Literal["no", "bf16"] = "bf16"
     """Mixed precision."""
-    distill_epochs: int = 10
-    """Passes over cached features in which the side learns to imitate the base."""
+    distill_epochs: int = 20
+    """Passes over cached features, of half the frames' size in turn, in which the side learns to imitate the base."""
     seed: int = 0
     """Of initial weights, order and augmentation."""
 
@@ -102,12 +103,26 @@ def base_of(net: nn.Module, size: int) -> Base:
     return Base(net, example=torch.zeros(1, 3, size, size, dtype=torch.uint8), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def flipped_and_recoloured(images: Tensor, raw: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
-    """How training batches are augmented: principal curvatures of a mirrored surface are those of the surface."""
+def augmented(images: Tensor, raw: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
+    """How training batches are changed: mirrored, recoloured, and every other one at half the size, which agents see.
+
+    Principal curvatures of a mirrored surface are those of the surface.
+    """
     flip = torch.rand(len(images)) < 0.5
     for t in (images, raw, masks):
         t[flip] = t[flip].flip(-1)
-    return augment(images), raw, masks
+    batch = augment(images), raw, masks
+    return halved(*batch) if torch.rand(()) < 0.5 else batch
+
+
+def halved(images: Tensor, raw: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames at half the size; valid where all four pixels are. (b, …, h, w) -> (b, …, h / 2, w / 2)"""
+    return half(images), half(raw), -F.max_pool2d(-masks[:, None].float(), 2)[:, 0]
+
+
+def half(images: Tensor) -> Tensor:
+    """Means over 2 x 2 pixels, of the same type."""
+    return torch.cat([F.avg_pool2d(some.float(), 2).round().to(some.dtype) for some in images.split(1000)])
 
 
 def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -135,7 +150,7 @@ def main(settings: Settings) -> None:
     size = images.shape[-1]
     with seeded(s.seed):
         model = Regression(size, s.precision).to(device)
-    loader = AugmentedBatches((images, raw, masks), s.batch, flipped_and_recoloured)
+    loader = AugmentedBatches((images, raw, masks), s.batch, augmented)
     steps = s.epochs * len(loader)
     optimizer = torch.optim.AdamW(groups(model, s.weight_decay), lr=s.lr)
     train(
@@ -143,31 +158,83 @@ def main(settings: Settings) -> None:
         scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, steps + 1, pct_start=0.15, cycle_momentum=False),
         validate=lambda: {"error on frames of validation maps": model.error(*few)}, progress="ResNet on Doom's curvature",
     )  # fmt: skip
-    zero = float(masked_l2(torch.full(val[1].shape, -1 / 255), val[1], val[2]))
-    print(
-        f"error on {len(val[0])} frames of validation maps: {model.error(*val):.5f}, of a flat guess: {zero:.5f}",
-        flush=True,
-    )
+    tested = {size: val, size // 2: halved(*val)}
+    for pixels, frames in tested.items():
+        flat = float(masked_l2(torch.full(frames[1].shape, -1 / 255), frames[1], frames[2]))
+        print(
+            f"error on {len(val[0])} frames of validation maps, {pixels} pixels: {model.error(*frames):.5f}, of a flat guess: {flat:.5f}",
+            flush=True,
+        )
     write(out / "resnet-doom-curvature.safetensors", model.net)
     write(out / "resnet-doom-curvature-decoder.safetensors", model.decoder)
 
-    tuner = SideTuner(base_of(model.net.eval(), size).to(device))
+    base = base_of(model.net.eval(), size).to(device)
+    imitation = imitate(s, base, images)
+    write(out / "fcn5-doom-curvature-distilled.safetensors", imitation.side)
+    with torch.no_grad():
+        for pixels, frames in tested.items():
+            chunks = list(zip(*(t.split(100) for t in frames), strict=True))
+            found = [(imitation.code(x.to(device)), x, y, m) for x, y, m in chunks]
+            errors = [masked_l2(model.decoder(code).cpu(), y, m) * len(x) for code, x, y, m in found]
+            whole = torch.cat([base(x.to(device)).out.cpu() for _, x, _, _ in found])
+            missed = (torch.cat([code.cpu() for code, *_ in found]) - whole).square().mean()
+            print(
+                f"the side at {pixels} pixels: {float(sum(errors)) / len(val[0]):.5f} through the decoder, "
+                f"{float(missed / whole.var((0, 2, 3)).mean()):.2f} of the code's variance missed"
+            )
+    print(f"weights in {out}")
+
+
+def imitate(settings: Settings, base: Base, images: Tensor) -> Imitation:
+    """Distil the packaged side from the base, on pictures of the frames' size and of half of it."""
+    s = settings
     _, options = DISTILLED["resnet-doom-curvature", "fcn5"]
     with seeded(s.seed):
-        branch = tuner.add_task("imitation", side="fcn5", side_options=options, merge="side-only", head="identity")
-    cached = cache_features(
-        tuner.base, TensorDataset(images, torch.zeros(len(images))), out / "cache", views=2, augment=mirrored, seed=s.seed
+        side = FCN5(base, **options).to(base.device)
+    passes = []
+    for pictures, name in ((images, "cache"), (half(images), "cache-half")):
+        of_size = base.with_example(pictures[:1])
+        data = TensorDataset(pictures, torch.zeros(len(pictures)))
+        cached = cache_features(of_size, data, Path(s.out) / name, views=2, augment=mirrored, seed=s.seed)
+        passes.append(loader_over(cached, batch_size=64))
+    imitation = Imitation(base, side)
+    steps = s.distill_epochs * len(passes[0])
+    optimizer = torch.optim.Adam(side.parameters(), lr=1e-3)
+    train(
+        imitation, InTurn(passes), optimizer, steps=steps, seed=s.seed, resume=Path(s.out) / "distill.pt", clip=1.0,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), progress="distilling the side",
     )  # fmt: skip
-    passes = loader_over(cached, batch_size=64)
-    distill(
-        tuner, "imitation", passes, steps=s.distill_epochs * len(passes), lr=1e-3, seed=s.seed, resume=out / "distill.pt"
-    )  # fmt: skip
-    assert branch.side is not None
-    write(out / "fcn5-doom-curvature-distilled.safetensors", branch.side)
-    with torch.no_grad():
-        chunks = list(zip(*(t.split(100) for t in val), strict=True))
-        errors = [masked_l2(model.decoder(tuner(x.to(device), "imitation")).cpu(), y, m) * len(x) for x, y, m in chunks]
-    print(f"error of the side through the decoder: {float(sum(errors)) / len(val[0]):.5f}; weights in {out}")
+    return imitation
+
+
+class Imitation(nn.Module):
+    """The mean squared distance between a side and the base in the space of the code, for pictures of any size."""
+
+    def __init__(self, base: Base, side: FCN5) -> None:
+        super().__init__()
+        self.side = side
+        self._base = (base,)  # a tuple: no part of what is trained
+
+    def code(self, images: Tensor) -> Tensor:
+        """What the side makes of pictures, not brought to one size."""
+        inputs = self._base[0].prepare(images)
+        assert isinstance(inputs, Tensor)
+        return self.side.body(inputs)
+
+    def forward(self, batch: Any) -> Tensor:
+        images, features, _ = batch
+        return F.mse_loss(self.code(images), features.out)
+
+
+class InTurn:
+    """Batches of several loaders in turn, as long as the shortest of them lasts."""
+
+    def __init__(self, loaders: Sequence[Iterable[Any]]) -> None:
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[Any]:
+        for batches in zip(*self.loaders, strict=False):
+            yield from batches
 
 
 def mirrored(images: Tensor, generator: torch.Generator) -> Tensor:

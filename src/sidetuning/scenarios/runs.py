@@ -195,8 +195,8 @@ def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> Non
 
 
 def side_options(side: str, width: float) -> dict[str, Any]:
-    """Options of a side for a base that returns a map."""
-    return {"width": width} if side in ("fcn5", "copy") else {}
+    """Options of a side for a base that returns a map with both signs."""
+    return {"fcn5": {"width": width, "signed": True}, "copy": {"width": width}}.get(side, {})
 
 
 def not_twice(settings: Any, *names: str) -> None:

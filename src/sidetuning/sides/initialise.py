@@ -17,7 +17,7 @@ from sidetuning.errors import ArtifactError, TaskError
 # Distilled sides shipped with a packaged base: (base, side) -> file beside the base's weights, and the side's options.
 DISTILLED: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("resnet44-cifar10", "fcn4"): ("fcn4-cifar10-distilled.safetensors", {}),
-    ("resnet-doom-curvature", "fcn5"): ("fcn5-doom-curvature-distilled.safetensors", {"width": 0.25}),
+    ("resnet-doom-curvature", "fcn5"): ("fcn5-doom-curvature-distilled.safetensors", {"width": 0.25, "signed": True}),
 }
 ENERGY = 0.01  # size of a low-energy side's output against the same side as built
 
