@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The Python of README and docs runs as it stands."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     assert (tmp_path / "out/pets/side.json").exists()
+
+
+def test_the_stream_of_tasks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/methods.md").read_text(), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(compile(block, "docs/methods.md", "exec"), scope)
+    assert len(scope["matrix"].rows) == 2 and scope["matrix"].forgetting == [0.0, 0.0]
 
 
 def test_the_readme_runs_with_an_encoder_of_texts(tmp_path: Path) -> None:
