@@ -147,12 +147,10 @@ def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation():
         assert torch.equal(side[name], tensor) and torch.equal(extractor.branch.side.state_dict()[name], tensor)
     tuned = SideTunedExtractor(space, method="finetune").train()
     x = {"rgb": torch.rand(2, 3, 64, 64)}
-    statistics = [b.clone() for n, b in tuned.trunk.named_buffers() if "running" in n]
+    assert not [n for n, _ in tuned.trunk.named_buffers() if "running" in n]  # merged into the convolutions
+    assert all(p.requires_grad for p in tuned.trunk.parameters())
     one, two = tuned(x), tuned.eval()(x)
     assert torch.equal(one, two)  # in training as in use, so PPO's ratios start at 1
-    assert all(
-        torch.equal(a, b) for a, b in zip(statistics, [b for n, b in tuned.trunk.named_buffers() if "running" in n])
-    )
     code = tuned.trunk(tuned.base.prepare(x["rgb"]))
     assert torch.allclose(code, tuned.base(x["rgb"]).out, atol=1e-3)
 
@@ -198,6 +196,29 @@ def test_a_timm_model_is_a_base_of_agents(tmp_path):
     assert base.kind == "map" and base.output_shape == (1280, 2, 2)
     with pytest.raises(SideTuningError, match="agents need a map"):
         map_base("resnet44-cifar10", None, 32)
+
+
+@pytest.mark.parametrize("method", ["finetune", "scratch"])
+def test_what_is_tuned_may_run_in_bfloat16(method):
+    """When acting and when learning alike, or PPO's ratios would not start at 1."""
+    space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 16, 16), np.uint8)})
+    x = {"rgb": torch.rand(4, 3, 16, 16)}
+    made = {}
+    for precision in ("no", "bf16"):
+        with st.seeded(0):
+            made[precision] = SideTunedExtractor(
+                space, small_base, method, side="fcn4", init=None, hidden=32, precision=precision
+            )
+    kinds = []
+    made["bf16"].trunk.register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
+    with torch.no_grad():
+        exact, acting = made["no"].eval()(x), made["bf16"].eval()(x)
+    learning = made["bf16"].train()(x)
+    assert kinds == [torch.bfloat16] * 2 and acting.dtype == learning.dtype == torch.float32
+    assert torch.equal(acting, learning)
+    assert not torch.equal(acting, exact) and torch.allclose(acting, exact, atol=0.1)
+    learning.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in made["bf16"].trunk.parameters())
 
 
 def test_from_scratch_the_base_is_not_run():

@@ -97,6 +97,7 @@ def build(cell: Cell, env: VecEnv) -> PPO:
         "merge": c.merge,
         "init": c.init,
         "side_options": side_options(c.side, c.side_width),
+        "precision": c.precision,
     }
     return PPO(
         "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,

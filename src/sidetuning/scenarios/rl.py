@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -67,6 +67,8 @@ class Learning:
     """Unseen episodes that every agent is tested on at the end."""
     test_split: str = "test"
     """Scenes of these episodes."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of the networks that finetune and scratch train, when acting and when learning."""
     progress: bool = True
     """Show progress bars."""
 
