@@ -248,6 +248,46 @@ def test_charts_have_a_colour_for_every_row():
     assert len(charts(five, [5])[0].lines) == COLOURS and "| random | 100.0 [20.7, 100.0] |" in table(five, [5])
 
 
+def test_torch_has_one_thread_unless_told_otherwise(monkeypatch):
+    from sidetuning.scenarios.rl import use_threads
+
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    use_threads(None)
+    assert given == []
+    use_threads(2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    use_threads(None)
+    assert given == [2, 1]
+
+
+def test_going_on_counts_even_if_it_is_stopped_at_once(habitat, tmp_path):
+    from sidetuning.scenarios import ppo, rl
+    from sidetuning.scenarios.runs import Run
+
+    habitat.write_text("")
+    cell = rl.Cell(
+        method="features", seed=0, out=str(tmp_path / "run"), env=f"habitat:{habitat}", size=32, envs=1, rollout=16, batch=16,
+        progress=False,
+    )  # fmt: skip
+    folder = Run(cell.out, "rl-run", cell, free=rl.FREE)
+    env = ppo.training_env(cell)
+    model = ppo.build(cell, env)
+    file = folder.resume("ppo")
+    for resumed in range(3):
+        saved = ppo.load_state(model, file)
+        assert saved["resumed"] == max(0, resumed - 1)
+        curve = ppo.Curve(folder, cell, saved)
+        curve.init_callback(model)
+        curve.on_training_start({}, {})  # and no further, but for the first time
+        if not resumed:
+            model.num_timesteps = 16
+            curve.on_training_end()
+        assert torch.load(file, weights_only=True)["resumed"] == resumed == curve.resumed
+    env.close()
+
+
 def test_actors_run_a_folded_base_once_per_step(monkeypatch):
     from sidetuning.methods import METHODS, Task
     from sidetuning.scenarios.imitation import TASK, policy_of
@@ -283,7 +323,7 @@ def test_an_agent_that_goes_on_meets_other_episodes(tmp_path):
 
     model = learner()
     model.learn(64)
-    save_state(model, tmp_path / "ppo.pt", {"seconds": 1.0, "passes": 5, "recent": [{"reward": 1.0}]})
+    save_state(model, tmp_path / "ppo.pt", {"seconds": 1.0, "passes": 5, "recent": [{"reward": 1.0}], "resumed": 0})
     again = learner()
     start = again.get_env().reset()["rgb"]
     fresh = learner()
@@ -525,7 +565,10 @@ def test_scenarios_run_unchanged_in_habitat(tmp_path):
     done = run(tmp_path, "play", "rl/finetune-0", "--episodes", 1)
     assert done.returncode == 0 and (tmp_path / "rl/finetune-0/play/episode-0.mp4").stat().st_size > 500, done.stderr
     tested = json.loads((tmp_path / "rl" / "finetune-0" / "result.json").read_text())
-    assert f"{tested['episodes'][0][3]} steps, reward {tested['episodes'][0][2]:.1f}" in done.stdout
+    assert (
+        tested["resumed"] == 0
+        and f"{tested['episodes'][0][3]} steps, reward {tested['episodes'][0][2]:.1f}" in done.stdout
+    )
     for wrong, message in ((("play", "rl"), "such as rl/sidetune-0"), (("play", "none"), "holds no run")):
         done = run(tmp_path, *wrong)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
@@ -619,7 +662,7 @@ def test_a_killed_learner_goes_on(tmp_path):
     process.kill()
     process.wait(30)
     state = torch.load(saved, weights_only=True)
-    assert 0 < state["steps"] < 3200 and state["steps"] % 320 == 0
+    assert 0 < state["steps"] < 3200 and state["steps"] % 64 == 0
     assert state["recent"] and {"reward", "success", "spl"} == set(state["recent"][0])
     done = run(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
@@ -627,6 +670,7 @@ def test_a_killed_learner_goes_on(tmp_path):
     steps = [row["steps"] for row in result["curve"]]
     assert steps == list(range(32, 3201, 32))[-len(steps) :]  # what followed the last save is there once
     assert 3200 < result["base_passes"] < 2 * 3200  # those before the kill are counted
+    assert result["resumed"] == 1
     assert not saved.exists()
     (tmp_path / "rl" / "features-0" / "result.json").unlink()
     saved.parent.mkdir(exist_ok=True)

@@ -68,7 +68,7 @@ def one(cell: Cell) -> Result:
     result = Result(
         method=c.method, seed=c.seed, env=c.env, curve=folder.metrics(), added=sum(p.numel() for p in policy.parameters() if p.requires_grad),
         alpha=getattr(policy.features_extractor.branch, "alpha", None), base_passes=passes,
-        steps_per_second=model.num_timesteps / curve.seconds,
+        steps_per_second=model.num_timesteps / curve.seconds, resumed=curve.resumed,
         settings={k: v for k, v in asdict(c).items() if k not in FREE}, **scores(outcomes),
     )  # fmt: skip
     write_json(file, asdict(result))
@@ -118,6 +118,7 @@ class Curve(BaseCallback):
         self.folder, self.cell, self.passes_before = folder, cell, int(saved["passes"])
         self.recent: list[dict[str, float]] = saved.get("recent", [])
         self.seconds, self._since = float(saved["seconds"]), time.perf_counter()
+        self.resumed = int(saved["resumed"])
         self._rollouts = 0
 
     def _on_training_start(self) -> None:
@@ -126,6 +127,9 @@ class Curve(BaseCallback):
             total=cell.steps, initial=self.num_timesteps, unit="step", desc=f"{cell.method}-{cell.seed}",
             dynamic_ncols=True, leave=False, disable=not cell.progress,
         )  # fmt: skip
+        if self.num_timesteps:
+            self.resumed += 1
+            self._save()  # so that this time counts, even if it is stopped before the next save
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
@@ -155,7 +159,7 @@ class Curve(BaseCallback):
         self._bar.close()
 
     def _save(self) -> None:
-        done = {"seconds": self.seconds, "passes": self.passes, "recent": self.recent}
+        done = {"seconds": self.seconds, "passes": self.passes, "recent": self.recent, "resumed": self.resumed}
         save_state(self.model, self.folder.resume("ppo"), done)  # type: ignore[arg-type]
 
     def _tick(self) -> None:
@@ -181,7 +185,7 @@ def save_state(model: PPO, file: Path, done: Mapping[str, Any]) -> None:
 def load_state(model: PPO, file: Path) -> dict[str, Any]:
     """Bring a learner to where `save_state` saw it; zeros where there is nothing."""
     if not file.exists():
-        return {"steps": 0, "seconds": 0.0, "passes": 0}
+        return {"steps": 0, "seconds": 0.0, "passes": 0, "resumed": 0}
     try:
         state: dict[str, Any] = torch.load(file, weights_only=True)
         model.policy.load_state_dict(state["policy"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from tqdm import tqdm
 
 from sidetuning.artifacts import write_text
@@ -22,8 +24,8 @@ from sidetuning.scenarios.worlds import HOME, make_world
 
 METHODS = ("sidetune", "features", "finetune", "scratch")
 RECENT = 100  # episodes that a point of a learning curve averages
-FREE = ("out", "progress")  # of a cell
-SAVE_EVERY = 10  # rollouts between two saves
+FREE = ("out", "progress", "threads")  # of a cell
+SAVE_EVERY = 2  # rollouts between two saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,8 @@ class Learning:
     """Scenes of these episodes."""
     precision: Literal["no", "bf16"] = "no"
     """Mixed precision of the networks that finetune and scratch train, when acting and when learning."""
+    threads: int | None = None
+    """Of torch; by default OMP_NUM_THREADS, else 1: runs side by side do not take each other's cores."""
     progress: bool = True
     """Show progress bars."""
 
@@ -105,6 +109,7 @@ class Result(Scores):
         alpha: the base's weight in the merge at the end.
         base_passes: pictures that the base has seen; None where it was run in every pass.
         steps_per_second: of training, the updates included.
+        resumed: how often training was stopped and gone on with from a save.
         settings: of the run.
     """
 
@@ -116,6 +121,7 @@ class Result(Scores):
     alpha: float | None
     base_passes: int | None
     steps_per_second: float
+    resumed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,7 +140,7 @@ def run(settings: Settings) -> list[Result]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
-    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "passes")
+    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "passes", "threads")
     above_zero(s, "lr", "reward_scale", "side_width")
     not_twice(s, "methods")
     if s.batch < 2:
@@ -148,6 +154,7 @@ def run(settings: Settings) -> list[Result]:
     except ModuleNotFoundError as error:
         raise ImportError(f"rl needs {error.name}; type: pip install 'sidetuning[agents]'") from error
     Run(s.out, "rl", s, free=(*FREE, "seeds", "methods"))
+    use_threads(s.threads)
     make_world(s.env, s.test_split, s.size).close()  # what cannot be tested is not learned
     results = []
     for cell in tqdm(list(cells(s)), unit="run", dynamic_ncols=True, disable=not s.progress):
@@ -162,6 +169,12 @@ def run(settings: Settings) -> list[Result]:
     ]
     write_charts(charts(results), Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=lead(s.env), films=films)
     return results
+
+
+def use_threads(threads: int | None) -> None:
+    """So many threads of torch, from here on; None for one, unless OMP_NUM_THREADS says how many."""
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or 1)
 
 
 SCRATCH = "scratch is the side alone, from random weights (in imitation it is a network of the base's shape)."
