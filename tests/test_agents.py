@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
@@ -679,3 +680,27 @@ def test_a_killed_learner_goes_on(tmp_path):
     assert (
         done.returncode == 1 and "delete it to begin this run again" in done.stderr and "Traceback" not in done.stderr
     )
+
+
+# Benchmarks -------------------------------------------------------------------------------------------------------------
+
+
+def test_benchmarks_record_ratios_and_the_versions_of_what_is_installed(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import agents
+    import common
+
+    def measure(steps, passes, cached):
+        return {"steps_per_second": 300.0 if cached else 100.0, "base_passes": 10 if cached else 10 * (passes + 1)}
+
+    written = {}
+    monkeypatch.setattr(agents, "measure", measure)
+    monkeypatch.setattr(agents, "record", lambda name, content: written.update({name: content}))
+    monkeypatch.setattr(agents.rl, "use_threads", lambda _: None)
+    agents.run_speed(agents.Speed(rounds=2))
+    found = written["rl-speed"]["passes"]
+    assert list(found) == ["4", "10"] and len(found["4"]["once"]) == 2
+    assert [row["base passes, every pass / once"] for row in found.values()] == [5.0, 11.0]
+    assert found["10"]["steps per second, once / every pass"] == 3.0
+    monkeypatch.setattr(common, "PACKAGES", ("gymnasium", "stable-baselines3", "no-such-package"))
+    assert common.versions() == {"gymnasium": gym.__version__, "stable-baselines3": version("stable-baselines3")}
