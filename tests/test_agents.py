@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
@@ -147,12 +148,10 @@ def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation():
         assert torch.equal(side[name], tensor) and torch.equal(extractor.branch.side.state_dict()[name], tensor)
     tuned = SideTunedExtractor(space, method="finetune").train()
     x = {"rgb": torch.rand(2, 3, 64, 64)}
-    statistics = [b.clone() for n, b in tuned.trunk.named_buffers() if "running" in n]
+    assert not [n for n, _ in tuned.trunk.named_buffers() if "running" in n]  # merged into the convolutions
+    assert all(p.requires_grad for p in tuned.trunk.parameters())
     one, two = tuned(x), tuned.eval()(x)
     assert torch.equal(one, two)  # in training as in use, so PPO's ratios start at 1
-    assert all(
-        torch.equal(a, b) for a, b in zip(statistics, [b for n, b in tuned.trunk.named_buffers() if "running" in n])
-    )
     code = tuned.trunk(tuned.base.prepare(x["rgb"]))
     assert torch.allclose(code, tuned.base(x["rgb"]).out, atol=1e-3)
 
@@ -200,6 +199,115 @@ def test_a_timm_model_is_a_base_of_agents(tmp_path):
         map_base("resnet44-cifar10", None, 32)
 
 
+@pytest.mark.parametrize("method", ["finetune", "scratch"])
+def test_what_is_tuned_may_run_in_bfloat16(method):
+    """When acting and when learning alike, or PPO's ratios would not start at 1."""
+    space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 16, 16), np.uint8)})
+    x = {"rgb": torch.rand(4, 3, 16, 16)}
+    made = {}
+    for precision in ("no", "bf16"):
+        with st.seeded(0):
+            made[precision] = SideTunedExtractor(
+                space, small_base, method, side="fcn4", init=None, hidden=32, precision=precision
+            )
+    kinds = []
+    made["bf16"].trunk.register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
+    with torch.no_grad():
+        exact, acting = made["no"].eval()(x), made["bf16"].eval()(x)
+    learning = made["bf16"].train()(x)
+    assert kinds == [torch.bfloat16] * 2 and acting.dtype == learning.dtype == torch.float32
+    assert torch.equal(acting, learning)
+    assert not torch.equal(acting, exact) and torch.allclose(acting, exact, atol=0.1)
+    learning.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in made["bf16"].trunk.parameters())
+
+
+def test_the_held_out_trajectories_are_those_of_all_numbers_of_trajectories():
+    from sidetuning.scenarios.imitation import split
+
+    few, many = split(600, 5, 0), split(600, 550, 0)
+    assert few[1] == many[1] and len(few[1]) == 50 and not {*many[0]} & {*many[1]} and many[0][:5] == few[0]
+    assert split(600, 5, 1)[1] != few[1]
+    assert len(split(40, 30, 0)[1]) == 4 and split(9, 9, 0)[1] == []
+
+
+def test_charts_have_a_colour_for_every_row():
+    from sidetuning.charts import COLOURS
+    from sidetuning.scenarios.imitation import Result, charts, table
+    from sidetuning.scenarios.outcomes import Outcome, scores
+
+    def rows(*methods):
+        found = scores([Outcome(1.0, None, 2.0, 9)])  # and no SPL
+        settings = {"env": "doom-pointnav"}
+        return [Result(method=m, trajectories=0, seed=0, settings=settings, **found) for m in methods]
+
+    three, baselines = ("sidetune", "features", "scratch"), ("expert", "compass", "random")
+    (chart,) = charts(rows(*baselines, *three), [5])
+    assert [line.name for line in chart.lines] == [*three, "expert", "compass"]
+    five = rows(*baselines, *three, "finetune", "lora")
+    assert [line.name for line in charts(five, [5])[0].lines] == [*three, "finetune", "lora", "expert"]
+    assert len(charts(five, [5])[0].lines) == COLOURS and "| random | 100.0 [20.7, 100.0] |" in table(five, [5])
+
+
+def test_torch_has_one_thread_unless_told_otherwise(monkeypatch):
+    from sidetuning.scenarios.rl import use_threads
+
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    use_threads(None)
+    assert given == []
+    use_threads(2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    use_threads(None)
+    assert given == [2, 1]
+
+
+def test_going_on_counts_even_if_it_is_stopped_at_once(habitat, tmp_path):
+    from sidetuning.scenarios import ppo, rl
+    from sidetuning.scenarios.runs import Run
+
+    habitat.write_text("")
+    cell = rl.Cell(
+        method="features", seed=0, out=str(tmp_path / "run"), env=f"habitat:{habitat}", size=32, envs=1, rollout=16, batch=16,
+        progress=False,
+    )  # fmt: skip
+    folder = Run(cell.out, "rl-run", cell, free=rl.FREE)
+    env = ppo.training_env(cell)
+    model = ppo.build(cell, env)
+    file = folder.resume("ppo")
+    for resumed in range(3):
+        saved = ppo.load_state(model, file)
+        assert saved["resumed"] == max(0, resumed - 1)
+        curve = ppo.Curve(folder, cell, saved)
+        curve.init_callback(model)
+        curve.on_training_start({}, {})  # and no further, but for the first time
+        if not resumed:
+            model.num_timesteps = 16
+            curve.on_training_end()
+        assert torch.load(file, weights_only=True)["resumed"] == resumed == curve.resumed
+    env.close()
+
+
+def test_actors_run_a_folded_base_once_per_step(monkeypatch):
+    from sidetuning.methods import METHODS, Task
+    from sidetuning.scenarios.imitation import TASK, policy_of
+
+    seen = {"rgb": np.random.default_rng(0).integers(0, 255, (16, 16, 3)).astype(np.uint8)}
+    image = st.Observation(torch.from_numpy(seen["rgb"]).permute(2, 0, 1)[None], torch.zeros(1, 0))
+    method = METHODS.build("features", small_base(), options={})
+    method._add(Task(TASK, "policy", head_options={"actions": 4}), method.add)
+    policy, passes = policy_of(method), []
+    monkeypatch.setattr(method.base.net, "forward", lambda *_: pytest.fail("the base as it was ran"))
+    encode = st.Base.encode
+    monkeypatch.setattr(st.Base, "encode", lambda *given: passes.append(1) or encode(*given))
+    found = policy(seen)
+    assert len(passes) == 1
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert torch.allclose(found, method(image, TASK)[0].softmax(0), atol=1e-5) and found.sum() == pytest.approx(1)
+
+
 def test_from_scratch_the_base_is_not_run():
     model = learner("scratch")
     seen = []
@@ -210,22 +318,29 @@ def test_from_scratch_the_base_is_not_run():
 
 def test_an_agent_that_goes_on_meets_other_episodes(tmp_path):
     """And one without a goal has no success, which is not a success of 0."""
+    from sidetuning.scenarios.outcomes import Outcome, scores
     from sidetuning.scenarios.ppo import load_state, save_state
     from sidetuning.scenarios.rl import Result, charts, table
 
     model = learner()
     model.learn(64)
-    save_state(model, tmp_path / "ppo.pt", {"seconds": 1.0, "passes": 5, "recent": [{"reward": 1.0}]})
+    save_state(model, tmp_path / "ppo.pt", {"seconds": 1.0, "passes": 5, "recent": [{"reward": 1.0}], "resumed": 0})
     again = learner()
     start = again.get_env().reset()["rgb"]
     fresh = learner()
     assert load_state(fresh, tmp_path / "ppo.pt")["recent"] == [{"reward": 1.0}]
     assert not np.array_equal(fresh.get_env().reset()["rgb"], start)
     curve = [{"steps": 64, "reward": 1.0, "seconds": 1.0}]
-    result = Result("features", 0, "doom-explore", curve, None, None, 2.0, None, 10, None, 5, 100.0)
-    assert "| features | – | – | 2.0" in table([result]) and [c.title for c in charts([result])] == [
-        "Reward of an episode"
-    ]
+    result = Result(
+        method="features", seed=0, env="doom-explore", curve=curve, added=10, alpha=None, base_passes=5, steps_per_second=100.0,
+        **scores([Outcome(None, None, 1.0, 9), Outcome(None, None, 3.0, 9)]),
+    )  # fmt: skip
+    assert (
+        "| features | – | – | 2.0 [0.0, 4.0] |" in table([result])
+        and "eased" not in table([result])
+        and [c.title for c in charts([result])] == ["Reward of an episode"]
+    )
+    assert "doom-home is an eased my_way_home" in table([replace(result, env="doom-home")])
     assert not charts([replace(result, curve=[])])
 
 
@@ -355,6 +470,36 @@ def test_habitat_lacking_what_is_needed_is_said(habitat):
         HabitatWorld(env, 32)
 
 
+@pytest.mark.parametrize("method", ["sidetune", "features", "finetune", "scratch"])
+def test_a_loaded_policy_answers_as_the_learner_did_and_a_fresh_one_does_not(habitat, tmp_path, method, monkeypatch):
+    from sidetuning.scenarios import ppo, rl
+    from sidetuning.scenarios.runs import Run
+
+    habitat.write_text("")
+    settings = {"env": f"habitat:{habitat}", "size": 32, "envs": 2, "rollout": 16, "batch": 16, "steps": 64, "lr": 1e-2}
+    cell = rl.Cell(
+        method=method, seed=0, out=str(tmp_path / "run"), test_episodes=2, test_split="val", progress=False, **settings
+    )
+    env = ppo.training_env(cell)
+    learner, fresh = ppo.build(cell, env), ppo.build(cell, env).policy
+    learner.learn(64)
+    Run(cell.out, "rl-run", cell, free=rl.FREE)
+    ppo.save_policy(learner.policy, Path(cell.out) / "policy.safetensors")
+    loaded = ppo.load_policy(cell.out)[1]
+    observation = {k: np.stack([v] * 2) for k, v in learner.observation_space.sample().items()}
+    wanted = ppo.probabilities(learner.policy, observation)
+    assert wanted.shape == (2, 4) and torch.equal(ppo.probabilities(loaded, observation), wanted)
+    assert not torch.allclose(ppo.probabilities(fresh, observation), wanted, atol=1e-3)
+    ppo.same_answers(learner.policy, loaded, tmp_path)
+    with pytest.raises(SideTuningError, match="does not answer as the one that was learned"):
+        ppo.same_answers(learner.policy, fresh, tmp_path)
+    if method == "features":  # it is the loaded one that is tested
+        monkeypatch.setattr(ppo, "load_policy", lambda _: (cell, fresh))
+        with pytest.raises(SideTuningError, match="does not answer as the one that was learned"):
+            ppo.one(cell)
+    env.close()
+
+
 def run(tmp_path, *arguments):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), *sys.path]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "sidetuning.cli", *map(str, arguments)]
@@ -373,17 +518,26 @@ def test_scenarios_run_unchanged_in_habitat(tmp_path):
     assert done.returncode == 0, done.stderr
     common = ("--no-progress", "--test-episodes", 3, "--seeds", 1)
     imitation = (
-        "imitation", *world, "--data", "t-v0", "--out", "im", "--methods", "sidetune", "scratch", "--trajectories", 4, 12,
+        "imitation", *world, "--data", "t-v0", "--out", "im", "--methods", "sidetune", "scratch", "--trajectories", 4, 11,
         "--steps", 30, "--cache", "cache", *common,
     )  # fmt: skip
     done = run(tmp_path, *imitation)
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "im" / "table.md").read_text()
     assert "| expert | 100.0 [43.8, 100.0] | 100.0 [43.8, 100.0] |" in rows and rows.count("| sidetune |") == 3
+    assert "| Success less that of sidetune, points | 4 trajectories | 11 trajectories |" in rows
+    assert rows.count("| compass |") == rows.count("| random |") == 5 and "scratch trains a network of the base" in rows
     page = (tmp_path / "im" / "report.html").read_text()
     assert page.count("data:video/mp4;base64,") == 4 and "media-src data:" in page and "Success" in page
     result = json.loads((tmp_path / "im" / "sidetune-4-0" / "result.json").read_text())
-    assert result["episodes"] == 3 and result["frames"] > 20 and result["accuracy"] is not None
+    assert len(result["episodes"]) == 3 and result["frames"] > 20 and result["accuracy"] is not None
+    assert result["success"] == np.mean([success for success, _spl, _reward, _steps in result["episodes"]])
+    collected = {k: result["data"][k] for k in ("episodes", "stray", "seed", "env")}
+    assert collected == {"episodes": 12, "stray": 0.15, "seed": 0, "env": "habitat:nav.yaml"}
+    assert result["data"]["fingerprint"] == json.loads((tmp_path / "im/run.json").read_text())["fingerprints"]["data"]
+    scratch = json.loads((tmp_path / "im" / "scratch-4-0" / "result.json").read_text())
+    base = st.load_base("resnet-doom-curvature").parameter_count()
+    assert scratch["added"] > base > result["added"] > 0  # what is trained, the network itself included
     before = (tmp_path / "im" / "sidetune-4-0" / "result.json").stat().st_mtime_ns
     assert run(tmp_path, *imitation).returncode == 0  # all is there already
     assert (tmp_path / "im" / "sidetune-4-0" / "result.json").stat().st_mtime_ns == before
@@ -411,6 +565,11 @@ def test_scenarios_run_unchanged_in_habitat(tmp_path):
     assert (tmp_path / "rl" / "report.html").read_text().count("<video") == 4
     done = run(tmp_path, "play", "rl/finetune-0", "--episodes", 1)
     assert done.returncode == 0 and (tmp_path / "rl/finetune-0/play/episode-0.mp4").stat().st_size > 500, done.stderr
+    tested = json.loads((tmp_path / "rl" / "finetune-0" / "result.json").read_text())
+    assert (
+        tested["resumed"] == 0
+        and f"{tested['episodes'][0][3]} steps, reward {tested['episodes'][0][2]:.1f}" in done.stdout
+    )
     for wrong, message in ((("play", "rl"), "such as rl/sidetune-0"), (("play", "none"), "holds no run")):
         done = run(tmp_path, *wrong)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
@@ -425,14 +584,15 @@ def mistakes_are_said_before_anything_is_learned(folder):
     (folder / "foreign-v0" / "run.json").unlink()  # of another collector: where it comes from is not known
     foreign = replace(clone, data=str(folder / "foreign-v0"))
     record = collect.Settings(out=str(folder / "x-v0"), progress=False)
-    five = ("sidetune", "features", "independent", "scratch", "ewc")
+    six = ("sidetune", "features", "independent", "scratch", "ewc", "finetune")
     for scenario, settings, message in (
         (imitation, replace(clone, env="doom-home"), "was collected in habitat:nav.yaml; give --env habitat:nav.yaml"),
         (imitation, replace(foreign, env="doom-home"), "collected with a compass, and doom-home has none"),
         (imitation, replace(foreign, env="doom-explore"), "no goal and so no expert"),
         (imitation, replace(clone, test_episodes=0), "--test-episodes must be 1 or more"),
         (imitation, replace(clone, trajectories=(0,)), "must be numbers of 1 or more"),
-        (imitation, replace(clone, methods=five), "at most 4"),
+        (imitation, replace(clone, methods=six), "at most 5"),
+        (imitation, replace(clone, trajectories=(12,)), "has 12 trajectories, of which 1 are held out, and so not 12"),
         (imitation, replace(clone, methods=("scratch", "scratch")), "--methods names scratch twice"),
         (imitation, replace(clone, env="habitat:nav.yaml", test_split="train"), "collected in the scenes of 'train'"),
         (collect, replace(record, out=str(folder / "x")), "such as x-v0"),
@@ -463,22 +623,22 @@ def test_a_clone_beats_chance(tmp_path):
     from sidetuning.data.trajectories import read_steps
     from sidetuning.methods.method import load_method
     from sidetuning.scenarios import collect, imitation
-    from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world, map_base
+    from sidetuning.scenarios.worlds import TEST_SEED, at_random, drawing, episodes, make_world, map_base
 
     data = str(tmp_path / "t-v0")
     collect.run(collect.Settings(out=data, episodes=100, progress=False))
     settings = imitation.Settings(
-        data=data, out=str(tmp_path / "im"), methods=("features",), trajectories=(100,), seeds=1, steps=500, test_episodes=1,
+        data=data, out=str(tmp_path / "im"), methods=("features",), trajectories=(90,), seeds=1, steps=500, test_episodes=1,
         cache=str(tmp_path / "cache"), progress=False,
     )  # fmt: skip
     cell = next(imitation.cells(settings, 64))
-    imitation.one(replace(cell), read_steps(data))
-    method = load_method(tmp_path / "im" / "features-100-0" / "tasks", map_base(cell.base, None, 64))
+    imitation.one(cell, read_steps(data), {})
+    method = load_method(tmp_path / "im" / "features-90-0" / "tasks", map_base(cell.base, None, 64))
     rng = np.random.default_rng(0)
     world = make_world("doom-pointnav", "test", 64)
     try:
-        clone = [o.reward for o in episodes(world, imitation.actor(method, 0), 16, TEST_SEED)]
-        chance = [o.reward for o in episodes(world, lambda _: int(rng.integers(1, 4)), 16, TEST_SEED)]
+        clone = [o.reward for o in episodes(world, drawing(world, imitation.policy_of(method), 0), 16, TEST_SEED)]
+        chance = [o.reward for o in episodes(world, at_random(world), 16, TEST_SEED)]
     finally:
         world.close()
     gained = np.array(clone) - np.array(chance)  # of the same episodes: some are harder than others
@@ -503,7 +663,7 @@ def test_a_killed_learner_goes_on(tmp_path):
     process.kill()
     process.wait(30)
     state = torch.load(saved, weights_only=True)
-    assert 0 < state["steps"] < 3200 and state["steps"] % 320 == 0
+    assert 0 < state["steps"] < 3200 and state["steps"] % 64 == 0
     assert state["recent"] and {"reward", "success", "spl"} == set(state["recent"][0])
     done = run(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
@@ -511,6 +671,7 @@ def test_a_killed_learner_goes_on(tmp_path):
     steps = [row["steps"] for row in result["curve"]]
     assert steps == list(range(32, 3201, 32))[-len(steps) :]  # what followed the last save is there once
     assert 3200 < result["base_passes"] < 2 * 3200  # those before the kill are counted
+    assert result["resumed"] == 1
     assert not saved.exists()
     (tmp_path / "rl" / "features-0" / "result.json").unlink()
     saved.parent.mkdir(exist_ok=True)
@@ -519,3 +680,27 @@ def test_a_killed_learner_goes_on(tmp_path):
     assert (
         done.returncode == 1 and "delete it to begin this run again" in done.stderr and "Traceback" not in done.stderr
     )
+
+
+# Benchmarks -------------------------------------------------------------------------------------------------------------
+
+
+def test_benchmarks_record_ratios_and_the_versions_of_what_is_installed(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import agents
+    import common
+
+    def measure(steps, passes, cached):
+        return {"steps_per_second": 300.0 if cached else 100.0, "base_passes": 10 if cached else 10 * (passes + 1)}
+
+    written = {}
+    monkeypatch.setattr(agents, "measure", measure)
+    monkeypatch.setattr(agents, "record", lambda name, content: written.update({name: content}))
+    monkeypatch.setattr(agents.rl, "use_threads", lambda _: None)
+    agents.run_speed(agents.Speed(rounds=2))
+    found = written["rl-speed"]["passes"]
+    assert list(found) == ["4", "10"] and len(found["4"]["once"]) == 2
+    assert [row["base passes, every pass / once"] for row in found.values()] == [5.0, 11.0]
+    assert found["10"]["steps per second, once / every pass"] == 3.0
+    monkeypatch.setattr(common, "PACKAGES", ("gymnasium", "stable-baselines3", "no-such-package"))
+    assert common.versions() == {"gymnasium": gym.__version__, "stable-baselines3": version("stable-baselines3")}

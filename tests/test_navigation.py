@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from sidetuning.errors import DataError, EngineError, SideTuningError, UnknownNameError
 
@@ -27,7 +28,8 @@ from sidetuning.data import doom_grid
 from sidetuning.data.doom import TEST, TRAIN, VAL
 from sidetuning.data.doom_nav import FORWARD, LEFT, MAPS, RIGHT, STOP, DoomExplore, DoomPointNav, _mark
 from sidetuning.data.trajectories import COMPASS
-from sidetuning.scenarios.worlds import Outcome, make_world, wilson
+from sidetuning.scenarios.outcomes import Outcome, Scores, difference_text, mean_text, scores, wilson
+from sidetuning.scenarios.worlds import at_random, by_compass, drawing, episodes, make_world, stops
 from test_doom import instances, left, linux
 
 
@@ -292,10 +294,64 @@ def test_wilson_intervals():
 
 
 def test_spl_of_a_clone_that_never_arrives_has_an_interval():
-    from sidetuning.scenarios.imitation import summarise
-
-    found = summarise("sidetune", 10, 0, [Outcome(-0.5, 0.0, 0.0, 40)] * 100)
+    found = Scores(**scores([Outcome(0.0, 0.0, -0.5, 40)] * 100))
     assert found.spl == 0 and found.intervals["spl"] == pytest.approx((0, 0.037), abs=1e-3)
+
+
+def test_tables_have_the_intervals_of_a_methods_mean():
+    """Of seeds that fail in other episodes the mean is surer than each; of seeds that fail in the same ones it is not."""
+
+    def run(*successes):
+        return Scores(**scores([Outcome(float(s), None, 2.0 * s, 10) for s in successes]))
+
+    def ends(text):
+        return [float(end) for end in text.partition("[")[2].rstrip("]").split(", ")]
+
+    half, other = run(*[1, 0] * 50), run(*[0, 1] * 50)
+    assert mean_text([half], "success", 100) == "50.0 [40.4, 59.6]"  # Wilson's
+    low, high = ends(mean_text([half, half], "success", 100))
+    assert 38 < low < 42 and 58 < high < 62  # 50 ± 1.96 * 5
+    assert mean_text([half, half], "success", 100) == mean_text([half, half], "success", 100)  # nothing but the data
+    assert mean_text([half, other], "success", 100) == "50.0 [50.0, 50.0]" != mean_text([half, half], "success", 100)
+    assert mean_text([half], "spl") == mean_text([], "success") == "–"
+
+    better = run(*[1, 0] * 45, *[1, 1] * 5)  # in five of a hundred episodes; unpaired, 5 ± 14 points
+    low, high = ends(difference_text([better, better], [half], "success", 100))
+    assert 0 < low < 3 and 8 < high < 11 and difference_text([better], [half], "success", 100).startswith("5.0 [")
+    assert difference_text([half], [half, half], "reward") == "0.0 [0.0, 0.0]"
+    assert difference_text([half], [], "success") == difference_text([half], [half], "spl") == "–"
+
+
+def test_moves_are_drawn_and_a_stop_is_taken_where_it_is_the_likeliest():
+    def taken(stops, *probabilities):
+        world, policy = SimpleNamespace(stops=stops), lambda _: torch.tensor(probabilities)
+        act = drawing(world, policy, 0)
+        assert [act({}) for _ in range(50)] == [again({}) for again in [drawing(world, policy, 0)] for _ in range(50)]
+        return {act({}) for _ in range(200)}
+
+    assert taken(True, 0.3, 0.4, 0.3, 0.0) == {1, 2} and taken(True, 0.4, 0.3, 0.3, 0.0) == {0}
+    assert taken(False, 0.3, 0.4, 0.3, 0.0) == taken(False, 0.4, 0.3, 0.3, 0.0) == {0, 1, 2}
+
+
+def test_baselines_move_at_random_and_by_the_compass(walk):
+    env, home = walk(DoomPointNav, "map01"), walk(DoomPointNav, "home", automatic=True, compass=False)
+    assert stops(env) and not stops(home) and not stops(SimpleNamespace())
+    for world, actions in ((env, {1, 2, 3}), (home, {0, 1, 2, 3})):
+        act = at_random(world)
+        assert {act({}) for _ in range(100)} == actions
+
+    def follow(distance, degrees, **more):
+        return by_compass(env, **more)({COMPASS: np.array([distance, np.radians(degrees)], np.float32)})
+
+    assert [follow(9, a, wander=0) for a in (7, -7, 9, -9, 179)] == [FORWARD, FORWARD, LEFT, RIGHT, LEFT]
+    assert follow(1.19, 90) == STOP != follow(1.21, 90)
+    act = by_compass(env)
+    strayed = np.mean([act({COMPASS: np.array([9, 0], np.float32)}) != FORWARD for _ in range(2000)])
+    assert strayed == pytest.approx(0.15 * 2 / 3, abs=0.03)
+    first, again = ([*episodes(env, by_compass(env), 3, 7)] for _ in range(2))
+    assert first == again and np.mean([o.reward for o in first]) > np.mean(
+        [o.reward for o in episodes(env, at_random(env), 3, 7)]
+    )
 
 
 @linux

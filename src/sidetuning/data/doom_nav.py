@@ -61,6 +61,7 @@ class DoomWalk(gym.Env[Any, Any]):
     After `reset(seed=…)` all is the same whenever the seed is the same.
     """
 
+    stops = False  # whether the action stop ends an episode
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (gymnasium's way)
 
     def __init__(
@@ -166,6 +167,7 @@ class DoomPointNav(DoomWalk):
             automatic,
             compass,
         )
+        self.stops = not automatic
         if not compass and self.maps != (HOME,):
             raise SideTuningError("without a compass only maps='home' has a goal that can be known")
         if compass:

@@ -40,6 +40,8 @@ class HabitatWorld(gym.Env[Any, Any]):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (gymnasium's way)
     render_mode = "rgb_array"
+    stops = True  # the action stop ends an episode
+    radius = GOAL_RADIUS
 
     def __init__(self, env: Any, size: int) -> None:
         self.env, self.size = env, size

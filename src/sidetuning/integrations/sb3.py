@@ -85,9 +85,12 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         side, side_options, merge, init: as `SideTuner.add_task`; without options the distilled fcn5 has a quarter of its width, as the one
             that ships.
         hidden: width of the features.
+        precision: "bf16" runs what "finetune" and "scratch" train under bfloat16 autocast, when acting and when learning alike; its
+            output is float32.
 
     Orthogonal initialisation, which stable-baselines3 applies to all layers of a policy, passes the extractor by: it would
-    undo the distilled side and the pretrained copy. Batch norms of a tuned copy keep their running statistics.
+    undo the distilled side and the pretrained copy. A tuned copy starts with its batch norms merged into its convolutions; those that
+    cannot be merged keep their running statistics.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         merge: str = "alpha",
         init: str | None = "distilled",
         hidden: int = 128,
+        precision: Literal["no", "bf16"] = "no",
     ) -> None:
         extra = 3 if COMPASS in observation_space.spaces else 0
         super().__init__(observation_space, hidden + extra)
@@ -110,7 +114,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
             built = built.with_example(example)
         if side_options is None and side == "fcn5" and init == "distilled" and method == "sidetune":
             side_options = {"width": 0.25, "signed": True}
-        self.base = built
+        self.base, self.precision = built, precision
         needed = method in ("sidetune", "features")
         self.given = needed and CODE in observation_space.spaces
         self.encoder = built.folded() if needed and not self.given else built  # folded, as VecBaseFeatures runs it
@@ -125,7 +129,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
                 built, side=side, head="identity", merge="side-only", side_options=side_options
             ).side
         elif method == "finetune":
-            self.trunk = Trunk(built)
+            self.trunk = Trunk(built.folded())  # its batch norms would not move: the copy has none
         width = math.prod(built.output_shape)
         self.code = nn.Sequential(nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU())
         digest = torch.tensor(list(bytes.fromhex(built.fingerprint())), dtype=torch.uint8)
@@ -135,7 +139,8 @@ class SideTunedExtractor(BaseFeaturesExtractor):
     def forward(self, observations: Mapping[str, Tensor]) -> Tensor:
         x = self.base.prepare(observations[IMAGE])
         if self.trunk is not None:
-            code = self.trunk(x)
+            with torch.autocast(observations[IMAGE].device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                code = self.trunk(x).float()
         else:
             features = Features(observations[CODE]) if self.given else self.encoder.encode(x)
             code = features.out if self.branch is None else self.branch(x, features)

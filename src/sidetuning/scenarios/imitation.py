@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,14 +22,36 @@ from sidetuning.data.trajectories import COMPASS, Steps, extra_of, read_steps
 from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
-from sidetuning.results import Estimate, number_text
+from sidetuning.scenarios.outcomes import Scores, difference_text, mean_text, scores
 from sidetuning.scenarios.play import film, load_player
 from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_result, side_options
-from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, expert_of, make_world, map_base, wilson
+from sidetuning.scenarios.worlds import (
+    HOME,
+    TEST_SEED,
+    Act,
+    Policy,
+    at_random,
+    by_compass,
+    drawing,
+    episodes,
+    expert_of,
+    make_world,
+    map_base,
+)
 
 TASK = "navigate"
-STOP = 0  # Habitat's first action
-EXPERTS = ("expert", "random")  # rows that learn nothing
+BASELINES = {  # rows that learn nothing; compass only where the environment has one
+    "expert": "knows the shortest way",
+    "compass": "does not see: it turns towards the goal and goes ahead",
+    "random": "moves at random and never stops",
+}
+HELD_OUT = 50  # trajectories for the accuracy, at most a tenth of all
+MEASURES = (("success", "Success, %", 100.0), ("spl", "SPL, %", 100.0), ("reward", "Reward", 1.0))
+SCRATCH = "scratch trains a network of the base's shape from random weights (in rl it is the side alone)."
+NOTE = (
+    "Mean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the episodes (bootstrap; Wilson's of one "
+    f"run). {SCRATCH}"
+)
 FREE = ("data", "out", "cache", "progress")
 
 
@@ -99,33 +120,29 @@ class Cell(Learning):
     out: str
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a clone (or the expert, or a random agent) came to on the test episodes.
+@dataclass(frozen=True, kw_only=True)
+class Result(Scores):
+    """What a clone, or a baseline that learns nothing, came to on the test episodes.
 
     Attributes:
-        success, spl, reward: means over the episodes.
-        intervals: 95 % of success and SPL (Wilson) and of reward (mean ± 1.96 standard errors), over the episodes.
-        accuracy: share of held-out steps at which the clone does what the expert did; None for those that learn nothing.
+        accuracy: share of held-out steps at which the clone does what the expert did; None where nothing is held out, and of
+            baselines.
         frames: of the trajectories that it learned from.
         added: parameters that were trained.
         seconds: of training, without the base's features.
+        settings: of the run.
+        data: of the trajectories: fingerprint, number of episodes, and the settings that they were collected with.
     """
 
     method: str
     trajectories: int
     seed: int
-    episodes: int
-    success: float
-    spl: float
-    reward: float
-    intervals: dict[str, tuple[float, float]]
-    steps: float
     accuracy: float | None = None
     frames: int = 0
     added: int = 0
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 class Moves(Dataset[Any]):
@@ -155,7 +172,7 @@ def cells(settings: Settings, size: int) -> Iterator[Cell]:
 
 
 def run(settings: Settings) -> list[Result]:
-    """Run the cells that have no result yet, and the expert and a random agent, and write `table.md` and `report.html`."""
+    """Run the cells that have no result yet, and the baselines, and write `table.md` and `report.html`."""
     s = settings
     for method in s.methods:
         if method not in METHODS:
@@ -165,19 +182,22 @@ def run(settings: Settings) -> list[Result]:
     not_twice(s, "methods", "trajectories")
     if min(s.trajectories, default=0) < 1:
         raise SideTuningError("--trajectories must be numbers of 1 or more")
-    if len(s.methods) + len(EXPERTS) > COLOURS:
-        raise SideTuningError(f"--methods: at most {COLOURS - len(EXPERTS)} fit into one comparison")
+    if len(s.methods) + 1 > COLOURS:  # and the expert
+        raise SideTuningError(f"--methods: at most {COLOURS - 1} fit into one comparison")
     folder = Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))
     steps = read_steps(s.data)
-    folder.belongs(data=steps.fingerprint())
-    most = max(s.trajectories)
-    if most > len(steps.starts) - 1:
-        raise DataError(f"{s.data} has {len(steps.starts) - 1} trajectories, not {most}; collect more")
+    data = about(s.data, steps)
+    folder.belongs(data=data["fingerprint"])
+    most, have = max(s.trajectories), data["episodes"]
+    if most + held_out(have) > have:
+        raise DataError(
+            f"{s.data} has {have} trajectories, of which {held_out(have)} are held out, and so not {most} to learn from; collect more"
+        )
     size = steps.rgb.shape[-1]
     check_world(s, steps, size)
-    results = [baseline(s, name, size) for name in EXPERTS]
+    results = [baseline(s, name, size) for name in BASELINES if name != "compass" or steps.extra.shape[1]]
     for cell in tqdm(list(cells(s, size)), unit="run", dynamic_ncols=True, disable=not s.progress):
-        results.append(one(cell, steps))
+        results.append(one(cell, steps, data))
         write_text(Path(s.out) / "table.md", table(results, s.trajectories))
     films = [
         f
@@ -195,10 +215,10 @@ def lead(settings: Settings) -> str:
     s = settings
     spl = f"SPL: success weighted by how short the way was. {s.test_episodes} episodes that no trajectory shows"
     if s.env == "doom-home":
-        return f"An agent learns by imitation to find the armour of ViZDoom's my_way_home, the one map there is. {spl}."
+        return f"An agent learns by imitation to find the armour of my_way_home. {HOME} {SCRATCH} {spl}."
     return (
         "An agent learns by imitation to walk to a point that its compass tells. Success: it stops near the point. "
-        f"{spl}, in other scenes ({s.test_split})."
+        f"{spl}, in other scenes ({s.test_split}). {SCRATCH}"
     )
 
 
@@ -227,24 +247,48 @@ def check_world(settings: Settings, steps: Steps, size: int) -> None:
 
 
 def baseline(settings: Settings, name: str, size: int) -> Result:
-    """The expert, or an agent that acts at random."""
+    """One that learns nothing: the expert, one that follows its compass, one that moves at random."""
     s = settings
     file = Path(s.out) / f"{name}.json"
     if file.exists():
         return read_result(Result, file)  # type: ignore[no-any-return]
     world = make_world(s.env, s.test_split, size)
-    rng = np.random.default_rng(0)
     try:
-        act = (lambda _: world.expert()) if name == "expert" else (lambda _: int(rng.integers(world.action_space.n)))
-        result = summarise(name, 0, 0, list(episodes(world, act, s.test_episodes, TEST_SEED)))
+        acts: dict[str, Callable[[Any], Act]] = {
+            "expert": lambda world: lambda _: world.expert(), "compass": by_compass, "random": at_random,
+        }  # fmt: skip
+        outcomes = list(episodes(world, acts[name](world), s.test_episodes, TEST_SEED))
     finally:
         world.close()
+    settings_of = {"env": s.env, "test_split": s.test_split, "test_episodes": s.test_episodes, "size": size}
+    result = Result(method=name, trajectories=0, seed=0, settings=settings_of, **scores(outcomes))
     write_json(file, asdict(result))
     return result
 
 
-def one(cell: Cell, steps: Steps) -> Result:
-    """The result of a cell: read where it is there, else learned and tested."""
+def about(folder: str, steps: Steps) -> dict[str, Any]:
+    """What trajectories are: their fingerprint and number, and the settings that they were collected with, where these are known."""
+    collected = Path(folder) / "run.json"
+    settings = json.loads(collected.read_text())["settings"] if collected.exists() else {}
+    return {"fingerprint": steps.fingerprint(), "episodes": len(steps.starts) - 1, **settings}
+
+
+def held_out(have: int) -> int:
+    """How many of so many trajectories are kept for the accuracy."""
+    return min(HELD_OUT, have // 10)
+
+
+def split(have: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the trajectories to learn from, and of those held out: the first and the last ones of an order that the seed draws.
+
+    So more trajectories contain the fewer, and what is held out is the same for all counts.
+    """
+    order = torch.randperm(have, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[:count], order[have - held_out(have) :]
+
+
+def one(cell: Cell, steps: Steps, data: dict[str, Any]) -> Result:
+    """The result of a cell, with what `about` says of the data: read where it is there, else learned and tested."""
     c = cell
     folder = Run(c.out, "imitation-run", c, free=FREE)
     file = folder.folder / "result.json"
@@ -252,9 +296,8 @@ def one(cell: Cell, steps: Steps) -> Result:
         return read_result(Result, file)  # type: ignore[no-any-return]
     method = build_method(c)
     features = cached(method.base, steps, c) if method.uses_features else None
-    order = torch.randperm(len(steps.starts) - 1, generator=torch.Generator().manual_seed(c.seed)).tolist()
-    held_out = steps.of(order[c.trajectories :][:50]) if len(order) > c.trajectories else None
-    rows = steps.of(order[: c.trajectories])
+    learned_from, kept = split(len(steps.starts) - 1, c.trajectories, c.seed)
+    rows = steps.of(learned_from)
     loader = loader_over(Moves(steps, features), batch_size=c.batch, indices=rows)
     task = Task(TASK, "policy", seed=c.seed, head_options={"actions": 4, "extra": steps.extra.shape[1]})
     recipe = Recipe(
@@ -262,15 +305,16 @@ def one(cell: Cell, steps: Steps) -> Result:
     )  # fmt: skip
     learned = method.learn(task, loader, recipe, resume=folder.resume(TASK), save_every=10.0, progress=c.progress)
     method.save(folder.tasks())
-    accuracy = None if held_out is None else agreement(method, Moves(steps, features), held_out)
+    accuracy = agreement(method, Moves(steps, features), steps.of(kept)) if kept else None
     world = make_world(c.env, c.test_split, c.size)
     try:
-        outcomes = list(episodes(world, actor(method, c.seed), c.test_episodes, TEST_SEED))
+        outcomes = list(episodes(world, drawing(world, policy_of(method), c.seed), c.test_episodes, TEST_SEED))
     finally:
         world.close()
-    result = replace(
-        summarise(c.method, c.trajectories, c.seed, outcomes), accuracy=accuracy, frames=len(rows), added=method.added(TASK),
-        seconds=learned.seconds, settings={k: v for k, v in asdict(c).items() if k not in FREE},
+    result = Result(
+        method=c.method, trajectories=c.trajectories, seed=c.seed, accuracy=accuracy, frames=len(rows),
+        added=sum(p.numel() for p in method.trained(TASK)), seconds=learned.seconds,
+        settings={k: v for k, v in asdict(c).items() if k not in FREE}, data=data, **scores(outcomes),
     )  # fmt: skip
     write_json(file, asdict(result))
     folder.done(TASK)
@@ -315,40 +359,18 @@ def agreement(method: Method, moves: Moves, rows: Tensor) -> float:
     return right / len(rows)
 
 
-def actor(method: Method, seed: int) -> Callable[[dict[str, Any]], int]:
-    """A policy that draws its moves, since one that always takes the likeliest may turn left and right for ever.
-
-    It stops only where that is the likeliest action, since nothing takes a stop back.
-    """
-    generator, device = torch.Generator().manual_seed(seed), method.base.device
+def policy_of(method: Method) -> Policy:
+    """What a clone would do. The base is folded once, for it runs at every step."""
+    base = method.base.folded()
 
     @torch.no_grad()
-    def act(observation: dict[str, Any]) -> int:
-        rgb = torch.from_numpy(observation["rgb"]).permute(2, 0, 1)[None]
-        extra = extra_of({k: v[None] for k, v in observation.items()}, 1)
-        scores = method(Observation(rgb.to(device), extra.to(device)), TASK)[0].float().cpu()
-        if scores.argmax() == STOP:
-            return STOP
-        scores[STOP] = -torch.inf
-        return int(torch.multinomial(scores.softmax(0), 1, generator=generator))
+    def policy(observation: dict[str, Any]) -> Tensor:
+        rgb = torch.from_numpy(observation["rgb"]).permute(2, 0, 1)[None].to(base.device)
+        extra = extra_of({k: v[None] for k, v in observation.items()}, 1).to(base.device)
+        features = base(rgb) if method.uses_features else None
+        return method(Observation(rgb, extra), TASK, features=features)[0].float().softmax(0).cpu()
 
-    return act
-
-
-def summarise(method: str, trajectories: int, seed: int, outcomes: Sequence[Outcome]) -> Result:
-    """Means over episodes, and their intervals."""
-    n = len(outcomes)
-    success = sum(o.success or 0.0 for o in outcomes)
-    spl, reward = ([float(getattr(o, name) or 0.0) for o in outcomes] for name in ("spl", "reward"))
-    intervals = {"success": wilson(success, n), "spl": wilson(sum(spl), n), "reward": normal(reward)}
-    steps = sum(o.steps for o in outcomes) / n
-    return Result(method, trajectories, seed, n, success / n, sum(spl) / n, sum(reward) / n, intervals, steps)
-
-
-def normal(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean."""
-    mean, error = mean_and_error(values)
-    return mean - 1.96 * error, mean + 1.96 * error
+    return policy
 
 
 def runs_of(results: Sequence[Result], method: str, count: int) -> list[Result]:
@@ -357,39 +379,53 @@ def runs_of(results: Sequence[Result], method: str, count: int) -> list[Result]:
 
 
 def table(results: Sequence[Result], counts: Sequence[int]) -> str:
-    """Success in %, SPL in % and reward in Markdown: methods as rows, numbers of trajectories as columns.
-
-    A cell has mean and standard error over seeds, and in brackets the 95 % interval over the episodes, its ends averaged over seeds.
-    """
+    """Success in %, SPL in % and reward in Markdown, then differences: methods as rows, numbers of trajectories as columns."""
+    methods = rows_of(results)
     text = ""
-    methods = list(dict.fromkeys(r.method for r in results))
-    for name, title, scale in (("success", "Success, %", 100), ("spl", "SPL, %", 100), ("reward", "Reward", 1)):
-        text += f"| {title} | " + " | ".join(f"{n:,} trajectories" for n in counts) + " |\n"
-        text += "| --- |" + " ---: |" * len(counts) + "\n"
-        for method in sorted(methods, key=lambda m: m in EXPERTS):
-            row = []
-            for n in counts:
-                runs = runs_of(results, method, n)
-                text_of = number_text(
-                    Estimate(*mean_and_error([scale * getattr(r, name) for r in runs])) if runs else None
-                )
-                ends = [sum(scale * r.intervals[name][k] for r in runs) / max(1, len(runs)) for k in (0, 1)]
-                row.append(f"{text_of} [{number_text(ends[0])}, {number_text(ends[1])}]" if runs else text_of)
+    for name, title, scale in MEASURES:
+        text += head(title, counts)
+        for method in methods:
+            row = [mean_text(runs_of(results, method, n), name, scale) for n in counts]
             text += f"| {method} | " + " | ".join(row) + " |\n"
         text += "\n"
-    return text
+    text += " ".join([NOTE, *(f"{name} {what}." for name, what in BASELINES.items() if name in methods)]) + "\n"
+    if "sidetune" in methods:
+        for name, title, scale in MEASURES[:2]:
+            text += "\n" + head(f"{title.partition(',')[0]} less that of sidetune, points", counts)
+            for method in (m for m in methods if m != "sidetune"):
+                pairs = [(runs_of(results, method, n), runs_of(results, "sidetune", n)) for n in counts]
+                text += f"| {method} | " + " | ".join(difference_text(*pair, name, scale) for pair in pairs) + " |\n"
+        text += "\nDifferences are paired: means over the same episodes (and over seeds), with their 95 % bootstrap interval.\n"
+    env = next((r.settings["env"] for r in results), "")
+    return text + (f"\n{HOME}\n" if env == "doom-home" else "")
+
+
+def head(title: str, counts: Sequence[int]) -> str:
+    """The first two lines of a table."""
+    return f"| {' | '.join([title, *(f'{n:,} trajectories' for n in counts)])} |\n| --- |{' ---: |' * len(counts)}\n"
+
+
+def rows_of(results: Sequence[Result]) -> list[str]:
+    """Names of all rows: those that learned first."""
+    return sorted(dict.fromkeys(r.method for r in results), key=lambda m: m in BASELINES)
 
 
 def charts(results: Sequence[Result], counts: Sequence[int]) -> list[Chart]:
-    """Success and SPL over the number of trajectories."""
-    methods = sorted(dict.fromkeys(r.method for r in results), key=lambda m: m in EXPERTS)
+    """Success and SPL over the number of trajectories; of the baselines the expert, and the compass where there is a colour left."""
+    methods = [m for m in rows_of(results) if m != "random"][:COLOURS]
     made = []
-    for name, title in (("success", "Success"), ("spl", "SPL")):
+    for name, title, scale in MEASURES[:2]:
         lines = []
         for method in methods:
-            found = {n: [100 * getattr(r, name) for r in runs_of(results, method, n)] for n in counts}
+            found = {
+                n: [scale * v for r in runs_of(results, method, n) if (v := getattr(r, name)) is not None]
+                for n in counts
+            }
             lines.append(Line(method, [Point(n, *mean_and_error(v), len(v)) for n, v in found.items() if v]))
-        made.append(Chart(title, "trajectories", f"{title}, %", lines, log_x=True, note="Higher is better."))
+        if any(line.points for line in lines):  # none where the environment has no such measure
+            made.append(
+                Chart(title.partition(",")[0], "trajectories", title, lines, log_x=True, note="Higher is better.")
+            )
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 from sidetuning.artifacts import atomic_write
 from sidetuning.charts import Film, write_charts
 from sidetuning.errors import SideTuningError
-from sidetuning.scenarios.worlds import TEST_SEED, Outcome, episodes, make_world, map_base
+from sidetuning.scenarios.outcomes import Outcome
+from sidetuning.scenarios.worlds import TEST_SEED, Act, Policy, drawing, episodes, make_world, map_base
 
 HEIGHT = 256  # of a film; what the agent sees is on its left, the map on its right
 COLOURS = {
@@ -50,14 +51,16 @@ class Player:
         env: name of the environment.
         split: of the scenes.
         size: of the pictures.
-        act: observation to action.
+        policy: what it would do.
+        seed: of its moves, as in the tests of its run.
     """
 
     name: str
     env: str
     split: str
     size: int
-    act: Callable[[dict[str, Any]], int]
+    policy: Policy
+    seed: int
 
 
 def load_player(folder: str | Path) -> Player:
@@ -79,14 +82,14 @@ def load_player(folder: str | Path) -> Player:
         from sidetuning.scenarios import imitation
 
         method = load_method(folder / "tasks", map_base(settings["base"], settings["base_weights"], settings["size"]))
-        act = imitation.actor(method, settings["seed"])
-        return Player(settings["method"], settings["env"], settings["test_split"], settings["size"], act)
+        policy = imitation.policy_of(method)
+        s = settings
+        return Player(s["method"], s["env"], s["test_split"], s["size"], policy, s["seed"])
     if scenario == "rl-run":
         from sidetuning.scenarios import ppo
 
-        cell, policy = ppo.load_policy(folder)
-        act = ppo.actor(policy, map_base(cell.base, cell.base_weights, cell.size))
-        return Player(cell.method, cell.env, cell.test_split, cell.size, act)
+        c, learned = ppo.load_policy(folder)
+        return Player(c.method, c.env, c.test_split, c.size, ppo.policy_of(learned, c), c.seed)
     raise SideTuningError(
         f"{folder} holds a run of {scenario}; give the folder of one run of imitation or rl, such as {folder}/sidetune-0"
     )
@@ -100,12 +103,13 @@ def film(player: Player, count: int, out: Path) -> list[Film]:
     """
     out.mkdir(parents=True, exist_ok=True)
     world = make_world(player.env, player.split, player.size)
+    act = drawing(world, player.policy, player.seed)
     films = []
     try:
         for k in range(count):
             seed = TEST_SEED + k
             expert = walk(world, lambda _: world.expert(), seed)[1] if hasattr(world, "expert") else []
-            outcome, _, frames = walk(world, player.act, seed, expert, filmed=True)
+            outcome, _, frames = walk(world, act, seed, expert, filmed=True)
             name = out / f"episode-{k}"
             write_film(frames, name.with_suffix(".mp4"), world.metadata["render_fps"])
             with atomic_write(name.with_suffix(".png")) as temporary:
@@ -119,7 +123,7 @@ def film(player: Player, count: int, out: Path) -> list[Film]:
 
 
 def walk(
-    world: Any, act: Callable[[dict[str, Any]], int], seed: int, expert: Way | None = None, filmed: bool = False
+    world: Any, act: Act, seed: int, expert: Way | None = None, filmed: bool = False
 ) -> tuple[Outcome, Way, list[NDArray[np.uint8]]]:
     """Run one episode; returns what it came to, the way on the map, and the pictures of a film."""
     way: Way = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,21 +19,28 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from torch import Tensor
 from tqdm import tqdm
 
 from sidetuning.artifacts import atomic_write, write_json
-from sidetuning.base import Base
 from sidetuning.errors import SideTuningError
 from sidetuning.integrations.sb3 import CODE, IMAGE, SideTunedExtractor, VecBaseFeatures
+from sidetuning.scenarios.outcomes import scores
 from sidetuning.scenarios.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
 from sidetuning.scenarios.runs import Run, read_result, side_options
-from sidetuning.scenarios.worlds import TEST_SEED, episodes, make_world, map_base, wilson
+from sidetuning.scenarios.worlds import TEST_SEED, Policy, drawing, episodes, make_world, map_base
 
 SEEDS = 1000  # between two runs: the environments of one have successive seeds
 
 
 def one(cell: Cell) -> Result:
-    """The result of a cell: read where it is there, else learned and tested; a run that was stopped goes on from its last save."""
+    """The result of a cell: read where it is there, else learned and tested; a run that was stopped goes on from its last save.
+
+    What is tested is the policy as it was saved and loaded.
+
+    Raises:
+        SideTuningError: another run is there, a damaged save, or a saved policy that does not answer as the learner does.
+    """
     c = cell
     folder = Run(c.out, "rl-run", c, free=FREE)
     file = folder.folder / "result.json"
@@ -50,22 +58,18 @@ def one(cell: Cell) -> Result:
     finally:
         env.close()
     save_policy(model.policy, folder.folder / "policy.safetensors")
+    policy = load_policy(folder.folder)[1]
+    same_answers(model.policy, policy, folder.folder)
     world = make_world(c.env, c.test_split, c.size)
     try:
-        outcomes = list(
-            episodes(world, actor(model.policy, map_base(c.base, c.base_weights, c.size)), c.test_episodes, TEST_SEED)
-        )
+        outcomes = list(episodes(world, drawing(world, policy_of(policy, c), c.seed), c.test_episodes, TEST_SEED))
     finally:
         world.close()
-    n = len(outcomes)
-    success = None if outcomes[0].success is None else sum(o.success or 0.0 for o in outcomes)
-    spl = None if outcomes[0].spl is None else sum(o.spl or 0.0 for o in outcomes) / n
-    extractor: Any = model.policy.features_extractor
     result = Result(
-        c.method, c.seed, c.env, folder.metrics(), None if success is None else success / n, spl,
-        sum(o.reward for o in outcomes) / n, None if success is None else wilson(success, n), sum(p.numel() for p in model.policy.parameters() if p.requires_grad),
-        getattr(extractor.branch, "alpha", None), passes, model.num_timesteps / curve.seconds,
-        {k: v for k, v in asdict(c).items() if k not in FREE},
+        method=c.method, seed=c.seed, env=c.env, curve=folder.metrics(), added=sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        alpha=getattr(policy.features_extractor.branch, "alpha", None), base_passes=passes,
+        steps_per_second=model.num_timesteps / curve.seconds, resumed=curve.resumed,
+        settings={k: v for k, v in asdict(c).items() if k not in FREE}, **scores(outcomes),
     )  # fmt: skip
     write_json(file, asdict(result))
     folder.done("ppo")
@@ -97,6 +101,7 @@ def build(cell: Cell, env: VecEnv) -> PPO:
         "merge": c.merge,
         "init": c.init,
         "side_options": side_options(c.side, c.side_width),
+        "precision": c.precision,
     }
     return PPO(
         "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,
@@ -113,6 +118,7 @@ class Curve(BaseCallback):
         self.folder, self.cell, self.passes_before = folder, cell, int(saved["passes"])
         self.recent: list[dict[str, float]] = saved.get("recent", [])
         self.seconds, self._since = float(saved["seconds"]), time.perf_counter()
+        self.resumed = int(saved["resumed"])
         self._rollouts = 0
 
     def _on_training_start(self) -> None:
@@ -121,6 +127,9 @@ class Curve(BaseCallback):
             total=cell.steps, initial=self.num_timesteps, unit="step", desc=f"{cell.method}-{cell.seed}",
             dynamic_ncols=True, leave=False, disable=not cell.progress,
         )  # fmt: skip
+        if self.num_timesteps:
+            self.resumed += 1
+            self._save()  # so that this time counts, even if it is stopped before the next save
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
@@ -150,7 +159,7 @@ class Curve(BaseCallback):
         self._bar.close()
 
     def _save(self) -> None:
-        done = {"seconds": self.seconds, "passes": self.passes, "recent": self.recent}
+        done = {"seconds": self.seconds, "passes": self.passes, "recent": self.recent, "resumed": self.resumed}
         save_state(self.model, self.folder.resume("ppo"), done)  # type: ignore[arg-type]
 
     def _tick(self) -> None:
@@ -176,7 +185,7 @@ def save_state(model: PPO, file: Path, done: Mapping[str, Any]) -> None:
 def load_state(model: PPO, file: Path) -> dict[str, Any]:
     """Bring a learner to where `save_state` saw it; zeros where there is nothing."""
     if not file.exists():
-        return {"steps": 0, "seconds": 0.0, "passes": 0}
+        return {"steps": 0, "seconds": 0.0, "passes": 0, "resumed": 0}
     try:
         state: dict[str, Any] = torch.load(file, weights_only=True)
         model.policy.load_state_dict(state["policy"])
@@ -225,15 +234,41 @@ def load_policy(folder: str | Path) -> tuple[Cell, Any]:
     return cell, policy
 
 
-def actor(policy: Any, base: Base, seed: int = 0) -> Callable[[dict[str, Any]], int]:
-    """A policy that draws its actions, as in training."""
-    torch.manual_seed(seed)
-    given = CODE in policy.observation_space.spaces
+def probabilities(policy: Any, observations: dict[str, Any]) -> Tensor:
+    """Those that a policy gives to the actions: (n, actions), on the CPU."""
+    policy.set_training_mode(False)
+    with torch.no_grad():
+        given: Tensor = policy.get_distribution(policy.obs_to_tensor(observations)[0]).distribution.probs
+    return given.float().cpu()
 
-    def act(observation: dict[str, Any]) -> int:
-        if given:
+
+def same_answers(policy: Any, loaded: Any, folder: Path) -> None:
+    """Two policies answer alike to some observations.
+
+    Raises:
+        SideTuningError: they do not.
+    """
+    space = copy.deepcopy(policy.observation_space)
+    space.seed(0)
+    samples = [space.sample() for _ in range(8)]
+    observations = {name: np.stack([s[name] for s in samples]) for name in samples[0]}
+    off = float((probabilities(policy, observations) - probabilities(loaded, observations)).abs().max())
+    if not off < 1e-5:  # rounding, where a GPU chooses another algorithm
+        raise SideTuningError(
+            f"the policy in {folder} does not answer as the one that was learned (probabilities differ by {off:.2g}); "
+            "was it written to by another run? Delete policy.safetensors there, and run the same command again"
+        )
+
+
+def policy_of(policy: Any, cell: Cell) -> Policy:
+    """What a learned policy would do; where it wants the base's features, a base that is folded once makes them."""
+    c = cell
+    base = map_base(c.base, c.base_weights, c.size).folded() if CODE in policy.observation_space.spaces else None
+
+    def answer(observation: dict[str, Any]) -> Tensor:
+        if base is not None:
             image = torch.from_numpy(observation[IMAGE]).permute(2, 0, 1)[None]
             observation = {**observation, CODE: base(image).out[0].numpy()}
-        return int(policy.predict(observation)[0])
+        return probabilities(policy, observation)[0]
 
-    return act
+    return answer

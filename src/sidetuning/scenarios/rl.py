@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from tqdm import tqdm
 
 from sidetuning.artifacts import write_text
@@ -15,14 +17,15 @@ from sidetuning.continual import mean_and_error
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
+from sidetuning.scenarios.outcomes import Scores, mean_text
 from sidetuning.scenarios.play import film, load_player
 from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
-from sidetuning.scenarios.worlds import make_world
+from sidetuning.scenarios.worlds import HOME, make_world
 
 METHODS = ("sidetune", "features", "finetune", "scratch")
 RECENT = 100  # episodes that a point of a learning curve averages
-FREE = ("out", "progress")  # of a cell
-SAVE_EVERY = 10  # rollouts between two saves
+FREE = ("out", "progress", "threads")  # of a cell
+SAVE_EVERY = 2  # rollouts between two saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class Learning:
     """What all runs of a comparison share."""
 
     env: str = "doom-home"
-    """doom-home (ViZDoom's my_way_home), doom-pointnav, doom-explore, or habitat:CONFIG."""
+    """doom-home (an eased my_way_home of ViZDoom), doom-pointnav, doom-explore, or habitat:CONFIG."""
     steps: int = 100_000
     """Steps of the environments, all together."""
     base: str = "resnet-doom-curvature"
@@ -67,6 +70,10 @@ class Learning:
     """Unseen episodes that every agent is tested on at the end."""
     test_split: str = "test"
     """Scenes of these episodes."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of the networks that finetune and scratch train, when acting and when learning."""
+    threads: int | None = None
+    """Of torch; by default OMP_NUM_THREADS, else 1: runs side by side do not take each other's cores."""
     progress: bool = True
     """Show progress bars."""
 
@@ -92,32 +99,29 @@ class Cell(Learning):
     out: str
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, kw_only=True)
+class Result(Scores):
     """A learning curve and what the agent came to.
 
     Attributes:
         curve: rows of steps, mean reward, success and SPL of the last episodes, and seconds so far.
-        success, spl, reward: means over the test episodes, unseen scenes where there are several; None without a goal.
-        interval: 95 % of success.
         added: parameters that were trained.
         alpha: the base's weight in the merge at the end.
         base_passes: pictures that the base has seen; None where it was run in every pass.
         steps_per_second: of training, the updates included.
+        resumed: how often training was stopped and gone on with from a save.
+        settings: of the run.
     """
 
     method: str
     seed: int
     env: str
     curve: list[dict[str, float]]
-    success: float | None
-    spl: float | None
-    reward: float
-    interval: tuple[float, float] | None
     added: int
     alpha: float | None
     base_passes: int | None
     steps_per_second: float
+    resumed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -136,7 +140,7 @@ def run(settings: Settings) -> list[Result]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
-    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "passes")
+    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "passes", "threads")
     above_zero(s, "lr", "reward_scale", "side_width")
     not_twice(s, "methods")
     if s.batch < 2:
@@ -149,43 +153,61 @@ def run(settings: Settings) -> list[Result]:
         from sidetuning.scenarios.ppo import one
     except ModuleNotFoundError as error:
         raise ImportError(f"rl needs {error.name}; type: pip install 'sidetuning[agents]'") from error
-    Run(s.out, "rl", s, free=("out", "progress", "seeds", "methods"))
+    Run(s.out, "rl", s, free=(*FREE, "seeds", "methods"))
+    use_threads(s.threads)
     make_world(s.env, s.test_split, s.size).close()  # what cannot be tested is not learned
     results = []
     for cell in tqdm(list(cells(s)), unit="run", dynamic_ncols=True, disable=not s.progress):
         results.append(one(cell))
         write_text(Path(s.out) / "table.md", table(results))
         if made := charts(results):  # none where no episode ended
-            write_charts(made, Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=LEAD)
+            write_charts(made, Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=lead(s.env))
     films = [
         f
         for method in s.methods
         for f in film(load_player(Path(s.out) / f"{method}-0"), 2, Path(s.out) / "play" / method)
     ]
-    write_charts(charts(results), Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=LEAD, films=films)
+    write_charts(charts(results), Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=lead(s.env), films=films)
     return results
 
 
-LEAD = "Agents learn by PPO. All have the same policy on top of their features; what differs is where the features come from."
+def use_threads(threads: int | None) -> None:
+    """So many threads of torch, from here on; None for one, unless OMP_NUM_THREADS says how many."""
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or 1)
+
+
+SCRATCH = "scratch is the side alone, from random weights (in imitation it is a network of the base's shape)."
+
+
+def lead(env: str) -> str:
+    """What the report is about."""
+    what = "Agents learn by PPO. All have the same policy on top of their features; what differs is where the features come from: "
+    return f"{what}{SCRATCH} {HOME if env == 'doom-home' else ''}".strip()
 
 
 def table(results: Sequence[Result]) -> str:
-    """Methods as rows, in Markdown: what they came to on the test episodes, mean and standard error over seeds."""
+    """Methods as rows, in Markdown: what they came to on the test episodes, mean and standard error over seeds, and intervals."""
+    tests = {"Success, %": ("success", 100.0), "SPL, %": ("spl", 100.0), "Reward": ("reward", 1.0)}
     columns: dict[str, Callable[[Result], float | None]] = {
-        "Success, %": lambda r: percent(r.success), "SPL, %": lambda r: percent(r.spl), "Reward": lambda r: r.reward,
         "Success while learning, %": lambda r: percent(r.curve[-1].get("success")) if r.curve else None,
         "Parameters trained": lambda r: r.added, "Steps per second": lambda r: r.steps_per_second,
     }  # fmt: skip
-    text = "| Method | " + " | ".join(columns) + " | Seeds |\n| --- |" + " ---: |" * (len(columns) + 1) + "\n"
+    names = [*tests, *columns, "Seeds"]
+    text = f"| Method | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}\n"
     for method in dict.fromkeys(r.method for r in results):
         runs = [r for r in results if r.method == method]
-        row = []
+        row = [mean_text(runs, measure, scale) for measure, scale in tests.values()]
         for name, value in columns.items():
             found = [v for r in runs if (v := value(r)) is not None]
             decimals = 0 if name.startswith(("Parameters", "Steps")) else 1
             row.append(number_text(Estimate(*mean_and_error(found)) if found else None, decimals))
         text += f"| {method} | " + " | ".join(row) + f" | {len(runs)} |\n"
-    return text
+    text += (
+        "\nMean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the test episodes (bootstrap; "
+        f"Wilson's of one run). {SCRATCH}\n"
+    )
+    return text + (f"\n{HOME}\n" if results[0].env == "doom-home" else "")
 
 
 def percent(share: float | None) -> float | None:

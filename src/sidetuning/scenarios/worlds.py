@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from sidetuning.base import Base, load_base
+from sidetuning.data.trajectories import COMPASS
 from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 from sidetuning.registry import Registry, unknown
+from sidetuning.scenarios.outcomes import Outcome
 
 WORLDS: Registry[Callable[..., Any]] = Registry(
     "environment",
@@ -21,7 +23,14 @@ WORLDS: Registry[Callable[..., Any]] = Registry(
         "doom-explore": "sidetuning.data.doom_nav:explore",
     },
 )
+HOME = (
+    "doom-home is an eased my_way_home of ViZDoom: every episode starts 5 to 25 m from the armour along the way, each metre gained is "
+    "rewarded (ViZDoom rewards the armour alone), and an episode has 200 steps."
+)
 SPLITS = ("train", "val", "test")
+STOP, FORWARD, LEFT, RIGHT = range(4)  # in the order of Habitat, which all environments have
+Act = Callable[[dict[str, Any]], int]  # an observation to an action
+Policy = Callable[[dict[str, Any]], Tensor]  # an observation to the probabilities of the actions, (actions,) on the CPU
 TEST_SEED = 900_000_000  # of the first test episode: none that anybody learns from
 
 
@@ -77,24 +86,55 @@ def expert_of(world: Any, name: str) -> Callable[[], int]:
     return expert
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an episode came to.
+def stops(world: Any) -> bool:
+    """Whether action 0 ends an episode, as in PointNav; elsewhere it does nothing."""
+    return bool(getattr(world, "stops", False))
 
-    Attributes:
-        reward: the sum.
-        success, spl: in 0 … 1, None where the environment has no such measure.
-        steps: its length.
+
+def drawing(world: Any, policy: Policy, seed: int) -> Act:
+    """How a policy acts in tests: its moves are drawn, since one that always takes the likeliest may turn left and right for ever.
+
+    Where STOP ends an episode, it is taken where it is the likeliest action and never drawn, since nothing takes a stop back.
     """
+    generator, first = torch.Generator().manual_seed(seed), int(stops(world))
 
-    reward: float
-    success: float | None
-    spl: float | None
-    steps: int
+    def act(observation: dict[str, Any]) -> int:
+        probabilities = policy(observation)
+        if first and probabilities.argmax() == STOP:
+            return STOP
+        return first + int(torch.multinomial(probabilities[first:], 1, generator=generator))
+
+    return act
+
+
+def at_random(world: Any, seed: int = 0) -> Act:
+    """An agent that moves at random; it never ends an episode."""
+    rng = np.random.default_rng(seed)
+    return lambda _: int(rng.integers(int(stops(world)), world.action_space.n))
+
+
+def by_compass(world: Any, seed: int = 0, wander: float = 0.15) -> Act:
+    """An agent that sees nothing: it turns towards the goal, goes ahead, and stops near it; what the compass alone brings.
+
+    A share of its moves is random, so that it gets around some of the walls that it runs into.
+    """
+    rng = np.random.default_rng(seed)
+
+    def act(observation: dict[str, Any]) -> int:
+        distance, angle = observation[COMPASS]
+        if distance <= 0.8 * world.radius:  # in Doom 1.2 m, as the expert
+            return STOP
+        if rng.random() < wander:
+            return int(rng.integers(FORWARD, RIGHT + 1))
+        if abs(angle) <= np.radians(8):  # half a turn
+            return FORWARD
+        return LEFT if angle > 0 else RIGHT
+
+    return act
 
 
 def episodes(
-    world: Any, act: Callable[[dict[str, Any]], int], count: int, seed: int, watch: Callable[[Any], None] | None = None
+    world: Any, act: Act, count: int, seed: int, watch: Callable[[Any], None] | None = None
 ) -> Iterator[Outcome]:
     """Run the episodes of `count` successive seeds; `watch(world)` is called at every step."""
     for k in range(count):
@@ -107,16 +147,4 @@ def episodes(
             reward, steps, done = reward + float(gained), steps + 1, ended or cut
         if watch is not None:
             watch(world)
-        yield Outcome(reward, info.get("success"), info.get("spl"), steps)
-
-
-def wilson(successes: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927): right for few trials, and for shares of 0 and 1.
-
-    For the mean of numbers in 0 … 1, given their sum, it is wide enough: they vary at most as much as trials do.
-    """
-    z = 1.96
-    p = successes / count
-    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+        yield Outcome(info.get("success"), info.get("spl"), reward, steps)
