@@ -207,9 +207,10 @@ class Concat(Merge):
 
 
 class Gated(nn.Module):
-    """R = B + g (merge(B, S) - B), g = 0 at the start: any merge, starting exactly at the base's output.
+    """R = B + g (merge(B, S) - B), g = tanh(100 p), p = 0 at the start: any merge, starting exactly at the base's output.
 
-    Every parameter learns as soon as g has moved, and g moves in the first step.
+    Every parameter learns as soon as g has moved, and g moves in the first step. An optimiser such as Adam moves p by the
+    learning rate in a step; without the factor the gate would stay all but closed for hundreds of them.
     """
 
     def __init__(self, merge: nn.Module) -> None:
@@ -219,7 +220,7 @@ class Gated(nn.Module):
 
     def forward(self, base: Tensor, side: Tensor | None, laterals: Sequence[Tensor] = ()) -> Tensor:
         merged: Tensor = self.merge(base, side, laterals)
-        return base + self.gate * (merged - base)
+        return base + torch.tanh(100 * self.gate) * (merged - base)
 
 
 class GroupNorm(nn.Module):
