@@ -220,7 +220,8 @@ def test_measures_by_hand() -> None:
         0.5 * 0.6931, abs=1e-4
     )  # one of the later two doubles
     assert rigidity([0.5], [0.1]) == 0.0
-    assert forward_transfer([0.8, 0.7], [0.7, 0.7]) == pytest.approx(0.05)
+    assert forward_transfer([0.9, 0.8, 0.7], [0.7, 0.7, 0.7]) == pytest.approx(0.05)  # of the later two
+    assert forward_transfer([0.9], [0.7]) == 0.0
     mean, error = mean_and_error([1.0, 2.0, 3.0])
     assert (mean, error) == (2.0, pytest.approx(1 / 3**0.5))
     assert mean_and_error([4.0]) == (4.0, 0.0)

@@ -240,7 +240,8 @@ def test_a_run_goes_on_after_a_kill_and_ends_the_same(settings, tmp_path, capsys
 
 def test_a_distilled_side_of_another_width_is_told_which_one_ships(settings):
     packaged = replace(settings, base_weights=None, init="distilled", tasks=("rgb",), side_width=0.5)
-    with pytest.raises(SideTuningError, match=r"built with the options \{'width': 0.25\}, not \{'width': 0.5\}"):
+    message = r"built with the options \{'width': 0.25, 'signed': True\}, not \{'width': 0.5, 'signed': True\}"
+    with pytest.raises(SideTuningError, match=message):
         itaskonomy.run(packaged)
 
 
