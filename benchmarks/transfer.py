@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from common import RESULTS, record
 from sidetuning.charts import write_charts
+from sidetuning.methods import METHODS
 from sidetuning.results import RunResult
 from sidetuning.scenarios import transfer
 
@@ -35,7 +36,8 @@ def results() -> list[RunResult]:
     known = {f.name for f in fields(RunResult)}
     found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("transfer-*.json"))]
     runs = [RunResult(**{k: v for k, v in content.items() if k in known}) for content in found]
-    return sorted(runs, key=lambda run: (transfer.Settings.methods.index(run.method), run.variant, run.seed))
+    order = [*transfer.Settings.methods, *METHODS.names()]
+    return sorted(runs, key=lambda run: (order.index(run.method), run.variant, run.seed))
 
 
 if __name__ == "__main__":

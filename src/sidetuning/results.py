@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -90,11 +90,9 @@ class RunResult:
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{path} is not a result in JSON ({error}); delete it and run again") from error
         names = {f.name for f in fields(cls)}
+        optional = {f.name for f in fields(cls) if f.default is not MISSING}
         found = set(content) if isinstance(content, dict) else set()
-        for word, keys in (
-            ("lacks", names - found - {"values", "measures", "memory_mb"}),
-            ("has the unknown", found - names),
-        ):
+        for word, keys in (("lacks", names - found - optional), ("has the unknown", found - names)):
             if keys:
                 raise ArtifactError(f"{path} {word} {', '.join(map(repr, sorted(keys)))}; delete it and run again")
         try:

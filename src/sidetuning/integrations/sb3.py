@@ -24,6 +24,7 @@ from sidetuning.branch import build_branch
 from sidetuning.data.trajectories import COMPASS, compass_numbers
 from sidetuning.errors import ArtifactError, ShapeError
 from sidetuning.methods.trunk import Trunk
+from sidetuning.sides.initialise import DISTILLED
 
 IMAGE, CODE = "rgb", "base"  # keys of observations: the picture, and what the base made of it
 
@@ -113,7 +114,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         if tuple(space.shape[-2:]) != tuple(getattr(built.example, "shape", (0, 0))[-2:]):
             built = built.with_example(example)
         if side_options is None and side == "fcn5" and init == "distilled" and method == "sidetune":
-            side_options = {"width": 0.25, "signed": True}
+            _, side_options = DISTILLED["resnet-doom-curvature", side]
         self.base, self.precision = built, precision
         needed = method in ("sidetune", "features")
         self.given = needed and CODE in observation_space.spaces

@@ -109,7 +109,12 @@ class Cell:
     @property
     def scenario(self) -> Any:
         """The module that runs it."""
-        return SCENARIOS["icifar" if isinstance(self.settings, icifar.Settings) else "itaskonomy"]
+        return scenario_of(self.settings)
+
+
+def scenario_of(settings: Given) -> Any:
+    """The module whose settings these are."""
+    return SCENARIOS["icifar" if isinstance(settings, icifar.Settings) else "itaskonomy"]
 
 
 def cells(s: Settings) -> Iterator[Cell]:
@@ -141,8 +146,8 @@ def common(s: Settings, seed: int) -> Given:
 
 def of_method(common: Any, method: str, **other: Any) -> Any:
     """The settings for a method: those that it does not read as they are by default."""
-    scenario = icifar if isinstance(common, icifar.Settings) else itaskonomy
-    unread = {f.name: f.default for f in fields(common) if method not in scenario.READERS.get(f.name, (method,))}
+    readers = scenario_of(common).READERS
+    unread = {f.name: f.default for f in fields(common) if method not in readers.get(f.name, (method,))}
     return replace(common, method=method, **(unread | other))
 
 

@@ -106,7 +106,7 @@ def learn_in_order(
         row: dict[str, Any] = {
             "task": name, "accuracy": [s.score for s in scores], "values": [s.value for s in scores], "seconds": result.seconds,
             "loss": result.losses[-1], "added": method.added(name), "shared": method.shared(), "alpha": method.alpha(name),
-            "base_seconds": base_seconds, "memory_mb": memory, "peak_memory_mb": memory if memory is None or held is None else max(held, memory),
+            "base_seconds": base_seconds, "memory_mb": memory, "peak_memory_mb": max(filter(None, (held, memory)), default=None),
         }  # fmt: skip
         matrix.add(row["accuracy"])
         if name in rows:  # killed between the next lines; its resume file has brought back what it had learned
