@@ -32,6 +32,8 @@ class Settings(compare.Settings):
     """Run nothing: print the table of the grid from the results."""
     report: str | None = None
     """Write a report of the results to this file, too."""
+    cells: tuple[str, ...] = ()
+    """Run these of the grid's cells alone, as their result files end: pnn-1 pnn-alone-0."""
 
 
 def name(settings: Settings, cell: compare.Cell) -> str:
@@ -60,7 +62,10 @@ def recorded(settings: Settings, cell: compare.Cell) -> bool:
 
 def run(settings: Settings) -> None:
     """Run and record the cells that have no result yet."""
-    todo = [c for c in compare.cells(settings) if not recorded(settings, c)]
+    grid = {cell.folder.name: cell for cell in compare.cells(settings)}
+    if unknown := set(settings.cells) - set(grid):
+        sys.exit(f"the grid has no cells {', '.join(sorted(unknown))}; it has {', '.join(grid)}")
+    todo = [cell for name in settings.cells or grid if not recorded(settings, cell := grid[name])]
     with tqdm(total=sum(cell.tasks for cell in todo), unit="task") as bar:
         for cell in todo:
             bar.set_description(cell.folder.name)
