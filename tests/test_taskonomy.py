@@ -567,6 +567,7 @@ def test_tensors_are_the_samples_stacked(root: Path, capfd: pytest.CaptureFixtur
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on one core
 def test_workers_and_copies_give_the_same(root: Path) -> None:
     data = Taskonomy(root, domains=("rgb", "depth_zbuffer"))
     batches = list(DataLoader(data, batch_size=4, num_workers=2))
