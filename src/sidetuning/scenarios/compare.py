@@ -36,6 +36,10 @@ OTHERS = {  # settings of the other scenario
     "icifar": ("frames", "subset", "test_frames", "size", "epochs"), "itaskonomy": ("samples", "shares"),
 }  # fmt: skip
 ALONE = "alone"  # the variant in which every task is learned first, of methods where only a run of its own tells that
+ALL = (
+    "sidetune", "features", "independent", "finetune", "ewc", "psp", "pnn", "scratch", "residual-adapter", "lora", "piggyback",
+    "boosting",
+)  # fmt: skip
 FIRST = {"finetune": ("independent", ""), "ewc": ("independent", ""), "psp": ("psp", ALONE), "pnn": ("pnn", ALONE)}
 
 
@@ -161,9 +165,7 @@ Variants = Iterator[tuple[str, Any]]
 
 def methods_grid(common: Any, s: Settings) -> Variants:
     """Every method at the same budget."""
-    names = ("sidetune", "features", "independent", "finetune", "ewc", "psp", "pnn", "scratch")
-    more = ("residual-adapter", "lora", "piggyback", "boosting") if isinstance(common, icifar.Settings) else ()
-    for method in s.methods or (*names, *more):
+    for method in s.methods or ALL:
         yield "", of_method(common, method)
         if FIRST.get(method) == (method, ALONE) and isinstance(common, icifar.Settings):
             yield ALONE, of_method(common, method, alone=True)
