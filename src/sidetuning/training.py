@@ -545,3 +545,16 @@ def _bar(label: str | None, steps: int, done: int, accelerator: Accelerator) -> 
 
     off = label is None or not accelerator.is_main_process
     return tqdm(total=steps, initial=done, desc=label, unit="step", disable=off, leave=False, dynamic_ncols=True)
+
+
+def one_cycle(lr: float, rise: float) -> Callable[[Optimizer, int], LRScheduler]:
+    """A schedule for a recipe: a warm-up to the learning rate over a fraction `rise` of the steps, and a cosine down to almost 0."""
+
+    def schedule(optimizer: Optimizer, steps: int) -> LRScheduler:
+        # Of few steps more of them rise: where just one does, torch's schedule divides by zero.
+        share = min(1.0, max(rise, 2 / (steps + 1)))
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, lr, total_steps=steps + 1, pct_start=share, cycle_momentum=False
+        )
+
+    return schedule

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
 from sidetuning.base import Base, load_base
@@ -25,6 +23,7 @@ from sidetuning.results import RunResult
 from sidetuning.scenarios.report_runs import report
 from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, read_by_method
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
+from sidetuning.training import one_cycle
 
 CLASSES_PER_TASK = 10
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
@@ -208,14 +207,9 @@ def recipe_of(settings: Settings) -> Recipe:
     s = settings
     steps = -(-s.samples // s.batch)
 
-    def one_cycle(optimizer: Optimizer, steps: int) -> OneCycleLR:
-        # A quarter, but more of few steps: where a quarter of them is just one, torch's schedule divides by zero.
-        rise = max(0.25, 1.5 / (steps + 1))
-        return OneCycleLR(optimizer, s.lr, total_steps=steps + 1, pct_start=rise, cycle_momentum=False)
-
     return Recipe(
         steps, s.lr, s.weight_decay, s.clip, optimizer=torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam,
-        scheduler=one_cycle if s.schedule == "one-cycle" else None, seed=s.seed, precision=s.precision,
+        scheduler=one_cycle(s.lr, 0.25) if s.schedule == "one-cycle" else None, seed=s.seed, precision=s.precision,
     )  # fmt: skip
 
 

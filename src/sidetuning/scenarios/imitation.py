@@ -38,6 +38,7 @@ from sidetuning.scenarios.worlds import (
     make_world,
     map_base,
 )
+from sidetuning.training import one_cycle
 
 TASK = "navigate"
 BASELINES = {  # rows that learn nothing; compass only where the environment has one
@@ -301,7 +302,7 @@ def one(cell: Cell, steps: Steps, data: dict[str, Any]) -> Result:
     loader = loader_over(Moves(steps, features), batch_size=c.batch, indices=rows)
     task = Task(TASK, "policy", seed=c.seed, head_options={"actions": 4, "extra": steps.extra.shape[1]})
     recipe = Recipe(
-        c.steps, c.lr, c.weight_decay, 1.0, optimizer=torch.optim.AdamW, scheduler=one_cycle(c.lr), seed=c.seed, precision=c.precision
+        c.steps, c.lr, c.weight_decay, 1.0, optimizer=torch.optim.AdamW, scheduler=one_cycle(c.lr, 0.1), seed=c.seed, precision=c.precision
     )  # fmt: skip
     learned = method.learn(task, loader, recipe, resume=folder.resume(TASK), save_every=10.0, progress=c.progress)
     method.save(folder.tasks())
@@ -319,17 +320,6 @@ def one(cell: Cell, steps: Steps, data: dict[str, Any]) -> Result:
     write_json(file, asdict(result))
     folder.done(TASK)
     return result
-
-
-def one_cycle(lr: float) -> Callable[..., Any]:
-    """A warm-up over a tenth of the steps, and a cosine down to almost 0."""
-
-    def schedule(optimizer: Any, steps: int) -> Any:
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, lr, total_steps=steps + 1, pct_start=min(1.0, max(0.1, 2 / (steps + 1))), cycle_momentum=False
-        )
-
-    return schedule
 
 
 def build_method(cell: Cell) -> Method:

@@ -29,6 +29,7 @@ from sidetuning.scenarios.gallery import Gallery
 from sidetuning.scenarios.report_runs import report
 from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_by_method, side_options
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
+from sidetuning.training import one_cycle
 
 READERS = {
     "merge": WITH_SIDES,
@@ -89,6 +90,8 @@ class Settings:
     """Frames per step."""
     lr: float = 1e-3
     """Learning rate. (The paper has 1e-4 for some hundred times as many steps.)"""
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    """Of the learning rate; one-cycle warms up for a tenth of the steps and ends near 0."""
     weight_decay: float = 2e-6
     """Of kernels and matrices; merges, norms and biases have none."""
     clip: float | None = 1.0
@@ -260,7 +263,10 @@ def run(settings: Settings) -> RunResult:
     steps = max(1, round(s.epochs * len(train) / s.batch))
     return learn_in_order(
         folder, partial(build_method, s, base), [lesson(name) for name in tasks],
-        Recipe(steps, s.lr, s.weight_decay, s.clip, seed=s.seed, precision=s.precision),
+        Recipe(
+            steps, s.lr, s.weight_decay, s.clip, scheduler=one_cycle(s.lr, 0.1) if s.schedule == "one-cycle" else None, seed=s.seed,
+            precision=s.precision,
+        ),
         settings={k: v for k, v in asdict(s).items() if k not in FREE} | {"fingerprints": fingerprints}, method_name=s.method, seed=s.seed,
         base_seconds=base_seconds, save_every=s.save_every, progress=s.progress,
         learned=lambda method, name: gallery.add(method, name, tasks), measures={n: t.measure for n, t in tasks.items()},
