@@ -147,9 +147,10 @@ class Pixels(nn.Module):
         self.decoder = nn.Sequential(*layers)
         last = 2 if doublings else 1
         self.out = nn.Sequential(nn.Conv2d(inputs, channels * last**2, 3, padding=1), nn.PixelShuffle(last))
+        self.to(memory_format=torch.channels_last)  # a step takes two thirds of the time, on CPUs
 
     def forward(self, code: Tensor) -> Tensor:
-        x = self.out(self.decoder(code))
+        x = self.out(self.decoder(code.contiguous(memory_format=torch.channels_last)))
         image = (round(code.shape[-2] * self.scale[0]), round(code.shape[-1] * self.scale[1]))
         if x.shape[-2:] != image:
             x = nn.functional.interpolate(x, image, mode="bilinear", align_corners=False)
