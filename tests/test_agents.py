@@ -313,7 +313,11 @@ def test_from_scratch_the_base_is_not_run():
     seen = []
     model.policy.features_extractor.base.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     answers(model)
-    assert not seen and sum(p.numel() for p in model.policy.features_extractor.trunk.parameters()) > 0
+    side = learner("sidetune").policy.features_extractor.branch.side
+    trunk = model.policy.features_extractor.trunk
+    assert not seen and {n: p.shape for n, p in trunk.named_parameters()} == {
+        n: p.shape for n, p in side.named_parameters()
+    }
 
 
 def test_an_agent_that_goes_on_meets_other_episodes(tmp_path):
@@ -476,7 +480,7 @@ def test_a_loaded_policy_answers_as_the_learner_did_and_a_fresh_one_does_not(hab
     from sidetuning.scenarios.runs import Run
 
     habitat.write_text("")
-    settings = {"env": f"habitat:{habitat}", "size": 32, "envs": 2, "rollout": 16, "batch": 16, "steps": 64, "lr": 1e-2}
+    settings = {"env": f"habitat:{habitat}", "size": 32, "envs": 2, "rollout": 16, "batch": 32, "steps": 64, "lr": 1e-2}
     cell = rl.Cell(
         method=method, seed=0, out=str(tmp_path / "run"), test_episodes=2, test_split="val", progress=False, **settings
     )
@@ -596,6 +600,8 @@ def mistakes_are_said_before_anything_is_learned(folder):
         (imitation, replace(clone, methods=("scratch", "scratch")), "--methods names scratch twice"),
         (imitation, replace(clone, env="habitat:nav.yaml", test_split="train"), "collected in the scenes of 'train'"),
         (collect, replace(record, out=str(folder / "x")), "such as x-v0"),
+        (collect, replace(record, size=0), "--size must be 1 or more"),
+        (rl, rl.Settings(size=0, out=str(folder / "y")), "--size must be 1 or more"),
         (collect, replace(record, seed=900), "give 0 to 899"),
         (rl, rl.Settings(out=str(folder / "other-rl"), batch=1), "--batch must be 2 or more"),
         (

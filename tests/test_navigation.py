@@ -314,6 +314,9 @@ def test_tables_have_the_intervals_of_a_methods_mean():
     assert mean_text([half, half], "success", 100) == mean_text([half, half], "success", 100)  # nothing but the data
     assert mean_text([half, other], "success", 100) == "50.0 [50.0, 50.0]" != mean_text([half, half], "success", 100)
     assert mean_text([half], "spl") == mean_text([], "success") == "–"
+    always, never = run(*[1] * 100), run(*[0] * 100)  # a bootstrap of these has no width
+    assert mean_text([always] * 3, "success", 100) == mean_text([always], "success", 100) == "100.0 [96.3, 100.0]"
+    assert mean_text([never] * 3, "success", 100) == "0.0 [0.0, 3.7]"
 
     better = run(*[1, 0] * 45, *[1, 1] * 5)  # in five of a hundred episodes; unpaired, 5 ± 14 points
     low, high = ends(difference_text([better, better], [half], "success", 100))

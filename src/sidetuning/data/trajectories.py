@@ -147,8 +147,10 @@ def read_steps(folder: str | Path, episodes: int | None = None) -> Steps:
     Raises:
         DataError: no data set, one without `rgb` or with too few episodes, or damaged files.
     """
-    from minari import MinariDataset
-
+    try:
+        from minari import MinariDataset
+    except ModuleNotFoundError as error:
+        raise ImportError(f"trajectories need {error.name}; type: pip install 'sidetuning[agents]'") from error
     path = Path(folder).resolve() / "data"
     if not path.exists():
         raise DataError(

@@ -113,7 +113,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         example = torch.zeros(1, *space.shape, dtype=torch.uint8)
         if tuple(space.shape[-2:]) != tuple(getattr(built.example, "shape", (0, 0))[-2:]):
             built = built.with_example(example)
-        if side_options is None and side == "fcn5" and init == "distilled" and method == "sidetune":
+        if side_options is None and side == "fcn5" and init == "distilled" and method in ("sidetune", "scratch"):
             _, side_options = DISTILLED["resnet-doom-curvature", side]
         self.base, self.precision = built, precision
         needed = method in ("sidetune", "features")

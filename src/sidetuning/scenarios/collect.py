@@ -57,7 +57,7 @@ def run(settings: Settings) -> tuple[int, int]:
         ImportError: Minari is not installed.
     """
     s = settings
-    at_least_one(s, "episodes", "workers")
+    at_least_one(s, "episodes", "workers", "size")
     if not 0 <= s.stray < 1:
         raise SideTuningError(f"--stray {s.stray}: give a share of 0 or more, below 1")
     if not 0 <= s.seed < TEST_SEED // SEEDS:
@@ -134,6 +134,10 @@ def _collect(k: int) -> Episode | None:
         seen, reward, ended, cut, info = _world.step(actions[-1])
         observations.append(seen)
         rewards.append(float(reward))
+    if "success" not in info:
+        raise SideTuningError(
+            f"{s.env} does not say whether an episode succeeded; add the measure success to its configuration"
+        )
     if not info["success"]:
         return None
     return Episode(

@@ -50,8 +50,8 @@ HELD_OUT = 50  # trajectories for the accuracy, at most a tenth of all
 MEASURES = (("success", "Success, %", 100.0), ("spl", "SPL, %", 100.0), ("reward", "Reward", 1.0))
 SCRATCH = "scratch trains a network of the base's shape from random weights (in rl it is the side alone)."
 NOTE = (
-    "Mean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the episodes (bootstrap; Wilson's of one "
-    f"run). {SCRATCH}"
+    "Mean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the episodes (bootstrap; of one run Wilson's, "
+    f"of its reward 1.96 standard errors). {SCRATCH}"
 )
 FREE = ("data", "out", "cache", "progress")
 

@@ -85,12 +85,18 @@ def per_episode(runs: Sequence[Scores], name: str) -> NDArray[np.float64]:
 def mean_text(runs: Sequence[Scores], name: str, scale: float = 1.0) -> str:
     """A measure of a method: mean ± standard error over its runs and, in brackets, the mean's 95 % interval over the episodes.
 
-    That interval is a bootstrap over episodes; of a single run it is the one in `Scores.intervals`.
+    That interval is a bootstrap over episodes; of a single run it is the one in `Scores.intervals`. Where all runs succeed, or
+    fail, in all episodes a bootstrap would have no width: it is Wilson's then, the episodes as trials.
     """
     means = [scale * value for run in runs if (value := getattr(run, name)) is not None]
     if not means:
         return number_text(None)
-    ends = runs[0].intervals[name] if len(runs) == 1 else bootstrap(per_episode(runs, name))
+    if len(runs) == 1:
+        ends = runs[0].intervals[name]
+    else:
+        values = per_episode(runs, name)
+        alike = name in ("success", "spl") and values.max() == values.min() in (0, 1)
+        ends = wilson(float(values.sum()), len(values)) if alike else bootstrap(values)
     return f"{number_text(Estimate(*mean_and_error(means)))} {_brackets(ends, scale)}"
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import Tensor
 from tqdm import tqdm
@@ -86,7 +87,9 @@ def training_env(cell: Cell) -> VecEnv:
 
     env: VecEnv = DummyVecEnv([make] * c.envs)
     if c.cached and c.method in ("sidetune", "features"):
-        env = VecBaseFeatures(env, map_base(c.base, c.base_weights, c.size))
+        env = VecBaseFeatures(
+            env, map_base(c.base, c.base_weights, c.size).to(get_device("auto"))
+        )  # where PPO computes
     return env
 
 
@@ -187,7 +190,7 @@ def load_state(model: PPO, file: Path) -> dict[str, Any]:
     if not file.exists():
         return {"steps": 0, "seconds": 0.0, "passes": 0, "resumed": 0}
     try:
-        state: dict[str, Any] = torch.load(file, weights_only=True)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         model.policy.load_state_dict(state["policy"])
         model.policy.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -221,9 +224,10 @@ def load_policy(folder: str | Path) -> tuple[Cell, Any]:
         tensors = load_file(file)
     except Exception as error:
         raise SideTuningError(f"{folder} holds no policy of a finished run of rl ({error})") from error
-    env = training_env(replace(cell, envs=1))
+    small = replace(cell, envs=1, rollout=cell.batch)  # nothing is learned
+    env = training_env(small)
     try:
-        policy: Any = build(cell, env).policy
+        policy: Any = build(small, env).policy
     finally:
         env.close()
     own = {
@@ -263,12 +267,14 @@ def same_answers(policy: Any, loaded: Any, folder: Path) -> None:
 def policy_of(policy: Any, cell: Cell) -> Policy:
     """What a learned policy would do; where it wants the base's features, a base that is folded once makes them."""
     c = cell
-    base = map_base(c.base, c.base_weights, c.size).folded() if CODE in policy.observation_space.spaces else None
+    base = None
+    if CODE in policy.observation_space.spaces:
+        base = map_base(c.base, c.base_weights, c.size).folded().to(policy.device)
 
     def answer(observation: dict[str, Any]) -> Tensor:
         if base is not None:
-            image = torch.from_numpy(observation[IMAGE]).permute(2, 0, 1)[None]
-            observation = {**observation, CODE: base(image).out[0].numpy()}
+            image = torch.from_numpy(observation[IMAGE]).permute(2, 0, 1)[None].to(base.device)
+            observation = {**observation, CODE: base(image).out[0].cpu().numpy()}
         return probabilities(policy, observation)[0]
 
     return answer

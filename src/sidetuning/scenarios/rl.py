@@ -140,7 +140,7 @@ def run(settings: Settings) -> list[Result]:
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
-    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "passes", "threads")
+    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "passes", "threads", "size")
     above_zero(s, "lr", "reward_scale", "side_width")
     not_twice(s, "methods")
     if s.batch < 2:
@@ -205,7 +205,7 @@ def table(results: Sequence[Result]) -> str:
         text += f"| {method} | " + " | ".join(row) + f" | {len(runs)} |\n"
     text += (
         "\nMean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the test episodes (bootstrap; "
-        f"Wilson's of one run). {SCRATCH}\n"
+        f"of one run Wilson's, of its reward 1.96 standard errors). {SCRATCH}\n"
     )
     return text + (f"\n{HOME}\n" if results[0].env == "doom-home" else "")
 
