@@ -64,6 +64,8 @@ class Settings:
     """Side network."""
     side_width: float = 0.25
     """Of the sides fcn5 and copy: fraction of the channels."""
+    taps: tuple[str, ...] = ()
+    """Inner modules of the base whose outputs sides such as fusion read; kept in half precision."""
     init: str | None = "distilled"
     """How the side starts: distilled, xavier, low-energy, zero, or a safetensors file of its weights."""
     dense: bool = False
@@ -226,7 +228,7 @@ def run(settings: Settings) -> RunResult:
         tell_absent(train, test)
     classes = names(s.data, "segment_semantic")
     tasks = {name: dense_task(name, train, classes) for name in ordered(s)}
-    base = load_base(s.base, weights=s.base_weights).with_example(
+    base = load_base(s.base, weights=s.base_weights, taps=s.taps).with_example(
         torch.zeros(1, *train.shapes["rgb"], dtype=torch.uint8)
     )
     if base.kind != "map":
@@ -297,7 +299,10 @@ def prepare(method: Method, base: Base, frames: Taskonomy, settings: Settings) -
     if not method.uses_features:
         return Stack(frames, "rgb", settings.progress)
     pictures = frames.only("rgb")
-    return cache_features(base, Inputs(pictures), Path(settings.cache).expanduser(), progress=settings.progress)
+    return cache_features(
+        base, Inputs(pictures), Path(settings.cache).expanduser(), dtype="float16" if settings.taps else "float32",
+        progress=settings.progress,
+    )  # fmt: skip
 
 
 def constant(task: DenseTask, train: Taskonomy, test: Labelled, count: int = 500) -> float:
