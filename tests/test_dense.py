@@ -186,6 +186,14 @@ def test_a_folder_of_taskonomy_trains(settings, tmp_path):
     assert again.accuracy == result.accuracy and again.values == result.values
 
 
+def test_a_side_on_inner_maps_learns_at_either_schedule(settings):
+    one = replace(settings, tasks=("reshading",), side="fusion", taps=("layer2", "layer3"), merge="sum")
+    constant = itaskonomy.run(one)
+    cycle = itaskonomy.run(replace(one, schedule="one-cycle", out=settings.out + "2"))
+    assert constant.matrix.final[0] > 0.6 and cycle.matrix.final[0] > 0.52  # 0.5 is the best constant guess
+    assert constant.values != cycle.values and constant.parameters == cycle.parameters
+
+
 def test_fine_tuning_forgets_and_side_tuning_does_not(settings):
     two = replace(settings, tasks=("reshading", "normal"), method="finetune", epochs=4)
     result = itaskonomy.run(two)
