@@ -187,11 +187,28 @@ def test_a_folder_of_taskonomy_trains(settings, tmp_path):
 
 
 def test_a_side_on_inner_maps_learns_at_either_schedule(settings):
-    one = replace(settings, tasks=("reshading",), side="fusion", taps=("layer2", "layer3"), merge="sum")
+    one = replace(settings, tasks=("reshading",), recipe="best")
     constant = itaskonomy.run(one)
+    assert constant.settings["side"] == "fusion" and constant.settings["merge"] == "mlp2"
     cycle = itaskonomy.run(replace(one, schedule="one-cycle", out=settings.out + "2"))
-    assert constant.matrix.final[0] > 0.6 and cycle.matrix.final[0] > 0.52  # 0.5 is the best constant guess
+    assert min(constant.matrix.final[0], cycle.matrix.final[0]) > 0.52  # 0.5 is the best constant guess
     assert constant.values != cycle.values and constant.parameters == cycle.parameters
+    with pytest.raises(SideTuningError, match="sets --merge itself, to mlp2"):
+        itaskonomy.run(replace(one, merge="film"))
+
+
+def test_a_comparison_has_the_best_recipe_beside_the_papers_side():
+    grid = {
+        cell.variant: cell.settings
+        for cell in compare.cells(compare.Settings("itaskonomy", methods=("sidetune",), seeds=1, batch=16))
+    }
+    assert list(grid) == ["", "recipe=best"] and {s.batch for s in grid.values()} == {16}
+    assert (grid[""].side, grid["recipe=best"].side, grid["recipe=best"].taps) == (
+        "fcn5",
+        "fusion",
+        ("layer2", "layer3"),
+    )
+    assert [c.variant for c in compare.cells(compare.Settings("icifar", methods=("sidetune",), seeds=1))] == [""]
 
 
 def test_fine_tuning_forgets_and_side_tuning_does_not(settings):

@@ -14,6 +14,7 @@ import sidetuning as st
 from conftest import conv_base, inputs
 from sidetuning.errors import SideTuningError
 from sidetuning.scenarios import icifar, predict
+from sidetuning.scenarios.runs import with_recipe
 from sidetuning.sides.fusion import Fusion, random_shift
 
 
@@ -45,13 +46,13 @@ def test_fusion_shifts_in_training_only_and_fits_the_paper_budget() -> None:
 
 
 def test_the_recipe_sets_what_it_needs_and_refuses_what_contradicts_it() -> None:
-    given = icifar.with_recipe(icifar.Settings(recipe="best", seed=3))
+    given = with_recipe(icifar.Settings(recipe="best", seed=3), icifar.BEST)
     assert (given.side, given.merge, given.mirror, given.samples, given.seed) == ("fusion", "sum", True, 140_000, 3)
-    assert icifar.with_recipe(icifar.Settings()) == icifar.Settings()
+    assert with_recipe(icifar.Settings(), icifar.BEST) == icifar.Settings()
     with pytest.raises(SideTuningError, match="sets --merge itself, to sum"):
-        icifar.with_recipe(icifar.Settings(recipe="best", merge="alpha"))
+        with_recipe(icifar.Settings(recipe="best", merge="alpha"), icifar.BEST)
     with pytest.raises(SideTuningError, match="--recipe best is side-tuning's"):
-        icifar.with_recipe(icifar.Settings(recipe="best", method="features"))
+        with_recipe(icifar.Settings(recipe="best", method="features"), icifar.BEST)
     with pytest.raises(SideTuningError, match="--stages is not read by sidetune, but by boosting"):
         icifar.run(icifar.Settings(stages=3))
 

@@ -70,6 +70,8 @@ class Settings:
     """How sides and base are fused, where the grid does not say; by default the scenario's."""
     lr: float | None = None
     """Learning rate; by default the scenario's."""
+    batch: int | None = None
+    """Images or frames per step; by default the scenario's."""
     ewc_coefficient: float | None = None
     """Of the penalty of ewc; by default the scenario's."""
     samples: int = 20_000
@@ -144,7 +146,7 @@ def common(s: Settings, seed: int) -> Given:
         raise SideTuningError(f"--grid {s.grid} is one of icifar's; itaskonomy has {', '.join(DENSE_GRIDS)}")
     return replace(
         plain, data=s.data or plain.data, base_weights=s.base_weights, init=s.init, seed=seed, cache=s.cache, progress=False,
-        **{name: value for name in ("merge", "lr", "ewc_coefficient") if (value := getattr(s, name)) is not None},
+        **{name: value for name in ("merge", "lr", "batch", "ewc_coefficient") if (value := getattr(s, name)) is not None},
     )  # fmt: skip
 
 
@@ -167,6 +169,8 @@ def methods_grid(common: Any, s: Settings) -> Variants:
     """Every method at the same budget."""
     for method in s.methods or ALL:
         yield "", of_method(common, method)
+        if method == "sidetune" and isinstance(common, itaskonomy.Settings):
+            yield "recipe=best", replace(of_method(common, method), recipe="best", **itaskonomy.BEST)
         if FIRST.get(method) == (method, ALONE) and isinstance(common, icifar.Settings):
             yield ALONE, of_method(common, method, alone=True)
 
@@ -258,7 +262,7 @@ def run(settings: Settings) -> list[RunResult]:
     for name in OTHERS[s.scenario]:
         if getattr(s, name) != getattr(defaults, name):
             raise SideTuningError(f"--{name.replace('_', '-')} is not read by {s.scenario}; leave it out")
-    at_least_one(s, "seeds", "samples", "frames", "test_frames", "size", "tasks")
+    at_least_one(s, "seeds", "batch", "samples", "frames", "test_frames", "size", "tasks")
     if len(set(s.methods)) < len(s.methods) or len(set(s.shares)) < len(s.shares):
         raise SideTuningError("--methods or --shares names one twice")
     if not all(0 < share <= 1 for share in s.shares):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +21,7 @@ from sidetuning.errors import DataError, SideTuningError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.results import RunResult
 from sidetuning.scenarios.report_runs import report
-from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, read_by_method
+from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, read_by_method, with_recipe
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 from sidetuning.training import one_cycle
 
@@ -120,7 +120,7 @@ class Settings:
 
 def run(settings: Settings) -> RunResult:
     """Learn the tasks in order, saving after each; evaluates every task after every task."""
-    s = with_recipe(settings)
+    s = with_recipe(settings, BEST)
     at_least_one(s, "batch", "tasks", "samples", "stages", "lora_rank")
     above_zero(s, "ewc_coefficient")
     if not s.lr > 0 or not 0 < s.share <= 1 or not 0 <= s.smoothing <= 1:
@@ -182,24 +182,6 @@ def build_method(settings: Settings, base: Base) -> Method:
         "ewc": {"coefficient": s.ewc_coefficient}, "lora": {"rank": s.lora_rank},
     }  # fmt: skip
     return METHODS.build(s.method, base, options=options.get(s.method, {}))
-
-
-def with_recipe(settings: Settings) -> Settings:
-    """The settings with those that their recipe sets.
-
-    Raises:
-        SideTuningError: one of these is neither what the recipe sets nor the paper's, or the method is another.
-    """
-    if settings.recipe == "paper":
-        return settings
-    if settings.method != "sidetune":
-        raise SideTuningError(f"--recipe best is side-tuning's; leave out it or --method {settings.method}")
-    plain = Settings()
-    for name, value in BEST.items():
-        if getattr(settings, name) not in (value, getattr(plain, name)):
-            flag = name.replace("_", "-")
-            raise SideTuningError(f"--recipe {settings.recipe} sets --{flag} itself, to {value}; leave one of them out")
-    return replace(settings, **BEST)
 
 
 def recipe_of(settings: Settings) -> Recipe:
@@ -295,7 +277,7 @@ def task_loader(
 
 def main(settings: Settings) -> None:
     """Run, print the table and write the report."""
-    show(run(settings), with_recipe(settings))
+    show(run(settings), with_recipe(settings, BEST))
     print(f"report: {report([settings.out])}")
 
 

@@ -27,7 +27,16 @@ from sidetuning.results import RunResult
 from sidetuning.scenarios.dense import ORDER, DenseTask, Regression, dense_task
 from sidetuning.scenarios.gallery import Gallery
 from sidetuning.scenarios.report_runs import report
-from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_by_method, side_options
+from sidetuning.scenarios.runs import (
+    WITH_SIDES,
+    Run,
+    above_zero,
+    at_least_one,
+    not_twice,
+    read_by_method,
+    side_options,
+    with_recipe,
+)
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 from sidetuning.training import one_cycle
 
@@ -38,6 +47,8 @@ READERS = {
     "dense": ("sidetune",),
     "ewc_coefficient": ("ewc",),
 }  # methods that read them
+# The side that came out best on the validation levels of Doom (docs/benchmarks.md).
+BEST: dict[str, Any] = {"side": "fusion", "taps": ("layer2", "layer3"), "merge": "mlp2", "init": None}
 IN_MEMORY = 2 * 1024**3  # bytes of one domain; some 100,000 labels of 128 pixels
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
 
@@ -54,6 +65,8 @@ class Settings:
     """Folder of the run; the same command run again goes on where it stopped."""
     method: str = "sidetune"
     """sidetune, features, finetune, independent, scratch, ewc, psp, pnn, residual-adapter, lora, piggyback or boosting."""
+    recipe: Literal["paper", "best"] = "paper"
+    """paper: a side that sees the picture. best: one on inner maps of the packaged base; it sets side, taps, merge and init."""
     tasks: tuple[str, ...] = ORDER
     """The tasks, in the order of learning; the paper's by default."""
     order: int | None = None
@@ -220,7 +233,7 @@ def check(settings: Settings) -> None:
 
 def run(settings: Settings) -> RunResult:
     """Learn the tasks in order, saving after each; evaluates every task after every task."""
-    s = settings
+    s = with_recipe(settings, BEST)
     check(s)
     folder = Run(s.out, "itaskonomy", s, free=FREE)
     train, test = frames_of(s)

@@ -10,13 +10,15 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sidetuning.artifacts import write_json, write_text
 from sidetuning.errors import SideTuningError
+
+S = TypeVar("S")  # settings of a scenario, a frozen dataclass
 
 WITH_SIDES = ("sidetune", "boosting")  # methods that read settings of sides and merges
 
@@ -197,6 +199,26 @@ def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> Non
 def side_options(side: str, width: float) -> dict[str, Any]:
     """Options of a side for a base that returns a map with both signs."""
     return {"fcn5": {"width": width, "signed": True}, "copy": {"width": width}}.get(side, {})
+
+
+def with_recipe(settings: S, best: Mapping[str, Any]) -> S:
+    """The settings with those that their recipe sets, where it is "best".
+
+    Raises:
+        SideTuningError: one of these is neither what the recipe sets nor as it is by default, or the method is another.
+    """
+    given: Any = settings
+    if given.recipe == "paper":
+        return settings
+    if given.method != "sidetune":
+        raise SideTuningError(f"--recipe best is side-tuning's; leave out it or --method {given.method}")
+    defaults = {f.name: f.default for f in fields(given)}
+    for name, value in best.items():
+        if getattr(given, name) not in (value, defaults[name]):
+            flag = name.replace("_", "-")
+            raise SideTuningError(f"--recipe best sets --{flag} itself, to {value}; leave one of them out")
+    recipe: S = replace(given, **best)
+    return recipe
 
 
 def not_twice(settings: Any, *names: str) -> None:
