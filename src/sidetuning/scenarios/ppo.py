@@ -87,9 +87,8 @@ def training_env(cell: Cell) -> VecEnv:
 
     env: VecEnv = DummyVecEnv([make] * c.envs)
     if c.cached and c.method in ("sidetune", "features"):
-        env = VecBaseFeatures(
-            env, map_base(c.base, c.base_weights, c.size).to(get_device("auto"))
-        )  # where PPO computes
+        base = map_base(c.base, c.base_weights, c.size)
+        env = VecBaseFeatures(env, base.to(get_device("auto")))  # where PPO computes
     return env
 
 
