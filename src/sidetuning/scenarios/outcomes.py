@@ -95,7 +95,7 @@ def mean_text(runs: Sequence[Scores], name: str, scale: float = 1.0) -> str:
         ends = runs[0].intervals[name]
     else:
         values = per_episode(runs, name)
-        alike = name in ("success", "spl") and values.max() == values.min() in (0, 1)
+        alike = name in ("success", "spl") and set(values) in ({0.0}, {1.0})
         ends = wilson(float(values.sum()), len(values)) if alike else bootstrap(values)
     return f"{number_text(Estimate(*mean_and_error(means)))} {_brackets(ends, scale)}"
 

@@ -26,7 +26,7 @@ from sidetuning.data.cifar import load_images, random_flip_crop
 from sidetuning.distill import distill
 from sidetuning.errors import SideTuningError
 from sidetuning.scenarios.runs import Run
-from sidetuning.training import default_accelerator, seeded, train
+from sidetuning.training import default_accelerator, one_cycle, seeded, train
 from sidetuning.tuner import SideTuner
 
 EXAMPLE = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
@@ -131,7 +131,7 @@ def main(settings: Settings) -> None:
         optimizer = torch.optim.SGD(groups(model, s.weight_decay), lr=lr, momentum=0.9, nesterov=True)
         train(
             model, loader, optimizer, steps=steps, seed=s.seed + k, resume=out / f"cycle-{k}.pt",
-            scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.15, cycle_momentum=False),
+            scheduler=one_cycle(lr, 0.15)(optimizer, steps),
             validate=lambda: {"accuracy on 2,000 test images": model.accuracy(test_images[few], test_labels[few])},
             progress=f"ResNet-44 on CIFAR-10, cycle {k}",
         )  # fmt: skip

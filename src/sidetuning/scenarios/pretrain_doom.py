@@ -27,7 +27,7 @@ from sidetuning.scenarios.pretrain_cifar import AugmentedBatches, groups, write
 from sidetuning.scenarios.runs import Run
 from sidetuning.sides.fcn import FCN5
 from sidetuning.sides.initialise import DISTILLED
-from sidetuning.training import default_accelerator, seeded, train
+from sidetuning.training import default_accelerator, one_cycle, seeded, train
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def main(settings: Settings) -> None:
     optimizer = torch.optim.AdamW(groups(model, s.weight_decay), lr=s.lr)
     train(
         model, loader, optimizer, steps=steps, seed=s.seed, resume=out / "train.pt", clip=1.0,
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, steps + 1, pct_start=0.15, cycle_momentum=False),
+        scheduler=one_cycle(s.lr, 0.15)(optimizer, steps),
         validate=lambda: {"error on frames of validation maps": model.error(*few)}, progress="ResNet on Doom's curvature",
     )  # fmt: skip
     tested = {size: val, size // 2: halved(*val)}
