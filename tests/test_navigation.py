@@ -26,10 +26,10 @@ from gymnasium.utils.env_checker import check_env
 
 from sidetuning.data import doom_grid
 from sidetuning.data.doom import TEST, TRAIN, VAL
-from sidetuning.data.doom_nav import FORWARD, LEFT, MAPS, RIGHT, STOP, DoomExplore, DoomPointNav, _mark
+from sidetuning.data.doom_nav import FORWARD, LEFT, MAPS, RIGHT, STOP, WINDING, DoomExplore, DoomPointNav, _mark
 from sidetuning.data.trajectories import COMPASS
 from sidetuning.scenarios.outcomes import Outcome, Scores, difference_text, mean_text, scores, wilson
-from sidetuning.scenarios.worlds import at_random, by_compass, drawing, episodes, make_world, stops
+from sidetuning.scenarios.worlds import SPLITS, at_random, by_compass, drawing, episodes, make_world, stops
 from test_doom import instances, left, linux
 
 
@@ -202,6 +202,28 @@ def test_the_expert_arrives(walk):
                 done = ended or cut
             successes.append(info["success"])
         assert np.mean(successes) >= 0.98, split
+
+
+def test_ways_wind(walk):
+    env = walk(DoomPointNav, "map01", winding=1.5)
+    for seed in range(5):
+        observation, _ = env.reset(seed=seed)
+        assert env.shortest >= 1.49 * observation[COMPASS][0]  # the player stands a little off the cell's centre
+    with pytest.raises(SideTuningError, match=r"map27 has no ways .* that wind 1\.5-fold"):
+        walk(DoomPointNav, "map27", winding=1.5).reset(seed=0)
+
+
+def test_every_level_of_pointnav_has_winding_ways():
+    for split in SPLITS:
+        world = make_world("doom-pointnav", split, 64)
+        try:
+            assert world.winding == WINDING
+            for name in world.maps:
+                world.maps = (name,)
+                observation, _ = world.reset(seed=0)
+                assert world.shortest > (WINDING - 0.1) * observation[COMPASS][0], name
+        finally:
+            world.close()
 
 
 def test_the_same_seeds_give_the_same_steps_and_pictures(cache):

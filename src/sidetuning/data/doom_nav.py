@@ -30,6 +30,8 @@ SLACK = -0.01  # reward of every step
 SUCCESS = 10.0  # reward of success
 SEEN = 0.1  # reward of every square metre seen for the first time
 MAPS: dict[str, tuple[str, ...]] = {"train": TRAIN, "val": VAL, "test": TEST, "home": (HOME,)}
+OPEN = ("map18", "map20", "map27")  # levels of one wide place, where hardly any way winds
+WINDING = 1.1  # of pointnav's ways, as in Habitat's generator of episodes
 
 
 def point(xy: NDArray[np.float64]) -> tuple[float, float]:
@@ -149,6 +151,8 @@ class DoomPointNav(DoomWalk):
 
     Args:
         nearest, farthest: shortest way from start to goal, in metres.
+        winding: how many times as long as the straight line the shortest way is, at least. Where any will do, most goals in Doom's
+            wide levels are reached by following the compass with closed eyes.
         radius: how near the goal is there, in metres.
         automatic: being there is success, and the action stop does nothing; else only stop ends an episode, well or ill.
         compass: whether the observation has it. Without, the goal of "home" is the armour of my_way_home, always.
@@ -157,16 +161,11 @@ class DoomPointNav(DoomWalk):
     def __init__(
         self, maps: str | Sequence[str] = "train", size: int = 64, turn: float = 15.0, tics: int = 4, max_steps: int = 200,
         stay: int = 8, cache: str | Path = "~/.cache/sidetuning", render_mode: str | None = "rgb_array", nearest: float = 5.0,
-        farthest: float = 25.0, radius: float = 1.5, automatic: bool = False, compass: bool = True,
+        farthest: float = 25.0, winding: float = 0.0, radius: float = 1.5, automatic: bool = False, compass: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(maps, size, turn, tics, max_steps, stay, cache, render_mode)
-        self.nearest, self.farthest, self.radius, self.automatic, self.compass = (
-            nearest,
-            farthest,
-            radius,
-            automatic,
-            compass,
-        )
+        self.nearest, self.farthest, self.winding, self.radius = nearest, farthest, winding, radius
+        self.automatic, self.compass = automatic, compass
         self.stops = not automatic
         if not compass and self.maps != (HOME,):
             raise SideTuningError("without a compass only maps='home' has a goal that can be known")
@@ -184,13 +183,14 @@ class DoomPointNav(DoomWalk):
         for _ in range(100):
             goal = ARMOUR if not self.compass else point(grid.centres[rng.choice(roomy)])
             self.ways = grid.to(*goal, limit=2 * high)
-            distances = self.ways.distances[roomy]
-            starts = roomy[(distances >= low) & (distances <= high)]
+            distances, straight = self.ways.distances[roomy], np.linalg.norm(grid.centres[roomy] - goal, axis=1)
+            starts = roomy[(distances >= low) & (distances <= high) & (distances >= self.winding * straight)]
             if len(starts):
                 start = point(grid.centres[rng.choice(starts)])
                 return Episode(self._map, start, float(rng.uniform(-180, 180)), goal)
         raise SideTuningError(
-            f"{self._map} has no ways from {self.nearest} to {self.farthest} m; give a smaller nearest, or other maps"
+            f"{self._map} has no ways from {self.nearest} to {self.farthest} m that wind {self.winding}-fold; "
+            "give a smaller nearest or winding, or other maps"
         )
 
     def begin(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -312,8 +312,8 @@ gym.register("DoomExplore-v0", entry_point="sidetuning.data.doom_nav:DoomExplore
 
 
 def pointnav(split: str, size: int) -> DoomPointNav:
-    """To a point that the compass tells, on the maps of a split."""
-    return DoomPointNav(split, size)
+    """To a point that the compass tells, behind a corner, on the maps of a split."""
+    return DoomPointNav([name for name in MAPS[split] if name not in OPEN], size, winding=WINDING)
 
 
 def home(split: str, size: int) -> DoomPointNav:
