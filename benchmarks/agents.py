@@ -1,4 +1,4 @@
-"""Imitation and reinforcement learning in Doom, recorded: `python benchmarks/agents.py imitation|rl|speed …`.
+"""Imitation and reinforcement learning in Doom, recorded: `python benchmarks/agents.py episodes|imitation|rl|speed …`.
 
 A run that was stopped goes on; `--table` prints the tables from the recorded results.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from common import RESULTS, record
-from sidetuning.scenarios import imitation, rl
+from sidetuning.scenarios import imitation, rl, worlds
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,37 @@ class Speed:
     """Interleaved."""
 
 
+@dataclass(frozen=True)
+class Episodes:
+    """What the expert, the compass and chance come to where any way will do, and where ways wind, recorded as pointnav-episodes.json."""
+
+    count: int = 100
+    """Episodes of each."""
+    split: str = "test"
+    """Levels."""
+
+
 Command = (
-    Annotated[Imitation, tyro.conf.subcommand("imitation")]
+    Annotated[Episodes, tyro.conf.subcommand("episodes")]
+    | Annotated[Imitation, tyro.conf.subcommand("imitation")]
     | Annotated[Rl, tyro.conf.subcommand("rl")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
 )
+
+
+def run_episodes(s: Episodes) -> str:
+    """Record, and the success and SPL of each."""
+    from sidetuning.data.doom_nav import WINDING, DoomPointNav, pointnav
+
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, world in (("any", DoomPointNav(s.split)), (f"winding {WINDING}", pointnav(s.split, 64))):
+        found[name] = {}
+        for agent in imitation.BASELINES:
+            outcomes = list(worlds.episodes(world, imitation.acts(agent, world), s.count, worlds.TEST_SEED))
+            found[name][agent] = {"success": fmean(o.success for o in outcomes), "spl": fmean(o.spl for o in outcomes)}
+        world.close()
+    record("pointnav-episodes", {"split": s.split, "episodes": s.count, "found": found})
+    return json.dumps(found, indent=2)
 
 
 def run_imitation(s: Imitation) -> str:
@@ -124,7 +150,12 @@ def measure(steps: int, passes: int, cached: bool) -> dict[str, float]:
 
 if __name__ == "__main__":
     settings = tyro.cli(Command, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))  # type: ignore[arg-type]
-    if isinstance(settings, Speed):
-        print(run_speed(settings))
-    else:
-        print(run_imitation(settings) if isinstance(settings, Imitation) else run_rl(settings))
+    match settings:
+        case Episodes():
+            print(run_episodes(settings))
+        case Imitation():
+            print(run_imitation(settings))
+        case Rl():
+            print(run_rl(settings))
+        case Speed():
+            print(run_speed(settings))
