@@ -326,11 +326,12 @@ def test_compare_runs_dense_tasks_too(settings, tmp_path):
         compare.run(replace(given, grid="data"))
 
 
-def test_transfer_draws_frames_anew_for_every_seed_and_knows_the_papers_side(settings):
+def test_transfer_draws_frames_anew_for_every_seed_and_knows_the_papers_side_and_the_best(settings):
     given = transfer.Settings(
-        data=settings.data, targets=("normal",), frames=(4, 8), methods=("sidetune", "sidetune-copy"), seeds=2
-    )
-    few, copied, more = [c.settings for c in transfer.cells(given)][:3]
+        data=settings.data, targets=("normal",), frames=(4, 8), methods=("sidetune", "sidetune-copy", "sidetune-best"), seeds=2
+    )  # fmt: skip
+    few, copied, best, more = [c.settings for c in transfer.cells(given)][:4]
+    assert (best.method, best.recipe, best.side, best.merge) == ("sidetune", "best", "fusion", "mlp2")
     assert (few.side, copied.side, copied.side_width, copied.init, copied.method) == (
         "fcn5",
         "copy",
@@ -339,8 +340,8 @@ def test_transfer_draws_frames_anew_for_every_seed_and_knows_the_papers_side(set
         "sidetune",
     )
     drawn = [itaskonomy.frames_of(c.settings)[0].frames for c in transfer.cells(given)]
-    assert drawn[0] == drawn[1] == drawn[2][:4] and drawn[0] != drawn[4]  # fewer are among the more; seeds differ
-    assert few.epochs * 4 == more.epochs * 8 == 800 * 32
+    assert drawn[0] == drawn[1] == drawn[2] == drawn[3][:4] and drawn[0] != drawn[6]  # fewer are among the more; seeds differ
+    assert few.epochs * 4 == more.epochs * 8 == 400 * 16
 
 
 def test_frames_that_do_not_fit_into_memory_are_read_batch_by_batch(settings, monkeypatch):

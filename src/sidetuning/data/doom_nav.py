@@ -312,8 +312,13 @@ gym.register("DoomExplore-v0", entry_point="sidetuning.data.doom_nav:DoomExplore
 
 
 def pointnav(split: str, size: int) -> DoomPointNav:
-    """To a point that the compass tells, behind a corner, on the maps of a split."""
+    """To a point that the compass tells, behind a corner, and stop there, on the maps of a split."""
     return DoomPointNav([name for name in MAPS[split] if name not in OPEN], size, winding=WINDING)
+
+
+def reach(split: str, size: int) -> DoomPointNav:
+    """PointNav in which being there is success."""
+    return DoomPointNav([name for name in MAPS[split] if name not in OPEN], size, winding=WINDING, automatic=True)
 
 
 def home(split: str, size: int) -> DoomPointNav:

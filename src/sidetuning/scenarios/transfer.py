@@ -34,13 +34,13 @@ class Settings:
     """The tasks."""
     frames: tuple[int, ...] = (20, 100, 500, 2000, 5000)
     """How many training frames; fewer ones are among the more."""
-    methods: tuple[str, ...] = ("sidetune", "sidetune-copy", "finetune", "features", "scratch")
-    """Methods; sidetune-copy has the paper's side of this experiment, a copy of the base."""
+    methods: tuple[str, ...] = ("sidetune", "sidetune-best", "sidetune-copy", "finetune", "features", "scratch")
+    """Methods; sidetune-best has itaskonomy's best recipe, sidetune-copy the paper's side of this experiment, a copy of the base."""
     merge: str = "alpha"
-    """How base and side are fused."""
-    steps: int = 800
+    """How base and side are fused; the best recipe has its own way."""
+    steps: int = 400
     """Optimiser steps of every run, so that few frames are seen often."""
-    batch: int = 32
+    batch: int = 16
     """Frames per step."""
     lr: float = 1e-3
     """Learning rate."""
@@ -61,6 +61,7 @@ class Settings:
 
 
 COPY = "sidetune-copy"
+BEST = "sidetune-best"
 REFERENCE = "sidetune"  # what other methods are compared with, seed by seed
 
 
@@ -78,10 +79,12 @@ def cells(settings: Settings) -> Iterator[compare.Cell]:
                         lr=s.lr, base_weights=s.base_weights, precision=s.precision, out=str(Path(s.out) / name), cache=s.cache,
                         progress=False,
                     )  # fmt: skip
-                    if method in WITH_SIDES:
+                    if method in (*WITH_SIDES, COPY):
                         plain = replace(plain, merge=s.merge)
                     if method == COPY:
-                        plain = replace(plain, method="sidetune", merge=s.merge, side="copy", side_width=1.0, init=None)
+                        plain = replace(plain, method="sidetune", side="copy", side_width=1.0, init=None)
+                    if method == BEST:
+                        plain = replace(plain, method="sidetune", recipe="best", **itaskonomy.BEST)
                     yield compare.Cell(variant(target, frames), plain)
 
 
@@ -101,8 +104,8 @@ def run(settings: Settings) -> list[RunResult]:
     above_zero(s, "lr")
     not_twice(s, "targets", "frames", "methods")
     for method in s.methods:
-        if method != COPY and method not in METHODS:
-            raise UnknownNameError(unknown("method", method, [*METHODS.names(), COPY], verb="registered"))
+        if method not in (*METHODS.names(), COPY, BEST):
+            raise UnknownNameError(unknown("method", method, [*METHODS.names(), COPY, BEST], verb="registered"))
     if len(s.methods) > COLOURS:
         raise SideTuningError(f"--methods: at most {COLOURS} fit into one comparison")
     if min(s.frames) < 1:
@@ -141,7 +144,8 @@ def lead(steps: int) -> str:
 
 def one(cell: compare.Cell, bar: tqdm[Any]) -> RunResult:
     """The result of a cell, read where it is there, else run, under the names of a comparison."""
-    method = COPY if cell.settings.side == "copy" else cell.settings.method
+    s = cell.settings
+    method = BEST if s.recipe == "best" else COPY if s.side == "copy" else s.method
     return replace(compare.one(cell, bar), variant=cell.variant, method=method)
 
 
