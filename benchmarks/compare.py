@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common import RESULTS, record
 from sidetuning.report import write_report
-from sidetuning.results import RunResult, markdown, measures_table, summary_table
+from sidetuning.results import RunResult, gaps_table, markdown, measures_table, summary_table
 from sidetuning.scenarios import compare
 
 PRIVATE = ("base_weights",)  # a path of the machine
@@ -106,6 +106,7 @@ if __name__ == "__main__":
     print(markdown(summary_table(found)))
     if found[0].measures is not None:
         print(measures_table(found))
+        print(gaps_table(found))
     if given.report is not None:
         folders = [galleries(given, run) for run in found]
         write_report(found, Path(given.report), title=compare.title(given), galleries=folders if any(folders) else ())

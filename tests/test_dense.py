@@ -340,7 +340,9 @@ def test_transfer_draws_frames_anew_for_every_seed_and_knows_the_papers_side_and
         "sidetune",
     )
     drawn = [itaskonomy.frames_of(c.settings)[0].frames for c in transfer.cells(given)]
-    assert drawn[0] == drawn[1] == drawn[2] == drawn[3][:4] and drawn[0] != drawn[6]  # fewer are among the more; seeds differ
+    assert (
+        drawn[0] == drawn[1] == drawn[2] == drawn[3][:4] and drawn[0] != drawn[6]
+    )  # fewer are among the more; seeds differ
     assert few.epochs * 4 == more.epochs * 8 == 400 * 16
 
 

@@ -356,6 +356,9 @@ def test_moves_are_drawn_and_a_stop_is_taken_where_it_is_the_likeliest():
 
     assert taken(True, 0.3, 0.4, 0.3, 0.0) == {1, 2} and taken(True, 0.4, 0.3, 0.3, 0.0) == {0}
     assert taken(False, 0.3, 0.4, 0.3, 0.0) == taken(False, 0.4, 0.3, 0.3, 0.0) == {0, 1, 2}
+    act = drawing(SimpleNamespace(stops=True), lambda _: torch.tensor([0.1, 0.6, 0.3, 0.0]), 0)
+    share = np.mean([act({}) == 1 for _ in range(2000)])
+    assert abs(share - 0.8) < 0.04  # 0.6² to 0.3²; 0.67 would be drawn without sharpening
 
 
 def test_baselines_move_at_random_and_by_the_compass(walk):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sidetuning.errors import ArtifactError, SideTuningError
 from sidetuning.report import SIDE, write_report
-from sidetuning.results import RunResult, markdown, measures_table, summary_table
+from sidetuning.results import RunResult, gaps_table, markdown, measures_table, summary_table
 
 HOSTILE = '<img src=x onerror="alert(1)">|</script><b>'
 
@@ -531,6 +531,17 @@ def test_tasks_in_their_own_measures() -> None:
     other = replace(dense("sidetune")[0], method="ewc", measures=["F1", "F1"])
     with pytest.raises(SideTuningError, match="normal is measured by"):
         measures_table([*dense("sidetune"), other])
+
+
+def test_gaps_to_another_method_are_paired_and_have_the_sign_of_better() -> None:
+    ours, other = dense("sidetune", "finetune")
+    table = gaps_table([replace(ours, method="independent"), other])
+    assert table.splitlines()[2:] == ["| normal | −125.0 |", "| depth | 30.8 |"]  # 20 to 45°; 3.25 to 2.25 m
+    higher = [replace(r, measures=["mean IoU", "F1"]) for r in (replace(ours, method="independent"), other)]
+    assert "| normal | 125.0 |" in gaps_table(higher)
+    unpaired = replace(other, seed=7)
+    assert gaps_table([ours, other]) == gaps_table([replace(ours, method="independent"), unpaired]) == ""
+    assert gaps_table([replace(ours, method="independent"), other, unpaired]) == table
 
 
 def test_scores_are_called_scores(tmp_path: Path) -> None:

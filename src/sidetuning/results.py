@@ -325,6 +325,35 @@ def measures_table(results: Sequence[RunResult]) -> str:
     return text
 
 
+def gaps_table(results: Sequence[RunResult], reference: str = "independent") -> str:
+    """How much better than a reference method each other one is at the end, task by task, in % of its value, as a table in Markdown.
+
+    Differences are paired: of the seeds that both have; ± is the standard error over these. Empty where the reference or a seed is missing.
+
+    Raises:
+        SideTuningError: results that cannot be compared.
+    """
+    groups = groups_of(results)
+    base = next(({run.seed: run for run in g} for g in groups if (g[0].method, g[0].variant) == (reference, "")), {})
+    others = [[r for r in g if r.seed in base] for g in groups if g[0].method != reference]
+    others = [runs for runs in others if runs]
+    if not others:
+        return ""
+    text = _line([f"Better than {reference}, %", *(_escaped(runs[0].label) for runs in others)])
+    text += _line(["---", *("---:" for _ in others)])
+    for task in results[0].tasks:
+        cells = [number_text(_estimate([_gain(run, base[run.seed], task) for run in runs])) for runs in others]
+        text += _line([_escaped(task), *cells])
+    return text
+
+
+def _gain(run: RunResult, reference: RunResult, task: str) -> float:
+    """In % of the reference's value, above 0 where the run is better."""
+    (measure, _, value), (_, _, other) = own_values(run, task), own_values(reference, task)
+    gain = 100 * (value - other) / other if other else math.nan
+    return -gain if is_error(measure) else gain
+
+
 def groups_of(results: Sequence[RunResult]) -> list[list[RunResult]]:
     """The runs of every method and variant, by seed; of all results, once they are found to be comparable."""
     if not results:

@@ -22,7 +22,7 @@ from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS, Task
 from sidetuning.registry import unknown
 from sidetuning.report import write_report
-from sidetuning.results import RunResult, markdown, measures_table, summary_table
+from sidetuning.results import RunResult, gaps_table, markdown, measures_table, summary_table
 from sidetuning.scenarios import icifar, itaskonomy
 from sidetuning.scenarios.dense import ORDER
 from sidetuning.scenarios.runs import Run, at_least_one, end_with_parent
@@ -340,7 +340,7 @@ def finish(settings: Settings, results: Sequence[RunResult], galleries: Sequence
     with_first = add_alone(results)
     table = markdown(summary_table(with_first))
     if with_first[0].measures is not None:
-        table += "\n" + measures_table(with_first)
+        table += "\n" + measures_table(with_first) + "\n" + gaps_table(with_first)
     out = Path(settings.out)
     write_text(out / "table.md", table)
     pictures = [folder if folder.is_dir() else None for folder in galleries]

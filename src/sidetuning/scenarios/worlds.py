@@ -32,6 +32,7 @@ SPLITS = ("train", "val", "test")
 STOP, FORWARD, LEFT, RIGHT = range(4)  # in the order of Habitat, which all environments have
 Act = Callable[[dict[str, Any]], int]  # an observation to an action
 Policy = Callable[[dict[str, Any]], Tensor]  # an observation to the probabilities of the actions, (actions,) on the CPU
+TEMPERATURE = 0.5  # of moves that are drawn
 TEST_SEED = 900_000_000  # of the first test episode: none that anybody learns from
 
 
@@ -97,6 +98,7 @@ def stops(world: Any) -> bool:
 def drawing(world: Any, policy: Policy, seed: int) -> Act:
     """How a policy acts in tests: its moves are drawn, since one that always takes the likeliest may turn left and right for ever.
 
+    They are drawn at TEMPERATURE, from the squares of the probabilities: a clone that is not sure of a turn dithers less.
     Where STOP ends an episode, it is taken where it is the likeliest action and never drawn, since nothing takes a stop back.
     """
     generator, first = torch.Generator().manual_seed(seed), int(stops(world))
@@ -105,7 +107,8 @@ def drawing(world: Any, policy: Policy, seed: int) -> Act:
         probabilities = policy(observation)
         if first and probabilities.argmax() == STOP:
             return STOP
-        return first + int(torch.multinomial(probabilities[first:], 1, generator=generator))
+        sharpened = probabilities[first:] ** (1 / TEMPERATURE)
+        return first + int(torch.multinomial(sharpened, 1, generator=generator))
 
     return act
 
