@@ -1,40 +1,49 @@
 """Imitation and reinforcement learning in Doom, recorded: `python benchmarks/agents.py episodes|imitation|rl|speed …`.
 
-A run that was stopped goes on; `--table` prints the tables from the recorded results.
+A run that has its result is not run again, and one that was stopped goes on; `--table` prints the tables from the results.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
+from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from common import RESULTS, record
+from sidetuning.charts import write_charts
+from sidetuning.data.trajectories import read_steps
 from sidetuning.scenarios import imitation, rl, worlds
 
 
 @dataclass(frozen=True)
 class Imitation(imitation.Settings):
-    """Clones of the expert, recorded as imitation.json."""
+    """Clones of the expert, and agents that learn nothing, recorded one by one as imitation-<method>-<trajectories>-<seed>.json."""
 
     out: str = "runs/benchmarks/imitation"
     """Folder of the runs."""
     table: bool = False
-    """Only print the tables."""
+    """Run nothing: print the tables from the results."""
+    report: str | None = None
+    """Write the curves of the results to this file, too."""
 
 
 @dataclass(frozen=True)
 class Rl(rl.Settings):
-    """Learning curves of PPO, recorded as rl-<environment>.json."""
+    """Learning curves of PPO, recorded one by one as rl-<environment>-<method>-<seed>.json."""
 
     out: str = "runs/benchmarks/rl"
     """Folder of the runs; each environment has its own."""
     table: bool = False
-    """Only print the table."""
+    """Run nothing: print the table from the results."""
+    report: str | None = None
+    """Write the curves of the results to this file, too."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Episodes:
     """Levels."""
 
 
+R = TypeVar("R", imitation.Result, rl.Result)
 Command = (
     Annotated[Episodes, tyro.conf.subcommand("episodes")]
     | Annotated[Imitation, tyro.conf.subcommand("imitation")]
@@ -83,24 +93,63 @@ def run_episodes(s: Episodes) -> str:
 
 
 def run_imitation(s: Imitation) -> str:
-    """Record, and the tables."""
-    file = RESULTS / "imitation.json"
+    """Record what has no result yet; the tables of all results."""
     if not s.table:
-        given = imitation.Settings(**{k: v for k, v in asdict(s).items() if k != "table"})
-        record("imitation", {"results": [asdict(r) for r in imitation.run(given)], "trajectories": s.trajectories})
-    content = json.loads(file.read_text())
-    return imitation.table([imitation.Result(**r) for r in content["results"]], content["trajectories"])
+        given = imitation.Settings(**own(s))
+        steps = read_steps(s.data)
+        size = steps.rgb.shape[-1]
+        imitation.check_world(given, steps, size)
+        for name in imitation.BASELINES:
+            if not recorded(f"imitation-{name}-0-0"):
+                record(f"imitation-{name}-0-0", asdict(imitation.baseline(given, name, size)))
+        about = imitation.about(s.data, steps)
+        for cell in imitation.cells(given, size):
+            if not recorded(name := f"imitation-{Path(cell.out).name}"):
+                record(name, asdict(imitation.one(cell, steps, about)))
+    results = in_order(found("imitation-", imitation.Result), imitation.Settings.methods, imitation.BASELINES)
+    if s.report is not None:
+        charts = imitation.charts(results, s.trajectories)
+        write_charts(charts, Path(s.report), title="Imitation", lead=imitation.lead(s))
+    return imitation.table(results, s.trajectories)
 
 
 def run_rl(s: Rl) -> str:
-    """Record, and the table."""
-    name = f"rl-{s.env}".replace(":", "-")
+    """Record what has no result yet; the table of all results in this environment."""
+    prefix = f"rl-{s.env}-".replace(":", "-")
     if not s.table:
-        given = rl.Settings(**{k: v for k, v in asdict(s).items() if k != "table"})
-        results = rl.run(replace(given, out=f"{s.out}/{s.env}"))
-        record(name, {"results": [asdict(r) for r in results]})
-    content = json.loads((RESULTS / f"{name}.json").read_text())
-    return rl.table([rl.Result(**r) for r in content["results"]])
+        from sidetuning.scenarios import ppo
+
+        rl.use_threads(s.threads)
+        for cell in rl.cells(replace(rl.Settings(**own(s)), out=f"{s.out}/{s.env}")):
+            if not recorded(name := prefix + Path(cell.out).name):
+                record(name, asdict(ppo.one(cell)))
+    results = in_order(found(prefix, rl.Result), rl.METHODS)
+    if s.report is not None:
+        write_charts(rl.charts(results), Path(s.report), title=f"PPO in {s.env}", lead=rl.lead(s.env))
+    return rl.table(results)
+
+
+def own(settings: Any) -> dict[str, Any]:
+    """What a scenario knows of a benchmark's settings."""
+    return {k: v for k, v in asdict(settings).items() if k not in ("table", "report")}
+
+
+def recorded(name: str) -> bool:
+    """Whether there is a result of this name."""
+    return (RESULTS / f"{name}.json").exists()
+
+
+def found(prefix: str, kind: type[R]) -> list[R]:
+    """The results whose names begin so."""
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    contents = [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{prefix}*.json"))]
+    return [kind(**{k: v for k, v in content.items() if k in known}) for content in contents]
+
+
+def in_order(results: list[R], *names: Iterable[str]) -> list[R]:
+    """By method, in the order of these, then by seed."""
+    order = [*chain(*names)]
+    return sorted(results, key=lambda r: (order.index(r.method), r.seed))  # type: ignore[attr-defined]
 
 
 def run_speed(s: Speed) -> str:
