@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from common import RESULTS, record
+from common import RESULTS, read_results, record, recorded
 from sidetuning.charts import write_charts
 from sidetuning.data.trajectories import read_steps
 from sidetuning.scenarios import imitation, rl, worlds
@@ -100,13 +100,15 @@ def run_imitation(s: Imitation) -> str:
         size = steps.rgb.shape[-1]
         imitation.check_world(given, steps, size)
         for name in imitation.BASELINES:
-            if not recorded(f"imitation-{name}-0-0"):
+            if not (RESULTS / f"imitation-{name}-0-0.json").exists():
                 record(f"imitation-{name}-0-0", asdict(imitation.baseline(given, name, size)))
         about = imitation.about(s.data, steps)
         for cell in imitation.cells(given, size):
-            if not recorded(name := f"imitation-{Path(cell.out).name}"):
+            if not recorded(name := f"imitation-{Path(cell.out).name}", cell, imitation.FREE):
                 record(name, asdict(imitation.one(cell, steps, about)))
-    results = in_order(found("imitation-", imitation.Result), imitation.Settings.methods, imitation.BASELINES)
+    results = in_order(
+        read_results(imitation.Result, "imitation-*.json"), imitation.Settings.methods, imitation.BASELINES
+    )
     if s.report is not None:
         charts = imitation.charts(results, s.trajectories)
         write_charts(charts, Path(s.report), title="Imitation", lead=imitation.lead(s))
@@ -121,9 +123,9 @@ def run_rl(s: Rl) -> str:
 
         rl.use_threads(s.threads)
         for cell in rl.cells(replace(rl.Settings(**own(s)), out=f"{s.out}/{s.env}")):
-            if not recorded(name := prefix + Path(cell.out).name):
+            if not recorded(name := prefix + Path(cell.out).name, cell, rl.FREE):
                 record(name, asdict(ppo.one(cell)))
-    results = in_order(found(prefix, rl.Result), rl.METHODS)
+    results = in_order(read_results(rl.Result, f"{prefix}*.json"), rl.METHODS)
     if s.report is not None:
         write_charts(rl.charts(results), Path(s.report), title=f"PPO in {s.env}", lead=rl.lead(s.env))
     return rl.table(results)
@@ -132,18 +134,6 @@ def run_rl(s: Rl) -> str:
 def own(settings: Any) -> dict[str, Any]:
     """What a scenario knows of a benchmark's settings."""
     return {k: v for k, v in asdict(settings).items() if k not in ("table", "report")}
-
-
-def recorded(name: str) -> bool:
-    """Whether there is a result of this name."""
-    return (RESULTS / f"{name}.json").exists()
-
-
-def found(prefix: str, kind: type[R]) -> list[R]:
-    """The results whose names begin so."""
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    contents = [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{prefix}*.json"))]
-    return [kind(**{k: v for k, v in content.items() if k in known}) for content in contents]
 
 
 def in_order(results: list[R], *names: Iterable[str]) -> list[R]:

@@ -5,16 +5,15 @@ A cell that has its result is not run again. `--table` prints the table of a gri
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
-from common import RESULTS, record
+from common import read_results, record, recorded, unread
 from sidetuning.report import write_report
 from sidetuning.results import RunResult, gaps_table, markdown, measures_table, summary_table
 from sidetuning.scenarios import compare
@@ -46,18 +45,12 @@ def prefix(scenario: str, grid: str) -> str:
     return f"compare-{grid}" if scenario == "icifar" else f"compare-{scenario}-{grid}"
 
 
-def recorded(settings: Settings, cell: compare.Cell) -> bool:
-    """Whether the cell has its result; one that was run otherwise is an error."""
-    file = RESULTS / f"{name(settings, cell)}.json"
-    if not file.exists():
-        return False
-    was = json.loads(file.read_text())["settings"]
-    free = {*cell.scenario.FREE, *PRIVATE, "seed"} | ({"precision"} if settings.scenario == "icifar" else set())
-    now = json.loads(json.dumps({k: v for k, v in asdict(cell.settings).items() if k not in free}))
-    other = [f"{k} {was[k]!r} (now {v!r})" for k, v in now.items() if k in was and was[k] != v]
-    if other:
-        sys.exit(f"{file.name} was run with {', '.join(other)}; move it away to run it anew")
-    return True
+def done(settings: Settings, cell: compare.Cell) -> bool:
+    """Whether the cell has its result."""
+    free = {*cell.scenario.FREE, *PRIVATE, "seed", *unread(cell)} | (
+        {"precision"} if settings.scenario == "icifar" else set()
+    )
+    return recorded(name(settings, cell), cell.settings, free)
 
 
 def run(settings: Settings) -> None:
@@ -65,7 +58,7 @@ def run(settings: Settings) -> None:
     grid = {cell.folder.name: cell for cell in compare.cells(settings)}
     if unknown := set(settings.cells) - set(grid):
         sys.exit(f"the grid has no cells {', '.join(sorted(unknown))}; it has {', '.join(grid)}")
-    todo = [cell for name in settings.cells or grid if not recorded(settings, cell := grid[name])]
+    todo = [cell for name in settings.cells or grid if not done(settings, cell := grid[name])]
     with tqdm(total=sum(cell.tasks for cell in todo), unit="task") as bar:
         for cell in todo:
             bar.set_description(cell.folder.name)
@@ -82,12 +75,8 @@ def galleries(settings: Settings, run: RunResult) -> Path | None:
 
 def results(grid: str, scenario: Literal["icifar", "itaskonomy"] = "icifar") -> list[RunResult]:
     """All recorded runs of a grid, in the grid's order."""
-    known = {f.name for f in fields(RunResult)}
-    found = {}
-    for file in RESULTS.glob(f"{prefix(scenario, grid)}-*.json"):
-        content = json.loads(file.read_text())
-        run = RunResult(**{k: v for k, v in content.items() if k in known})
-        found[run.method, run.variant, run.seed] = run
+    runs = read_results(RunResult, f"{prefix(scenario, grid)}-*.json")
+    found = {(run.method, run.variant, run.seed): run for run in runs}
     for what in ("data", "base"):
         if len({run.settings.get("fingerprints", {}).get(what, "") for run in found.values()} - {""}) > 1:
             sys.exit(

@@ -5,18 +5,17 @@ A cell that has its result is not run again. `--table` prints the tables from th
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
-from common import RESULTS, record
+from common import read_results, record, recorded, unread
 from sidetuning.charts import write_charts
 from sidetuning.methods import METHODS
 from sidetuning.results import RunResult
-from sidetuning.scenarios import transfer
+from sidetuning.scenarios import itaskonomy, transfer
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,7 @@ class Settings(transfer.Settings):
 
 def results() -> list[RunResult]:
     """All that are recorded, in the order of methods."""
-    known = {f.name for f in fields(RunResult)}
-    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("transfer-*.json"))]
-    runs = [RunResult(**{k: v for k, v in content.items() if k in known}) for content in found]
+    runs = read_results(RunResult, "transfer-*.json")
     order = [*transfer.Settings.methods, *METHODS.names()]
     return sorted(runs, key=lambda run: (order.index(run.method), run.variant, run.seed))
 
@@ -43,14 +40,17 @@ def results() -> list[RunResult]:
 if __name__ == "__main__":
     given = tyro.cli(Settings, config=(tyro.conf.OmitArgPrefixes,))
     if not given.table:
-        todo = [c for c in transfer.cells(given) if not (RESULTS / f"transfer-{c.folder.name}.json").exists()]
+        free = {*itaskonomy.FREE, "base_weights"}
+        todo = [
+            c for c in transfer.cells(given) if not recorded(f"transfer-{c.folder.name}", c.settings, free | unread(c))
+        ]
         with tqdm(total=len(todo), unit="run") as bar:
             for cell in todo:
                 bar.set_description(cell.folder.name)
                 result = asdict(transfer.one(cell, bar))
                 result["settings"].pop("base_weights", None)
                 record(f"transfer-{cell.folder.name}", result)
-    print(transfer.tables(results(), transfer.Settings.targets, transfer.Settings.frames))
+    print(transfer.tables(results(), given.targets, given.frames))
     if given.report is not None:
-        charts = list(transfer.charts(results(), transfer.Settings.targets, transfer.Settings.frames))
+        charts = list(transfer.charts(results(), given.targets, given.frames))
         write_charts(charts, Path(given.report), title="Transfer from curvature", lead=transfer.lead(given.steps))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sidetuning.base import load_base
 from sidetuning.bases.resnet_map import ResNetMap
 from sidetuning.continual import AccuracyMatrix
 from sidetuning.data.taskonomy import Taskonomy
@@ -52,6 +53,13 @@ def test_curvature_is_squared_and_averaged_over_both_channels():
     assert task.value(task.tally(zero, y)) == pytest.approx(0, abs=1e-6)
     half = zero + torch.tensor([127 / 127.5, 0]).view(1, 2, 1, 1) / 2  # off by 1 of 2 in one channel of two
     assert task.value(task.tally(half, y)) == pytest.approx(0.5**0.5, rel=1e-3)
+
+
+def test_holes_of_a_depth_are_left_out_whatever_the_mask_says():
+    raw = torch.tensor([[1024, 2048], [65535, 64500]]).view(1, 1, 2, 2)
+    for domain in ("depth_euclidean", "depth_zbuffer"):
+        y = regression(domain, 1).labels(raw, torch.ones(1, 2, 2, dtype=torch.bool))
+        assert y[0, -1].tolist() == [[1, 1], [0, 0]]
 
 
 def test_units_of_depth_and_normals():
@@ -287,7 +295,7 @@ def test_errors_name_what_is_wrong(settings, taskonomy_folder, tmp_path):
     (tmp_path / "both.csv").write_text("id,train,val,test\nalmena,1,0,1\n")
     with pytest.raises(DataError, match="has almena for training and for testing"):
         itaskonomy.run(replace(settings, subset=str(tmp_path / "both.csv"), out=settings.out + "6"))
-    with pytest.raises(DataError, match="limit=5000"):
+    with pytest.raises(DataError, match="frames of this, not 5000"):
         itaskonomy.run(replace(settings, frames=5000, out=settings.out + "3"))
     with pytest.raises(SideTuningError, match="need a map"):
         itaskonomy.run(replace(settings, base="resnet44-cifar10", base_weights=None, out=settings.out + "4"))
@@ -386,7 +394,7 @@ def test_transfer_makes_a_table(settings, tmp_path):
     curves = json.loads((tmp_path / "transfer" / "curves.json").read_text())["normal"]
     values = [r.values[0][0] for r in results if r.method == "scratch" and r.variant == "normal, 16 frames"]
     assert curves["scratch"][1][0] == pytest.approx(sum(values) / 2) and curves["scratch"][1][2] == 2
-    with pytest.raises(DataError, match="limit=5000"):  # before anything is learned
+    with pytest.raises(DataError, match="frames of this, not 5000"):  # before anything is learned
         transfer.run(replace(given, out=str(tmp_path / "many"), frames=(4, 5000)))
     assert not list((tmp_path / "many").glob("normal*"))
     with pytest.raises(UnknownNameError, match="sidetune-copi"):
@@ -448,7 +456,16 @@ def test_a_comparison_gives_each_method_the_settings_that_it_reads():
         itaskonomy.check(cell)
     assert {cell.lr for cell in cells.values()} == {3e-4}
     assert (cells["sidetune"].merge, cells["ewc"].ewc_coefficient) == ("mlp2", 1e4)
-    assert (cells["finetune"].merge, cells["sidetune"].ewc_coefficient) == ("alpha", 100.0)
+    assert (cells["finetune"].merge, cells["sidetune"].ewc_coefficient) == ("alpha", 1e5)
+    rates = {c.settings.method: c.settings.lr for c in compare.cells(replace(given, lr=None))}
+    assert (rates["sidetune"], rates["independent"], rates["ewc"], rates["scratch"]) == (1e-3, 3e-4, 3e-4, 1e-3)
+
+
+def test_every_part_of_the_default_comparisons_can_be_built():
+    compare.dry_run(list(compare.cells(compare.Settings("itaskonomy", seeds=1))))
+    compare.dry_run(list(compare.cells(compare.Settings("icifar", seeds=1))))
+    base = compare.dry_run(list(transfer.cells(transfer.Settings(seeds=1))))
+    assert base.fingerprint() == load_base("resnet-doom-curvature").fingerprint()  # which a comparison keeps
 
 
 def test_the_release_trains_at_its_size_and_at_another(weights, tmp_path):

@@ -38,10 +38,13 @@ def test_the_tables_of_language_are_made_from_the_results(script: str, rows: int
     assert table.count("\n") == rows + 1 and table in (ROOT / "docs/benchmarks.md").read_text()
 
 
-def test_the_tables_of_dense_settings_are_made_from_the_result() -> None:
-    command = [sys.executable, "benchmarks/dense_settings.py", "--table"]
+@pytest.mark.parametrize(
+    ("script", "count"), [("dense_settings.py", 2), ("compare.py itaskonomy --grid methods", 3), ("transfer.py", 2)]
+)
+def test_the_tables_of_dense_tasks_are_made_from_the_results(script: str, count: int) -> None:
+    command = [sys.executable, *f"benchmarks/{script} --table".split()]
     tables = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip().split("\n\n")
-    assert len(tables) == 2 and all(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables)
+    assert len(tables) == count and all(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables)
 
 
 def test_no_document_names_a_path_of_one_machine() -> None:

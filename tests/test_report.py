@@ -533,6 +533,14 @@ def test_tasks_in_their_own_measures() -> None:
         measures_table([*dense("sidetune"), other])
 
 
+def test_the_summary_says_of_which_seeds_its_ranks_are() -> None:
+    ours, other = result("sidetune"), result("ewc")
+    both = [ours, replace(ours, seed=1), other, replace(other, seed=1)]
+    assert "Ranks" not in markdown(summary_table(both))
+    table = markdown(summary_table([*both, replace(other, method="pnn", parameters=[9000, 9000])]))
+    assert table.endswith("|\n\nRanks are of seed 0, which all of them have.\n")  # small ones have both seeds
+
+
 def test_gaps_to_another_method_are_paired_and_have_the_sign_of_better() -> None:
     ours, other = dense("sidetune", "finetune")
     table = gaps_table([replace(ours, method="independent"), other])

@@ -452,7 +452,7 @@ def test_missing_domains_and_files_are_told(root: Path) -> None:
         file_of(root, "reshading", "hanson", point, view).unlink()
     with pytest.raises(
         DataError,
-        match=r"2 of 7 frames have no file of reshading; the first is .*hanson/point_0_view_1_domain_reshading.*name reshading first",
+        match=r"2 of 7 frames have no file of reshading; the first is .*hanson/point_0_view_1_domain_reshading.*leave reshading out, or name it first",
     ):
         Taskonomy(root, domains=("rgb", "reshading"))
     assert len(Taskonomy(root, domains=("reshading", "rgb"))) == 5  # the remedy works
@@ -479,10 +479,10 @@ def test_wrong_arguments_are_told(root: Path) -> None:
         Taskonomy(root, split="training")
     with pytest.raises(DataError, match=r"point_info is JSON text"):
         Taskonomy(root, domains=("rgb", "point_info"))
-    with pytest.raises(DataError, match=r"limit=8, but .* has 7 frames of this"):
+    with pytest.raises(DataError, match="has 7 frames of this, not 8"):
         Taskonomy(root, limit=8)
     for wrong in ({"domains": ()}, {"size": 0}, {"limit": 0}):
-        with pytest.raises(DataError, match=r"at least|limit=0"):
+        with pytest.raises(DataError, match=r"at least|not 0"):
             Taskonomy(root, **wrong)
     with pytest.raises(UnknownNameError, match=r"domain 'reshading' is not asked for; there is rgb, normal, mask"):
         Taskonomy(root).tensors("reshading")

@@ -27,7 +27,7 @@ from sidetuning.results import (
     means,
     measure_rows,
     own_values,
-    shared_seeds,
+    rank_note,
     summary_table,
     used_columns,
 )
@@ -83,7 +83,7 @@ def write_report(
         tasks=results[0].tasks,
         one_order=all(r.tasks == results[0].tasks for r in results),
         columns=used_columns(rows),
-        ranked=shared_seeds(groups),
+        rank_note=rank_note(rows),
         scored=any(row.scored for row in rows),
         measures=measures,
         figures=figures,

@@ -141,6 +141,7 @@ class SummaryRow:
         rank: average over tasks among the rows, 1 the best, over the seeds that all rows have; None for a single row, or where
             rows share no seed.
         small_rank: the same among the rows that add at most a tenth of what all tasks share; None where that is all rows.
+        ranked, small_ranked: the seeds that these ranks are of.
         parameters: added per task, mean.
         seconds: of training per task, median over tasks and seeds, which a task that other work held up does not move.
         base_seconds: to compute the base's features, the longest of the seeds.
@@ -162,6 +163,8 @@ class SummaryRow:
     base_seconds: float
     peak_memory_mb: float | None
     scored: bool = False
+    ranked: tuple[int, ...] = ()
+    small_ranked: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -223,20 +226,38 @@ def summary_table(results: Sequence[RunResult]) -> list[SummaryRow]:
             base_seconds=max(r.base_seconds for r in runs),
             peak_memory_mb=max(memory, default=None),
             scored=any(r.measures is not None and r.values is not None for r in runs),
+            ranked=tuple(shared_seeds(groups)),
+            small_ranked=tuple(shared_seeds(small)),
         )
         rows.append(row)
     return rows
 
 
 def markdown(rows: Sequence[SummaryRow]) -> str:
-    """The summary as a table in Markdown, without the columns that nobody has; ± is the standard error over seeds."""
+    """The summary as a table in Markdown, without the columns that nobody has; ± is the standard error over seeds.
+
+    A sentence after it says of which seeds the ranks are, where some rows have more.
+    """
     columns = used_columns(rows)
     text = _line(["Method", *(f"{c.heading}, {c.unit}".removesuffix(", ") for c in columns)]) + _line(
         ["---", *("---:" for _ in columns)]
     )
-    return text + "".join(
-        _line([_escaped(r.label), *(number_text(c.value(r), c.decimals) for c in columns)]) for r in rows
-    )
+    text += "".join(_line([_escaped(r.label), *(number_text(c.value(r), c.decimals) for c in columns)]) for r in rows)
+    note = rank_note(rows)
+    return f"{text}\n{note}\n" if note else text
+
+
+def rank_note(rows: Sequence[SummaryRow]) -> str:
+    """Of which seeds the ranks are; nothing where these are all that any row has."""
+    notes = []
+    for kind, seeds, ranks in (
+        ("Ranks", rows[0].ranked, [r.rank for r in rows]),
+        ("Ranks of small", rows[0].small_ranked, [r.small_rank for r in rows]),
+    ):
+        if any(ranks) and len(seeds) < max(r.seeds for r, rank in zip(rows, ranks, strict=True) if rank):
+            which = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+            notes.append(f"{kind} are of {which}, which all of them have.")
+    return " ".join(notes)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -82,7 +82,7 @@ def _split_file(name: str | Path, root: Path) -> Path:
     found = [str(p.relative_to(root)) for p in sorted([*root.glob("*.csv"), *root.glob("splits/*.csv")])]
     have = ", ".join(found) or "no .csv file"
     raise DataError(
-        f"no split file {name} in {root}; there is {have}. Give one as subset, or split=None for all buildings"
+        f"no split file {name} in {root}; there is {have}. Give one as subset, or, in Python, split=None for all buildings"
     )
 
 
@@ -133,7 +133,7 @@ class Taskonomy(Dataset[dict[str, Tensor]]):
         if limit is not None:
             if not 1 <= limit <= len(self.frames):
                 raise DataError(
-                    f"limit={limit}, but {self.root} has {len(self.frames)} frames of this; give 1 to {len(self.frames)}"
+                    f"{self.root} has {len(self.frames)} frames of this, not {limit}; ask for 1 to {len(self.frames)}"
                 )
             self.frames = _draw(self.frames, limit, seed)
         for d in self._needed[1:]:
@@ -275,7 +275,7 @@ class Taskonomy(Dataset[dict[str, Tensor]]):
             use = ", from which the mask is read" if d == self._mask_source else ""
             raise DataError(
                 f"{len(missing)} of {len(self)} frames have no file of {d.name}{use}; the first is {missing[0]}; download or render "
-                f"them, or name {d.name} first in domains: then the frames are those that have it"
+                f"them, leave {d.name} out, or name it first in domains: then the frames are those that have it"
             )
 
 

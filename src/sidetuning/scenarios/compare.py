@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,7 +70,7 @@ class Settings:
     merge: str | None = None
     """How sides and base are fused, where the grid does not say; by default the scenario's."""
     lr: float | None = None
-    """Learning rate; by default the scenario's."""
+    """Learning rate of all methods; by default the scenario's for each."""
     batch: int | None = None
     """Images or frames per step; by default the scenario's."""
     ewc_coefficient: float | None = None
@@ -130,7 +131,8 @@ def cells(s: Settings) -> Iterator[Cell]:
             whole = not METHODS[settings.method].uses_features  # type: ignore[attr-defined]
             name = folder_name(settings.method, variant, seed)
             precision = s.precision if whole or s.scenario == "itaskonomy" else "no"
-            yield Cell(variant, replace(settings, out=str(Path(s.out) / name), precision=precision))
+            cell = replace(settings, out=str(Path(s.out) / name), precision=precision)
+            yield Cell(variant, itaskonomy.with_rate(cell) if isinstance(cell, itaskonomy.Settings) else cell)
 
 
 def common(s: Settings, seed: int) -> Given:
@@ -292,13 +294,15 @@ def run(settings: Settings) -> list[RunResult]:
 
 
 def dry_run(todo: Sequence[Cell]) -> Base:
-    """Build the parts of every kind of cell, so that one that is missing is said before hours of work; returns the base."""
-    base = load_base(todo[0].settings.base, weights=todo[0].settings.base_weights)
-    parts = ("method", "side", "side_width", "merge", "init", "stages")
+    """Build the parts of every kind of cell, so that one that is missing is said before hours of work; returns the base, without taps."""
+    first = todo[0].settings
+    tapped = cache(partial(load_base, first.base, weights=first.base_weights))
+    parts = ("method", "side", "side_width", "merge", "init", "stages", "taps")
     kinds = {tuple(getattr(c.settings, part, None) for part in parts): c for c in todo}
     for cell in kinds.values():
+        base = tapped(taps=cell.settings.taps)
         cell.scenario.build_method(cell.settings, base).add(Task("dry-run", "identity"))
-    return base
+    return tapped(taps=())
 
 
 def one(cell: Cell, bar: tqdm[Any]) -> RunResult:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sidetuning.data.taskonomy import Taskonomy
-from sidetuning.data.taskonomy_files import DOMAINS, domain_of, target, units
+from sidetuning.data.taskonomy_files import DEPTHS, DOMAINS, INVALID, domain_of, target, units
 from sidetuning.errors import UnknownNameError
 from sidetuning.registry import unknown
 from sidetuning.scenarios.sequence import Score
@@ -82,6 +82,8 @@ class Regression(DenseTask):
     def labels(self, raw: Tensor, mask: Tensor) -> Tensor:
         """Raw numbers with the mask as one more channel, (b, c + 1, h, w) int32."""
         weight = mask if domain_of(self.domain).geometric else torch.ones_like(mask)
+        if self.domain in DEPTHS:  # the mask may be of another domain, or missing
+            weight = weight & (raw[:, 0].int() < INVALID)
         return torch.cat([raw.int(), weight[:, None].int()], 1)
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:

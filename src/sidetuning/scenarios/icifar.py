@@ -28,7 +28,7 @@ from sidetuning.training import one_cycle
 CLASSES_PER_TASK = 10
 FREE = ("data", "out", "cache", "save_every", "progress")  # settings that may differ when a run goes on
 READERS = {  # settings that some methods alone read
-    "merge": WITH_SIDES, "side": WITH_SIDES, "side_width": WITH_SIDES, "side_shift": WITH_SIDES, "dense": ("sidetune",),
+    "merge": WITH_SIDES, "side": WITH_SIDES, "side_width": WITH_SIDES, "side_shift": WITH_SIDES, "init": WITH_SIDES, "dense": ("sidetune",),
     "stages": ("boosting",), "psp_statistics": ("psp",), "ewc_coefficient": ("ewc",), "lora_rank": ("lora",), "prenorm": (*WITH_SIDES, "features"),
 }  # fmt: skip
 # The most accurate recipe found within the paper's parameters per task and ten minutes on two cores (docs/benchmarks.md).

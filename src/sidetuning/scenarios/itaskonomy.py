@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,13 +40,11 @@ from sidetuning.scenarios.runs import (
 from sidetuning.scenarios.sequence import Lesson, Score, costs, learn_in_order
 from sidetuning.training import one_cycle
 
-READERS = {
-    "merge": WITH_SIDES,
-    "side": WITH_SIDES,
-    "side_width": WITH_SIDES,
-    "dense": ("sidetune",),
-    "ewc_coefficient": ("ewc",),
-}  # methods that read them
+READERS = {  # settings that some methods alone read
+    "merge": WITH_SIDES, "side": WITH_SIDES, "side_width": WITH_SIDES, "init": WITH_SIDES, "dense": ("sidetune",), "ewc_coefficient": ("ewc",),
+}  # fmt: skip
+RATE = 1e-3
+RATES = dict.fromkeys(("finetune", "independent", "ewc", "psp"), 3e-4)  # the base's own weights want smaller steps
 # The side that came out best on the validation levels of Doom (docs/benchmarks.md).
 BEST: dict[str, Any] = {"side": "fusion", "taps": ("layer2", "layer3"), "merge": "mlp2", "init": None}
 IN_MEMORY = 2 * 1024**3  # bytes of one domain; some 100,000 labels of 128 pixels
@@ -83,7 +81,7 @@ class Settings:
     """How the side starts: distilled, xavier, low-energy, zero, or a safetensors file of its weights."""
     dense: bool = False
     """Feed the sides of all earlier tasks into the merge (the paper's dense variant)."""
-    ewc_coefficient: float = 100.0
+    ewc_coefficient: float = 1e5
     """Of the penalty, for the method ewc; the balance between forgetting and rigidity."""
     base: str = "resnet-doom-curvature"
     """Base network; its code must be a map."""
@@ -103,8 +101,9 @@ class Settings:
     """Passes over the training frames, per task."""
     batch: int = 32
     """Frames per step."""
-    lr: float = 1e-3
-    """Learning rate. (The paper has 1e-4 for some hundred times as many steps.)"""
+    lr: float | None = None
+    """Learning rate; by default 1e-3, and 3e-4 where the base's own weights are tuned. (The paper has 1e-4 for some hundred times
+    as many steps.)"""
     schedule: Literal["constant", "one-cycle"] = "constant"
     """Of the learning rate; one-cycle warms up for a tenth of the steps and ends near 0."""
     weight_decay: float = 2e-6
@@ -231,9 +230,14 @@ def check(settings: Settings) -> None:
         raise SideTuningError(f"--weight-decay must be 0 or more, not {settings.weight_decay}")
 
 
+def with_rate(settings: Settings) -> Settings:
+    """The settings with the learning rate of their method, where none is given."""
+    return settings if settings.lr is not None else replace(settings, lr=RATES.get(settings.method, RATE))
+
+
 def run(settings: Settings) -> RunResult:
     """Learn the tasks in order, saving after each; evaluates every task after every task."""
-    s = with_recipe(settings, BEST)
+    s = with_rate(with_recipe(settings, BEST))
     check(s)
     folder = Run(s.out, "itaskonomy", s, free=FREE)
     train, test = frames_of(s)
@@ -275,6 +279,7 @@ def run(settings: Settings) -> RunResult:
             lambda method: evaluate(method, name, *tested(task)),
         )
 
+    assert s.lr is not None
     steps = max(1, round(s.epochs * len(train) / s.batch))
     return learn_in_order(
         folder, partial(build_method, s, base), [lesson(name) for name in tasks],
@@ -324,7 +329,7 @@ def constant(task: DenseTask, train: Taskonomy, test: Labelled, count: int = 500
         return 0.0
     rows = sorted({k * len(train) // count for k in range(count)})
     guess = task.constant(task.labels(train.tensors(task.domain, rows=rows), train.tensors("mask", rows=rows)))
-    labels = test.labels(range(min(count, len(test))))
+    labels = test.labels(sorted({k * len(test) // count for k in range(count)}))
     return task.value(task.tally(guess.expand(len(labels), -1, *labels.shape[-2:]), labels))
 
 

@@ -55,6 +55,8 @@ def run(settings: Settings) -> int:
     except ImportError as error:
         raise EngineError(f"rendering needs {error.name or error}; type: pip install 'sidetuning[doom]'") from error
 
+    if s.workers < 0 or s.seed < 0:
+        raise SideTuningError(f"--workers {s.workers} and --seed {s.seed} must be 0 or more")
     folder = Run(s.out, "render-doom", s, free=("out", "workers", "progress"))
     doom.write_index(folder.folder)
     done = {row["map"]: row["frames"] for row in folder.metrics()}

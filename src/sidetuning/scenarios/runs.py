@@ -178,7 +178,7 @@ def read_result(kind: Callable[..., Any], file: Path) -> Any:
 
 
 def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> None:
-    """Settings that the method does not read must be as they are by default: who gives one believes that it matters.
+    """Settings that the method does not read must be as they are by default, or None: who gives one believes that it matters.
 
     Args:
         settings: a frozen dataclass with the method's name as `method`.
@@ -189,7 +189,7 @@ def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> Non
     """
     defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
     for name, methods in readers.items():
-        if settings.method not in methods and getattr(settings, name) != defaults[name]:
+        if settings.method not in methods and getattr(settings, name) not in (defaults[name], None):
             flag = name.replace("_", "-")
             raise SideTuningError(
                 f"--{flag} is not read by {settings.method}, but by {' and '.join(methods)}; leave it out"

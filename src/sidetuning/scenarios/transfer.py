@@ -42,8 +42,8 @@ class Settings:
     """Optimiser steps of every run, so that few frames are seen often."""
     batch: int = 16
     """Frames per step."""
-    lr: float = 1e-3
-    """Learning rate."""
+    lr: float | None = None
+    """Learning rate of all methods; by default itaskonomy's for each."""
     size: int | None = None
     """Resize frames to this width and height; None keeps them."""
     test_frames: int | None = 300
@@ -85,7 +85,7 @@ def cells(settings: Settings) -> Iterator[compare.Cell]:
                         plain = replace(plain, method="sidetune", side="copy", side_width=1.0, init=None)
                     if method == BEST:
                         plain = replace(plain, method="sidetune", recipe="best", **itaskonomy.BEST)
-                    yield compare.Cell(variant(target, frames), plain)
+                    yield compare.Cell(variant(target, frames), itaskonomy.with_rate(plain))
 
 
 def variant(target: str, frames: int) -> str:
