@@ -28,7 +28,7 @@ class Settings(compare.Settings):
     out: str = "runs/benchmarks/compare"
     """Folder of the cells' runs."""
     table: bool = False
-    """Run nothing: print the table of the grid from the results."""
+    """Run nothing: print the table of the grid from the results, of --methods alone where these are given."""
     report: str | None = None
     """Write a report of the results to this file, too."""
     cells: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ if __name__ == "__main__":
     given = tyro.cli(Settings, config=(tyro.conf.OmitArgPrefixes,))
     if not given.table:
         run(given)
-    found = results(given.grid, given.scenario)
+    found = [r for r in results(given.grid, given.scenario) if r.method in (given.methods or compare.ALL)]
     print(markdown(summary_table(found)))
     if found[0].measures is not None:
         print(measures_table(found))

@@ -62,6 +62,17 @@ def test_holes_of_a_depth_are_left_out_whatever_the_mask_says():
         assert y[0, -1].tolist() == [[1, 1], [0, 0]]
 
 
+def test_constant_answers_of_classes_and_categories():
+    classes = Segmentation("segment_semantic", 3, "")
+    y = torch.tensor([[[2, 2], [1, IGNORED]]])
+    assert classes.constant(y).argmax(1).item() == 2
+    categories = Categories("class_object", 3, "")
+    y = torch.tensor([[0.5, 0.5, 0.0]] * 6 + [[1.0, 0.0, 0.0]] * 4 + [[0.0, 0.0, 1.0]])
+    guess = categories.constant(y)  # {0, 1}: 16 of 20 hits, 6 + 10 of 17; {0} alone: 10 hits of 11 and of 17
+    assert (guess > -1).tolist() == [[True, True, False]]
+    assert categories.value(categories.tally(guess.expand(len(y), -1), y)) == pytest.approx(2 * 16 / (22 + 17))
+
+
 def test_units_of_depth_and_normals():
     depth = regression("depth_euclidean", 1)
     raw = torch.full((1, 1, 2, 2), 512 * 3, dtype=torch.int32)  # three metres

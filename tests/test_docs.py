@@ -39,12 +39,39 @@ def test_the_tables_of_language_are_made_from_the_results(script: str, rows: int
 
 
 @pytest.mark.parametrize(
-    ("script", "count"), [("dense_settings.py", 2), ("compare.py itaskonomy --grid methods", 3), ("transfer.py", 2)]
+    ("script", "count"),
+    [
+        ("dense_settings.py", 2),
+        ("dense_constants.py", 1),
+        ("compare.py itaskonomy --grid methods", 4),  # with a sentence on ranks
+        ("transfer.py", 2),
+    ],
 )
 def test_the_tables_of_dense_tasks_are_made_from_the_results(script: str, count: int) -> None:
     command = [sys.executable, *f"benchmarks/{script} --table".split()]
     tables = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip().split("\n\n")
     assert len(tables) == count and all(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables)
+
+
+def test_the_ranks_over_three_seeds_are_those_of_the_results() -> None:
+    command = [
+        sys.executable,
+        *[
+            "benchmarks/compare.py",
+            "itaskonomy",
+            "--table",
+            "--methods",
+            "sidetune",
+            "features",
+            "finetune",
+            "piggyback",
+        ],
+    ]
+    summary = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in summary.splitlines()]
+    rank = rows[0].index("Rank, average")
+    said = ", ".join(f"{row[1].removeprefix('sidetune · ')} {row[rank]}" for row in rows[2:])
+    assert said in (ROOT / "docs/benchmarks.md").read_text()
 
 
 def test_no_document_names_a_path_of_one_machine() -> None:

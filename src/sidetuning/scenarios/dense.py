@@ -68,6 +68,10 @@ class DenseTask:
         value = self.value(tally)
         return Score(value, value)
 
+    def constant(self, y: Tensor) -> Tensor:
+        """The best output for labels y that does not depend on the picture: (1, c, 1, 1), or (1, c) where it is no map."""
+        raise NotImplementedError
+
     def picture(self, output: Tensor) -> Tensor:
         """An output or labels as an image for people, uint8 (b, 3, h, w)."""
         raise NotImplementedError
@@ -109,7 +113,7 @@ class Regression(DenseTask):
         return Score(constant / (constant + value) if constant + value > 0 else 1.0, value)
 
     def constant(self, y: Tensor) -> Tensor:
-        """The best constant guess for labels y: the median of valid pixels, per channel; for squares the mean. (1, c, 1, 1)"""
+        """The median of valid pixels, per channel; for squares the mean."""
         values = target(self.domain, y[:, :-1]).movedim(1, 0).flatten(1)[:, (y[:, -1] > 0).flatten()]
         if not values.shape[1]:
             return torch.zeros(1, self.outputs, 1, 1)
@@ -152,6 +156,11 @@ class Segmentation(DenseTask):
         occurs = tally.sum(1) > 0
         return float((both / either.clamp(min=1))[occurs].mean()) if occurs.any() else 0.0
 
+    def constant(self, y: Tensor) -> Tensor:
+        """The class that most pixels have."""
+        counts = torch.bincount(y[y != IGNORED], minlength=self.outputs)
+        return F.one_hot(counts.argmax(), self.outputs).float().view(1, -1, 1, 1)
+
     def picture(self, output: Tensor) -> Tensor:
         ids = (output if output.ndim == 3 else output.argmax(1)).clamp(min=0)
         return PALETTE[ids % len(PALETTE)].movedim(-1, 1)
@@ -180,6 +189,13 @@ class Categories(DenseTask):
 
     def value(self, tally: Tensor) -> float:
         return float(2 * tally[0] / (2 * tally[0] + tally[1] + tally[2]).clamp(min=1))
+
+    def constant(self, y: Tensor) -> Tensor:
+        """So many of the most frequent categories as bring the highest F1."""
+        present = y >= y.amax(1, keepdim=True) / 2
+        order = present.sum(0).argsort(descending=True, stable=True)
+        sets = [torch.where(order.argsort() <= k, 0.0, -1e4)[None] for k in range(len(order))]
+        return max(sets, key=lambda guess: self.value(self.tally(guess.expand(len(y), -1), y)))
 
 
 def dense_task(name: str, frames: Taskonomy, classes: Sequence[str] = ()) -> DenseTask:

@@ -24,7 +24,7 @@ from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
 from sidetuning.results import RunResult
-from sidetuning.scenarios.dense import ORDER, DenseTask, Regression, dense_task
+from sidetuning.scenarios.dense import ORDER, DenseTask, dense_task
 from sidetuning.scenarios.gallery import Gallery
 from sidetuning.scenarios.report_runs import report
 from sidetuning.scenarios.runs import (
@@ -325,12 +325,11 @@ def prepare(method: Method, base: Base, frames: Taskonomy, settings: Settings) -
 
 def constant(task: DenseTask, train: Taskonomy, test: Labelled, count: int = 500) -> float:
     """The value of the best constant guess from `count` training labels, drawn evenly, measured on as many test labels."""
-    if not isinstance(task, Regression):
-        return 0.0
     rows = sorted({k * len(train) // count for k in range(count)})
     guess = task.constant(task.labels(train.tensors(task.domain, rows=rows), train.tensors("mask", rows=rows)))
     labels = test.labels(sorted({k * len(test) // count for k in range(count)}))
-    return task.value(task.tally(guess.expand(len(labels), -1, *labels.shape[-2:]), labels))
+    size = labels.shape[-2:] if guess.ndim == 4 else ()
+    return task.value(task.tally(guess.expand(len(labels), -1, *size), labels))
 
 
 @torch.no_grad()
