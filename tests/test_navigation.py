@@ -344,6 +344,10 @@ def test_tables_have_the_intervals_of_a_methods_mean():
     low, high = ends(difference_text([better, better], [half], "success", 100))
     assert 0 < low < 3 and 8 < high < 11 and difference_text([better], [half], "success", 100).startswith("5.0 [")
     assert difference_text([half], [half, half], "reward") == "0.0 [0.0, 0.0]"
+    assert difference_text([better, half], [half, half], "success", 100).startswith(
+        "2.5 ± 2.5 ["
+    )  # 5 and 0 of the pairs
+    assert difference_text([better, half, half], [half, half], "success", 100).startswith("1.7 [")  # no pairs
     assert difference_text([half], [], "success") == difference_text([half], [half], "spl") == "–"
 
 

@@ -390,7 +390,7 @@ def table(results: Sequence[Result], counts: Sequence[int]) -> str:
             for method in (m for m in methods if m != "sidetune"):
                 pairs = [(runs_of(results, method, n), runs_of(results, "sidetune", n)) for n in counts]
                 text += f"| {method} | " + " | ".join(difference_text(*pair, name, scale) for pair in pairs) + " |\n"
-        text += "\nDifferences are paired: means over the same episodes (and over seeds), with their 95 % bootstrap interval.\n"
+        text += "\nDifferences are paired: in the same episodes, ± standard error over seeds, and the 95 % bootstrap interval over episodes.\n"
     env = next((r.settings["env"] for r in results), "")
     return text + (f"\n{HOME}\n" if env == "doom-home" else "")
 

@@ -101,11 +101,17 @@ def mean_text(runs: Sequence[Scores], name: str, scale: float = 1.0) -> str:
 
 
 def difference_text(runs: Sequence[Scores], others: Sequence[Scores], name: str, scale: float = 1.0) -> str:
-    """How much more a method has than another, in the same episodes: the mean and its 95 % bootstrap interval."""
+    """How much more a method has than another, in the same episodes: mean ± standard error over the pairs of runs (by seed; a single
+    run is paired with all), and the 95 % bootstrap interval over the episodes, which is that of these very runs.
+    """
     if any(getattr(run, name) is None for run in (*runs, *others)) or not runs or not others:
         return number_text(None)
     more = per_episode(runs, name) - per_episode(others, name)
-    return f"{number_text(scale * float(more.mean()))} {_brackets(bootstrap(more), scale)}"
+    ours, theirs = ([getattr(run, name) for run in some] for some in (runs, others))
+    single = len(ours) == 1 or len(theirs) == 1
+    pairs = np.subtract(ours, theirs) if single or len(ours) == len(theirs) else more.mean(keepdims=True)
+    estimate = Estimate(scale * float(more.mean()), scale * mean_and_error(pairs.tolist())[1])
+    return f"{number_text(estimate)} {_brackets(bootstrap(more), scale)}"
 
 
 def _brackets(ends: Sequence[float], scale: float) -> str:
