@@ -41,9 +41,12 @@ def main(settings: Settings) -> None:
         raise EngineError(f"{error} (sidetuning demo --quick needs no Doom engine)") from error
     print(f"{count} labelled frames of Doom in {frames}", flush=True)
     given = itaskonomy.Settings(
-        data=frames, tasks=TASKS, epochs=s.epochs, test_frames=100, seed=s.seed, cache=str(out / "cache")
+        data=frames, tasks=TASKS, epochs=s.epochs, batch=16, test_frames=100, seed=s.seed, cache=str(out / "cache")
     )
-    runs = [replace(given, method=method, out=str(out / method)) for method in ("sidetune", "finetune")]
+    runs = [
+        replace(given, recipe="best", out=str(out / "sidetune")),
+        replace(given, method="finetune", out=str(out / "finetune")),
+    ]
     results = []
     for run in runs:
         print(f"{run.method}: {len(TASKS)} tasks one after another", flush=True)
