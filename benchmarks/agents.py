@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from common import RESULTS, read_results, record, recorded
+from common import read_results, record, recorded
 from sidetuning.charts import write_charts
 from sidetuning.data.trajectories import read_steps
 from sidetuning.scenarios import imitation, rl, worlds
@@ -88,7 +88,7 @@ def run_episodes(s: Episodes) -> str:
             outcomes = list(worlds.episodes(world, imitation.acts(agent, world), s.count, worlds.TEST_SEED))
             found[name][agent] = {"success": fmean(o.success for o in outcomes), "spl": fmean(o.spl for o in outcomes)}
         world.close()
-    record("pointnav-episodes", {"split": s.split, "episodes": s.count, "found": found})
+    record("pointnav-episodes", {"split": s.split, "episodes": s.count, "seed": worlds.TEST_SEED, "found": found})
     return json.dumps(found, indent=2)
 
 
@@ -100,7 +100,7 @@ def run_imitation(s: Imitation) -> str:
         size = steps.rgb.shape[-1]
         imitation.check_world(given, steps, size)
         for name in imitation.BASELINES:
-            if not (RESULTS / f"imitation-{name}-0-0.json").exists():
+            if not recorded(f"imitation-{name}-0-0", given, imitation.FREE):
                 record(f"imitation-{name}-0-0", asdict(imitation.baseline(given, name, size)))
         about = imitation.about(s.data, steps)
         for cell in imitation.cells(given, size):

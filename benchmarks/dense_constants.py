@@ -24,18 +24,22 @@ class Settings:
     """A folder in Taskonomy's layout."""
     frames: int = 5000
     """Training frames to choose from."""
+    draw: int = 0
+    """Seed of their draw."""
     table: bool = False
     """Only print the table."""
 
 
 def measure(s: Settings) -> list[dict[str, object]]:
     """For each task its measure and the value."""
-    train, test = itaskonomy.frames_of(itaskonomy.Settings(data=s.data, frames=s.frames))
+    train, test = itaskonomy.frames_of(itaskonomy.Settings(data=s.data, frames=s.frames, draw=s.draw))
+    pictures, masks = itaskonomy.Stack(test, "rgb"), itaskonomy.Stack(test, "mask")
+    classes = names(train.root, "segment_semantic")
     rows = []
     for name in ORDER:
-        task = dense_task(name, train, names(train.root, "segment_semantic"))
-        stacks = (itaskonomy.Stack(test, domain) for domain in ("rgb", task.domain, "mask"))
-        value = itaskonomy.constant(task, train, itaskonomy.Labelled(*stacks, task))
+        task = dense_task(name, train, classes)
+        labelled = itaskonomy.Labelled(pictures, itaskonomy.Stack(test, task.domain), masks, task)
+        value = itaskonomy.constant(task, train, labelled)
         rows.append({"task": name, "measure": task.measure, "value": value})
     return rows
 
@@ -49,5 +53,5 @@ def table(rows: list[dict[str, object]]) -> str:
 if __name__ == "__main__":
     given = tyro.cli(Settings)
     if not given.table:
-        record("dense-constants", {"frames": given.frames, "rows": measure(given)})
+        record("dense-constants", {"frames": given.frames, "draw": given.draw, "rows": measure(given)})
     print(table(json.loads((RESULTS / "dense-constants.json").read_text())["rows"]))

@@ -12,9 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def printed(script: str) -> str:
+    """What a benchmark's --table prints."""
+    command = [sys.executable, *f"benchmarks/{script} --table".split()]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def test_the_icifar_table_is_made_from_the_results() -> None:
-    command = [sys.executable, "benchmarks/icifar.py", "--table"]
-    table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    table = printed("icifar.py")
     assert table.count("\n") == 5
     assert table in (ROOT / "docs/benchmarks.md").read_text()
 
@@ -23,8 +28,7 @@ def test_the_tables_of_grids_are_made_from_the_results() -> None:
     text = (ROOT / "docs/benchmarks.md").read_text()
     for grid in re.findall(r"compare\.py icifar [^`]*--grid (\w+)|`--grid (\w+)`", text):
         grid = grid[0] or grid[1]
-        command = [sys.executable, "benchmarks/compare.py", "icifar", "--grid", grid, "--table"]
-        table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+        table = printed(f"compare.py icifar --grid {grid}")
         assert table.count("\n") > 2 and table in text, grid
 
 
@@ -33,8 +37,7 @@ def test_the_tables_of_grids_are_made_from_the_results() -> None:
     [("squad.py", 7), ("squad.py --grid seconds", 7), ("squad.py --grid all", 1), ("squad_cost.py", 9)],
 )
 def test_the_tables_of_language_are_made_from_the_results(script: str, rows: int) -> None:
-    command = [sys.executable, *f"benchmarks/{script} --table".split()]
-    table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    table = printed(script)
     assert table.count("\n") == rows + 1 and table in (ROOT / "docs/benchmarks.md").read_text()
 
 
@@ -48,26 +51,12 @@ def test_the_tables_of_language_are_made_from_the_results(script: str, rows: int
     ],
 )
 def test_the_tables_of_dense_tasks_are_made_from_the_results(script: str, count: int) -> None:
-    command = [sys.executable, *f"benchmarks/{script} --table".split()]
-    tables = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip().split("\n\n")
+    tables = printed(script).split("\n\n")
     assert len(tables) == count and all(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables)
 
 
 def test_the_ranks_over_three_seeds_are_those_of_the_results() -> None:
-    command = [
-        sys.executable,
-        *[
-            "benchmarks/compare.py",
-            "itaskonomy",
-            "--table",
-            "--methods",
-            "sidetune",
-            "features",
-            "finetune",
-            "piggyback",
-        ],
-    ]
-    summary = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n\n")[0]
+    summary = printed("compare.py itaskonomy --methods sidetune features finetune piggyback").split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")] for line in summary.splitlines()]
     rank = rows[0].index("Rank, average")
     said = ", ".join(f"{row[1].removeprefix('sidetune · ')} {row[rank]}" for row in rows[2:])
