@@ -18,7 +18,6 @@ import tyro
 
 from common import read_results, record, recorded
 from sidetuning.charts import write_charts
-from sidetuning.data.trajectories import read_steps
 from sidetuning.scenarios import imitation, rl, worlds
 
 
@@ -96,13 +95,11 @@ def run_imitation(s: Imitation) -> str:
     """Record what has no result yet; the tables of all results."""
     if not s.table:
         given = imitation.Settings(**own(s))
-        steps = read_steps(s.data)
+        steps, about = imitation.prepared(given)
         size = steps.rgb.shape[-1]
-        imitation.check_world(given, steps, size)
         for name in imitation.BASELINES:
             if not recorded(f"imitation-{name}-0-0", given, imitation.FREE):
                 record(f"imitation-{name}-0-0", asdict(imitation.baseline(given, name, size)))
-        about = imitation.about(s.data, steps)
         for cell in imitation.cells(given, size):
             if not recorded(name := f"imitation-{Path(cell.out).name}", cell, imitation.FREE):
                 record(name, asdict(imitation.one(cell, steps, about)))

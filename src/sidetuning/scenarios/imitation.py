@@ -175,6 +175,32 @@ def cells(settings: Settings, size: int) -> Iterator[Cell]:
 def run(settings: Settings) -> list[Result]:
     """Run the cells that have no result yet, and the baselines, and write `table.md` and `report.html`."""
     s = settings
+    steps, data = prepared(s)
+    folder = Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))
+    folder.belongs(data=data["fingerprint"])
+    size = steps.rgb.shape[-1]
+    results = [baseline(s, name, size) for name in BASELINES if name != "compass" or steps.extra.shape[1]]
+    for cell in tqdm(list(cells(s, size)), unit="run", dynamic_ncols=True, disable=not s.progress):
+        results.append(one(cell, steps, data))
+        write_text(Path(s.out) / "table.md", table(results, s.trajectories))
+    films = [
+        f
+        for method in s.methods
+        for f in film(load_player(Path(s.out) / f"{method}-{max(s.trajectories)}-0"), 2, Path(s.out) / "play" / method)
+    ]
+    write_charts(
+        charts(results, s.trajectories), Path(s.out) / "report.html", title="Imitation", lead=lead(s), films=films
+    )
+    return results
+
+
+def prepared(settings: Settings) -> tuple[Steps, dict[str, Any]]:
+    """The trajectories and what `about` says of them, once it is sure that all runs can be made.
+
+    Raises:
+        SideTuningError: a setting that cannot be, too few trajectories, or another environment than theirs.
+    """
+    s = settings
     for method in s.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
@@ -185,30 +211,15 @@ def run(settings: Settings) -> list[Result]:
         raise SideTuningError("--trajectories must be numbers of 1 or more")
     if len(s.methods) + 1 > COLOURS:  # and the expert
         raise SideTuningError(f"--methods: at most {COLOURS - 1} fit into one comparison")
-    folder = Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))
     steps = read_steps(s.data)
     data = about(s.data, steps)
-    folder.belongs(data=data["fingerprint"])
     most, have = max(s.trajectories), data["episodes"]
     if most + held_out(have) > have:
         raise DataError(
             f"{s.data} has {have} trajectories, of which {held_out(have)} are held out, and so not {most} to learn from; collect more"
         )
-    size = steps.rgb.shape[-1]
-    check_world(s, steps, size)
-    results = [baseline(s, name, size) for name in BASELINES if name != "compass" or steps.extra.shape[1]]
-    for cell in tqdm(list(cells(s, size)), unit="run", dynamic_ncols=True, disable=not s.progress):
-        results.append(one(cell, steps, data))
-        write_text(Path(s.out) / "table.md", table(results, s.trajectories))
-    films = [
-        f
-        for method in s.methods
-        for f in film(load_player(Path(s.out) / f"{method}-{most}-0"), 2, Path(s.out) / "play" / method)
-    ]
-    write_charts(
-        charts(results, s.trajectories), Path(s.out) / "report.html", title="Imitation", lead=lead(s), films=films
-    )
-    return results
+    check_world(s, steps)
+    return steps, data
 
 
 def lead(settings: Settings) -> str:
@@ -223,7 +234,7 @@ def lead(settings: Settings) -> str:
     )
 
 
-def check_world(settings: Settings, steps: Steps, size: int) -> None:
+def check_world(settings: Settings, steps: Steps) -> None:
     """What the clones are tested in must have an expert, and be what they learned from, in other scenes."""
     collected = Path(settings.data) / "run.json"
     if collected.exists():  # ours; of other data sets nothing is known
@@ -234,7 +245,7 @@ def check_world(settings: Settings, steps: Steps, size: int) -> None:
             raise DataError(
                 f"{settings.data} was collected in the scenes of '{was['split']}'; give another --test-split than these"
             )
-    world = make_world(settings.env, settings.test_split, size)
+    world = make_world(settings.env, settings.test_split, steps.rgb.shape[-1])
     try:
         expert_of(world, settings.env)
         compass = COMPASS in world.observation_space.spaces
