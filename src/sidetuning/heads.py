@@ -54,26 +54,35 @@ def pixels(base: Base, channels: int = 1, hidden: int = 64) -> nn.Module:
 
 
 @HEADS.register("policy")
-def policy(base: Base, actions: int = 4, extra: int = 0, hidden: int = 128) -> nn.Module:
+def policy(base: Base, actions: int = 4, extra: int = 0, hidden: int = 128, dropout: float = 0.0) -> nn.Module:
     """Scores of an agent's actions from the code and `extra` numbers of an `Observation`, such as a compass -> (b, actions)."""
-    return Policy(math.prod(base.output_shape), actions, extra, hidden)
+    return Policy(math.prod(base.output_shape), actions, extra, hidden, dropout)
 
 
 class Policy(nn.Module):
-    """Two layers over the whole code, where things are included, and the extra numbers; without these, they count as 0.
+    """Two layers over the whole code, where things are included, and over the extra numbers, which two layers of their own make as
+    wide as the code's: a few bare numbers would not be heard beside hundreds. Without them, they count as 0.
+
+    Dropout is of the normalised code alone, so that few pictures are not learned by heart.
 
     Shape: (b, …), (b, extra) -> (b, actions).
     """
 
     uses_extra = True
 
-    def __init__(self, width: int, actions: int, extra: int, hidden: int) -> None:
+    def __init__(self, width: int, actions: int, extra: int, hidden: int, dropout: float) -> None:
         super().__init__()
         if actions < 2:
             raise TaskError(f"a policy chooses among at least two actions, not {actions}")
         self.extra = extra
-        self.code = nn.Sequential(nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU())
-        self.actions = nn.Sequential(nn.Linear(hidden + extra, hidden), nn.ReLU(), nn.Linear(hidden, actions))
+        self.code = nn.Sequential(
+            nn.Flatten(), nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, hidden), nn.ReLU()
+        )
+        self.given = (
+            nn.Sequential(nn.Linear(extra, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()) if extra else None
+        )
+        joint = hidden if self.given is None else 2 * hidden
+        self.actions = nn.Sequential(nn.Linear(joint, hidden), nn.ReLU(), nn.Linear(hidden, actions))
 
     def forward(self, code: Tensor, extra: Tensor | None = None) -> Tensor:
         if extra is None:
@@ -82,7 +91,8 @@ class Policy(nn.Module):
             raise ShapeError(
                 f"this policy takes {self.extra} extra numbers (b, {self.extra}), not {tuple(extra.shape)}"
             )
-        return self.actions(torch.cat([self.code(code), extra.to(code.dtype)], 1))
+        seen = self.code(code)
+        return self.actions(seen if self.given is None else torch.cat([seen, self.given(extra.to(code.dtype))], 1))  # type: ignore[no-any-return]
 
 
 class Linear(nn.Module):

@@ -72,6 +72,8 @@ class Learning:
     """Learning rate at its peak; one cycle."""
     weight_decay: float = 1e-4
     """Of matrices; merges, norms and biases have none."""
+    dropout: float = 0.7
+    """Of the code that the policy reads, so that few trajectories are not learned by heart."""
     test_episodes: int = 100
     """Unseen episodes that every clone is tested on."""
     test_split: str = "test"
@@ -207,6 +209,8 @@ def prepared(settings: Settings) -> tuple[Steps, dict[str, Any]]:
     at_least_one(s, "steps", "batch", "test_episodes", "seeds")
     above_zero(s, "lr", "side_width")
     not_twice(s, "methods", "trajectories")
+    if not 0 <= s.dropout < 1:
+        raise SideTuningError(f"--dropout must be at least 0 and below 1, not {s.dropout}")
     if min(s.trajectories, default=0) < 1:
         raise SideTuningError("--trajectories must be numbers of 1 or more")
     if len(s.methods) + 1 > COLOURS:  # and the expert
@@ -316,7 +320,9 @@ def one(cell: Cell, steps: Steps, data: dict[str, Any]) -> Result:
     learned_from, kept = split(len(steps.starts) - 1, c.trajectories, c.seed)
     rows = steps.of(learned_from)
     loader = loader_over(Moves(steps, features), batch_size=c.batch, indices=rows)
-    task = Task(TASK, "policy", seed=c.seed, head_options={"actions": 4, "extra": steps.extra.shape[1]})
+    task = Task(
+        TASK, "policy", seed=c.seed, head_options={"actions": 4, "extra": steps.extra.shape[1], "dropout": c.dropout}
+    )
     recipe = Recipe(
         c.steps, c.lr, c.weight_decay, 1.0, optimizer=torch.optim.AdamW, scheduler=one_cycle(c.lr, 0.1), seed=c.seed, precision=c.precision
     )  # fmt: skip
