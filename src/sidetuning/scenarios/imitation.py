@@ -38,6 +38,7 @@ from sidetuning.scenarios.worlds import (
     make_world,
     map_base,
 )
+from sidetuning.sides.fusion import random_shift
 from sidetuning.training import one_cycle
 
 TASK = "navigate"
@@ -74,6 +75,8 @@ class Learning:
     """Of matrices; merges, norms and biases have none."""
     dropout: float = 0.7
     """Of the code that the policy reads, so that few trajectories are not learned by heart."""
+    shift: int = 8
+    """Pixels by which the pictures that a side or a whole network learns from are moved at random, for the same reason."""
     test_episodes: int = 100
     """Unseen episodes that every clone is tested on."""
     test_split: str = "test"
@@ -149,10 +152,10 @@ class Result(Scores):
 
 
 class Moves(Dataset[Any]):
-    """Batches of `(Observation, features or None, action)`."""
+    """Batches of `(Observation, features or None, action)`; pictures are moved at random by up to `shift` pixels (Kostrikov et al., 2020)."""
 
-    def __init__(self, steps: Steps, features: CachedFeatures | None) -> None:
-        self.steps, self.features = steps, features
+    def __init__(self, steps: Steps, features: CachedFeatures | None, shift: int = 0) -> None:
+        self.steps, self.features, self.shift = steps, features, shift
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -160,7 +163,9 @@ class Moves(Dataset[Any]):
     def __getitems__(self, rows: Sequence[int]) -> tuple[Observation, Features | None, Tensor]:
         at = list(rows)
         known = None if self.features is None else self.features.__getitems__(at)[1]
-        return Observation(self.steps.rgb[at], self.steps.extra[at]), known, self.steps.actions[at]
+        rgb = self.steps.rgb[at]
+        seen = random_shift([rgb], self.shift)[0] if self.shift else rgb
+        return Observation(seen, self.steps.extra[at]), known, self.steps.actions[at]
 
 
 def cells(settings: Settings, size: int) -> Iterator[Cell]:
@@ -209,6 +214,8 @@ def prepared(settings: Settings) -> tuple[Steps, dict[str, Any]]:
     at_least_one(s, "steps", "batch", "test_episodes", "seeds")
     above_zero(s, "lr", "side_width")
     not_twice(s, "methods", "trajectories")
+    if s.shift < 0:
+        raise SideTuningError(f"--shift must be 0 or more, not {s.shift}")
     if not 0 <= s.dropout < 1:
         raise SideTuningError(f"--dropout must be at least 0 and below 1, not {s.dropout}")
     if min(s.trajectories, default=0) < 1:
@@ -319,7 +326,7 @@ def one(cell: Cell, steps: Steps, data: dict[str, Any]) -> Result:
     features = cached(method.base, steps, c) if method.uses_features else None
     learned_from, kept = split(len(steps.starts) - 1, c.trajectories, c.seed)
     rows = steps.of(learned_from)
-    loader = loader_over(Moves(steps, features), batch_size=c.batch, indices=rows)
+    loader = loader_over(Moves(steps, features, c.shift), batch_size=c.batch, indices=rows)
     task = Task(
         TASK, "policy", seed=c.seed, head_options={"actions": 4, "extra": steps.extra.shape[1], "dropout": c.dropout}
     )
