@@ -78,9 +78,7 @@ class Policy(nn.Module):
         self.code = nn.Sequential(
             nn.Flatten(), nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, hidden), nn.ReLU()
         )
-        self.given = (
-            nn.Sequential(nn.Linear(extra, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()) if extra else None
-        )
+        self.given = two_layers(extra, hidden) if extra else None
         joint = hidden if self.given is None else 2 * hidden
         self.actions = nn.Sequential(nn.Linear(joint, hidden), nn.ReLU(), nn.Linear(hidden, actions))
 
@@ -93,6 +91,11 @@ class Policy(nn.Module):
             )
         seen = self.code(code)
         return self.actions(seen if self.given is None else torch.cat([seen, self.given(extra.to(code.dtype))], 1))  # type: ignore[no-any-return]
+
+
+def two_layers(numbers: int, hidden: int) -> nn.Sequential:
+    """What an agent is told, such as a compass, (b, numbers) -> (b, hidden)."""
+    return nn.Sequential(nn.Linear(numbers, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
 
 
 class Linear(nn.Module):

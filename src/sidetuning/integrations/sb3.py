@@ -23,6 +23,7 @@ from sidetuning.base import Base, Features, load_base
 from sidetuning.branch import build_branch
 from sidetuning.data.trajectories import COMPASS, compass_numbers
 from sidetuning.errors import ArtifactError, ShapeError
+from sidetuning.heads import two_layers
 from sidetuning.methods.trunk import Trunk
 from sidetuning.sides.initialise import DISTILLED
 
@@ -76,7 +77,7 @@ class VecBaseFeatures(VecEnvWrapper):
 
 
 class SideTunedExtractor(BaseFeaturesExtractor):
-    """From an observation's picture to features for the policy, by one of four methods; a compass is appended.
+    """From an observation's picture to features for the policy, by one of four methods; a compass is appended, made as wide as the code's.
 
     Args:
         observation_space: a dictionary with "rgb"; with "base" (see `VecBaseFeatures`) the base is not run here.
@@ -85,7 +86,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
             random weights.
         side, side_options, merge, init: as `SideTuner.add_task`; without options the distilled fcn5 has a quarter of its width, as the one
             that ships.
-        hidden: width of the features.
+        hidden: width of the features; with a compass, twice that.
         precision: "bf16" runs what "finetune" and "scratch" train under bfloat16 autocast, when acting and when learning alike; its
             output is float32.
 
@@ -106,8 +107,8 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         hidden: int = 128,
         precision: Literal["no", "bf16"] = "no",
     ) -> None:
-        extra = 3 if COMPASS in observation_space.spaces else 0
-        super().__init__(observation_space, hidden + extra)
+        has_compass = COMPASS in observation_space.spaces
+        super().__init__(observation_space, 2 * hidden if has_compass else hidden)
         space = _image_space(observation_space)
         built = load_base(base) if isinstance(base, str) else base()
         example = torch.zeros(1, *space.shape, dtype=torch.uint8)
@@ -133,6 +134,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
             self.trunk = Trunk(built.folded())  # its batch norms would not move: the copy has none
         width = math.prod(built.output_shape)
         self.code = nn.Sequential(nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU())
+        self.compass = two_layers(3, hidden) if has_compass else None
         digest = torch.tensor(list(bytes.fromhex(built.fingerprint())), dtype=torch.uint8)
         self.register_buffer("base_fingerprint", digest)
         self.register_load_state_dict_pre_hook(_check_base)
@@ -146,7 +148,9 @@ class SideTunedExtractor(BaseFeaturesExtractor):
             features = Features(observations[CODE]) if self.given else self.encoder.encode(x)
             code = features.out if self.branch is None else self.branch(x, features)
         out = self.code(code)
-        return torch.cat([out, compass_numbers(observations[COMPASS])], 1) if COMPASS in observations else out
+        return (
+            out if self.compass is None else torch.cat([out, self.compass(compass_numbers(observations[COMPASS]))], 1)
+        )
 
     def apply(self, fn: Callable[[nn.Module], None]) -> SideTunedExtractor:
         """Does nothing: see above."""
