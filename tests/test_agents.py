@@ -379,7 +379,8 @@ def test_a_compass_goes_with_the_features():
         init=None, hidden=32,
     )  # fmt: skip
     out = extractor({"rgb": torch.rand(2, 3, 16, 16), COMPASS: compass})
-    assert out.shape == (2, 35) and torch.equal(out[:, 32:], compass_numbers(compass))
+    assert out.shape == (2, extractor.features_dim) == (2, 64)
+    assert torch.equal(out[:, 32:], extractor.compass(compass_numbers(compass)))
     with pytest.raises(ShapeError, match="pictures under 'rgb'"):
         SideTunedExtractor(spaces.Dict({"depth": space["rgb"]}), base=small_base)
 
@@ -409,6 +410,31 @@ def test_observations_pass_extra_numbers_to_heads_alone():
         model(st.Observation(x, torch.zeros(5, 2)), "go")
     with pytest.raises(st.TaskError, match="at least two actions"):
         model.add_task("stay", side=None, merge="base-only", head="policy", head_options={"actions": 1})
+
+
+def test_dropout_is_of_the_code_and_not_of_what_is_told():
+    head = st.HEADS.build("policy", small_base(), options={"extra": 3, "dropout": 0.99}).train()
+    code, extra = torch.randn(64, 8, 4, 4), torch.randn(64, 3)
+    with torch.no_grad():
+        assert (
+            head.code(code) == head.code(code)
+        ).float().mean() < 0.5  # almost all is dropped, each time another part
+        assert torch.equal(head.given(extra), head.given(extra))
+        assert torch.equal(head.eval()(code, extra), head(code, extra))
+
+
+def test_pictures_that_are_learned_from_move_and_others_do_not():
+    from sidetuning.data.trajectories import Steps
+    from sidetuning.scenarios.imitation import Moves
+
+    rgb = torch.randint(1, 255, (40, 3, 16, 16), dtype=torch.uint8)
+    steps = Steps(rgb, torch.zeros(40, 0), torch.arange(40), torch.tensor([0, 40]))
+    still, known, actions = Moves(steps, None).__getitems__([3, 7])
+    assert torch.equal(still.x, rgb[[3, 7]]) and known is None and actions.tolist() == [3, 7]
+    moved = Moves(steps, None, 2).__getitems__(range(40))[0].x
+    where = {(down, right) for x, y in zip(moved, rgb, strict=True) for down in range(-2, 3) for right in range(-2, 3)
+             if torch.equal(x[:, 2:-2, 2:-2], y[:, 2 + down : 14 + down, 2 + right : 14 + right])}  # fmt: skip
+    assert len(where) > 12 and not torch.equal(moved, Moves(steps, None, 2).__getitems__(range(40))[0].x)
 
 
 # Habitat ----------------------------------------------------------------------------------------------------------------
@@ -594,6 +620,9 @@ def mistakes_are_said_before_anything_is_learned(folder):
         (imitation, replace(foreign, env="doom-home"), "collected with a compass, and doom-home has none"),
         (imitation, replace(foreign, env="doom-explore"), "no goal and so no expert"),
         (imitation, replace(clone, test_episodes=0), "--test-episodes must be 1 or more"),
+        (imitation, replace(clone, dropout=1.0), "--dropout must be at least 0 and below 1, not 1.0"),
+        (imitation, replace(clone, shift=-1), "--shift must be 0 or more"),
+        (imitation, replace(clone, shift=64), "--shift must be below"),
         (imitation, replace(clone, trajectories=(0,)), "must be numbers of 1 or more"),
         (imitation, replace(clone, methods=six), "at most 5"),
         (imitation, replace(clone, trajectories=(12,)), "has 12 trajectories, of which 1 are held out, and so not 12"),

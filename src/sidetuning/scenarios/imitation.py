@@ -223,6 +223,8 @@ def prepared(settings: Settings) -> tuple[Steps, dict[str, Any]]:
     if len(s.methods) + 1 > COLOURS:  # and the expert
         raise SideTuningError(f"--methods: at most {COLOURS - 1} fit into one comparison")
     steps = read_steps(s.data)
+    if s.shift >= (size := steps.rgb.shape[-1]):
+        raise SideTuningError(f"--shift must be below the {size} pixels of the pictures, not {s.shift}")
     data = about(s.data, steps)
     most, have = max(s.trajectories), data["episodes"]
     if most + held_out(have) > have:
