@@ -190,7 +190,7 @@ def table(results: Sequence[Result]) -> str:
     """Methods as rows, in Markdown: what they came to on the test episodes, mean and standard error over seeds, and intervals."""
     tests = {"Success, %": ("success", 100.0), "SPL, %": ("spl", 100.0), "Reward": ("reward", 1.0)}
     columns: dict[str, Callable[[Result], float | None]] = {
-        "Success while learning, %": lambda r: percent(r.curve[-1].get("success")) if r.curve else None,
+        "Success while learning, %": lambda r: learning_success(r.curve), "at its end, %": lambda r: learning_success(r.curve[-1:]),
         "Parameters trained": lambda r: r.added, "Steps per second": lambda r: r.steps_per_second,
     }  # fmt: skip
     names = [*tests, *columns, "Seeds"]
@@ -205,14 +205,15 @@ def table(results: Sequence[Result]) -> str:
         text += f"| {method} | " + " | ".join(row) + f" | {len(runs)} |\n"
     text += (
         "\nMean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the test episodes (bootstrap; "
-        f"of one run Wilson's, of its reward 1.96 standard errors). {SCRATCH}\n"
+        f"of one run Wilson's, of its reward 1.96 standard errors). Success while learning is the mean of the learning curve. {SCRATCH}\n"
     )
     return text + (f"\n{HOME}\n" if results[0].env == "doom-home" else "")
 
 
-def percent(share: float | None) -> float | None:
-    """Of a share, where there is one."""
-    return None if share is None else 100 * share
+def learning_success(curve: Sequence[dict[str, float]]) -> float | None:
+    """The mean of a learning curve's success in percent, the higher the sooner it was learned; None where there is none."""
+    found = [100 * row["success"] for row in curve if "success" in row]
+    return sum(found) / len(found) if found else None
 
 
 def charts(results: Sequence[Result]) -> list[Chart]:
