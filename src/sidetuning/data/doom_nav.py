@@ -311,14 +311,9 @@ gym.register("DoomPointNav-v0", entry_point="sidetuning.data.doom_nav:DoomPointN
 gym.register("DoomExplore-v0", entry_point="sidetuning.data.doom_nav:DoomExplore")
 
 
-def pointnav(split: str, size: int, automatic: bool = False) -> DoomPointNav:
+def pointnav(split: str, size: int) -> DoomPointNav:
     """To a point that the compass tells, behind a corner, and stop there, on the maps of a split."""
-    return DoomPointNav([name for name in MAPS[split] if name not in OPEN], size, winding=WINDING, automatic=automatic)
-
-
-def reach(split: str, size: int) -> DoomPointNav:
-    """PointNav in which being there is success."""
-    return pointnav(split, size, automatic=True)
+    return DoomPointNav([name for name in MAPS[split] if name not in OPEN], size, winding=WINDING)
 
 
 def home(split: str, size: int) -> DoomPointNav:

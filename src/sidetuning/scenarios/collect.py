@@ -30,7 +30,7 @@ class Settings:
     """Collect trajectories of the shortest-path expert; the same command again goes on where it stopped."""
 
     env: str = "doom-pointnav"
-    """doom-pointnav, doom-reach, doom-home, or habitat:CONFIG."""
+    """doom-pointnav, doom-home, or habitat:CONFIG."""
     out: str = "runs/trajectories/doom-pointnav-v0"
     """Folder of the data set; its name is the data set's in Minari, so it ends in a version, such as -v0."""
     split: str = "train"

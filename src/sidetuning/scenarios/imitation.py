@@ -64,7 +64,7 @@ class Learning:
     data: str = "runs/trajectories/doom-pointnav-v0"
     """Trajectories, as collect-trajectories writes them."""
     env: str = "doom-pointnav"
-    """Where the clones are tested: doom-pointnav, doom-reach, doom-home, or habitat:CONFIG."""
+    """Where the clones are tested: doom-pointnav, doom-home, or habitat:CONFIG."""
     steps: int = 1500
     """Optimiser steps of every run, so that few trajectories are seen often."""
     batch: int = 64

@@ -33,7 +33,7 @@ class Learning:
     """What all runs of a comparison share."""
 
     env: str = "doom-home"
-    """doom-home (an eased my_way_home of ViZDoom), doom-pointnav, doom-reach (where being there is success), doom-explore, or habitat:CONFIG."""
+    """doom-home (an eased my_way_home of ViZDoom), doom-pointnav, doom-explore, or habitat:CONFIG."""
     steps: int = 100_000
     """Steps of the environments, all together."""
     base: str = "resnet-doom-curvature"

@@ -19,7 +19,6 @@ WORLDS: Registry[Callable[..., Any]] = Registry(
     "environment",
     {
         "doom-pointnav": "sidetuning.data.doom_nav:pointnav",
-        "doom-reach": "sidetuning.data.doom_nav:reach",
         "doom-home": "sidetuning.data.doom_nav:home",
         "doom-explore": "sidetuning.data.doom_nav:explore",
     },
@@ -40,7 +39,7 @@ def make_world(name: str, split: str, size: int) -> Any:
     """A gymnasium environment.
 
     Args:
-        name: doom-pointnav, doom-reach, doom-home, doom-explore, or habitat:CONFIG with a file of Habitat's settings.
+        name: doom-pointnav, doom-home, doom-explore, or habitat:CONFIG with a file of Habitat's settings.
         split: "train", "val" or "test": scenes of which no two have one in common, where there are several.
         size: width and height of the pictures.
 
@@ -85,7 +84,7 @@ def expert_of(world: Any, name: str) -> Callable[[], int]:
     expert: Callable[[], int] | None = getattr(world, "expert", None)
     if expert is None:
         raise SideTuningError(
-            f"{name} has no goal and so no expert to imitate; use doom-pointnav, doom-reach or doom-home"
+            f"{name} has no goal and so no expert to imitate; use doom-pointnav or doom-home"
         )
     return expert
 
