@@ -55,6 +55,12 @@ def test_the_tables_of_dense_tasks_are_made_from_the_results(script: str, count:
     assert len(tables) == count and all(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables)
 
 
+@pytest.mark.parametrize("script", ["agents.py rl --env doom-home"])
+def test_the_tables_of_agents_are_made_from_the_results(script: str) -> None:
+    tables = [part for part in printed(script).split("\n\n") if part.startswith("|")]
+    assert tables and all(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables)
+
+
 def test_the_ranks_over_three_seeds_are_those_of_the_results() -> None:
     summary = printed("compare.py itaskonomy --methods sidetune features finetune piggyback").split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")] for line in summary.splitlines()]
