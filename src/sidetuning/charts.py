@@ -146,12 +146,17 @@ def _figure(chart: Chart) -> Figure:
 
 
 def _draw(chart: Chart, xs: Sequence[float], width: int, height: int) -> Drawing:
-    """Place the points of a chart; the axes start and end at ticks."""
+    """Place the points of a chart; the axes start and end at ticks, but x ends with the lines."""
     points = [p for line in chart.lines for p in line.points]
     y_ticks = ticks(min(p.y - p.error for p in points), max(p.y + p.error for p in points), 6)
     scale = math.log if chart.log_x else float
     x_ticks = list(xs) if chart.log_x else ticks(xs[0], xs[-1], 4 if width < 400 else 8)
-    left, right = (scale(x_ticks[0]), scale(x_ticks[-1])) if len(x_ticks) > 1 else (scale(xs[0]) - 1, scale(xs[0]) + 1)
+    if xs[-1] > xs[0]:
+        x_ticks = [tick for tick in x_ticks if tick <= xs[-1]]
+        left, right = scale(min(x_ticks[0], xs[0])), scale(xs[-1])
+    else:
+        left, right = scale(xs[0]) - 1, scale(xs[0]) + 1
+        x_ticks = list(xs)
 
     def x(value: float) -> float:
         return round(LEFT + (scale(value) - left) / (right - left) * (width - LEFT - RIGHT), 1)
