@@ -6,6 +6,7 @@ A run that has its result is not run again, and one that was stopped goes on; `-
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -97,7 +98,7 @@ def run_imitation(s: Imitation) -> str:
         given = imitation.Settings(**own(s))
         steps, about = imitation.prepared(given)
         size = steps.rgb.shape[-1]
-        for name in imitation.BASELINES:
+        for name in imitation.baselines(steps):
             if not recorded(f"imitation-{name}-0-0", given, imitation.FREE):
                 record(f"imitation-{name}-0-0", asdict(imitation.baseline(given, name, size)))
         for cell in imitation.cells(given, size):
@@ -118,8 +119,10 @@ def run_rl(s: Rl) -> str:
     if not s.table:
         from sidetuning.scenarios import ppo
 
+        given = replace(rl.Settings(**own(s)), out=f"{s.out}/{s.env}")
+        rl.check(given)
         rl.use_threads(s.threads)
-        for cell in rl.cells(replace(rl.Settings(**own(s)), out=f"{s.out}/{s.env}")):
+        for cell in rl.cells(given):
             if not recorded(name := prefix + Path(cell.out).name, cell, rl.FREE):
                 record(name, asdict(ppo.one(cell)))
     results = in_order(read_results(rl.Result, f"{prefix}*.json"), rl.METHODS)
@@ -134,9 +137,11 @@ def own(settings: Any) -> dict[str, Any]:
 
 
 def in_order(results: list[R], *names: Iterable[str]) -> list[R]:
-    """By method, in the order of these, then by seed."""
+    """By method, in the order of these, then others, then by seed; without any, the program ends."""
+    if not results:
+        sys.exit("there are no results yet: run this without --table")
     order = [*chain(*names)]
-    return sorted(results, key=lambda r: (order.index(r.method), r.seed))  # type: ignore[attr-defined]
+    return sorted(results, key=lambda r: (order.index(r.method) if r.method in order else len(order), r.seed))
 
 
 def run_speed(s: Speed) -> str:

@@ -381,6 +381,8 @@ def test_a_compass_goes_with_the_features():
     out = extractor({"rgb": torch.rand(2, 3, 16, 16), COMPASS: compass})
     assert out.shape == (2, extractor.features_dim) == (2, 64)
     assert torch.equal(out[:, 32:], extractor.compass(compass_numbers(compass)))
+    with pytest.raises(st.UnknownNameError, match="did you mean 'sidetune'"):
+        SideTunedExtractor(space, base=small_base, method="side-tune")
     with pytest.raises(ShapeError, match="pictures under 'rgb'"):
         SideTunedExtractor(spaces.Dict({"depth": space["rgb"]}), base=small_base)
 
@@ -620,6 +622,8 @@ def mistakes_are_said_before_anything_is_learned(folder):
         (imitation, replace(foreign, env="doom-home"), "collected with a compass, and doom-home has none"),
         (imitation, replace(foreign, env="doom-explore"), "no goal and so no expert"),
         (imitation, replace(clone, test_episodes=0), "--test-episodes must be 1 or more"),
+        (imitation, replace(clone, base="resnet-doom-curvatur"), "did you mean 'resnet-doom-curvature'"),
+        (imitation, replace(clone, merge="alfa"), "did you mean 'alpha'"),
         (imitation, replace(clone, dropout=1.0), "--dropout must be at least 0 and below 1, not 1.0"),
         (imitation, replace(clone, shift=-1), "--shift must be 0 or more"),
         (imitation, replace(clone, shift=64), "--shift must be below"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, load_base
 from sidetuning.branch import build_branch
 from sidetuning.data.trajectories import COMPASS, compass_numbers
-from sidetuning.errors import ArtifactError, ShapeError
+from sidetuning.errors import ArtifactError, ShapeError, UnknownNameError
 from sidetuning.heads import two_layers
 from sidetuning.methods.trunk import Trunk
+from sidetuning.registry import unknown
 from sidetuning.sides.initialise import DISTILLED
 
+Method = Literal["sidetune", "features", "finetune", "scratch"]
 IMAGE, CODE = "rgb", "base"  # keys of observations: the picture, and what the base made of it
 
 
@@ -99,7 +101,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         self,
         observation_space: spaces.Dict,
         base: str | Callable[[], Base] = "resnet-doom-curvature",
-        method: Literal["sidetune", "features", "finetune", "scratch"] = "sidetune",
+        method: Method = "sidetune",
         side: str = "fcn5",
         side_options: Mapping[str, Any] | None = None,
         merge: str = "alpha",
@@ -107,6 +109,8 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         hidden: int = 128,
         precision: Literal["no", "bf16"] = "no",
     ) -> None:
+        if method not in get_args(Method):
+            raise UnknownNameError(unknown("method", method, get_args(Method), verb="one of the extractor's"))
         has_compass = COMPASS in observation_space.spaces
         super().__init__(observation_space, 2 * hidden if has_compass else hidden)
         space = _image_space(observation_space)

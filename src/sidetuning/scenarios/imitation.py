@@ -152,7 +152,8 @@ class Result(Scores):
 
 
 class Moves(Dataset[Any]):
-    """Batches of `(Observation, features or None, action)`; pictures are moved at random by up to `shift` pixels (Kostrikov et al., 2020)."""
+    """Batches of `(Observation, features or None, action)`; pictures are moved at random by up to `shift` pixels (Kostrikov et al., 2020),
+    and zeros come in; the cached features stay those of the pictures as they were."""
 
     def __init__(self, steps: Steps, features: CachedFeatures | None, shift: int = 0) -> None:
         self.steps, self.features, self.shift = steps, features, shift
@@ -186,7 +187,7 @@ def run(settings: Settings) -> list[Result]:
     folder = Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))
     folder.belongs(data=data["fingerprint"])
     size = steps.rgb.shape[-1]
-    results = [baseline(s, name, size) for name in BASELINES if name != "compass" or steps.extra.shape[1]]
+    results = [baseline(s, name, size) for name in baselines(steps)]
     for cell in tqdm(list(cells(s, size)), unit="run", dynamic_ncols=True, disable=not s.progress):
         results.append(one(cell, steps, data))
         write_text(Path(s.out) / "table.md", table(results, s.trajectories))
@@ -232,6 +233,8 @@ def prepared(settings: Settings) -> tuple[Steps, dict[str, Any]]:
             f"{s.data} has {have} trajectories, of which {held_out(have)} are held out, and so not {most} to learn from; collect more"
         )
     check_world(s, steps)
+    for cell in {c.method: c for c in cells(s, size)}.values():
+        build_method(cell).add(Task("dry-run", "identity"))
     return steps, data
 
 
@@ -269,6 +272,11 @@ def check_world(settings: Settings, steps: Steps) -> None:
             f"{settings.data} was collected {'without' if compass else 'with'} a compass, and {settings.env} has "
             f"{'one' if compass else 'none'}: give the --env that it was collected in"
         )
+
+
+def baselines(steps: Steps) -> list[str]:
+    """Those of BASELINES that can be where such steps are from."""
+    return [name for name in BASELINES if name != "compass" or steps.extra.shape[1]]
 
 
 def baseline(settings: Settings, name: str, size: int) -> Result:
@@ -328,7 +336,8 @@ def one(cell: Cell, steps: Steps, data: dict[str, Any]) -> Result:
     features = cached(method.base, steps, c) if method.uses_features else None
     learned_from, kept = split(len(steps.starts) - 1, c.trajectories, c.seed)
     rows = steps.of(learned_from)
-    loader = loader_over(Moves(steps, features, c.shift), batch_size=c.batch, indices=rows)
+    looks = c.method in WITH_SIDES or not method.uses_features  # what sees the code alone needs no other pictures
+    loader = loader_over(Moves(steps, features, c.shift if looks else 0), batch_size=c.batch, indices=rows)
     task = Task(
         TASK, "policy", seed=c.seed, head_options={"actions": 4, "extra": steps.extra.shape[1], "dropout": c.dropout}
     )

@@ -30,6 +30,7 @@ from sidetuning.scenarios.outcomes import scores
 from sidetuning.scenarios.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
 from sidetuning.scenarios.runs import Run, read_result, side_options
 from sidetuning.scenarios.worlds import TEST_SEED, Policy, drawing, episodes, make_world, map_base
+from sidetuning.sides.initialise import mismatch
 
 SEEDS = 1000  # between two runs: the environments of one have successive seeds
 
@@ -230,9 +231,14 @@ def load_policy(folder: str | Path) -> tuple[Cell, Any]:
     finally:
         env.close()
     own = {
-        k: tensors["features_extractor." + k.split(".", 1)[1] if k.startswith(SHARED) else k]
+        k: tensors.get("features_extractor." + k.split(".", 1)[1] if k.startswith(SHARED) else k)
         for k in policy.state_dict()
     }
+    wrong = mismatch(policy.state_dict(), {k: v for k, v in own.items() if v is not None})
+    if wrong:
+        raise SideTuningError(
+            f"{file} is of another version of the library or damaged ({wrong}); delete its folder, and run the same command again"
+        )
     policy.load_state_dict(own)
     return cell, policy
 

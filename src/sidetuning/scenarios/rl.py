@@ -137,18 +137,7 @@ def cells(settings: Settings) -> Iterator[Cell]:
 def run(settings: Settings) -> list[Result]:
     """Run the cells that have no result yet, and write `table.md` and `report.html`."""
     s = settings
-    for method in s.methods:
-        if method not in METHODS:
-            raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
-    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "passes", "threads", "size")
-    above_zero(s, "lr", "reward_scale", "side_width")
-    not_twice(s, "methods")
-    if s.batch < 2:
-        raise SideTuningError(f"--batch must be 2 or more, not {s.batch}: PPO normalises over it")
-    if s.envs * s.rollout < 2:
-        raise SideTuningError("--envs and --rollout: give at least two steps between updates")
-    if s.test_split == "train" and s.env != "doom-home":
-        raise SideTuningError("--test-split train: agents learn in these scenes; give val or test")
+    check(s)
     try:
         from sidetuning.scenarios.ppo import one
     except ModuleNotFoundError as error:
@@ -169,6 +158,27 @@ def run(settings: Settings) -> list[Result]:
     ]
     write_charts(charts(results), Path(s.out) / "report.html", title=f"PPO in {s.env}", lead=lead(s.env), films=films)
     return results
+
+
+def check(settings: Settings) -> None:
+    """Whether a user's settings can be.
+
+    Raises:
+        SideTuningError: they cannot.
+    """
+    s = settings
+    for method in s.methods:
+        if method not in METHODS:
+            raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
+    at_least_one(s, "steps", "test_episodes", "seeds", "envs", "rollout", "passes", "threads", "size")
+    above_zero(s, "lr", "reward_scale", "side_width")
+    not_twice(s, "methods")
+    if s.batch < 2:
+        raise SideTuningError(f"--batch must be 2 or more, not {s.batch}: PPO normalises over it")
+    if s.envs * s.rollout < 2:
+        raise SideTuningError("--envs and --rollout: give at least two steps between updates")
+    if s.test_split == "train" and s.env != "doom-home":
+        raise SideTuningError("--test-split train: agents learn in these scenes; give val or test")
 
 
 def use_threads(threads: int | None) -> None:
@@ -211,7 +221,8 @@ def table(results: Sequence[Result]) -> str:
 
 
 def learning_success(curve: Sequence[dict[str, float]]) -> float | None:
-    """The mean of a learning curve's success in percent, the higher the sooner it was learned; None where there is none."""
+    """The mean of a learning curve's success in percent from its first episode on, the higher the sooner it was learned; None
+    where there is none."""
     found = [100 * row["success"] for row in curve if "success" in row]
     return sum(found) / len(found) if found else None
 

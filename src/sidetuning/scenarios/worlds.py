@@ -83,9 +83,7 @@ def expert_of(world: Any, name: str) -> Callable[[], int]:
     """
     expert: Callable[[], int] | None = getattr(world, "expert", None)
     if expert is None:
-        raise SideTuningError(
-            f"{name} has no goal and so no expert to imitate; use doom-pointnav or doom-home"
-        )
+        raise SideTuningError(f"{name} has no goal and so no expert to imitate; use doom-pointnav or doom-home")
     return expert
 
 
