@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sidetuning as st
@@ -187,7 +188,6 @@ def test_a_curve_goes_on_from_what_was_saved(tmp_path):
 
 def test_a_timm_model_is_a_base_of_agents(tmp_path):
     timm = pytest.importorskip("timm")
-    from safetensors.torch import save_file
 
     from sidetuning.scenarios.worlds import map_base
 
@@ -529,6 +529,11 @@ def test_a_loaded_policy_answers_as_the_learner_did_and_a_fresh_one_does_not(hab
         monkeypatch.setattr(ppo, "load_policy", lambda _: (cell, fresh))
         with pytest.raises(SideTuningError, match="does not answer as the one that was learned"):
             ppo.one(cell)
+        monkeypatch.undo()
+    tensors = load_file(Path(cell.out) / "policy.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".compass." not in k}, Path(cell.out) / "policy.safetensors")
+    with pytest.raises(SideTuningError, match="another version of the library or damaged"):
+        ppo.load_policy(cell.out)
     env.close()
 
 

@@ -232,9 +232,9 @@ def prepared(settings: Settings) -> tuple[Steps, dict[str, Any]]:
         raise DataError(
             f"{s.data} has {have} trajectories, of which {held_out(have)} are held out, and so not {most} to learn from; collect more"
         )
-    check_world(s, steps)
     for cell in {c.method: c for c in cells(s, size)}.values():
         build_method(cell).add(Task("dry-run", "identity"))
+    check_world(s, steps)
     return steps, data
 
 
