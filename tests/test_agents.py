@@ -526,10 +526,10 @@ def test_a_loaded_policy_answers_as_the_learner_did_and_a_fresh_one_does_not(hab
     with pytest.raises(SideTuningError, match="does not answer as the one that was learned"):
         ppo.same_answers(learner.policy, fresh, tmp_path)
     if method == "features":  # it is the loaded one that is tested
-        monkeypatch.setattr(ppo, "load_policy", lambda _: (cell, fresh))
-        with pytest.raises(SideTuningError, match="does not answer as the one that was learned"):
-            ppo.one(cell)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo, "load_policy", lambda _: (cell, fresh))
+            with pytest.raises(SideTuningError, match="does not answer as the one that was learned"):
+                ppo.one(cell)
     tensors = load_file(Path(cell.out) / "policy.safetensors")
     save_file({k: v for k, v in tensors.items() if ".compass." not in k}, Path(cell.out) / "policy.safetensors")
     with pytest.raises(SideTuningError, match="another version of the library or damaged"):

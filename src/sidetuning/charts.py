@@ -153,7 +153,7 @@ def _draw(chart: Chart, xs: Sequence[float], width: int, height: int) -> Drawing
     x_ticks = list(xs) if chart.log_x else ticks(xs[0], xs[-1], 4 if width < 400 else 8)
     if xs[-1] > xs[0]:
         x_ticks = [tick for tick in x_ticks if tick <= xs[-1]]
-        left, right = scale(min(x_ticks[0], xs[0])), scale(xs[-1])
+        left, right = scale(x_ticks[0]), scale(xs[-1])
     else:
         left, right = scale(xs[0]) - 1, scale(xs[0]) + 1
         x_ticks = list(xs)

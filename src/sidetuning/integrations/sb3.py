@@ -152,9 +152,9 @@ class SideTunedExtractor(BaseFeaturesExtractor):
             features = Features(observations[CODE]) if self.given else self.encoder.encode(x)
             code = features.out if self.branch is None else self.branch(x, features)
         out = self.code(code)
-        return (
-            out if self.compass is None else torch.cat([out, self.compass(compass_numbers(observations[COMPASS]))], 1)
-        )
+        if self.compass is None:
+            return out
+        return torch.cat([out, self.compass(compass_numbers(observations[COMPASS]))], 1)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> SideTunedExtractor:
         """Does nothing: see above."""

@@ -237,7 +237,7 @@ def load_policy(folder: str | Path) -> tuple[Cell, Any]:
     wrong = mismatch(policy.state_dict(), {k: v for k, v in own.items() if v is not None})
     if wrong:
         raise SideTuningError(
-            f"{file} is of another version of the library or damaged ({wrong}); delete its folder, and run the same command again"
+            f"{file} is of another version of the library or damaged ({wrong}); delete its folder, and run the command again that learned it"
         )
     policy.load_state_dict(own)
     return cell, policy
