@@ -17,8 +17,9 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from common import read_results, record, recorded
+from common import RESULTS, read_results, record, recorded
 from sidetuning.charts import write_charts
+from sidetuning.continual import mean_and_error
 from sidetuning.scenarios import imitation, rl, worlds
 
 
@@ -56,6 +57,8 @@ class Speed:
     """Over each rollout: those of rl, and stable-baselines3's default."""
     rounds: int = 3
     """Interleaved."""
+    table: bool = False
+    """Run nothing: print the table from the result."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Episodes:
     """Levels."""
 
 
+NOTHING = "there are no results yet: run this without --table"
 R = TypeVar("R", imitation.Result, rl.Result)
 Command = (
     Annotated[Episodes, tyro.conf.subcommand("episodes")]
@@ -139,28 +143,49 @@ def own(settings: Any) -> dict[str, Any]:
 def in_order(results: list[R], *names: Iterable[str]) -> list[R]:
     """By method, in the order of these, then others, then by seed; without any, the program ends."""
     if not results:
-        sys.exit("there are no results yet: run this without --table")
+        sys.exit(NOTHING)
     order = [*chain(*names)]
     return sorted(results, key=lambda r: (order.index(r.method) if r.method in order else len(order), r.seed))
 
 
 def run_speed(s: Speed) -> str:
-    """Record, and what was measured: per number of passes the rounds, and the ratios of their means."""
-    rl.use_threads(None)
-    found: dict[str, Any] = {}
-    for passes in s.passes:
-        rounds: dict[str, list[dict[str, float]]] = {"once": [], "every pass": []}
-        for _ in range(s.rounds):
-            for name, rows in rounds.items():
-                rows.append(measure(s.steps, passes, cached=name == "once"))
-        once, every = ({k: fmean(row[k] for row in rows) for k in rows[0]} for rows in rounds.values())
-        found[str(passes)] = {
-            **rounds,
-            "steps per second, once / every pass": once["steps_per_second"] / every["steps_per_second"],
-            "base passes, every pass / once": every["base_passes"] / once["base_passes"],
-        }
-    record("rl-speed", {"steps": s.steps, "passes": found})
-    return json.dumps(found, indent=2)
+    """Record the rounds, per number of passes; their table."""
+    if not s.table:
+        rl.use_threads(None)
+        found: dict[str, Any] = {}
+        for passes in s.passes:
+            rounds: dict[str, list[dict[str, float]]] = {"once": [], "every pass": []}
+            for _ in range(s.rounds):
+                for name, rows in rounds.items():
+                    rows.append(measure(s.steps, passes, cached=name == "once"))
+            once, every = ({k: fmean(row[k] for row in rows) for k in rows[0]} for rows in rounds.values())
+            found[str(passes)] = {
+                **rounds,
+                "steps per second, once / every pass": once["steps_per_second"] / every["steps_per_second"],
+                "base passes, every pass / once": every["base_passes"] / once["base_passes"],
+            }
+        record("rl-speed", {"steps": s.steps, "passes": found})
+    file = RESULTS / "rl-speed.json"
+    if not file.exists():
+        sys.exit(NOTHING)
+    return speed_table(json.loads(file.read_text())["passes"])
+
+
+def speed_table(found: dict[str, Any]) -> str:
+    """In Markdown: numbers of passes as rows; what the base costs once, and in every pass."""
+    text = (
+        "| Passes over each rollout | Steps per second, base once | in every pass | ratio | Pictures, base once | in every pass | ratio |\n"
+        f"|{' ---: |' * 7}\n"
+    )
+    for passes, rounds in found.items():
+        ways = [rounds["once"], rounds["every pass"]]
+        speeds = [mean_and_error([row["steps_per_second"] for row in rows]) for rows in ways]
+        seen = [fmean(row["base_passes"] for row in rows) for rows in ways]
+        faster, fewer = rounds["steps per second, once / every pass"], rounds["base passes, every pass / once"]
+        cells = [passes, *(f"{mean:.0f} ± {error:.0f}" for mean, error in speeds), f"{faster:.1f}"]
+        cells += [*(f"{n:,.0f}" for n in seen), f"{fewer:.1f}"]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def measure(steps: int, passes: int, cached: bool) -> dict[str, float]:
