@@ -25,10 +25,10 @@ pytest.importorskip("stable_baselines3")
 
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecTransposeImage
 
 from sidetuning.data.trajectories import COMPASS, compass_numbers, extra_of
-from sidetuning.errors import ArtifactError, ShapeError, SideTuningError
+from sidetuning.errors import ArtifactError, DataError, ShapeError, SideTuningError
 from sidetuning.integrations.sb3 import CODE, SideTunedExtractor, VecBaseFeatures
 
 FAKE = Path(__file__).parent / "fake_habitat"
@@ -132,6 +132,83 @@ def test_a_policy_of_another_base_is_refused(tmp_path):
         PPO.load(tmp_path / "agent.zip", policy_kwargs=kwargs, custom_objects={"policy_kwargs": kwargs})
 
 
+def test_codes_of_another_base_are_refused(tmp_path):
+    def env(base):
+        return VecBaseFeatures(DummyVecEnv([Sides]), base)
+
+    def space(base):  # as the policy is given it
+        return VecTransposeImage(env(base)).observation_space
+
+    model = learner(cached=True)
+    model.save(tmp_path / "agent.zip")
+    assert torch.equal(answers(PPO.load(tmp_path / "agent.zip", env=env(small_base()))), answers(model))
+    with pytest.raises(ValueError, match=f"base {other_base().fingerprint()[:8]}"):
+        PPO.load(tmp_path / "agent.zip", env=env(other_base()))
+    with pytest.raises(ArtifactError, match="same base"):
+        SideTunedExtractor(space(other_base()), base=small_base, side="fcn4", init=None)
+    larger = env(small_base().with_example(torch.zeros(1, 3, 32, 32)))  # the base takes what there is
+    assert larger.observation_space == env(small_base()).observation_space
+    with pytest.raises(ShapeError, match="wrap these environments once"):
+        VecBaseFeatures(larger, small_base())
+    with pytest.raises(TypeError, match="DummyVecEnv"):
+        VecBaseFeatures(Sides(), small_base())
+    with pytest.raises(ShapeError, match="does not take such pictures"):
+        VecBaseFeatures(VecFrameStack(DummyVecEnv([Sides]), 4), small_base())
+    with pytest.raises(ShapeError, match="leave that out"):
+        SideTunedExtractor(space(small_base()), base=lambda: small_base().with_taps(["0"]), side="ladder", init=None)
+
+
+def test_what_learned_from_cached_codes_acts_without_them():
+    model = learner(cached=True)
+    model.learn(128)
+    seen = Sides().reset(seed=1)[0]
+    code = small_base().folded()(torch.from_numpy(seen["rgb"]).permute(2, 0, 1)[None]).out[0].numpy()
+    found = [
+        model.policy.get_distribution(model.policy.obs_to_tensor(o)[0]).distribution.probs
+        for o in (seen, {**seen, CODE: code})
+    ]
+    assert torch.equal(*found) and not torch.allclose(found[0], torch.tensor(0.5), atol=1e-3)
+
+
+def test_other_numbers_are_heard_and_what_is_none_is_said():
+    rgb = spaces.Box(0, 255, (3, 16, 16), np.uint8)
+    options = {"base": small_base, "side": "fcn4", "init": None, "hidden": 32}
+    space = spaces.Dict({"rgb": rgb, "speed": spaces.Box(-1, 1, (2,)), "level": spaces.Discrete(3)})
+    extractor = SideTunedExtractor(space, **options)
+    seen = {
+        "rgb": torch.rand(2, 3, 16, 16),
+        "speed": torch.rand(2, 2),
+        "level": torch.eye(3)[:2],
+    }  # as stable-baselines3 makes them
+    out = extractor(seen)
+    assert out.shape == (2, extractor.features_dim) == (2, 64) and extractor.given[0].in_features == 5
+    for name in ("speed", "level"):
+        other = extractor({**seen, name: seen[name].flip(0)})
+        assert torch.equal(other[:, :32], out[:, :32]) and not torch.allclose(other[:, 32:], out[:, 32:])
+    for more, word in (
+        ({"depth": spaces.Box(0, 1, (16, 16, 1))}, "depth"),
+        ({COMPASS: spaces.Box(0, 1, (3,))}, "distance and angle"),
+    ):
+        with pytest.raises(ShapeError, match=word):
+            SideTunedExtractor(spaces.Dict({"rgb": rgb, **more}), **options)
+    with pytest.raises(ShapeError, match="uint8"):
+        SideTunedExtractor(spaces.Dict({"rgb": spaces.Box(0, 1, (3, 16, 16))}), **options)
+    with pytest.raises(st.UnknownNameError, match="precision"):
+        SideTunedExtractor(space, **options, precision="fp16")
+    with pytest.raises(TypeError, match="function that builds"):
+        SideTunedExtractor(space, **{**options, "base": small_base()})
+    with pytest.raises(DataError, match="normalize_images"):
+        extractor({**seen, "rgb": 255 * seen["rgb"]})
+
+
+def test_a_side_of_ones_own_is_each_policys_own():
+    space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 16, 16), np.uint8)})
+    side = nn.Conv2d(3, 8, 4, 4)
+    made = [SideTunedExtractor(space, base=small_base, side=side, init=None) for _ in range(2)]
+    assert made[0].branch.side is not made[1].branch.side is not side
+    assert torch.equal(made[0].branch.side.weight, side.weight)
+
+
 def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation():
     space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 64, 64), np.uint8)})
     with st.seeded(0):
@@ -192,9 +269,12 @@ def test_a_timm_model_is_a_base_of_agents(tmp_path):
     from sidetuning.scenarios.worlds import map_base
 
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
-    save_file(dict(net.state_dict()), tmp_path / "lite0.safetensors")
+    save_file(dict(net.state_dict()) | {"classifier.bias": torch.zeros(9)}, tmp_path / "lite0.safetensors")
     base = map_base("timm:tf_efficientnet_lite0", str(tmp_path / "lite0.safetensors"), 64)
     assert base.kind == "map" and base.output_shape == (1280, 2, 2)
+    torch.save(net.state_dict(), tmp_path / "lite0.pth")
+    with pytest.raises(ArtifactError, match=r"torch\.load"):
+        map_base("timm:tf_efficientnet_lite0", str(tmp_path / "lite0.pth"), 64)
     with pytest.raises(SideTuningError, match="agents need a map"):
         map_base("resnet44-cifar10", None, 32)
 
@@ -247,6 +327,31 @@ def test_charts_have_a_colour_for_every_row():
     five = rows(*baselines, *three, "finetune", "lora")
     assert [line.name for line in charts(five, [5])[0].lines] == [*three, "finetune", "lora", "expert"]
     assert len(charts(five, [5])[0].lines) == COLOURS and "| random | 100.0 [20.7, 100.0] |" in table(five, [5])
+
+
+def test_a_mistake_writes_nothing_and_weights_are_found_from_everywhere(habitat, tmp_path, monkeypatch):
+    from sidetuning.scenarios import play, rl
+
+    habitat.write_text("")
+    settings = rl.Settings(
+        env=f"habitat:{habitat}", size=32, out=str(tmp_path / "run"), threads=1, base="resnet-doom-curvature"
+    )
+    for wrong in (
+        {"base": "resnet-doom"},
+        {"merge": "alfa"},
+        {"side": "fcn55"},
+        {"init": "distiled"},
+        {"base_weights": "none.safetensors"},
+    ):
+        with pytest.raises(SideTuningError):
+            rl.run(replace(settings, **wrong))
+        assert not (tmp_path / "run").exists()
+    monkeypatch.chdir(tmp_path)
+    found = {cell.base_weights for cell in rl.cells(replace(settings, base_weights="own.safetensors"))}
+    assert found == {str(tmp_path / "own.safetensors")}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SideTuningError, match="cannot be written to"):
+        play.film(None, 1, tmp_path / "file")
 
 
 def test_torch_has_one_thread_unless_told_otherwise(monkeypatch):
@@ -340,7 +445,7 @@ def test_an_agent_that_goes_on_meets_other_episodes(tmp_path):
         **scores([Outcome(None, None, 1.0, 9), Outcome(None, None, 3.0, 9)]),
     )  # fmt: skip
     assert (
-        "| features | – | – | 2.0 [0.0, 4.0] |" in table([result])
+        "| SPL, % | – |\n| Reward | 2.0 [0.0, 4.0] |" in table([result])
         and "eased" not in table([result])
         and [c.title for c in charts([result])] == ["Reward of an episode"]
     )
@@ -362,8 +467,6 @@ def test_the_last_observation_of_an_episode_has_features_too():
         assert np.allclose(last[CODE], small_base()(picture).out[0], atol=1e-5)
         assert not np.allclose(last[CODE], seen[CODE][k])  # that is the next episode's
     assert env.passes == 3 + 30 + 3
-    with pytest.raises(ShapeError, match="with_example"):
-        VecBaseFeatures(DummyVecEnv([Sides]), small_base().with_example(torch.zeros(1, 3, 32, 32)))
 
 
 def test_a_compass_goes_with_the_features():
@@ -380,7 +483,7 @@ def test_a_compass_goes_with_the_features():
     )  # fmt: skip
     out = extractor({"rgb": torch.rand(2, 3, 16, 16), COMPASS: compass})
     assert out.shape == (2, extractor.features_dim) == (2, 64)
-    assert torch.equal(out[:, 32:], extractor.compass(compass_numbers(compass)))
+    assert torch.equal(out[:, 32:], extractor.given(compass_numbers(compass)))
     with pytest.raises(st.UnknownNameError, match="did you mean 'sidetune'"):
         SideTunedExtractor(space, base=small_base, method="side-tune")
     with pytest.raises(ShapeError, match="pictures under 'rgb'"):
@@ -531,7 +634,7 @@ def test_a_loaded_policy_answers_as_the_learner_did_and_a_fresh_one_does_not(hab
             with pytest.raises(SideTuningError, match="does not answer as the one that was learned"):
                 ppo.one(cell)
     tensors = load_file(Path(cell.out) / "policy.safetensors")
-    save_file({k: v for k, v in tensors.items() if ".compass." not in k}, Path(cell.out) / "policy.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".given." not in k}, Path(cell.out) / "policy.safetensors")
     with pytest.raises(SideTuningError, match="another version of the library or damaged"):
         ppo.load_policy(cell.out)
     env.close()

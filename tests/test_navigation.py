@@ -22,6 +22,7 @@ pytest.importorskip("scipy")
 
 import itertools
 
+from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 from sidetuning.data import doom_grid
@@ -308,6 +309,39 @@ def test_unknown_names_are_said():
         make_world("doom-pointnav", "tset", 64)
     with pytest.raises(ImportError, match="habitat-lab"):
         make_world("habitat:pointnav.yaml", "train", 64)
+
+
+def test_what_an_environment_cannot_be_is_said():
+    with pytest.raises(SideTuningError, match="at least one"):
+        DoomPointNav([])
+    with pytest.raises(SideTuningError, match="max_steps must be 1 or more, not 0"):
+        DoomExplore("map01", max_steps=0)
+    with pytest.raises(SideTuningError, match="reset the environment first"):
+        DoomPointNav("map01").step(FORWARD)
+
+
+@pytest.mark.parametrize("shape", [(16, 24, 3), (3, 16, 24)])
+def test_pictures_of_another_data_set_may_have_their_channels_first(tmp_path, shape):
+    from sidetuning.data.trajectories import Episode, Writer, read_steps
+
+    def written(name, kind):
+        seen = np.random.default_rng(0).integers(0, 255, (4, *shape)).astype(kind)
+        space = spaces.Dict({"rgb": spaces.Box(0, 255, shape, kind)})
+        writer = Writer(tmp_path / name, space, spaces.Discrete(4), {})
+        writer.append(Episode(0, {"rgb": seen}, np.array([1, 2, 1]), np.array([1, 2, 3]), np.zeros(3), True), 1)
+        return seen
+
+    seen, steps = written("bytes-v0", np.uint8), read_steps(tmp_path / "bytes-v0")
+    assert np.array_equal(steps.rgb.numpy(), seen[:3].transpose(0, 3, 1, 2) if shape[2] == 3 else seen[:3])
+    assert steps.actions.tolist() == [1, 2, 3] and steps.extra.shape == (3, 0)
+    written("floats-v0", np.float32)
+    with pytest.raises(DataError, match="uint8"):
+        read_steps(tmp_path / "floats-v0")
+    with pytest.raises(DataError, match="at least one"):
+        read_steps(tmp_path / "bytes-v0", 0)
+    next((tmp_path / "bytes-v0").glob("data/*/*.arrow")).write_bytes(b"")
+    with pytest.raises(DataError, match="delete the folder"):
+        read_steps(tmp_path / "bytes-v0")
 
 
 def test_wilson_intervals():

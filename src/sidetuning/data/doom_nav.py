@@ -75,6 +75,11 @@ class DoomWalk(gym.Env[Any, Any]):
         for name in names:
             if name not in known:
                 raise UnknownNameError(unknown("map", name, [*MAPS, *known], verb="one for walking"))
+        if not names:
+            raise SideTuningError("maps: give at least one")
+        for what, count in (("size", size), ("tics", tics), ("max_steps", max_steps), ("stay", stay)):
+            if count < 1:
+                raise SideTuningError(f"{what} must be 1 or more, not {count}")
         self.maps, self.turn, self.tics, self.max_steps, self.stay = names, turn, tics, max_steps, stay
         self.render_mode = render_mode
         self.action_space = spaces.Discrete(len(ACTIONS))

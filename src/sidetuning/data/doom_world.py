@@ -15,6 +15,7 @@ from sidetuning.data import doom_grid
 from sidetuning.data.doom import SETUP, picture
 from sidetuning.data.doom_engine import engine, told, vizdoom
 from sidetuning.data.doom_grid import Grid
+from sidetuning.errors import EngineError
 
 HOME = "my_way_home"  # ViZDoom's maze of rooms, the same textures everywhere; all other maps are Freedoom's
 VARIABLES = ("POSITION_X", "POSITION_Y", "ANGLE")
@@ -104,6 +105,8 @@ class World:
         return self._act([0, -degrees], 1)
 
     def _act(self, action: list[float], tics: int) -> bool:
+        if self._game is None:
+            raise EngineError("no level is open; reset the environment first")
         with told(self.map):
             self._game.make_action(action, tics)
             if self._game.is_episode_finished():

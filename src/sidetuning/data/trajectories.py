@@ -138,19 +138,22 @@ class Steps:
 
 
 def read_steps(folder: str | Path, episodes: int | None = None) -> Steps:
-    """Read a data set of trajectories, ours or another of Minari's with `rgb` observations.
+    """Read a data set of trajectories, ours or another of Minari's with pictures (h, w, 3) or (3, h, w) uint8 under `rgb`; of other
+    observations a compass alone is read.
 
     Args:
         folder: the one that holds `data/`.
         episodes: read the first so many alone; None for all.
 
     Raises:
-        DataError: no data set, one without `rgb` or with too few episodes, or damaged files.
+        DataError: no data set, one without such pictures or with too few episodes, or damaged files.
     """
     try:
         from minari import MinariDataset
     except ModuleNotFoundError as error:
         raise ImportError(f"trajectories need {error.name}; type: pip install 'sidetuning[agents]'") from error
+    if episodes is not None and episodes < 1:
+        raise DataError(f"read at least one episode, not {episodes}")
     path = Path(folder).resolve() / "data"
     if not path.exists():
         raise DataError(
@@ -165,10 +168,19 @@ def read_steps(folder: str | Path, episodes: int | None = None) -> Steps:
     except DataError:
         raise
     except Exception as error:  # Minari raises what its formats make it
-        raise DataError(f"{folder} cannot be read ({type(error).__name__}: {error}); collect it again") from error
+        raise DataError(
+            f"{folder} cannot be read ({type(error).__name__}: {error}); delete the folder, and collect it again"
+        ) from error
     if not isinstance(found[0].observations, Mapping) or "rgb" not in found[0].observations:
         raise DataError(f"{folder} has no observations 'rgb'; these are what the base sees")
-    rgb = [torch.from_numpy(e.observations["rgb"][: len(e)]).permute(0, 3, 1, 2) for e in found]
+    first = found[0].observations["rgb"]
+    if first.ndim != 4 or first.dtype != np.uint8 or 3 not in (first.shape[1], first.shape[3]):
+        raise DataError(
+            f"{folder} has pictures {first.shape[1:]} {first.dtype} under 'rgb'; these must be (h, w, 3) or (3, h, w) uint8"
+        )
+    last = first.shape[3] == 3
+    pictures = [torch.from_numpy(e.observations["rgb"][: len(e)]) for e in found]
+    rgb = [p.permute(0, 3, 1, 2) if last else p for p in pictures]
     numbers = [extra_of({k: v[: len(e)] for k, v in e.observations.items()}, len(e)) for e in found]
     actions = [np.asarray(e.infos.get(EXPERT, e.actions)).reshape(-1)[: len(e)] for e in found]
     starts = torch.tensor([0, *(len(e) for e in found)]).cumsum(0)

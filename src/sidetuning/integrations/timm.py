@@ -32,7 +32,7 @@ def load(
             (b, t, d) of a transformer without one.
         revision: unused by timm's names; write it as "hf_hub:repo@revision" in the name.
         pretrained: False for random weights.
-        weights: a safetensors file of the network without its classifier.
+        weights: a safetensors file of the network, with its classifier or without.
     """
     try:
         import timm
@@ -50,12 +50,14 @@ def load(
         ) from error
     except OSError as error:
         raise OSError(
-            f"the weights of timm model '{name}' could not be downloaded ({error}); check the network, give weights= the "
-            "path of a safetensors file, or pretrained=False for random weights"
+            f"the weights of timm model '{name}' could not be downloaded ({error}); check the network, give weights= (on the command "
+            "line --base-weights) the path of a safetensors file, or pretrained=False for random weights"
         ) from error
-    if weights is not None:
-        load_weights(net, weights, f"timm model '{name}'")
     config: dict[str, Any] = net.pretrained_cfg
+    if weights is not None:
+        classifier = config.get("classifier") or ()
+        names = (classifier,) if isinstance(classifier, str) else classifier
+        load_weights(net, weights, f"timm model '{name}'", spare=[f"{n}." for n in names])
     size = config.get("input_size", (3, 224, 224))
     channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
     if output == "map":

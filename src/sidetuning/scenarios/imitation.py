@@ -24,7 +24,16 @@ from sidetuning.methods import METHODS, Method, Recipe, Task
 from sidetuning.registry import unknown
 from sidetuning.scenarios.outcomes import Scores, difference_text, mean_text, scores
 from sidetuning.scenarios.play import film, load_player
-from sidetuning.scenarios.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice, read_result, side_options
+from sidetuning.scenarios.runs import (
+    WITH_SIDES,
+    Run,
+    above_zero,
+    absolute,
+    at_least_one,
+    not_twice,
+    read_result,
+    side_options,
+)
 from sidetuning.scenarios.worlds import (
     HOME,
     TEST_SEED,
@@ -172,7 +181,7 @@ class Moves(Dataset[Any]):
 def cells(settings: Settings, size: int) -> Iterator[Cell]:
     """The runs, seed by seed, with pictures of a size."""
     s = settings
-    shared = {f.name: getattr(s, f.name) for f in fields(Learning)}
+    shared = {f.name: getattr(s, f.name) for f in fields(Learning)} | {"base_weights": absolute(s.base_weights)}
     for seed in range(s.seeds):
         for count in s.trajectories:
             for method in s.methods:

@@ -17,6 +17,7 @@ from sidetuning.artifacts import atomic_write
 from sidetuning.charts import Film, write_charts
 from sidetuning.errors import SideTuningError
 from sidetuning.scenarios.outcomes import Outcome
+from sidetuning.scenarios.runs import writable
 from sidetuning.scenarios.worlds import TEST_SEED, Act, Policy, drawing, episodes, make_world, map_base
 
 HEIGHT = 256  # of a film; what the agent sees is on its left, the map on its right
@@ -89,7 +90,7 @@ def load_player(folder: str | Path) -> Player:
         from sidetuning.scenarios import ppo
 
         c, learned = ppo.load_policy(folder)
-        return Player(c.method, c.env, c.test_split, c.size, ppo.policy_of(learned, c), c.seed)
+        return Player(c.method, c.env, c.test_split, c.size, ppo.policy_of(learned), c.seed)
     raise SideTuningError(
         f"{folder} holds a run of {scenario}; give the folder of one run of imitation or rl, such as {folder}/sidetune-0"
     )
@@ -101,7 +102,7 @@ def film(player: Player, count: int, out: Path) -> list[Film]:
     Raises:
         SideTuningError: the folder cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    writable(out)
     world = make_world(player.env, player.split, player.size)
     act = drawing(world, player.policy, player.seed)
     films = []
@@ -151,8 +152,9 @@ def picture(world: Any, way: Way, expert: Way) -> NDArray[np.uint8]:
 
 def map_of(world: Any, way: Way, expert: Way) -> Image.Image:
     """The part of the map around both ways, north up, with start, goal and the agent's direction."""
-    grid, goal = world.grid, world.episode.goal
-    around = np.array([*way, *expert, goal, world.episode.start])
+    grid = world.grid
+    goals = [world.episode.goal] if hasattr(world, "expert") else []
+    around = np.array([*way, *expert, *goals, world.episode.start])
     middle = (around.min(0) + around.max(0)) / 2
     scale = HEIGHT / max(float(np.ptp(around, axis=0).max()) + 256, 640)  # pixels per map unit
 
@@ -172,8 +174,8 @@ def map_of(world: Any, way: Way, expert: Way) -> Image.Image:
         draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill=COLOURS["expert"])
     if len(way) > 1:
         draw.line([place(*p) for p in way], fill=COLOURS["agent"], width=3)
-    x, y = place(*goal)
-    draw.ellipse((x - 6, y - 6, x + 6, y + 6), outline=COLOURS["goal"], width=3)
+    for x, y in (place(*goal) for goal in goals):
+        draw.ellipse((x - 6, y - 6, x + 6, y + 6), outline=COLOURS["goal"], width=3)
     x, y = place(world.world.x, world.world.y)
     angle = np.radians(world.world.yaw)
     nose = [

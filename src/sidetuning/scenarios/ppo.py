@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,13 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import get_device
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecTransposeImage
 from torch import Tensor
 from tqdm import tqdm
 
 from sidetuning.artifacts import atomic_write, write_json
 from sidetuning.errors import SideTuningError
-from sidetuning.integrations.sb3 import CODE, IMAGE, SideTunedExtractor, VecBaseFeatures
+from sidetuning.integrations.sb3 import SideTunedExtractor, VecBaseFeatures
 from sidetuning.scenarios.outcomes import scores
 from sidetuning.scenarios.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
 from sidetuning.scenarios.runs import Run, read_result, side_options
@@ -64,7 +64,7 @@ def one(cell: Cell) -> Result:
     same_answers(model.policy, policy, folder.folder)
     world = make_world(c.env, c.test_split, c.size)
     try:
-        outcomes = list(episodes(world, drawing(world, policy_of(policy, c), c.seed), c.test_episodes, TEST_SEED))
+        outcomes = list(episodes(world, drawing(world, policy_of(policy), c.seed), c.test_episodes, TEST_SEED))
     finally:
         world.close()
     result = Result(
@@ -93,12 +93,18 @@ def training_env(cell: Cell) -> VecEnv:
     return env
 
 
-def build(cell: Cell, env: VecEnv) -> PPO:
-    """The learner."""
+def try_extractors(cells: Iterable[Cell], world: Any) -> None:
+    """See whether the extractors of some runs can be built for what is seen in an environment, before anything is written."""
+    seen: Any = VecTransposeImage(DummyVecEnv([lambda: world])).observation_space
+    for cell in cells:
+        SideTunedExtractor(seen, **extractor_options(cell))
+
+
+def extractor_options(cell: Cell) -> dict[str, Any]:
+    """What a run's extractor is built with."""
     c = cell
-    base = partial(map_base, c.base, c.base_weights, c.size)
-    extractor = {
-        "base": base,
+    return {
+        "base": partial(map_base, c.base, c.base_weights, c.size),
         "method": c.method,
         "side": c.side,
         "merge": c.merge,
@@ -106,10 +112,15 @@ def build(cell: Cell, env: VecEnv) -> PPO:
         "side_options": side_options(c.side, c.side_width),
         "precision": c.precision,
     }
+
+
+def build(cell: Cell, env: VecEnv) -> PPO:
+    """The learner."""
+    c = cell
     return PPO(
         "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,
         gae_lambda=0.95, ent_coef=c.entropy, clip_range=0.2, seed=SEEDS * c.seed,
-        policy_kwargs={"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": extractor, "net_arch": [64]},
+        policy_kwargs={"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": extractor_options(c), "net_arch": [64]},
     )  # fmt: skip
 
 
@@ -269,17 +280,6 @@ def same_answers(policy: Any, loaded: Any, folder: Path) -> None:
         )
 
 
-def policy_of(policy: Any, cell: Cell) -> Policy:
-    """What a learned policy would do; where it wants the base's features, a base that is folded once makes them."""
-    c = cell
-    base = None
-    if CODE in policy.observation_space.spaces:
-        base = map_base(c.base, c.base_weights, c.size).folded().to(policy.device)
-
-    def answer(observation: dict[str, Any]) -> Tensor:
-        if base is not None:
-            image = torch.from_numpy(observation[IMAGE]).permute(2, 0, 1)[None].to(base.device)
-            observation = {**observation, CODE: base(image).out[0].cpu().numpy()}
-        return probabilities(policy, observation)[0]
-
-    return answer
+def policy_of(policy: Any) -> Policy:
+    """What a learned policy would do."""
+    return lambda observation: probabilities(policy, observation)[0]

@@ -19,7 +19,7 @@ from sidetuning.registry import unknown
 from sidetuning.results import Estimate, number_text
 from sidetuning.scenarios.outcomes import Scores, mean_text
 from sidetuning.scenarios.play import film, load_player
-from sidetuning.scenarios.runs import Run, above_zero, at_least_one, not_twice
+from sidetuning.scenarios.runs import Run, above_zero, absolute, at_least_one, not_twice
 from sidetuning.scenarios.worlds import HOME, make_world
 
 METHODS = ("sidetune", "features", "finetune", "scratch")
@@ -128,7 +128,7 @@ class Result(Scores):
 def cells(settings: Settings) -> Iterator[Cell]:
     """The runs, seed by seed."""
     s = settings
-    shared = {f.name: getattr(s, f.name) for f in fields(Learning)}
+    shared = {f.name: getattr(s, f.name) for f in fields(Learning)} | {"base_weights": absolute(s.base_weights)}
     for seed in range(s.seeds):
         for method in s.methods:
             yield Cell(method=method, seed=seed, out=str(Path(s.out) / f"{method}-{seed}"), **shared)
@@ -139,12 +139,16 @@ def run(settings: Settings) -> list[Result]:
     s = settings
     check(s)
     try:
-        from sidetuning.scenarios.ppo import one
+        from sidetuning.scenarios.ppo import one, try_extractors
     except ModuleNotFoundError as error:
         raise ImportError(f"rl needs {error.name}; type: pip install 'sidetuning[agents]'") from error
-    Run(s.out, "rl", s, free=(*FREE, "seeds", "methods"))
     use_threads(s.threads)
-    make_world(s.env, s.test_split, s.size).close()  # what cannot be tested is not learned
+    world = make_world(s.env, s.test_split, s.size)  # what cannot be tested is not learned
+    try:
+        try_extractors({c.method: c for c in cells(s)}.values(), world)
+    finally:
+        world.close()
+    Run(s.out, "rl", s, free=(*FREE, "seeds", "methods"))
     results = []
     for cell in tqdm(list(cells(s)), unit="run", dynamic_ncols=True, disable=not s.progress):
         results.append(one(cell))
@@ -197,22 +201,22 @@ def lead(env: str) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Methods as rows, in Markdown: what they came to on the test episodes, mean and standard error over seeds, and intervals."""
+    """Methods as columns, in Markdown: what they came to on the test episodes, mean and standard error over seeds, and intervals."""
     tests = {"Success, %": ("success", 100.0), "SPL, %": ("spl", 100.0), "Reward": ("reward", 1.0)}
-    columns: dict[str, Callable[[Result], float | None]] = {
-        "Success while learning, %": lambda r: learning_success(r.curve), "at its end, %": lambda r: learning_success(r.curve[-1:]),
-        "Parameters trained": lambda r: r.added, "Steps per second": lambda r: r.steps_per_second,
-    }  # fmt: skip
-    names = [*tests, *columns, "Seeds"]
-    text = f"| Method | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}\n"
-    for method in dict.fromkeys(r.method for r in results):
-        runs = [r for r in results if r.method == method]
-        row = [mean_text(runs, measure, scale) for measure, scale in tests.values()]
-        for name, value in columns.items():
-            found = [v for r in runs if (v := value(r)) is not None]
-            decimals = 0 if name.startswith(("Parameters", "Steps")) else 1
-            row.append(number_text(Estimate(*mean_and_error(found)) if found else None, decimals))
-        text += f"| {method} | " + " | ".join(row) + f" | {len(runs)} |\n"
+    others: dict[str, tuple[Callable[[Result], float | None], int]] = {  # with decimals
+        "Success while learning, %": (lambda r: learning_success(r.curve), 1),
+        "At its end, %": (lambda r: learning_success(r.curve[-1:]), 1),
+        "Parameters trained": (lambda r: r.added, 0),
+        "Steps per second": (lambda r: r.steps_per_second, 0),
+    }
+    runs = {method: [r for r in results if r.method == method] for method in dict.fromkeys(r.method for r in results)}
+    rows = {name: [mean_text(of, *what) for of in runs.values()] for name, what in tests.items()}
+    for name, (value, decimals) in others.items():
+        found = [[v for r in of if (v := value(r)) is not None] for of in runs.values()]
+        rows[name] = [number_text(Estimate(*mean_and_error(f)) if f else None, decimals) for f in found]
+    rows["Seeds"] = [str(len(of)) for of in runs.values()]
+    text = f"| | {' | '.join(runs)} |\n| --- |{' ---: |' * len(runs)}\n"
+    text += "".join(f"| {name} | {' | '.join(row)} |\n" for name, row in rows.items())
     text += (
         "\nMean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the test episodes (bootstrap; "
         f"of one run Wilson's, of its reward 1.96 standard errors). Success while learning is the mean of the learning curve. {SCRATCH}\n"

@@ -42,12 +42,7 @@ class Run:
         self._free, self._defaults = free, json.loads(json.dumps({k: v for k, v in defaults.items() if k not in free}))
         wanted = {k: v for k, v in asdict(settings).items() if k not in free}
         wanted = json.loads(json.dumps(wanted))  # as it will be read: tuples are lists
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SideTuningError(
-                f"{folder} cannot be written to ({error.strerror}); choose another folder with --out"
-            ) from error
+        writable(self.folder)
         file = self.folder / "run.json"
         if file.exists() and any(other != file for other in self.folder.iterdir()):
             self._check(file, scenario, wanted)
@@ -139,6 +134,25 @@ class Run:
             out.write(json.dumps(row) + "\n")
             out.flush()
             os.fsync(out.fileno())  # what is saved after it must not outlive it
+
+
+def writable(folder: Path) -> None:
+    """Make a folder where there is none.
+
+    Raises:
+        SideTuningError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SideTuningError(
+            f"{folder} cannot be written to ({error.strerror}); choose another folder with --out"
+        ) from error
+
+
+def absolute(path: str | None) -> str | None:
+    """The whole path, which is the same from every folder."""
+    return None if path is None else str(Path(path).expanduser().resolve())
 
 
 def at_least_one(settings: Any, *names: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def distilled_weights(base: Base, side: str, options: Mapping[str, Any]) -> Path
     return packaged(file)
 
 
-def load_weights(module: nn.Module, path: str | Path, what: str) -> None:
-    """Load a safetensors file into `module`, strictly.
+def load_weights(module: nn.Module, path: str | Path, what: str, spare: Sequence[str] = ()) -> None:
+    """Load a safetensors file into `module`, strictly, but for tensors whose names start with one of `spare`, which may be there too.
 
     Raises:
         ArtifactError: the file is missing or damaged, or holds other tensors; nothing is loaded then.
@@ -78,8 +78,12 @@ def load_weights(module: nn.Module, path: str | Path, what: str) -> None:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist; it should hold the weights of {what}") from error
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is not a readable safetensors file ({error}); fetch or write it again") from error
+        mend = "fetch or write it again"
+        if path.suffix in (".pt", ".pth", ".bin"):
+            mend = "write what torch.load gives of it with safetensors.torch.save_file"
+        raise ArtifactError(f"{path} is not a readable safetensors file ({error}); {mend}") from error
     expected = module.state_dict()
+    tensors = {k: v for k, v in tensors.items() if k in expected or not k.startswith(tuple(spare))}
     for name, value in expected.items():  # a counter that nothing here reads and older files do not have
         if name.endswith("num_batches_tracked"):
             tensors.setdefault(name, value)
