@@ -58,6 +58,10 @@ class VecBaseFeatures(VecEnvWrapper):
 
     Attributes:
         passes: pictures that the base has seen.
+
+    Raises:
+        TypeError: not vectorised environments.
+        ShapeError: their observations have no picture that the base takes, or have a "base" already.
     """
 
     def __init__(self, venv: VecEnv, base: str | Base) -> None:
@@ -115,6 +119,11 @@ class SideTunedExtractor(BaseFeaturesExtractor):
     Orthogonal initialisation, which stable-baselines3 applies to all layers of a policy, passes the extractor by: it would
     undo the distilled side and the pretrained copy. A tuned copy starts with its batch norms merged into its convolutions; those that
     cannot be merged keep their running statistics.
+
+    Raises:
+        UnknownNameError: no such base, method, side, merge or precision.
+        ShapeError: observations without a picture, or with entries that are neither picture nor numbers; a base for other pictures.
+        ArtifactError: the observations hold codes of another base.
     """
 
     def __init__(
@@ -189,11 +198,9 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         out = self.code(code)
         if self.given is None:
             return out
-        told = [
-            compass_numbers(v) if k == COMPASS else v.flatten(1)
-            for k, v in ((k, observations[k]) for k in self.numbers)
-        ]
-        return torch.cat([out, self.given(torch.cat(told, 1))], 1)
+        told = {name: observations[name] for name in self.numbers}
+        heard = [compass_numbers(v) if name == COMPASS else v.flatten(1) for name, v in told.items()]
+        return torch.cat([out, self.given(torch.cat(heard, 1))], 1)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> SideTunedExtractor:
         """Does nothing: see above."""
