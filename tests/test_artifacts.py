@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as parse
@@ -99,6 +100,11 @@ def test_a_folder_of_tasks_is_loaded_with_laterals_first(tmp_path: Path) -> None
         assert sorted(other.tasks) == ["a", "m", "z"]
         for name in model.tasks:
             assert torch.equal(other(inputs("mlp"), name), model(inputs("mlp"), name))
+    other = st.SideTuner(mlp_base())
+    other.add_task("z", side="mlp", head=5)  # another of that name
+    with pytest.raises(st.ArtifactError, match="beside another task 'z'"):
+        other.load_task(tmp_path / "run" / "tasks" / "m")
+    other.load_task(tmp_path / "run" / "tasks" / "m", any_base=True)
     shutil.rmtree(tmp_path / "run" / "tasks" / "z")
     with pytest.raises(st.ArtifactError, match="laterals"):
         st.load(tmp_path / "run", base=mlp_base())
@@ -313,6 +319,40 @@ def test_saving_over_a_task_replaces_it(tmp_path: Path) -> None:
     model.save_task("pets", tmp_path)
     other = st.load(tmp_path, base=mlp_base())
     assert torch.equal(other(inputs("mlp"), "pets"), model(inputs("mlp"), "pets"))
+
+
+def test_a_task_that_cannot_be_written_leaves_the_one_that_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = saved(tmp_path)
+    before = model(inputs("mlp"), "pets")
+    model["pets"].config.merge[1]["start"] = np.float32(0.5)
+    with pytest.raises(st.TaskError, match="cannot be saved"):
+        model.save_task("pets", tmp_path)
+    model["pets"].config.merge[1].clear()
+    scrambled(model, "pets")
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        model.save_task("pets", tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert torch.equal(st.load(tmp_path, base=mlp_base())(inputs("mlp"), "pets"), before)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["side.json", "side.safetensors"]
+
+
+def test_labels_and_metrics_of_any_kind_come_back(tmp_path: Path) -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("digits", side="mlp", head=3, labels=range(3))  # type: ignore[arg-type]
+    model.save_task("digits", tmp_path, metrics={"accuracy": torch.tensor(0.5)})  # type: ignore[dict-item]
+    assert st.load(tmp_path, base=mlp_base())["digits"].labels == ["0", "1", "2"]
+    with pytest.raises(st.TaskError, match="2 labels for 3 outputs"):
+        model.add_task("pets", side="mlp", head=3, labels=["cat", "dog"])
+
+
+def test_other_taps_are_refused(tmp_path: Path) -> None:
+    model = st.SideTuner(conv_base(("0", "3")))
+    model.add_task("a", side="ladder", head=2)
+    model.save_task("a", tmp_path)
+    with pytest.raises(st.ArtifactError, match="trained on the taps 0, 3, this base has 2, 4"):
+        st.SideTuner(conv_base(("2", "4"))).load_task(tmp_path)
 
 
 class FakeHub:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,32 @@ def test_transformers_encoder(tmp_path: Path) -> None:
     assert model(batch, "topic").shape == (2, 4)
     model.save_task("topic", tmp_path / "topic")
     assert torch.equal(st.load(tmp_path / "topic")(batch, "topic"), model(batch, "topic"))
+    with pytest.raises(st.UnknownNameError, match="did you mean 'last_hidden_state'"):
+        st.load_base(f"hf:{tmp_path}", output="last_hiden_state")
+    with pytest.raises(st.ShapeError, match="tap a module within it"):
+        st.load_base(f"hf:{tmp_path}", taps=["encoder"])
+
+
+def test_image_models_of_transformers_are_given_what_they_were_trained_with(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetModel, T5Config, T5Model, Wav2Vec2Config, Wav2Vec2Model
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_channels=3)
+    ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    plain = st.load_base(f"hf:{tmp_path / 'resnet'}")
+    assert plain.kind == "map" and plain.mean is None
+    told = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3], "do_normalize": True}
+    (tmp_path / "resnet/preprocessor_config.json").write_text(json.dumps(told))
+    base, x = st.load_base(f"hf:{tmp_path / 'resnet'}"), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    by_hand = (x / 255 - torch.tensor(told["image_mean"]).view(3, 1, 1)) / torch.tensor(told["image_std"]).view(3, 1, 1)
+    assert torch.allclose(base(x).out, plain(by_hand).out, atol=1e-5)
+    T5Model(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path / "t5"
+    )
+    assert st.load_base(f"hf:{tmp_path / 't5'}").output_shape == (8, 16)  # its encoder
+    sound = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    Wav2Vec2Model(sound).save_pretrained(tmp_path / "sound")
+    with pytest.raises(st.ShapeError, match="neither texts nor images"):
+        st.load_base(f"hf:{tmp_path / 'sound'}")
 
 
 def test_onnx_session(tmp_path: Path) -> None:
@@ -86,6 +113,11 @@ def test_onnx_session(tmp_path: Path) -> None:
     assert torch.equal(st.load(tmp_path / "a")(x, "a"), model(x, "a"))
     with pytest.raises(st.UnknownNameError, match="no taps"):
         st.load_base(f"onnx:{path}", taps=["conv"])
+    weights, before = tmp_path / "net.onnx.data", base.fingerprint()  # torch writes them into a file of their own
+    content = bytearray(weights.read_bytes())
+    content[10] ^= 1
+    weights.write_bytes(bytes(content))
+    assert st.load_base(f"onnx:{path}").fingerprint() != before
 
 
 def test_a_function_is_a_base() -> None:
@@ -130,6 +162,52 @@ def test_folding_keeps_taps() -> None:
     between = conv_base(("0", "1"))  # what lies between a convolution and its norm can only be seen unfolded
     assert torch.allclose(between.folded()(x).taps["0"], between(x).taps["0"], atol=1e-5)
     assert torch.allclose(between.folded()(x).taps["1"], between(x).taps["1"], atol=1e-5)
+
+
+def test_a_convolution_with_weight_norm_is_not_folded() -> None:
+    with st.seeded(1):
+        net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8))
+    base = st.Base(net, example=torch.zeros(1, 3, 32, 32))
+    assert torch.equal(base.folded()(inputs("conv")).out, base(inputs("conv")).out)
+
+
+def test_taps_that_cannot_be_are_said() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3))
+    with pytest.raises(st.ShapeError, match="'0' returns is written over"):
+        st.Base(net, example=torch.zeros(1, 3, 32, 32), taps=["0"])
+    assert st.Base(net, example=torch.zeros(1, 3, 32, 32), taps=["1"]).tap_shapes == {"1": (8, 30, 30)}
+
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)  # type: ignore[no-any-return]
+
+    with pytest.raises(st.ShapeError, match="'idle' is not run"):
+        st.Base(Idle(), example=torch.zeros(1, 3, 32, 32), taps=["idle"])
+
+
+def test_a_network_put_into_training_mode_does_not_move() -> None:
+    base = conv_base()
+    before, net = base.fingerprint(), base.net
+    assert isinstance(net, nn.Module)
+    net.train()
+    base(inputs("conv"))
+    assert base.fingerprint() == before
+
+
+def test_a_module_of_another_task_or_of_the_base_is_refused() -> None:
+    net = conv_net()[:5]
+    base = st.Base(net, example=torch.zeros(1, 3, 32, 32))
+    model, side = st.SideTuner(base), nn.Conv2d(3, 16, 4, 4)
+    model.add_task("a", side=side, head=2)
+    with pytest.raises(st.TaskError, match="also that of task 'a'"):
+        model.add_task("b", side=side, head=2)
+    with pytest.raises(st.TaskError, match="also that of the base"):
+        model.add_task("b", side=net, head=2)
+    assert model.tasks == ["a"]
 
 
 def test_names_that_do_not_exist() -> None:

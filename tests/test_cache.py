@@ -297,7 +297,7 @@ def test_cached_features_spare_every_base_pass(tmp_path: Path, no_base_pass: Cal
     no_base_pass()
     for name, output in model.forward_all(x, features=features).items():
         torch.testing.assert_close(output, expected[name])
-    st.fit(model, "a", [(x, features, y)], steps=1, progress=False)
+    st.fit(model, "b", [(x, features, y.remainder(2))], steps=1, progress=False)
     with pytest.raises(AssertionError, match="a base pass"):
         model.forward_all(x)
 

@@ -48,6 +48,10 @@ def test_nothing_is_forgotten_whatever_is_learned_later(kind: str, side: str) ->
         st.fit(model, "new", [batch(kind)], steps=2, lr=0.1, weight_decay=0.1, progress=False)
         assert same(model(x, "old"), before), merge
         assert model.base.fingerprint() == print_before
+        if laterals:
+            with pytest.raises(st.TaskError, match="a lateral of new"):
+                st.fit(model, "old", [batch(kind)], steps=1, progress=False)
+            model.remove_task("new")
         st.fit(model, "old", [batch(kind)], steps=1, lr=0.1, progress=False)
         assert not same(model(x, "old"), before), f"{merge}: training changes nothing"
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -182,7 +183,7 @@ def test_fit_changes_its_task_and_nothing_else() -> None:
     with st.seeded(0):
         model.add_task("old", side="fcn4", merge="mlp2", head=3)
         model.add_task("new", side="fcn4", merge="mlp2", head=3, laterals=["old"])
-        model.add_task("later", side="fcn4", merge="mlp2", head=3, laterals=["new"])
+        model.add_task("later", side="fcn4", merge="mlp2", head=3, laterals=["old"])
     before = {name: state(model[name]) for name in model.tasks}
     print_before, base_before = model.base.fingerprint(), state(model.base.net)  # type: ignore[arg-type]
     y = torch.tensor([0, 1, 2, 0])
@@ -263,6 +264,63 @@ def test_evaluate_is_what_a_hand_counts() -> None:
         "accuracy",
         "samples",
     }
+
+
+def test_accuracy_of_maps_is_a_share_of_pixels_and_of_numbers_there_is_none() -> None:
+    base = st.Base(nn.Conv2d(3, 8, 3, padding=1), example=torch.zeros(1, 3, 8, 8))
+    model = st.SideTuner(base)
+    model.add_task("map", side=nn.Conv2d(3, 8, 1), head="pixels", head_options={"channels": 5})
+    x, y = torch.rand(6, 3, 8, 8), torch.randint(0, 5, (6, 8, 8))
+    y[:, :4] = -100  # half of the pixels have no label
+    found = st.evaluate(model, "map", DataLoader(TensorDataset(x, y), batch_size=4))
+    right = (model(x, "map").argmax(1) == y).sum() / (y != -100).sum()
+    assert found["accuracy"] == pytest.approx(float(right), rel=1e-5) and 0 < found["accuracy"] < 1
+    numbers = DataLoader(TensorDataset(x, torch.rand(6, 5, 8, 8)), batch_size=4)
+    assert st.evaluate(model, "map", numbers, loss=F.mse_loss).keys() == {"loss", "samples"}
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights() -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target) + (output.sum() * 0).sqrt()  # finite, its gradient is not
+
+    for clip in (1.0, None):
+        model = build()
+        before = state(model)
+        with pytest.raises(st.TrainingError, match="norm of the gradient is nan at step 0"):
+            st.fit(model, "t", loader(), steps=3, loss=loss, clip=clip, progress=False)
+        assert same(state(model), before)
+
+
+def test_what_fit_cannot_do_is_said(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(toy(8))
+
+    model = build()
+    for match, options in (("epochs must be 1 or more", {"epochs": 0}), ("steps must be 1 or more", {"steps": -1})):
+        with pytest.raises(st.TaskError, match=match):
+            st.fit(model, "t", loader(), progress=False, **options)  # type: ignore[arg-type]
+    with pytest.raises(st.TaskError, match="needs steps="):
+        st.fit(model, "t", DataLoader(Stream(), batch_size=4), epochs=1, progress=False)
+    with pytest.raises(st.TaskError, match="not accumulated"):
+        st.fit(model, "t", loader(), steps=1, accelerator=Accelerator(gradient_accumulation_steps=4), progress=False)
+
+
+def test_what_was_learned_is_kept_where_a_validation_fails(tmp_path: Path) -> None:
+    def metric(output: Tensor, target: Tensor) -> Tensor:
+        raise RuntimeError("a mistake in a metric")
+
+    whole, broken, file = build(dropout=True), build(dropout=True), tmp_path / "run.pt"
+    st.fit(whole, "t", loader(), steps=5, progress=False)
+    again: dict[str, Any] = {"steps": 5, "resume": file, "validate": loader(), "progress": False}
+    with pytest.raises(RuntimeError, match="a mistake"):
+        st.fit(broken, "t", loader(), metrics={"wrong": metric}, **again)
+    resumed = build(dropout=True)
+    result = st.fit(resumed, "t", loader(), **again)
+    assert same(state(resumed), state(whole)) and [row["step"] for row in result.validation] == [5]
+    assert len(st.fit(resumed, "t", loader(), **again).validation) == 1
+    with pytest.raises(st.TrainingError, match="weight decay"):
+        st.fit(build(dropout=True), "t", loader(), weight_decay=0.5, **again)
 
 
 def test_evaluate_runs_in_evaluation_mode_and_changes_nothing() -> None:

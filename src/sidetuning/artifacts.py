@@ -54,13 +54,20 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON atomically."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _json(content))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def save_task(model: SideTuner, task: str, path: str | Path, *, metrics: Mapping[str, float] | None = None) -> None:
     """Write a task to the folder `path`, with the fingerprint of the base it belongs to.
 
     The tensors go first, `side.json`, which names their sha256, last: a folder is a task only when whole.
+
+    Raises:
+        TaskError: an option of a part, or another value, that JSON does not have.
     """
     branch, base, path = model[task], model.base, Path(path)
     data = _tensor_bytes(branch)
@@ -72,19 +79,27 @@ def save_task(model: SideTuner, task: str, path: str | Path, *, metrics: Mapping
         "parts": asdict(branch.config),
         "labels": branch.labels,
         "alpha": branch.alpha,
-        "metrics": dict(metrics or {}),
+        "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+        "laterals_sha256": {name: _lateral_sha256(model, name) for name in branch.config.laterals},
         "base": {
             "spec": spec,
             "sha256": base.fingerprint(),
             "output_shape": list(base.output_shape),
             "preparation": base.preparation(),
+            "taps": list(base.tap_shapes),
         },
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    with atomic_write(path / TENSORS) as temporary:
-        temporary.write_bytes(data)
-    write_json(path / CONFIG, config)
+    try:
+        text = _json(config)
+    except TypeError as error:
+        raise TaskError(
+            f"task '{task}' cannot be saved: {error}; give its options as plain numbers and texts"
+        ) from error
+    with atomic_write(path / CONFIG) as config_file, atomic_write(path / TENSORS) as tensors_file:
+        config_file.write_text(text, encoding="utf-8")
+        tensors_file.write_bytes(data)  # both are whole before either takes its place, this one first
 
 
 def is_saved(model: SideTuner, task: str, path: str | Path) -> bool:
@@ -96,6 +111,13 @@ def is_saved(model: SideTuner, task: str, path: str | Path) -> bool:
         return False
     sha256 = hashlib.sha256(_tensor_bytes(model[task])).hexdigest()
     return config["task"] == task and config["tensors_sha256"] == sha256 == hashlib.sha256(content).hexdigest()
+
+
+def _lateral_sha256(model: SideTuner, task: str) -> str:
+    """Of the side of a task, all that another sees of it."""
+    side = model[task].side
+    assert side is not None
+    return hashlib.sha256(_tensor_bytes(side)).hexdigest()
 
 
 def _tensor_bytes(branch: nn.Module) -> bytes:
@@ -160,7 +182,7 @@ def load_task(
         model: a model on the base that the task was trained on.
         path: the folder.
         name: another name for the task.
-        any_base: load it even where the base's weights differ; its outputs are not what they were then.
+        any_base: load it even where the base's weights, its taps or a lateral differ; its outputs are not what they were then.
         side, merge, head: instances of the parts that were the user's own modules.
 
     Returns:
@@ -194,6 +216,11 @@ def load_task(
     missing = [lateral for lateral in parts.laterals if lateral not in model]
     if missing:
         raise TaskError(f"task '{name}' uses the sides of {', '.join(missing)}; load those tasks first")
+    for lateral, sha256 in config.get("laterals_sha256", {}).items():
+        if lateral in model and sha256 != _lateral_sha256(model, lateral) and not any_base:
+            raise ArtifactError(
+                f"{path} was trained beside another task '{lateral}' than the one of this model; load that one, or pass any_base=True"
+            )
     options: dict[str, Any] = {
         f"{kind}_options": None if given[kind] or not getattr(parts, kind) else getattr(parts, kind)[1]
         for kind in given
@@ -206,6 +233,11 @@ def load_task(
         raise
     except Exception as error:  # options of the wrong type or value, which each part meets in its own way
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
+    taps = config["base"].get("taps")
+    if getattr(branch.side, "uses_taps", False) and taps not in (None, list(model.base.tap_shapes)) and not any_base:
+        raise ArtifactError(
+            f"{path} was trained on the taps {', '.join(taps)}, this base has {', '.join(model.base.tap_shapes)}; use base.with_taps(…)"
+        )
     branch.labels = config.get("labels")
     tensors = _read_tensors(path / TENSORS, config["tensors_sha256"])
     problem = mismatch(branch.state_dict(), tensors)
@@ -286,6 +318,8 @@ def _wrong_field(config: dict[str, Any]) -> str | None:
         "parts.prenorm": isinstance(parts.get("prenorm"), bool),
         "parts.init": parts.get("init") in (None, "zero", "low-energy"),
         "labels": labels is None or texts(labels),
+        "laterals_sha256": isinstance(config.get("laterals_sha256", {}), dict),
+        "base.taps": config["base"].get("taps") is None or texts(config["base"]["taps"]),
         "base.sha256": isinstance(config["base"].get("sha256"), str),
         "base.spec": spec is None
         or (isinstance(spec, dict) and isinstance(spec.get("name"), str) and isinstance(spec.get("options"), dict)),
@@ -322,4 +356,6 @@ def _read_tensors(file: Path, sha256: str) -> dict[str, Any]:
 
 def _spec_text(config: dict[str, Any]) -> str:
     spec = config["base"].get("spec")
-    return f"load_base({spec['name']!r})" if spec else "which has no recorded spec"
+    if not spec:
+        return "which has no recorded spec"
+    return f"load_base({', '.join([repr(spec['name']), *(f'{k}={v!r}' for k, v in spec['options'].items())])})"

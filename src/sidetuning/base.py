@@ -14,6 +14,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrize import is_parametrized
 
 from sidetuning.errors import ShapeError, UnknownNameError
 from sidetuning.registry import Registry, unknown
@@ -71,6 +72,9 @@ class Select:
         if callable(output):
             returned = output(returned)
         elif isinstance(output, str):
+            names = list(returned) if isinstance(returned, Mapping) else [n for n in dir(returned) if n[0] != "_"]
+            if output not in names:
+                raise UnknownNameError(unknown("output", output, names, verb="of the network"))
             returned = returned[output] if isinstance(returned, Mapping) else getattr(returned, output)
         elif output is not None:
             returned = returned[output]
@@ -107,8 +111,8 @@ class Base(nn.Module):
         spec: how `load_base` builds it again; None for a base of your own.
 
     Raises:
-        UnknownNameError: a tap that `net` does not have.
-        ShapeError: an output that is not (b, d), (b, t, d) or (b, c, h, w).
+        UnknownNameError: a tap or an output that `net` does not have.
+        ShapeError: an output that is not (b, d), (b, t, d) or (b, c, h, w); a tap that is not run, or is written over.
     """
 
     mean: Tensor | None
@@ -155,7 +159,24 @@ class Base(nn.Module):
                     unknown("tap", tap, names[:40] if len(names) > 40 else names, verb="in the base")
                 )
         self._taps = tuple(taps)
-        features = self(self.example)
+        found: dict[str, tuple[Tensor, int]] = {}  # each with its version, which writes in place raise
+        watch = [
+            net.get_submodule(tap).register_forward_hook(self._keep(found, tap, _versioned))  # type: ignore[attr-defined]
+            for tap in taps
+        ]
+        try:
+            features = self(self.example)
+        finally:
+            for hook in watch:
+                hook.remove()
+        for tap in taps:
+            if tap not in found:
+                raise ShapeError(f"the tap '{tap}' is not run by the network; tap a module that is")
+            tensor, version = found[tap]
+            if _versioned(tensor)[1] != version:
+                raise ShapeError(
+                    f"what the tap '{tap}' returns is written over in place by what follows it; tap that instead"
+                )
         self.tap_shapes = {name: tuple(tap.shape[1:]) for name, tap in features.taps.items()}
         return features
 
@@ -188,6 +209,8 @@ class Base(nn.Module):
         net = self.net
         hooks = []
         if isinstance(net, nn.Module):
+            if net.training:  # whoever has the network put it there, and its statistics would move
+                net.eval()
             for name in self._taps:
                 hooks.append(net.get_submodule(name).register_forward_hook(self._keep(taps, name)))
         try:
@@ -201,10 +224,16 @@ class Base(nn.Module):
         """Prepare and encode a raw input."""
         return self.encode(self.prepare(x))
 
-    def _keep(self, taps: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def _keep(
+        self, kept: dict[str, Any], name: str, what: Callable[[Tensor], Any] | None = None
+    ) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, (tuple, list)) else output  # transformers' layers return tuples
-            taps[name] = self.select.channels_first(tensor)
+            if not isinstance(tensor, Tensor):
+                raise ShapeError(
+                    f"the tap '{name}' returns a {type(tensor).__name__}, not a tensor; tap a module within it"
+                )
+            kept[name] = self.select.channels_first(tensor) if what is None else what(tensor)
 
         return hook
 
@@ -301,6 +330,11 @@ class Base(nn.Module):
         return f"{name}, {self.kind} {self.output_shape}, {self.parameter_count():,} frozen parameters"
 
 
+def _versioned(tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor and its version, which writes in place raise; tensors of inference mode have none."""
+    return tensor, 0 if tensor.is_inference() else tensor._version
+
+
 def _within(name: str, parent: str) -> bool:
     return name == parent or name.startswith(parent + ".")
 
@@ -319,7 +353,8 @@ def _foldable(net: nn.Module) -> list[tuple[str, str]]:
         if isinstance(before, torch.fx.Node) and before.op == "call_module" and len(before.users) == 1:
             conv, norm = str(before.target), str(node.target)
             once = calls.count(conv) == calls.count(norm) == 1
-            if once and isinstance(modules[conv], nn.Conv2d):
+            plain = not modules[conv]._forward_pre_hooks and not is_parametrized(modules[conv])  # no weight norm
+            if once and plain and isinstance(modules[conv], nn.Conv2d):
                 pairs.append((conv, norm))
     return pairs
 

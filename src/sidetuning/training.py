@@ -13,7 +13,8 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -111,8 +112,8 @@ def fit(
         progress: show a bar.
 
     Raises:
-        TaskError: the task is frozen or has nothing to train.
-        TrainingError: the loss is not finite, or `resume` belongs to another run.
+        TaskError: the task is frozen, has nothing to train, or is a lateral of another.
+        TrainingError: the loss or its gradient is not finite, or `resume` belongs to another run.
         DataError: a label that the head has no output for.
     """
     branch = model[task]
@@ -120,12 +121,22 @@ def fit(
         raise TaskError(
             f"task '{task}' has nothing to train: it is frozen, or without parameters; freeze_task('{task}', False)"
         )
+    users = [t for t in model.tasks if task in model[t].config.laterals]
+    if users:
+        raise TaskError(
+            f"task '{task}' is a lateral of {', '.join(users)}, which would change with it; train another task"
+        )
     if steps is not None and epochs is not None:
         raise TaskError("give epochs or steps, not both")
+    for name, count in (("epochs", epochs), ("steps", steps)):
+        if count is not None and count < 1:
+            raise TaskError(f"{name} must be 1 or more, not {count}")
     if steps is None:
-        if not isinstance(loader, Sized):
-            raise TaskError("a loader without a length needs steps=")
-        steps = (epochs or 1) * len(loader)
+        try:
+            batches = len(loader)  # type: ignore[arg-type]
+        except TypeError as error:  # a DataLoader has a length by type, but none over a stream
+            raise TaskError("a loader without a length needs steps=") from error
+        steps = (epochs or 1) * batches
     if accelerator is None:
         accelerator = default_accelerator()
     model.to(accelerator.device)
@@ -146,8 +157,13 @@ def fit(
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """1 where the highest output is the target's, else 0: (b, c), (b,) -> (b,)."""
-    return (output.argmax(1) == target).float()
+    """1 where the highest output is the target's, else 0; of maps the share of pixels, but for those of -100, which cross-entropy
+    ignores: (b, c, …), (b, …) -> (b,)."""
+    right = (output.argmax(1) == target).float()
+    if target.ndim == 1:
+        return right
+    counts = (target != -100).float()
+    return (right * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
 
 
 class TaskModel(Protocol):
@@ -177,7 +193,7 @@ def evaluate(
         task: the task.
         loader: as in `fit`; a `DataLoader` is sharded over the launched processes.
         loss: `loss(output, target)`, averaged over samples.
-        metrics: name -> function of (output, target) that returns one number per sample; accuracy by default.
+        metrics: name -> function of (output, target) that returns one number per sample; by default accuracy, where targets are classes.
         accelerator: as in `fit`.
 
     Returns:
@@ -188,11 +204,10 @@ def evaluate(
     if accelerator is None:
         accelerator = default_accelerator()
     model.to(accelerator.device)
-    metrics = {"accuracy": accuracy} if metrics is None else metrics
     branch = model[task]
     modes = [(module, module.training) for module in branch.modules()]
     branch.eval()
-    sums: dict[str, float] = dict.fromkeys(["loss", *metrics], 0.0)
+    sums: dict[str, float] = defaultdict(float)
     samples = 0
     batches = accelerator.prepare(loader) if isinstance(loader, torch.utils.data.DataLoader) else loader
     try:
@@ -200,6 +215,9 @@ def evaluate(
             x, features, y = unpack(send_to_device(batch, accelerator.device))
             output = model(x, task, features=features)
             check_labels(output, y)
+            if metrics is None:
+                classes = y.dtype == torch.int64 and output.ndim == y.ndim + 1
+                metrics = {"accuracy": accuracy} if classes else {}
             each = {
                 "loss": loss(output, y).expand(len(y)),
                 **{name: metric(output, y) for name, metric in metrics.items()},
@@ -306,16 +324,23 @@ def train(
         label: what is trained; a resume file of something else is refused.
 
     Raises:
-        TrainingError: the loss is not finite (the weights are left as they were before that step), `resume` holds the
-            state of another run, or the loader gives fewer batches than before the interruption.
+        TaskError: an accelerator that accumulates gradients.
+        TrainingError: the loss or its gradient is not finite (the weights are left as they were before that step), `resume` holds
+            the state of another run, or the loader gives fewer batches than before the interruption.
     """
     from accelerate.utils import send_to_device
 
     if accelerator is None:
         accelerator = default_accelerator()
     path = None if resume is None else Path(resume)
+    if accelerator.gradient_accumulation_steps > 1:
+        raise TaskError(
+            "gradients are not accumulated: give a loader with larger batches, and an accelerator without accumulation"
+        )
     rates = ", ".join(f"{group.get('initial_lr', group['lr']):g}" for group in optimizer.param_groups)
     how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
+    if decay := max(group.get("weight_decay", 0) for group in optimizer.param_groups):
+        how += f", weight decay {decay:g}"
     state = _Position(seed=seed, steps=steps, label=label, optimizer=how)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -327,6 +352,14 @@ def train(
     rng: dict[str, Any] | None = None
     if path is not None and path.exists():
         rng = _restore(path, state, objective, optimizer, scheduler)
+
+    def check() -> None:
+        if validate is not None:
+            objective.eval()
+            row = {"step": float(state.step), **validate()}
+            objective.train()
+            state.validation.append(row)
+            bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
 
     saved = time.monotonic()
     started = saved - state.seconds
@@ -366,12 +399,13 @@ def train(
                     state.epoch, state.batch = state.epoch + 1, 0
                 if not any_batch:
                     raise TrainingError("the loader gave no batch: its data set is empty, or its iterator was used up")
-                if validate is not None and (state.batch == 0 or state.step == steps):
-                    objective.eval()
-                    row = {"step": float(state.step), **validate()}
-                    objective.train()
-                    state.validation.append(row)
-                    bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+                if state.step < steps and state.batch == 0:
+                    check()
+            if path is not None:  # before the last validation, which may fail
+                state.seconds = time.monotonic() - started
+                _save(path, state, objective, optimizer, scheduler, accelerator)
+            if not state.validation or state.validation[-1]["step"] != steps:
+                check()
             state.seconds = time.monotonic() - started
             if path is not None:
                 _save(path, state, objective, optimizer, scheduler, accelerator)
@@ -437,18 +471,24 @@ def _step(
     buffers = [(b, b.clone()) for b in wrapped.buffers()]  # running statistics, which the forward pass already moves
     with accelerator.autocast():
         loss = wrapped(batch)
+
+    def finite(what: str, value: float) -> None:
+        if not math.isfinite(value):
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            raise TrainingError(
+                f"the {what} is {value} at step {step}; the weights are those before this step. "
+                "Lower the learning rate, clip the gradient, or look for NaN in the inputs and labels."
+            )
+
     value = float(accelerator.reduce(loss.detach(), "mean"))
-    if not math.isfinite(value):
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        raise TrainingError(
-            f"the loss is {value} at step {step}; the weights are those before this step. "
-            "Lower the learning rate, clip the gradient, or look for NaN in the inputs and labels."
-        )
+    finite("loss", value)
     optimizer.zero_grad()
     accelerator.backward(loss)
-    if clip is not None:
-        accelerator.clip_grad_norm_(trained, clip)
+    norm = accelerator.clip_grad_norm_(trained, math.inf if clip is None else clip)
+    if accelerator.scaler is None and norm is not None:  # a scaler skips such steps by itself
+        finite("norm of the gradient", float(norm))
     optimizer.step()
     if scheduler is not None:
         scheduler.step()

@@ -84,13 +84,13 @@ class SideTuner(nn.Module):
                 merged output starts as the base's (a gate at 0 in the merge). "distilled": the weights that ship for
                 this base and side. A path: a safetensors file of the side's weights.
             side_options, merge_options, head_options: keyword arguments of registered parts.
-            labels: names of the classes, kept with the task.
+            labels: names of the classes, one per output, kept with the task.
 
         Returns:
             The new branch, in evaluation mode, on the base's device.
 
         Raises:
-            TaskError: the name is taken or not allowed, or parts do not go together.
+            TaskError: the name is taken or not allowed, or parts do not go together or are another task's or the base's.
             UnknownNameError: a part, an option or a lateral that does not exist.
             ShapeError: a side or head that does not fit the base's shapes.
         """
@@ -101,7 +101,7 @@ class SideTuner(nn.Module):
             self.base, side=side, head=head, merge=merge, laterals=laterals, prenorm=prenorm, init=init,
             side_options=side_options, merge_options=merge_options, head_options=head_options,
         )  # fmt: skip
-        branch.labels = None if labels is None else list(labels)
+        branch.labels = None if labels is None else [str(label) for label in labels]
         return self.add_branch(name, branch)
 
     def add_branch(self, name: str, branch: Branch) -> Branch:
@@ -110,6 +110,13 @@ class SideTuner(nn.Module):
         for lateral in branch.config.laterals:
             if self[lateral].side is None:
                 raise TaskError(f"task '{lateral}' has no side, so it cannot be a lateral of '{name}'")
+        own = {id(t) for t in (*branch.parameters(), *branch.buffers())}
+        others: dict[str, Any] = {f"task '{t}'": self[t] for t in self.tasks} | {"the base": self.base.net}
+        for other, module in others.items():
+            if isinstance(module, nn.Module) and own & {id(t) for t in (*module.parameters(), *module.buffers())}:
+                raise TaskError(
+                    f"a module of task '{name}' is also that of {other}, which would change with it; give a copy.deepcopy"
+                )
         self._check_shapes(name, branch)
         self.branches[name] = branch
         return branch
@@ -130,12 +137,15 @@ class SideTuner(nn.Module):
         branch.to(example.device)
         try:
             with torch.no_grad():
-                branch(inputs, features, self.lateral_outputs(branch, inputs, features))
+                out = branch(inputs, features, self.lateral_outputs(branch, inputs, features))
         except SideTuningError:
             raise
         except Exception as error:
             shapes = f"input {tuple(example.shape)}, base output {tuple(features.out.shape)}"
             raise ShapeError(f"the parts of task '{name}' do not fit each other ({shapes}): {error}") from error
+        labels = branch.labels
+        if labels is not None and isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] != len(labels):
+            raise TaskError(f"task '{name}' has {len(labels)} labels for {out.shape[1]} outputs; give one per output")
 
     def remove_task(self, name: str) -> None:
         """Remove a task. Raises TaskError where a later task has it as a lateral."""

@@ -94,11 +94,14 @@ def load_images(source: str | Path, split: str) -> ImageSet:
 
 def decode_image(data: bytes) -> Tensor:
     """An encoded image to uint8 (3, h, w); raises DataError where it is damaged."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            array = np.array(image.convert("RGB"))
+            upright = ImageOps.exif_transpose(image)  # cameras write how they were held
+            if upright.mode.startswith("I;16"):  # Pillow would cut these off at 255
+                upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+            array = np.array(upright.convert("RGB"))
     except UnidentifiedImageError as error:
         raise DataError("the image cannot be decoded: its bytes are of no format that Pillow knows") from error
     except Exception as error:  # Pillow's decoders raise whatever their formats make them

@@ -53,8 +53,13 @@ class Session:
         return torch.from_numpy(out)
 
     def fingerprint(self) -> str:
-        """sha256 of the file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        """sha256 of the file, and of those beside it that it names: large weights lie in files of their own."""
+        content = self.path.read_bytes()
+        digest = hashlib.sha256(content)
+        for file in sorted(f for f in self.path.parent.iterdir() if f.is_file() and f != self.path):
+            if file.name.encode() in content:
+                digest.update(file.read_bytes())
+        return digest.hexdigest()
 
 
 def load(

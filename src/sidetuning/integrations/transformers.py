@@ -53,20 +53,53 @@ def load(
         ) from error
     if weights is not None:
         load_weights(net, weights, f"transformers model '{name}'")
-    return from_model(net.float(), taps=taps, output=output)  # a checkpoint in half precision is loaded as it is
+    if config.is_encoder_decoder:
+        net = net.get_encoder()
+    mean, std = normalisation(name, revision) if getattr(net, "main_input_name", "") == "pixel_values" else (None, None)
+    return from_model(
+        net.float(), taps=taps, output=output, mean=mean, std=std
+    )  # in half precision it is loaded as it is
 
 
-def from_model(net: Any, *, taps: Sequence[str] = (), output: str | None = None) -> Base:
-    """Wrap a model that is loaded already; text models take a mapping, image models a tensor."""
-    return Base(net, example=example_of(net), output=output or "last_hidden_state", taps=taps)
+def from_model(
+    net: Any,
+    *,
+    taps: Sequence[str] = (),
+    output: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Base:
+    """Wrap a model that is loaded already; text models take a mapping, image models a tensor, normalised by mean and std."""
+    return Base(net, example=example_of(net), output=output or "last_hidden_state", taps=taps, mean=mean, std=std)
+
+
+def normalisation(name: str, revision: str | None) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and standard deviation of pictures in [0, 1] that an image model was trained with; None where its files do not tell."""
+    from transformers import BaseImageProcessor
+
+    try:
+        told, _ = BaseImageProcessor.get_image_processor_dict(name, revision=revision or "main")
+    except OSError:  # no such file
+        return None, None
+    if not told.get("do_normalize", True):
+        return None, None
+    return told.get("image_mean"), told.get("image_std")
 
 
 def example_of(net: Any) -> PlainInput:
-    """A smallest input of a transformers model."""
-    config = net.config
-    if getattr(net, "main_input_name", "input_ids") == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        return torch.zeros(1, getattr(config, "num_channels", 3), size, size)
+    """A smallest input of a transformers model.
+
+    Raises:
+        ShapeError: it reads neither texts nor images alone.
+    """
+    config, main = net.config, getattr(net, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        return torch.zeros(1, getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
+    if main != "input_ids" or not hasattr(config, "vocab_size"):
+        raise ShapeError(
+            f"{type(net).__name__} reads neither texts nor images alone; wrap a part of it, or say what it reads: Base(net, example=…)"
+        )
     ids = torch.arange(8).remainder(config.vocab_size).unsqueeze(0)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
