@@ -353,8 +353,15 @@ def train(
     if path is not None and path.exists():
         rng = _restore(path, state, objective, optimizer, scheduler)
 
+    def save() -> None:
+        if path is not None:
+            state.seconds = time.monotonic() - started
+            _save(path, state, objective, optimizer, scheduler, accelerator)
+
     def check() -> None:
-        if validate is not None:
+        if validate is not None and (not state.validation or state.validation[-1]["step"] != state.step):
+            if state.step == steps:
+                save()  # it may fail
             objective.eval()
             row = {"step": float(state.step), **validate()}
             objective.train()
@@ -392,8 +399,7 @@ def train(
                     if state.step == steps:
                         break
                     if path is not None and time.monotonic() - saved > save_every:
-                        state.seconds = time.monotonic() - started
-                        _save(path, state, objective, optimizer, scheduler, accelerator)
+                        save()
                         saved = time.monotonic()
                 else:
                     state.epoch, state.batch = state.epoch + 1, 0
@@ -401,14 +407,9 @@ def train(
                     raise TrainingError("the loader gave no batch: its data set is empty, or its iterator was used up")
                 if state.step < steps and state.batch == 0:
                     check()
-            if path is not None:  # before the last validation, which may fail
-                state.seconds = time.monotonic() - started
-                _save(path, state, objective, optimizer, scheduler, accelerator)
-            if not state.validation or state.validation[-1]["step"] != steps:
-                check()
+            check()
+            save()
             state.seconds = time.monotonic() - started
-            if path is not None:
-                _save(path, state, objective, optimizer, scheduler, accelerator)
     finally:
         bar.close()
         objective.eval()

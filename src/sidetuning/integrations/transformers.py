@@ -24,7 +24,7 @@ def load(
     pretrained: bool = True,
     weights: str | Path | None = None,
 ) -> Base:
-    """Build the base.
+    """Build the base; of an encoder with a decoder, the encoder. Images are normalised as `preprocessor_config.json` says, where there is one.
 
     Args:
         name: a model on the Hub or a local folder.
