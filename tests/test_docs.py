@@ -56,7 +56,13 @@ def test_the_tables_of_dense_tasks_are_made_from_the_results(script: str, count:
 
 
 @pytest.mark.parametrize(
-    ("script", "count"), [("agents.py rl --env doom-home", 1), ("agents.py imitation", 3), ("agents.py speed", 1)]
+    ("script", "count"),
+    [
+        ("agents.py rl --env doom-home", 1),
+        ("agents.py rl --env doom-pointnav", 1),
+        ("agents.py imitation", 3),
+        ("agents.py speed", 1),
+    ],
 )
 def test_the_tables_of_agents_are_made_from_the_results(script: str, count: int) -> None:
     tables = [part for part in printed(script).split("\n\n") if part.startswith("|")]
