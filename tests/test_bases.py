@@ -47,7 +47,7 @@ def test_timm_maps_are_channels_first_whatever_the_layout(name: str) -> None:
     }
 
 
-def test_transformers_encoder(tmp_path: Path) -> None:
+def test_transformers_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
@@ -64,6 +64,12 @@ def test_transformers_encoder(tmp_path: Path) -> None:
     assert model(batch, "topic").shape == (2, 4)
     model.save_task("topic", tmp_path / "topic")
     assert torch.equal(st.load(tmp_path / "topic")(batch, "topic"), model(batch, "topic"))
+    monkeypatch.chdir(tmp_path.parent)  # a relative path is found from every folder
+    relative = st.SideTuner(st.load_base(f"hf:{tmp_path.name}"))
+    relative.add_task("t", side="transformer", head=2)
+    relative.save_task("t", tmp_path / "t")
+    monkeypatch.chdir("/")
+    assert torch.equal(st.load(tmp_path / "t")(batch, "t"), relative(batch, "t"))
     with pytest.raises(st.UnknownNameError, match="did you mean 'last_hidden_state'"):
         st.load_base(f"hf:{tmp_path}", output="last_hiden_state")
     with pytest.raises(st.ShapeError, match="tap a module within it"):

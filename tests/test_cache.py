@@ -309,3 +309,8 @@ def test_inputs_that_are_no_tensor_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(st.ShapeError, match="one tensor"):
         fill(tmp_path, data=Words())
+
+
+def test_an_empty_data_set_is_said(tmp_path: Path) -> None:
+    with pytest.raises(st.DataError, match="empty"):
+        st.cache_features(mlp_base(), torch.utils.data.TensorDataset(torch.zeros(0, 12), torch.zeros(0)), tmp_path)

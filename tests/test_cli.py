@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -111,6 +112,20 @@ def test_predict_asks_every_task(run: Path, tmp_path: Path) -> None:
     assert "classes-0-9" in done.stdout and "classes-10-19" in done.stdout
     (tmp_path / "broken.png").write_bytes(b"no image")
     one_sentence(sidetuning("predict", run, tmp_path / "broken.png"), "broken.png")
+
+
+def test_photographs_are_turned_upright_and_deep_ones_keep_their_grey(tmp_path: Path) -> None:
+    from sidetuning.scenarios.predict import read
+
+    seen = np.zeros((20, 40, 3), np.uint8)
+    seen[:, :20] = 255  # white on its left
+    turned, exif = Image.fromarray(np.rot90(seen).copy()), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    turned.save(tmp_path / "photo.png", exif=exif)
+    image = read(tmp_path / "photo.png", (20, 40))
+    assert image.shape == (3, 20, 40) and image[:, :, :20].min() == 1 and image[:, :, 20:].max() == 0
+    Image.fromarray(np.full((8, 8), 0x8080, np.uint16)).save(tmp_path / "deep.png")
+    assert read(tmp_path / "deep.png", (8, 8)).mean() == pytest.approx(128 / 255)
 
 
 def test_mistakes_are_one_sentence(run: Path, tiny_cifar: Path, tmp_path: Path) -> None:

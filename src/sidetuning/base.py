@@ -412,6 +412,8 @@ def load_base(
     if colon:
         build = SCHEMES[scheme]
         base = build(rest, taps=taps, output=output, revision=revision, pretrained=pretrained, weights=weights)
+        if scheme in ("hf", "onnx") and Path(rest).exists():
+            name = f"{scheme}:{Path(rest).resolve()}"  # found from every folder
     else:
         if name not in BASES and any(name.endswith(s) for s in (".onnx", ".safetensors")):
             raise UnknownNameError(f"'{name}' is a file; write onnx:{name}, or give a base's name and weights={name}")

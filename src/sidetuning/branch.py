@@ -71,7 +71,10 @@ class Branch(nn.Module):
         """Merge, normalise and decode, where the side output is known."""
         base = features.out
         if side is not None and side.shape != base.shape:
-            raise ShapeError(f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree")
+            raise ShapeError(
+                f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree (for inputs of another size "
+                "than the example's build the model on base.with_example(x))"
+            )
         return decode(self.head, self.norm(self.merge(base, side, laterals)), inputs)
 
     @property

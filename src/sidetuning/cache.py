@@ -26,7 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from sidetuning.artifacts import write_json
 from sidetuning.base import Base, Features
-from sidetuning.errors import CacheError, ShapeError
+from sidetuning.errors import CacheError, DataError, ShapeError
 
 FORMAT_VERSION = 1
 CHUNK = 1000  # samples between two markers, and the unit of work of a process
@@ -142,11 +142,14 @@ def cache_features(
 
     Raises:
         CacheError: the disk is full or read-only; what was written stays and the next call goes on from it.
+        DataError: the data set is empty.
     """
     if views > 1 and augment is None:
         raise CacheError(f"{views} views of each sample need augment=, a function of a batch and a generator")
     if dtype not in ("float32", "float16"):
         raise CacheError(f"features are kept as float32 or float16, not {dtype}")
+    if len(dataset) == 0:  # type: ignore[arg-type]
+        raise DataError("the data set is empty; there is nothing to keep features of")
     key = cache_key(base, identity or data_identity(dataset), views, augment, seed, dtype)
     folder = Path(path) / key
     if not (folder / "meta.json").exists():

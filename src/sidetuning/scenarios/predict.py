@@ -50,9 +50,9 @@ def predict(settings: Settings) -> list[Answer]:
     views = [batch, batch.flip(-1)] if averages_mirror_images(Path(settings.run)) else [batch]
     with torch.no_grad():
         each = [model.forward_all(view) for view in views]
-    if dense := [task for task, out in each[0].items() if out.ndim != 2]:
+    if others := [task for task, out in each[0].items() if out.ndim != 2 or out.shape[1] < 2]:
         raise DataError(
-            f"the task {dense[0]} of {settings.run} does not classify images; its pictures are in its run's report"
+            f"the task {others[0]} of {settings.run} does not classify images; pictures of dense tasks are in the run's report"
         )
     outputs = {task: torch.stack([F.softmax(o[task], 1) for o in each]).mean(0) for task in model.tasks}
     answers = []
