@@ -216,7 +216,7 @@ def evaluate(
             output = model(x, task, features=features)
             check_labels(output, y)
             if metrics is None:
-                classes = y.dtype == torch.int64 and output.ndim == y.ndim + 1
+                classes = isinstance(output, Tensor) and y.dtype == torch.int64 and output.ndim == y.ndim + 1
                 metrics = {"accuracy": accuracy} if classes else {}
             each = {
                 "loss": loss(output, y).expand(len(y)),
