@@ -69,6 +69,17 @@ def test_the_tables_of_agents_are_made_from_the_results(script: str, count: int)
     assert sum(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables) == count  # without some measures
 
 
+def test_the_numbers_of_levels_are_those_of_the_environments() -> None:
+    nav = pytest.importorskip("sidetuning.data.doom_nav")
+    all_levels = [len(nav.MAPS[split]) for split in ("train", "val", "test")]
+    winding = [len([m for m in nav.MAPS[split] if m not in nav.OPEN]) for split in ("train", "val", "test")]
+    text = (ROOT / "docs/agents.md").read_text()
+    assert (
+        "train {}, val {}, test {} levels".format(*all_levels) in text
+        and "it has {}, {} and {}".format(*winding) in text
+    )
+
+
 def test_the_ranks_over_three_seeds_are_those_of_the_results() -> None:
     summary = printed("compare.py itaskonomy --methods sidetune features finetune piggyback").split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")] for line in summary.splitlines()]
