@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -67,6 +68,18 @@ def test_the_tables_of_dense_tasks_are_made_from_the_results(script: str, count:
 def test_the_tables_of_agents_are_made_from_the_results(script: str, count: int) -> None:
     tables = [part for part in printed(script).split("\n\n") if part.startswith("|")]
     assert sum(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables) == count  # without some measures
+
+
+def test_how_often_clones_of_five_trajectories_stop_elsewhere_is_counted_in_the_results() -> None:
+    def share(method: str, trajectories: int) -> float:
+        files = [*(ROOT / "benchmarks/results").glob(f"imitation-{method}-{trajectories}-?.json")]
+        ends = [episode for file in files for episode in json.loads(file.read_text())["episodes"]]
+        assert len(files) == 3 and len(ends) == 300
+        return sum(not success and steps < 200 for success, _, _, steps in ends) / 3  # in % of the episodes
+
+    few = f"side-tuned clones end {share('sidetune', 5):.0f} % of the episodes by stopping elsewhere, features {share('features', 5):.0f} %"
+    assert few in (ROOT / "docs/benchmarks.md").read_text()
+    assert all(share(method, n) == 0 for method in ("sidetune", "features") for n in (100, 500))
 
 
 def test_the_numbers_of_levels_are_those_of_the_environments() -> None:

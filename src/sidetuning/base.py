@@ -72,10 +72,11 @@ class Select:
         if callable(output):
             returned = output(returned)
         elif isinstance(output, str):
-            names = list(returned) if isinstance(returned, Mapping) else [n for n in dir(returned) if n[0] != "_"]
-            if output not in names:
-                raise UnknownNameError(unknown("output", output, names, verb="of the network"))
-            returned = returned[output] if isinstance(returned, Mapping) else getattr(returned, output)
+            try:
+                returned = returned[output] if isinstance(returned, Mapping) else getattr(returned, output)
+            except (KeyError, AttributeError) as error:
+                names = list(returned) if isinstance(returned, Mapping) else [n for n in dir(returned) if n[0] != "_"]
+                raise UnknownNameError(unknown("output", output, names, verb="of the network")) from error
         elif output is not None:
             returned = returned[output]
         if not isinstance(returned, Tensor):

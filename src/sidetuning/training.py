@@ -121,8 +121,7 @@ def fit(
         raise TaskError(
             f"task '{task}' has nothing to train: it is frozen, or without parameters; freeze_task('{task}', False)"
         )
-    users = [t for t in model.tasks if task in model[t].config.laterals]
-    if users:
+    if users := model.users(task):
         raise TaskError(
             f"task '{task}' is a lateral of {', '.join(users)}, which would change with it; train another task"
         )
@@ -354,8 +353,8 @@ def train(
         rng = _restore(path, state, objective, optimizer, scheduler)
 
     def save() -> None:
+        state.seconds = time.monotonic() - started
         if path is not None:
-            state.seconds = time.monotonic() - started
             _save(path, state, objective, optimizer, scheduler, accelerator)
 
     def check() -> None:
@@ -409,7 +408,6 @@ def train(
                     check()
             check()
             save()
-            state.seconds = time.monotonic() - started
     finally:
         bar.close()
         objective.eval()

@@ -150,10 +150,13 @@ class SideTuner(nn.Module):
     def remove_task(self, name: str) -> None:
         """Remove a task. Raises TaskError where a later task has it as a lateral."""
         self[name]
-        users = [t for t in self.tasks if name in self[t].config.laterals]
-        if users:
+        if users := self.users(name):
             raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
         del self.branches[name]
+
+    def users(self, name: str) -> list[str]:
+        """The tasks that have this one as a lateral."""
+        return [t for t in self.tasks if name in self[t].config.laterals]
 
     def freeze_task(self, name: str, frozen: bool = True) -> None:
         """Freeze a task's parameters (`fit` then refuses it), or thaw them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,21 @@ class Session:
         return torch.from_numpy(out)
 
     def fingerprint(self) -> str:
-        """sha256 of the file, and of those beside it that it names: large weights lie in files of their own."""
+        """sha256 of the file, and of those that hold its large weights."""
         content = self.path.read_bytes()
         digest = hashlib.sha256(content)
-        for file in sorted(f for f in self.path.parent.iterdir() if f.is_file() and f != self.path):
-            if file.name.encode() in content:
-                digest.update(file.read_bytes())
+        for name in external_files(content):
+            digest.update((self.path.parent / name).read_bytes())
         return digest.hexdigest()
+
+
+def external_files(content: bytes) -> list[str]:
+    """Where an ONNX file says that weights lie: its entries "location", as protobuf writes a key and a value."""
+    names = set()
+    for entry in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]*[\x00-\x7f])", content):
+        length = sum((byte & 127) << 7 * i for i, byte in enumerate(entry[1]))
+        names.add(content[entry.end() : entry.end() + length].decode())
+    return sorted(names)
 
 
 def load(

@@ -165,7 +165,8 @@ class SideTunedExtractor(BaseFeaturesExtractor):
             _, side_options = DISTILLED["resnet-doom-curvature", side]
         side = copy.deepcopy(side)  # a module of the user's: of this policy alone
         self.base, self.precision, self.numbers = built, precision, tuple(numbers)
-        self.encoder = built.folded() if method in ("sidetune", "features") else built  # as VecBaseFeatures runs it
+        encodes = method in ("sidetune", "features") and code_space is None
+        self.encoder = built.folded() if encodes else None  # as VecBaseFeatures runs it
         self.branch: nn.Module | None = None
         self.trunk: nn.Module | None = None  # makes a code alone, without a pass of the base
         if method == "sidetune":
@@ -193,7 +194,12 @@ class SideTunedExtractor(BaseFeaturesExtractor):
             with torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 code = self.trunk(x).float()
         else:
-            features = Features(observations[CODE]) if CODE in observations else self.encoder.encode(x)
+            if CODE in observations:
+                features = Features(observations[CODE])
+            else:
+                if self.encoder is None:  # learned from cached codes, and now there are none
+                    self.encoder = self.base.folded()
+                features = self.encoder.encode(x)
             code = features.out if self.branch is None else self.branch(x, features)
         out = self.code(code)
         if self.given is None:

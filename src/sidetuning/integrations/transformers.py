@@ -56,9 +56,8 @@ def load(
     if config.is_encoder_decoder:
         net = net.get_encoder()
     mean, std = normalisation(name, revision) if getattr(net, "main_input_name", "") == "pixel_values" else (None, None)
-    return from_model(
-        net.float(), taps=taps, output=output, mean=mean, std=std
-    )  # in half precision it is loaded as it is
+    net = net.float()  # a checkpoint in half precision is loaded as it is
+    return from_model(net, taps=taps, output=output, mean=mean, std=std)
 
 
 def from_model(
