@@ -1,7 +1,6 @@
 """Side-tuning: give a frozen pretrained network new skills, a small side network at a time (Zhang et al., ECCV 2020)."""
 
-from sidetuning.artifacts import load, load_task, save_task
-from sidetuning.base import BASES, Base, Features, Input, Observation, load_base
+from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
 from sidetuning.distill import distill
@@ -15,11 +14,14 @@ from sidetuning.errors import (
     TrainingError,
     UnknownNameError,
 )
-from sidetuning.heads import HEADS
+from sidetuning.heads import HEADS, Head
 from sidetuning.hub import pull, push
-from sidetuning.merges import MERGES
-from sidetuning.sides import SIDES
-from sidetuning.training import TrainResult, accuracy, evaluate, fit, seeded, train
+from sidetuning.loading import BASES, load, load_base
+from sidetuning.merges import MERGES, Merge
+from sidetuning.objective import accuracy
+from sidetuning.seeding import seeded
+from sidetuning.sides import SIDES, Side
+from sidetuning.training import TrainResult, evaluate, fit, train
 from sidetuning.tuner import SideTuner
 
 __version__ = "0.1.0"
@@ -36,9 +38,11 @@ __all__ = [
     "CachedFeatures",
     "DataError",
     "Features",
+    "Head",
     "Input",
-    "Observation",
+    "Merge",
     "ShapeError",
+    "Side",
     "SideTuner",
     "SideTuningError",
     "TaskError",
@@ -53,11 +57,9 @@ __all__ = [
     "fit",
     "load",
     "load_base",
-    "load_task",
     "loader_over",
     "pull",
     "push",
-    "save_task",
     "seeded",
     "train",
 ]

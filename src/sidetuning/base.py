@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.fx
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.nn.utils.parametrize import is_parametrized
 
+from sidetuning import identity
 from sidetuning.errors import ShapeError, UnknownNameError
-from sidetuning.registry import Registry, unknown
+from sidetuning.folding import fold
+from sidetuning.registry import unknown
 
-PlainInput = Tensor | Mapping[str, Any]  # one tensor, or the keyword arguments of the network
-
-
-class Observation(NamedTuple):
-    """An input with numbers that only heads see (those that say `uses_extra`): an agent's compass beside its camera.
-
-    Attributes:
-        x: what the base and the side see: a tensor, or the keyword arguments of the network.
-        extra: (b, n).
-    """
-
-    x: PlainInput
-    extra: Tensor
-
-
-Input = PlainInput | Observation
+# One tensor, or the keyword arguments of the network. A mapping may hold two keys that are no arguments: "x", the one
+# tensor of a network that takes no names, and "extra", (b, n) numbers that only heads see, such as an agent's compass.
+Input = Tensor | Mapping[str, Any]
 Kind = Literal["vector", "map", "sequence"]
-KINDS: dict[int, Kind] = {1: "vector", 2: "sequence", 3: "map"}  # by dimensions without the batch
+# By dimensions without the batch.
+KINDS: dict[int, Kind] = {1: "vector", 2: "sequence", 3: "map"}
 
 
 class Features(NamedTuple):
@@ -88,11 +74,23 @@ class Select:
         return x.permute(0, 3, 1, 2) if self.channels_last and x.ndim == 4 else x
 
 
-def call(net: Callable[..., Any], x: Input) -> Any:
-    """Run `net` on a tensor, or on a mapping splatted into keyword arguments."""
-    if isinstance(x, Observation):
-        x = x.x
-    return net(**x) if isinstance(x, Mapping) else net(x)
+# What the taps of the pass under way have seen, in this thread: tap -> (output, its version). None outside of a pass.
+_seen: ContextVar[dict[Tap, tuple[Any, int]] | None] = ContextVar("taps", default=None)
+
+
+class Tap:
+    """A forward hook, put on a module of the network once. It hands each output to the pass that runs, and keeps nothing."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        seen = _seen.get()
+        if seen is not None:
+            # The layers of transformers return tuples.
+            tensor = output[0] if isinstance(output, (tuple, list)) else output
+            seen[self] = (tensor, _version(tensor))
+
+    def __deepcopy__(self, memo: Any) -> Tap:
+        # A copy of the network, such as the folded one, is tapped in the same places.
+        return self
 
 
 class Base(nn.Module):
@@ -123,7 +121,7 @@ class Base(nn.Module):
         self,
         net: Callable[..., Any],
         *,
-        example: PlainInput,
+        example: Input,
         output: str | int | Callable[[Any], Tensor] | None = None,
         taps: Sequence[str] = (),
         channels_last: bool = False,
@@ -134,67 +132,61 @@ class Base(nn.Module):
         super().__init__()
         if isinstance(net, nn.Module):
             net.requires_grad_(False).eval()
-        self._hidden = (net,)  # a tuple: torch registers modules that are attributes, and must not register this one
+        # A tuple: torch registers modules that are attributes, and must not register this one.
+        self._hidden = (net,)
         self.select = Select(output, channels_last)
         self.spec = spec
-        self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", None if std is None else torch.tensor(std).view(-1, 1, 1), persistent=False)
+        # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
+        self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
+        self._sha256: tuple[object, str] | None = None
+        self._taps: dict[str, Tap] = {}
         self.example = example
-        features = self._set_taps(taps)
+        for name, values in (("mean", mean), ("std", std)):
+            norm = None if values is None else torch.tensor(values, device=self.device).view(-1, 1, 1)
+            self.register_buffer(name, norm, persistent=False)
+        self._run_example(taps)
+        self.kind: Kind = KINDS[len(self.output_shape)]
+        self.width: int = self.output_shape[-1] if self.kind == "sequence" else self.output_shape[0]
+
+    def _run_example(self, taps: Sequence[str]) -> None:
+        """Put hooks on the taps, and keep what the base makes of its example: all shapes come from there."""
+        self._taps = {name: self._hook(name) for name in taps}
+        self.example = to_device(self.example, self.device)
+        features = self(self.example)
         self.output_shape = tuple(features.out.shape[1:])
         if len(self.output_shape) not in KINDS:
             raise ShapeError(
                 f"the base returns {tuple(features.out.shape)}; side-tuning needs (b, d), (b, t, d) or (b, c, h, w): "
                 "pick one tensor with output="
             )
-        self.kind: Kind = KINDS[len(self.output_shape)]
-        self.width: int = self.output_shape[-1] if self.kind == "sequence" else self.output_shape[0]
+        self.example_features = features
 
-    def _set_taps(self, taps: Sequence[str]) -> Features:
-        """Choose the taps, and see what the example gives then."""
-        net = self.net
-        for tap in taps:
-            names = [n for n, _ in net.named_modules() if n] if isinstance(net, nn.Module) else []
-            if tap not in names:
-                raise UnknownNameError(
-                    unknown("tap", tap, names[:40] if len(names) > 40 else names, verb="in the base")
-                )
-        self._taps = tuple(taps)
-        found: dict[str, tuple[Tensor, int]] = {}  # each with its version, which writes in place raise
-        watch = [
-            net.get_submodule(tap).register_forward_hook(self._keep(found, tap, _versioned))  # type: ignore[attr-defined]
-            for tap in taps
-        ]
-        try:
-            features = self(self.example)
-        finally:
-            for hook in watch:
-                hook.remove()
-        for tap in taps:
-            if tap not in found:
-                raise ShapeError(f"the tap '{tap}' is not run by the network; tap a module that is")
-            tensor, version = found[tap]
-            if _versioned(tensor)[1] != version:
-                raise ShapeError(
-                    f"what the tap '{tap}' returns is written over in place by what follows it; tap that instead"
-                )
-        self.tap_shapes = {name: tuple(tap.shape[1:]) for name, tap in features.taps.items()}
-        return features
+    def _hook(self, tap: str) -> Tap:
+        """The hook on the module `tap`, which is put there once, whoever asks for it."""
+        modules = dict(self.net.named_modules()) if isinstance(self.net, nn.Module) else {}
+        if not tap or tap not in modules:
+            names = [name for name in modules if name][:40]
+            raise UnknownNameError(unknown("tap", tap, names, verb="in the base"))
+        hooks = [hook for hook in modules[tap]._forward_hooks.values() if isinstance(hook, Tap)]
+        if not hooks:
+            hooks = [Tap()]
+            modules[tap].register_forward_hook(hooks[0])
+        return hooks[0]
 
     @property
     def net(self) -> Callable[..., Any]:
         """The wrapped network."""
         return self._hidden[0]
 
+    @property
+    def tap_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tap without the batch, as the example has it."""
+        return {name: tuple(tap.shape[1:]) for name, tap in self.example_features.taps.items()}
+
     def prepare(self, x: Input) -> Input:
         """Turn a raw input into what base and side see: uint8 images scaled to [0, 1], then normalised."""
-        if isinstance(x, Observation):
-            return Observation(self._prepare(x.x), x.extra)
-        return self._prepare(x)
-
-    def _prepare(self, x: PlainInput) -> PlainInput:
         if not isinstance(x, Tensor):
-            return x
+            return {**x, "x": self.prepare(x["x"])} if "x" in x else x
         if x.dtype == torch.uint8:
             x = x.to(torch.get_default_dtype()) / 255
         if self.mean is not None and self.std is not None:
@@ -203,52 +195,59 @@ class Base(nn.Module):
             x = (x - self.mean) / self.std
         return x
 
-    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the backward pass of a merge
+    # Not inference_mode: its tensors cannot be saved for the backward pass of a merge.
+    @torch.no_grad()
     def encode(self, inputs: Input) -> Features:
         """Run the network on a prepared input."""
-        taps: dict[str, Tensor] = {}
         net = self.net
-        hooks = []
-        if isinstance(net, nn.Module):
-            if net.training:  # whoever has the network put it there, and its statistics would move
-                net.eval()
-            for name in self._taps:
-                hooks.append(net.get_submodule(name).register_forward_hook(self._keep(taps, name)))
+        if isinstance(net, nn.Module) and net.training:
+            # Whoever has the network put it there, and its statistics would move.
+            net.eval()
+        seen: dict[Tap, tuple[Any, int]] = {}
+        token = _seen.set(seen if self._taps else None)
         try:
             out = self.select(call(net, inputs))
         finally:
-            for hook in hooks:
-                hook.remove()
-        return Features(out, taps)
+            _seen.reset(token)
+        return Features(out, {name: self._tapped(name, seen.get(tap)) for name, tap in self._taps.items()})
+
+    def _tapped(self, name: str, seen: tuple[Any, int] | None) -> Tensor:
+        """What the tap `name` has seen, checked."""
+        if seen is None:
+            raise ShapeError(f"the tap '{name}' is not run by the network; tap a module that is")
+        tensor, version = seen
+        if not isinstance(tensor, Tensor):
+            raise ShapeError(
+                f"the tap '{name}' returns a {type(tensor).__name__}, not a tensor; tap a module within it"
+            )
+        if _version(tensor) != version:
+            raise ShapeError(
+                f"what the tap '{name}' returns is written over in place by what follows it; tap that instead"
+            )
+        return self.select.channels_first(tensor)
 
     def forward(self, x: Input) -> Features:
         """Prepare and encode a raw input."""
         return self.encode(self.prepare(x))
 
-    def _keep(
-        self, kept: dict[str, Any], name: str, what: Callable[[Tensor], Any] | None = None
-    ) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, (tuple, list)) else output  # transformers' layers return tuples
-            if not isinstance(tensor, Tensor):
-                raise ShapeError(
-                    f"the tap '{name}' returns a {type(tensor).__name__}, not a tensor; tap a module within it"
-                )
-            kept[name] = self.select.channels_first(tensor) if what is None else what(tensor)
-
-        return hook
-
     def with_taps(self, taps: Sequence[str]) -> Base:
-        """The same network with these taps instead."""
+        """The same network with these taps instead; no pass is made where all of them are here already."""
+        if tuple(taps) == tuple(self._taps):
+            return self
         other = copy.copy(self)
-        other._set_taps(taps)
+        if all(tap in self._taps for tap in taps):
+            other._taps = {tap: self._taps[tap] for tap in taps}
+            kept = {tap: self.example_features.taps[tap] for tap in taps}
+            other.example_features = Features(self.example_features.out, kept)
+        else:
+            other._run_example(taps)
         return other
 
-    def with_example(self, example: PlainInput) -> Base:
+    def with_example(self, example: Input) -> Base:
         """The same network for inputs of another size; parts are built for the shapes that this example gives."""
         other = copy.copy(self)
         other.example = example
-        other.output_shape = tuple(other._set_taps(self._taps).out.shape[1:])
+        other._run_example(tuple(self._taps))
         return other
 
     def folded(self) -> Base:
@@ -256,58 +255,29 @@ class Base(nn.Module):
 
         Features differ from this base's by rounding only (about 1e-6 of their size).
         """
-        net = self.net
-        if not isinstance(net, nn.Module) or not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
+        net = fold(self.net, tuple(self._taps)) if isinstance(self.net, nn.Module) else None
+        if net is None:
             return self
-        try:
-            pairs = _foldable(net)
-        except Exception:  # tracing fails in as many ways as there are networks, and the plain one always works
-            return self
-        fused = copy.deepcopy(net)
-        for conv, norm in pairs:
-            if any(_within(conv, tap) != _within(norm, tap) for tap in self._taps):
-                continue  # the tap sees what lies between them
-            conv_module: Any = fused.get_submodule(conv)
-            norm_module: Any = fused.get_submodule(norm)
-            for name, module in ((conv, fuse_conv_bn_eval(conv_module, norm_module)), (norm, nn.Identity())):
-                parent, _, child = name.rpartition(".")
-                setattr(fused.get_submodule(parent), child, module)
         other = copy.copy(self)
-        other._hidden = (fused.to(memory_format=torch.channels_last),)
+        other._hidden = (net,)
         return other
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs: where its example input lies."""
-        example = self.example
-        tensors = [example] if isinstance(example, Tensor) else [v for v in example.values() if isinstance(v, Tensor)]
+        """Where the network's weights lie; of a network without any, where the example lies."""
+        tensors = [*self.net.parameters(), *self.net.buffers()] if isinstance(self.net, nn.Module) else []
+        if not tensors:
+            values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
+            tensors = [value for value in values if isinstance(value, Tensor)]
         return tensors[0].device
 
-    def fingerprint(self) -> str:
-        """sha256 over the names, shapes, types and bytes of the network's weights and buffers.
-
-        A plain function has none: its qualified name and the shape of its output stand for it.
-        """
-        digest = hashlib.sha256()
-        net = self.net
-        own = getattr(net, "fingerprint", None)
-        if callable(own):
-            digest.update(str(own()).encode())
-        elif isinstance(net, nn.Module):
-            for name, tensor in sorted(net.state_dict().items()):
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            name = getattr(net, "__qualname__", type(net).__qualname__)
-            digest.update(f"{getattr(net, '__module__', '')}.{name} {self.output_shape}".encode())
-        return digest.hexdigest()
-
-    def preparation(self) -> dict[str, Any]:
-        """What `fingerprint` does not know: normalisation (to three decimals) and the choice of the output, as JSON values."""
-        norm = [None if t is None else [round(float(v), 3) for v in t.flatten()] for t in (self.mean, self.std)]
-        output = self.select.output
-        name = getattr(output, "__qualname__", type(output).__qualname__) if callable(output) else output
-        return {"mean": norm[0], "std": norm[1], "output": name, "channels_last": self.select.channels_last}
+    def identity(self) -> identity.Identity:
+        """What this base is: weights, preparation, and the output it picks. Weights that did not change are hashed once."""
+        version = identity.weights_version(self.net)
+        if self._sha256 is None or self._sha256[0] != version:
+            self._sha256 = version, identity.weights_sha256(self.net, self.output_shape)
+        prepared = identity.preparation(self.mean, self.std, self.select.output, self.select.channels_last)
+        return identity.Identity(self._sha256[1], self.kind, self.output_shape, prepared)
 
     def parameter_count(self) -> int:
         """Parameters of the network, all frozen."""
@@ -323,7 +293,9 @@ class Base(nn.Module):
         super()._apply(fn, recurse)
         if isinstance(self.net, nn.Module):
             self.net._apply(fn, recurse)
-        self.example = to_device(self.example, fn)
+        self.example = _map(self.example, fn)
+        out, taps = self.example_features
+        self.example_features = Features(fn(out), {name: fn(tap) for name, tap in taps.items()})
         return self
 
     def extra_repr(self) -> str:
@@ -331,100 +303,30 @@ class Base(nn.Module):
         return f"{name}, {self.kind} {self.output_shape}, {self.parameter_count():,} frozen parameters"
 
 
-def _versioned(tensor: Tensor) -> tuple[Tensor, int]:
-    """A tensor and its version, which writes in place raise; tensors of inference mode have none."""
-    return tensor, 0 if tensor.is_inference() else tensor._version
+def call(net: Callable[..., Any], x: Input) -> Any:
+    """Run `net` on a tensor, or on a mapping splatted into keyword arguments; see `Input` for its two other keys."""
+    if isinstance(x, Tensor):
+        return net(x)
+    named = {key: value for key, value in x.items() if key not in ("x", "extra")}
+    return net(x["x"], **named) if "x" in x else net(**named)
 
 
-def _within(name: str, parent: str) -> bool:
-    return name == parent or name.startswith(parent + ".")
+def entry(inputs: Input, name: str) -> Tensor | None:
+    """The tensor called `name` in a mapping, such as "attention_mask" (b, t); None where there is none."""
+    return None if isinstance(inputs, Tensor) else inputs.get(name)
 
 
-def _foldable(net: nn.Module) -> list[tuple[str, str]]:
-    """Names of convolutions and of the batch norms that alone read them, each called once."""
-    nodes = list(torch.fx.symbolic_trace(net).graph.nodes)
-    modules = dict(net.named_modules())
-    calls = [str(n.target) for n in nodes if n.op == "call_module"]
-    pairs = []
-    for node in nodes:
-        module = modules[str(node.target)] if node.op == "call_module" else None
-        if not isinstance(module, nn.BatchNorm2d) or module.running_mean is None:
-            continue
-        before = node.args[0]
-        if isinstance(before, torch.fx.Node) and before.op == "call_module" and len(before.users) == 1:
-            conv, norm = str(before.target), str(node.target)
-            once = calls.count(conv) == calls.count(norm) == 1
-            plain = not modules[conv]._forward_pre_hooks and not is_parametrized(modules[conv])  # no weight norm
-            if once and plain and isinstance(modules[conv], nn.Conv2d):
-                pairs.append((conv, norm))
-    return pairs
+def to_device(x: Input, device: torch.device) -> Input:
+    """An input on a device."""
+    return _map(x, lambda tensor: tensor.to(device))
 
 
-def to_device(x: PlainInput, fn: Callable[[Tensor], Tensor]) -> PlainInput:
-    """Apply `fn` to a tensor, or to the floating tensors' companions in a mapping."""
+def _map(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:
     if isinstance(x, Tensor):
         return fn(x)
-    return {k: fn(v) if isinstance(v, Tensor) else v for k, v in x.items()}
+    return {key: fn(value) if isinstance(value, Tensor) else value for key, value in x.items()}
 
 
-BASES: Registry[Callable[..., Base]] = Registry(
-    "base",
-    {
-        "resnet44-cifar10": "sidetuning.bases:resnet44_cifar10",
-        "resnet-doom-curvature": "sidetuning.bases:resnet_doom_curvature",
-    },
-)
-SCHEMES: Registry[Callable[..., Base]] = Registry(
-    "base scheme",
-    {
-        "timm": "sidetuning.integrations.timm:load",
-        "hf": "sidetuning.integrations.transformers:load",
-        "onnx": "sidetuning.integrations.onnx:load",
-    },
-)
-
-
-def load_base(
-    name: str,
-    *,
-    taps: Sequence[str] = (),
-    output: str | None = None,
-    revision: str | None = None,
-    pretrained: bool = True,
-    weights: str | Path | None = None,
-) -> Base:
-    """Build a pretrained base by name.
-
-    Args:
-        name: a packaged base ("resnet44-cifar10"), "timm:NAME", "hf:NAME_OR_FOLDER" or "onnx:PATH".
-        taps: names of submodules whose outputs are returned too.
-        output: which output to use; "map" gives a timm model's spatial features instead of the pooled ones, and a
-            transformers model takes the name of a field ("last_hidden_state" by default).
-        revision: of a model on the Hub.
-        pretrained: False builds timm and transformers models with random weights.
-        weights: a safetensors file to use instead of the weights that the name stands for.
-
-    Raises:
-        UnknownNameError: no such base, scheme or tap.
-        ImportError: the optional package behind the scheme is not installed.
-        OSError: the weights can neither be found nor downloaded.
-    """
-    scheme, colon, rest = name.partition(":")
-    if colon:
-        build = SCHEMES[scheme]
-        base = build(rest, taps=taps, output=output, revision=revision, pretrained=pretrained, weights=weights)
-        if scheme in ("hf", "onnx") and Path(rest).exists():
-            name = f"{scheme}:{Path(rest).resolve()}"  # found from every folder
-    else:
-        if name not in BASES and any(name.endswith(s) for s in (".onnx", ".safetensors")):
-            raise UnknownNameError(f"'{name}' is a file; write onnx:{name}, or give a base's name and weights={name}")
-        base = BASES[name](taps=taps, weights=weights)
-    options: dict[str, Any] = {"taps": list(taps), "output": output, "pretrained": pretrained}
-    options["weights"] = None if weights is None else str(Path(weights).resolve())
-    base.spec = BaseSpec(name, {k: v for k, v in options.items() if v not in (None, [], True)}, revision)
-    return base
-
-
-def packaged(file: str) -> Path:
-    """The path of a file shipped in `sidetuning/bases`."""
-    return Path(str(files("sidetuning.bases").joinpath(file)))
+def _version(tensor: Any) -> int:
+    """What writes in place raise; tensors of inference mode have no version."""
+    return 0 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version

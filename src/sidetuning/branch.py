@@ -9,23 +9,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input, Observation, call
+from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError, TaskError
-from sidetuning.heads import HEADS, named_head
-from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm
-from sidetuning.sides import SIDES
+from sidetuning.heads import HEADS, named_head, run_head
+from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm, Merge
+from sidetuning.sides import SIDES, Side, run_side
 from sidetuning.sides.initialise import LowEnergy, distilled_weights, load_weights, xavier
 
-CUSTOM = "custom"  # the recorded name of a part that the user built
+# The recorded name of a part that the user built.
+CUSTOM = "custom"
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class BranchConfig:
     """How a branch was built; what `side.json` records. Parts are (name, options); a user's own module is "custom"."""
 
-    side: tuple[str, dict[str, Any]] | None
-    merge: tuple[str, dict[str, Any]]
-    head: tuple[str, dict[str, Any]]
+    side: tuple[str, Options] | None
+    merge: tuple[str, Options]
+    head: tuple[str, Options]
     laterals: list[str] = field(default_factory=list)
     prenorm: bool = False
     init: str | None = None
@@ -40,28 +42,28 @@ class Branch(nn.Module):
     """
 
     def __init__(
-        self,
-        side: nn.Module | None,
-        merge: nn.Module,
-        head: nn.Module,
-        norm: nn.Module,
-        config: BranchConfig,
+        self, side: nn.Module | None, merge: nn.Module, head: nn.Module, norm: nn.Module, config: BranchConfig
     ) -> None:
         super().__init__()
         self.side, self.merge, self.norm, self.head = side, merge, norm, head
         self.config = config
         self.labels: list[str] | None = None
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The base's inner activations that the side reads."""
+        return self.side.taps if isinstance(self.side, Side) else ()
+
     def side_output(self, inputs: Input, features: Features) -> Tensor | None:
         """S(x), of the base's output shape; None for a branch without a side."""
         if self.side is None:
             return None
-        if getattr(self.side, "uses_taps", False):
-            ids = (ids_of(inputs),) if getattr(self.side, "uses_ids", False) else ()
-            out = self.side(features.taps, mask_of(inputs), *ids)
-        else:
-            out = call(self.side, inputs)
-        return out
+        if missing := [tap for tap in self.taps if tap not in features.taps]:
+            raise ShapeError(
+                f"the side reads the tap '{missing[0]}', which the features do not hold; compute or cache them with a base "
+                f"that has it, base.with_taps({list(self.taps)})"
+            )
+        return run_side(self.side, inputs, features)
 
     def forward(self, inputs: Input, features: Features, laterals: Sequence[Tensor] = ()) -> Tensor:
         """The task's output from a prepared input, the base's features and earlier tasks' side outputs."""
@@ -72,10 +74,10 @@ class Branch(nn.Module):
         base = features.out
         if side is not None and side.shape != base.shape:
             raise ShapeError(
-                f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree (for inputs of another size "
-                "than the example's build the model on base.with_example(x))"
+                f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree (for inputs of "
+                "another size than the example's build the model on base.with_example(x))"
             )
-        return decode(self.head, self.norm(self.merge(base, side, laterals)), inputs)
+        return run_head(self.head, self.norm(self.merge(base, side, laterals)), inputs)
 
     @property
     def alpha(self) -> float | None:
@@ -103,48 +105,34 @@ def build_branch(
     head_options: Mapping[str, Any] | None = None,
 ) -> Branch:
     """Build the branch that `SideTuner.add_task` describes, in evaluation mode."""
-    merge_module: Any = merge
-    merge_name: tuple[str, dict[str, Any]] = (CUSTOM, {})
-    if isinstance(merge, str):
-        options = dict(merge_options or {})
-        merge_module = MERGES.build(merge, base.kind, base.width, len(laterals), options=options)
-        merge_name = (merge, options)
-    if getattr(merge_module, "uses_side", True):
+    merge_module, merge_name = _build(MERGES, merge, merge_options, base.kind, base.width, len(laterals))
+    side_module: nn.Module | None = None
+    side_name: tuple[str, Options] | None = None
+    # A side that the merge ignores would only be trained in vain.
+    if not isinstance(merge_module, Merge) or merge_module.uses_side:
         if side is None:
             raise TaskError(f"merge '{merge_name[0]}' needs a side; name one, or use merge='base-only'")
-        side_module, side_name = _build(SIDES, side, side_options, base=base)
-    else:  # a side that is never heard would only be trained in vain
-        side_module, side_name = None, None
-    head_module, head_name = _build(HEADS, *named_head(head, head_options), base=base)
-    assert isinstance(merge_module, nn.Module)
-
-    kept: str | None = None  # what a rebuild from `side.json` must know; weights come from the file then
+        side_module, side_name = _build(SIDES, side, side_options, base)
+    head_module, head_name = _build(HEADS, *named_head(head, head_options), base)
+    # What a rebuild from `side.json` must know; weights come from the file then.
+    recorded: str | None = None
     if init == "zero":
-        merge_module, kept = Gated(merge_module), "zero"
-    elif side_module is not None and init is not None:
-        if init == "xavier":
-            xavier(side_module)
-        elif init == "low-energy":
-            side_module, kept = LowEnergy(side_module), "low-energy"
-        elif init == "distilled":
-            name, options = side_name or (CUSTOM, {})
-            load_weights(side_module, distilled_weights(base, name, options), f"side '{name}'")
-        elif isinstance(init, Path) or "." in init or "/" in init:
-            load_weights(side_module, init, f"side '{side_name[0] if side_name else CUSTOM}'")
-        else:
-            names = "xavier, low-energy, zero, distilled or the path of a safetensors file"
-            raise TaskError(f"init '{init}' is not known; give {names}")
+        merge_module, recorded = Gated(merge_module), "zero"
+    elif init == "low-energy" and side_module is not None:
+        side_module, recorded = LowEnergy(side_module), "low-energy"
+    elif init is not None and side_module is not None:
+        _initialise(base, side_module, side_name or (CUSTOM, {}), init)
     norm = GroupNorm(base.kind, base.width) if prenorm else nn.Identity()
-    config = BranchConfig(side_name, merge_name, head_name, list(laterals), prenorm, kept)
+    config = BranchConfig(side_name, merge_name, head_name, list(laterals), prenorm, recorded)
     return Branch(side_module, merge_module, head_module, norm, config).eval()
 
 
 def _build(
-    registry: Any, part: str | nn.Module, options: Mapping[str, Any] | None, *, base: Base
-) -> tuple[nn.Module, tuple[str, dict[str, Any]]]:
+    registry: Any, part: str | nn.Module, options: Mapping[str, Any] | None, *given: Any
+) -> tuple[nn.Module, tuple[str, Options]]:
+    """A part and what is recorded of it; `given` comes before the options of a registered one."""
     if isinstance(part, str):
-        module = registry.build(part, base, options=dict(options or {}))
-        return module, (part, dict(options or {}))
+        return registry.build(part, *given, options=dict(options or {})), (part, dict(options or {}))
     if options:
         raise TaskError(
             f"options {dict(options)} are for a registered {registry.kind}; build your own module with them"
@@ -154,30 +142,14 @@ def _build(
     return part, (CUSTOM, {})
 
 
-def decode(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
-    """Run a head on a code, with the mask or the extra numbers of the inputs where it takes them."""
-    if getattr(head, "uses_extra", False):
-        return head(code, inputs.extra if isinstance(inputs, Observation) else None)
-    if getattr(head, "uses_mask", False):
-        return head(code, mask_of(inputs))
-    return head(code)
-
-
-def mask_of(inputs: Input) -> Tensor | None:
-    """The attention mask (b, t) of a mapping; None for tensors and unmasked inputs."""
-    return part_of(inputs, "attention_mask")
-
-
-def ids_of(inputs: Input) -> Tensor:
-    """The token ids (b, t) of a text."""
-    ids = part_of(inputs, "input_ids")
-    if ids is None:
-        raise ShapeError("this side reads token ids: its base must be a text encoder, called with input_ids")
-    return ids
-
-
-def part_of(inputs: Input, name: str) -> Tensor | None:
-    """A named tensor of a mapping; None where it is not there."""
-    if isinstance(inputs, Observation):
-        inputs = inputs.x
-    return inputs.get(name) if isinstance(inputs, Mapping) else None
+def _initialise(base: Base, side: nn.Module, name: tuple[str, Options], init: str | Path) -> None:
+    """Give a side its first weights."""
+    if init == "xavier":
+        xavier(side)
+    elif init == "distilled":
+        load_weights(side, distilled_weights(base, *name), f"side '{name[0]}'")
+    elif isinstance(init, Path) or "." in init or "/" in init:
+        load_weights(side, init, f"side '{name[0]}'")
+    else:
+        names = "xavier, low-energy, zero, distilled or the path of a safetensors file"
+        raise TaskError(f"init '{init}' is not known; give {names}")

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
-from sidetuning.artifacts import write_json
 from sidetuning.base import Base, Features
 from sidetuning.errors import CacheError, DataError, ShapeError
+from sidetuning.files import write_json
+from sidetuning.identity import function_name
 
 FORMAT_VERSION = 1
 CHUNK = 1000  # samples between two markers, and the unit of work of a process
@@ -254,37 +254,10 @@ def cache_key(
     base: Base, identity: str, views: int, augment: Augment | None, seed: int, dtype: str, taps: Mapping[str, Any] | None = None
 ) -> str:  # fmt: skip
     """Names a cache by all that its content depends on; `taps` are those stored, with their shapes, by default all."""
-    how = "none" if augment is None or views == 1 else f"{augment.__module__}.{_name_of(augment)} {seed}"
-    norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
-    output = base.select.output
-    output = _name_of(output) if callable(output) else output
-    parts = [
-        base.fingerprint(),
-        norm,
-        output,
-        base.output_shape,
-        base.tap_shapes if taps is None else taps,
-        identity,
-        views,
-        how,
-        dtype,
-    ]
+    how = "none" if augment is None or views == 1 else f"{augment.__module__}.{function_name(augment)} {seed}"
+    known = base.identity()
+    parts = [known.digest(base.tap_shapes if taps is None else dict(taps)), identity, views, how, dtype]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    """A function's name; that of a lambda says what it does, since all in one place are called the same."""
-    if isinstance(function, partial):
-        return f"{_name_of(function.func)} {function.args} {function.keywords}"
-    name = getattr(function, "__qualname__", None)
-    if name is None:
-        return f"{type(function).__qualname__} {function!r}"
-    if "<lambda>" in name:
-        code: Any = function.__code__
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        constants = [c for c in code.co_consts if not hasattr(c, "co_code")]
-        name += hashlib.sha256(repr((code.co_code, code.co_names, constants, cells)).encode()).hexdigest()
-    return str(name)
 
 
 def _fields(base: Base, dataset: Dataset[Any], dtype: str) -> dict[str, Field]:

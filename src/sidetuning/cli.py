@@ -1,124 +1,81 @@
-"""The command line: `sidetuning <command>`, made from the dataclasses of the scenarios."""
+"""The command line: `sidetuning <command>`. Its own commands, and those of packages that add some, such as the bench."""
 
 from __future__ import annotations
 
 import errno
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any
-
-import tyro
 
 from sidetuning import __version__
 from sidetuning.errors import SideTuningError
-from sidetuning.scenarios import (
-    answer,
-    collect,
-    compare,
-    demo,
-    icifar,
-    imitation,
-    itaskonomy,
-    play,
-    predict,
-    pretrain,
-    render_doom,
-    report_runs,
-    rl,
-    squad,
-    transfer,
-)
 
-SCENARIOS = (
-    icifar,
-    itaskonomy,
-    transfer,
-    compare,
-    predict,
-    pretrain,
-    render_doom,
-    collect,
-    imitation,
-    rl,
-    play,
-    squad,
-    answer,
-    report_runs,
-    demo,
-)
-INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
-
-
-@dataclass(frozen=True)
-class Parts:
-    """List the registered bases, sides, merges and heads."""
-
-
-Command = (
-    Annotated[icifar.Settings, tyro.conf.subcommand("icifar")]
-    | Annotated[itaskonomy.Settings, tyro.conf.subcommand("itaskonomy")]
-    | Annotated[compare.Settings, tyro.conf.subcommand("compare")]
-    | Annotated[transfer.Settings, tyro.conf.subcommand("transfer")]
-    | Annotated[predict.Settings, tyro.conf.subcommand("predict")]
-    | Annotated[pretrain.Settings, tyro.conf.subcommand("pretrain")]
-    | Annotated[render_doom.Settings, tyro.conf.subcommand("render-doom")]
-    | Annotated[collect.Settings, tyro.conf.subcommand("collect-trajectories")]
-    | Annotated[imitation.Settings, tyro.conf.subcommand("imitation")]
-    | Annotated[rl.Settings, tyro.conf.subcommand("rl")]
-    | Annotated[play.Settings, tyro.conf.subcommand("play")]
-    | Annotated[squad.Settings, tyro.conf.subcommand("squad")]
-    | Annotated[answer.Settings, tyro.conf.subcommand("answer")]
-    | Annotated[report_runs.Settings, tyro.conf.subcommand("report")]
-    | Annotated[demo.Settings, tyro.conf.subcommand("demo")]
-    | Annotated[Parts, tyro.conf.subcommand("parts")]
-)
+# What shells expect of a program ended by Ctrl-C.
+INTERRUPTED = 130
+# Packages name their commands in this entry-point group; each is called with the arguments that follow its name.
+GROUP = "sidetuning.commands"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; an error that the user can mend is one sentence and exit code 1."""
+    """Run a command. An error that the user can mend is one sentence on standard error and exit code 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments in (["--version"], ["-V"]):
         print(f"sidetuning {__version__}")
         return
+    added = added_commands()
+    if arguments and arguments[0] in added:
+        guarded(lambda: added[arguments[0]].load()(arguments[1:]))
+    else:
+        guarded(lambda: own_command(arguments, added))
+
+
+def added_commands() -> dict[str, EntryPoint]:
+    """The commands of other installed packages, by name."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def own_command(arguments: list[str], added: dict[str, EntryPoint]) -> None:
+    """Parse and run one of the library's own commands."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError("the command line needs more packages: pip install 'sidetuning[cli]'") from error
+    from sidetuning.commands import parts, predict
+
+    command = (
+        Annotated[predict.Settings, tyro.conf.subcommand("predict")]
+        | Annotated[parts.Settings, tyro.conf.subcommand("parts")]
+    )
+    more = f" More commands: {', '.join(f'sidetuning {name}' for name in sorted(added))}." if added else ""
     settings: Any = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        command,  # type: ignore[arg-type]
         prog="sidetuning",
-        description="Give a frozen pretrained network new skills, a small side network at a time.",
+        description="Give a frozen pretrained network new skills, a small side network at a time." + more,
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+    sys.modules[type(settings).__module__].main(settings)
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Run a command; print an error's message alone, and exit with its code."""
     warnings.filterwarnings("ignore", category=UserWarning, module="accelerate")
     try:
-        run(settings)
+        command()
     except KeyboardInterrupt:
-        sys.exit(fail("stopped; what was learned is kept, and the same command goes on from there", INTERRUPTED))
-    except SideTuningError as error:
-        sys.exit(fail(str(error)))
-    except ImportError as error:
+        sys.exit(fail("stopped; what was learned is saved, and the same command resumes from there", INTERRUPTED))
+    except (SideTuningError, ImportError) as error:
         sys.exit(fail(str(error)))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(fail("the disk is full; free some space and run the same command again: it goes on from there"))
+            sys.exit(fail("the disk is full; free some space and run the same command again: it resumes from there"))
         sys.exit(fail(str(error)))
 
 
-def run(settings: Any) -> None:
-    """Dispatch on the dataclass that the arguments made."""
-    for scenario in SCENARIOS:
-        if isinstance(settings, scenario.Settings):
-            scenario.main(settings)
-            return
-    from sidetuning import BASES, HEADS, MERGES, SIDES
-    from sidetuning.methods import METHODS
-
-    for registry in (BASES, SIDES, MERGES, HEADS, METHODS):
-        print(f"{registry.kind}: {', '.join(registry.names())}")
-    print("more bases: timm:NAME, hf:NAME_OR_FOLDER, onnx:PATH")
-
-
 def fail(message: str, code: int = 1) -> int:
-    """Print an error and give the exit code."""
+    """Print an error and return the exit code."""
     print(f"sidetuning: {message}", file=sys.stderr)
     return code
 

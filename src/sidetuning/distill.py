@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidetuning.errors import TaskError
-from sidetuning.training import TrainResult, default_accelerator, train, unpack
+from sidetuning.objective import unpack
+from sidetuning.training import TrainResult, default_accelerator, train
 from sidetuning.tuner import SideTuner
 
 if TYPE_CHECKING:

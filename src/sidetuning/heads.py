@@ -1,6 +1,6 @@
 """Heads: from the merged code to a task's output.
 
-Called as `head(code)`, as `head(code, mask)` where `uses_mask`, and as `head(code, extra)` where `uses_extra`.
+A plain module is called as `head(code)`; one that reads more of the input derives from `Head`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Kind
+from sidetuning.base import Base, Input, Kind, entry
 from sidetuning.errors import ShapeError, TaskError
 from sidetuning.registry import Registry
 from sidetuning.sides.fit import masked_mean
+
+
+class Head(nn.Module):
+    """A head that reads more than the code: a mask, or numbers that came with the input."""
+
+    def forward(self, code: Tensor, inputs: Input) -> Tensor:
+        """The task's output.
+
+        Args:
+            code: what the merge made, of the shape of the base's output.
+            inputs: the prepared input, a tensor or a mapping with such entries as "attention_mask" (b, t) and "extra" (b, n).
+        """
+        raise NotImplementedError
+
+
+def run_head(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
+    """Call a head as its kind wants it."""
+    out: Tensor = head(code, inputs) if isinstance(head, Head) else head(code)
+    return out
+
 
 HEADS: Registry[Callable[..., nn.Module]] = Registry("head")
 
@@ -55,11 +75,11 @@ def pixels(base: Base, channels: int = 1, hidden: int = 64) -> nn.Module:
 
 @HEADS.register("policy")
 def policy(base: Base, actions: int = 4, extra: int = 0, hidden: int = 128, dropout: float = 0.0) -> nn.Module:
-    """Scores of an agent's actions from the code and `extra` numbers of an `Observation`, such as a compass -> (b, actions)."""
+    """Scores of an agent's actions from the code and `extra` numbers beside the picture, such as a compass -> (b, actions)."""
     return Policy(math.prod(base.output_shape), actions, extra, hidden, dropout)
 
 
-class Policy(nn.Module):
+class Policy(Head):
     """Two layers over the whole code, where things are included, and over the extra numbers, which two layers of their own make as
     wide as the code's: a few bare numbers would not be heard beside hundreds. Without them, they count as 0.
 
@@ -67,8 +87,6 @@ class Policy(nn.Module):
 
     Shape: (b, …), (b, extra) -> (b, actions).
     """
-
-    uses_extra = True
 
     def __init__(self, width: int, actions: int, extra: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -82,7 +100,8 @@ class Policy(nn.Module):
         joint = hidden if self.given is None else 2 * hidden
         self.actions = nn.Sequential(nn.Linear(joint, hidden), nn.ReLU(), nn.Linear(hidden, actions))
 
-    def forward(self, code: Tensor, extra: Tensor | None = None) -> Tensor:
+    def forward(self, code: Tensor, inputs: Input) -> Tensor:
+        extra = entry(inputs, "extra")
         if extra is None:
             extra = code.new_zeros(len(code), self.extra)
         if extra.shape != (len(code), self.extra):
@@ -98,13 +117,11 @@ def two_layers(numbers: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(numbers, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
 
 
-class Linear(nn.Module):
+class Linear(Head):
     """Pools maps and sequences by their mean (over unmasked tokens), then applies one linear layer.
 
     Shape: (b, d), (b, d, h, w) or (b, t, d) -> (b, outputs).
     """
-
-    uses_mask = True
 
     def __init__(self, kind: Kind, width: int, outputs: int) -> None:
         super().__init__()
@@ -113,25 +130,24 @@ class Linear(nn.Module):
         self.kind = kind
         self.linear = nn.Linear(width, outputs)
 
-    def forward(self, code: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, code: Tensor, inputs: Input) -> Tensor:
         if self.kind == "map":
             code = code.mean((2, 3))
         elif self.kind == "sequence":
-            code = masked_mean(code, mask)
-        return self.linear(code)
+            code = masked_mean(code, entry(inputs, "attention_mask"))
+        return self.linear(code)  # type: ignore[no-any-return]
 
 
-class Span(nn.Module):
+class Span(Head):
     """Start and end logits; padding can never be chosen. Shape: (b, t, d) -> (b, t, 2)."""
-
-    uses_mask = True
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, 2)
 
-    def forward(self, code: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, code: Tensor, inputs: Input) -> Tensor:
         logits: Tensor = self.linear(code)
+        mask = entry(inputs, "attention_mask")
         if mask is None:
             return logits
         return logits.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(logits.dtype).min)

@@ -7,8 +7,9 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from sidetuning.artifacts import CONFIG, TENSORS, read_config, write_json
+from sidetuning.artifacts import CONFIG, TENSORS, read_config
 from sidetuning.errors import ArtifactError
+from sidetuning.files import write_json
 
 CARD = """
 # {task}

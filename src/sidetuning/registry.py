@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from sidetuning.errors import UnknownNameError
@@ -20,12 +21,15 @@ class Registry(Generic[T]):
     Args:
         kind: what the entries are called in errors ("side", "merge", …).
         lazy: entries given as "package.module:attribute", imported when first asked for.
+        group: an entry-point group by which other packages add entries.
     """
 
-    def __init__(self, kind: str, lazy: Mapping[str, str] | None = None) -> None:
+    def __init__(self, kind: str, lazy: Mapping[str, str] | None = None, group: str | None = None) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
         self._lazy = dict(lazy or {})
+        if group is not None:
+            self._lazy.update({entry.name: entry.value for entry in entry_points(group=group)})
 
     def register(self, name: str) -> Callable[[F], F]:
         """Decorator that adds an entry; a name is never overwritten."""

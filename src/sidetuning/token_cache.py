@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sidetuning.artifacts import write_json
 from sidetuning.base import Base, Features
 from sidetuning.cache import Field, allocate, cache_key, disk_errors, put
 from sidetuning.errors import CacheError, ShapeError
+from sidetuning.files import write_json
 from sidetuning.sides.top import EMBEDDINGS
 
 FORMAT_VERSION = 1

@@ -8,26 +8,23 @@ bitwise the same weights as one that was not.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import math
-import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidetuning.artifacts import atomic_write
-from sidetuning.base import Features, Input
-from sidetuning.branch import Branch
 from sidetuning.errors import DataError, TaskError, TrainingError
+from sidetuning.objective import Loss, Objective, TaskModel, accuracy, check_labels, parameter_groups, unpack
+from sidetuning.resume import Position, restore_state, save_state, set_generators
+from sidetuning.seeding import mix, seed_all, seed_loader, seeded
 from sidetuning.tuner import SideTuner
 
 if TYPE_CHECKING:
@@ -44,28 +41,6 @@ class TrainResult:
     seconds: float
     losses: list[float] = field(repr=False)
     validation: list[dict[str, float]] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed python, numpy and torch inside the block and put their generators back as they were after it."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(enabled=True):
-        _seed_all(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-Loss = Callable[[Any, Tensor], Tensor]  # (output, target) -> scalar
 
 
 def fit(
@@ -139,7 +114,7 @@ def fit(
     if accelerator is None:
         accelerator = default_accelerator()
     model.to(accelerator.device)
-    built = optimizer(parameter_groups(branch, weight_decay), lr=lr)
+    built = optimizer(parameter_groups(branch.parameters(), weight_decay, branch.merge.parameters()), lr=lr)
     check: Callable[[], Mapping[str, float]] | None = None
     if validate is not None:
         held_out = validate
@@ -148,31 +123,11 @@ def fit(
             return evaluate(model, task, held_out, loss=loss, metrics=metrics, accelerator=accelerator)
 
     return train(
-        _TaskObjective(model, task, loss), loader, built, steps=steps,
+        Objective(branch, model, task, loss), loader, built, steps=steps,
         scheduler=None if scheduler is None else scheduler(built), clip=clip, seed=seed, resume=resume,
         save_every=save_every, validate=check, accelerator=accelerator, progress=task if progress else None,
         label=f"task {task}",
     )  # fmt: skip
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """1 where the highest output is the target's, else 0; of maps the share of pixels, but for those of -100, which cross-entropy
-    ignores: (b, c, …), (b, …) -> (b,)."""
-    right = (output.argmax(1) == target).float()
-    if target.ndim == 1:
-        return right
-    counts = (target != -100).float()
-    return (right * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
-
-
-class TaskModel(Protocol):
-    """What `evaluate` needs: a `SideTuner`, or a method."""
-
-    def __getitem__(self, task: str, /) -> nn.Module: ...
-
-    def __call__(self, x: Input, task: str, *, features: Features | Tensor | None = None) -> Tensor: ...
-
-    def to(self, device: torch.device, /) -> Any: ...
 
 
 @torch.no_grad()
@@ -233,63 +188,6 @@ def evaluate(
     return {**{name: total / samples for name, total in sums.items()}, "samples": float(samples)}
 
 
-def parameter_groups(branch: Branch, weight_decay: float) -> list[dict[str, Any]]:
-    """The branch's parameters for an optimiser: merges, gates and norms decay by nothing (original code and paper)."""
-    merge = {id(p) for p in branch.merge.parameters()}
-    trained = [p for p in branch.parameters() if p.requires_grad]
-    decay = [p for p in trained if id(p) not in merge and p.ndim > 1]
-    rest = [p for p in trained if id(p) in merge or p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
-
-
-def unpack(batch: Any) -> tuple[Input, Features | None, Tensor]:
-    """`(x, y)`, `(x, features or None, y)` or a mapping with "labels" to x, features or None, and y."""
-    if isinstance(batch, Mapping):
-        if "labels" not in batch:
-            raise DataError(f"a batch that is a mapping needs the key 'labels'; it has {', '.join(batch)}")
-        return {k: v for k, v in batch.items() if k != "labels"}, None, batch["labels"]
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], None, batch[1]
-    if isinstance(batch, (tuple, list)) and len(batch) == 3:
-        features = batch[1]
-        if features is not None:
-            features = Features(features) if isinstance(features, Tensor) else Features(*features)
-        return batch[0], features, batch[2]
-    raise DataError("a batch is (x, y), (x, features, y) or a mapping with 'labels'")
-
-
-class _TaskObjective(nn.Module):
-    """The loss of one task; holds its branch alone, so that this is what is trained, saved and synchronised."""
-
-    def __init__(self, model: SideTuner, task: str, loss: Loss) -> None:
-        super().__init__()
-        self.branch = model[task]
-        self.loss = loss
-        self._model = (model,)  # a tuple: the rest of the model is no part of the objective
-
-    def forward(self, batch: Any) -> Tensor:
-        model = self._model[0]
-        x, features, y = unpack(batch)
-        inputs = model.base.prepare(x)
-        known = model.base.encode(inputs) if features is None else features
-        output = self.branch(inputs, known, model.lateral_outputs(self.branch, inputs, known))
-        check_labels(output, y)
-        return self.loss(output, y)
-
-
-def check_labels(output: Any, target: Tensor) -> None:
-    """Class labels must have an output; on a GPU the loss itself would kill the process."""
-    if isinstance(output, Tensor) and output.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64:
-        labels = target[target != -100]  # what cross-entropy ignores
-        if len(labels) == 0:
-            return
-        low, high, outputs = int(labels.min()), int(labels.max()), output.shape[1]
-        if low < 0 or high >= outputs:
-            bad = high if high >= outputs else low
-            raise DataError(f"the label {bad} is out of range: the head has {outputs} outputs, 0 … {outputs - 1}")
-
-
 def train(
     objective: nn.Module,
     loader: Iterable[Any],
@@ -340,7 +238,7 @@ def train(
     how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
     if decay := max(group.get("weight_decay", 0) for group in optimizer.param_groups):
         how += f", weight decay {decay:g}"
-    state = _Position(seed=seed, steps=steps, label=label, optimizer=how)
+    state = Position(seed=seed, steps=steps, label=label, optimizer=how)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = [p for p in wrapped.parameters() if id(p) in optimised]  # others may hold gradients of earlier tasks
@@ -350,12 +248,12 @@ def train(
     batches = accelerator.prepare(loader) if many else loader
     rng: dict[str, Any] | None = None
     if path is not None and path.exists():
-        rng = _restore(path, state, objective, optimizer, scheduler)
+        rng = restore_state(path, state, objective, optimizer, scheduler)
 
     def save() -> None:
         state.seconds = time.monotonic() - started
         if path is not None:
-            _save(path, state, objective, optimizer, scheduler, accelerator)
+            save_state(path, state, objective, optimizer, scheduler, accelerator)
 
     def check() -> None:
         if validate is not None and (not state.validation or state.validation[-1]["step"] != state.step):
@@ -374,8 +272,8 @@ def train(
         objective.train()
         with seeded(seed):
             while state.step < steps:
-                _seed_all(_mix(seed, state.epoch))
-                seed_loader(loader, _mix(seed, state.epoch))
+                seed_all(mix(seed, state.epoch))
+                seed_loader(loader, mix(seed, state.epoch))
                 iterator, any_batch = iter(batches), False
                 for _ in range(state.batch):  # of this pass, already trained on
                     if next(iterator, None) is None:
@@ -385,7 +283,7 @@ def train(
                         )
                     any_batch = True
                 if rng is not None:
-                    _set_generators(rng)
+                    set_generators(rng)
                     rng = None
                 for batch in iterator:
                     any_batch = True
@@ -412,49 +310,6 @@ def train(
         bar.close()
         objective.eval()
     return TrainResult(state.step, state.seconds, state.losses, state.validation)
-
-
-def default_accelerator() -> Accelerator:
-    """An accelerator that splits each batch over the processes: the step is the same however many there are."""
-    from accelerate import Accelerator, DataLoaderConfiguration
-
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
-    if accelerator.num_processes > 1:
-        _leave_at_exit()
-    return accelerator
-
-
-@functools.cache
-def _leave_at_exit() -> None:
-    """Let Gloo's threads come to rest before the interpreter ends.
-
-    The thread that ran the last collective still has to let go of its tensors, which needs the interpreter's lock; a thread that
-    asks for the lock of an ending interpreter is killed, and its destructors abort the finished process. Nothing tells when it is
-    done, so it gets a tenth of a second in which the lock is free.
-    """
-    from accelerate import PartialState
-
-    def leave() -> None:
-        PartialState().destroy_process_group()
-        time.sleep(0.1)
-
-    atexit.register(leave)
-
-
-@dataclass
-class _Position:
-    """Where a run is: everything but the weights, the optimiser and the generators."""
-
-    seed: int
-    steps: int
-    label: str = ""
-    optimizer: str = ""
-    seconds: float = 0.0
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    losses: list[float] = field(default_factory=list)
-    validation: list[dict[str, float]] = field(default_factory=list)
 
 
 def _step(
@@ -494,89 +349,31 @@ def _step(
     return value
 
 
-def _mix(seed: int, epoch: int) -> int:
-    return (seed * 1_000_003 + epoch * 7_919 + 1) % 2**63
+def default_accelerator() -> Accelerator:
+    """An accelerator that splits each batch over the processes: the step is the same however many there are."""
+    from accelerate import Accelerator, DataLoaderConfiguration
+
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    if accelerator.num_processes > 1:
+        _leave_at_exit()
+    return accelerator
 
 
-def seed_loader(loader: Iterable[Any], seed: int) -> None:
-    """A loader or sampler with a generator of its own does not hear the global seed."""
-    batches = getattr(loader, "batch_sampler", None)
-    for holder in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
-        generator = getattr(holder, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed)
+@functools.cache
+def _leave_at_exit() -> None:
+    """Let Gloo's threads come to rest before the interpreter ends.
 
+    The thread that ran the last collective still has to let go of its tensors, which needs the interpreter's lock; a thread that
+    asks for the lock of an ending interpreter is killed, and its destructors abort the finished process. Nothing tells when it is
+    done, so it gets a tenth of a second in which the lock is free.
+    """
+    from accelerate import PartialState
 
-def _save(
-    path: Path,
-    state: _Position,
-    objective: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-    accelerator: Accelerator,
-) -> None:
-    if not accelerator.is_main_process:
-        return
-    content = {
-        "position": vars(state),
-        "objective": objective.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "rng": _generators(),
-    }
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    def leave() -> None:
+        PartialState().destroy_process_group()
+        time.sleep(0.1)
 
-
-def _restore(
-    path: Path, state: _Position, objective: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None
-) -> dict[str, Any]:
-    """Read `path` into the run and return the states of the generators."""
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-        position = content["position"]
-    except Exception as error:
-        raise TrainingError(f"{path} cannot be read as a resume file ({error}); delete it to start over") from error
-    if (position["seed"], position["steps"]) != (state.seed, state.steps):
-        raise TrainingError(
-            f"{path} belongs to a run of {position['steps']} steps with seed {position['seed']}, this one has "
-            f"{state.steps} steps and seed {state.seed}; give another resume file, or delete this one to start over"
-        )
-    for name in ("label", "optimizer"):
-        if position.get(name, "") != getattr(state, name):
-            raise TrainingError(
-                f"{path} holds the state of {position.get(name) or 'something else'}, not of {getattr(state, name)}; give "
-                "another resume file, or delete this one to start over"
-            )
-    try:
-        objective.load_state_dict(content["objective"])
-    except RuntimeError as error:
-        raise TrainingError(
-            f"{path} holds the weights of another network ({error}); delete it to start over"
-        ) from error
-    optimizer.load_state_dict(content["optimizer"])
-    if scheduler is not None:
-        scheduler.load_state_dict(content["scheduler"])
-    vars(state).update(position)
-    rng: dict[str, Any] = content["rng"]
-    return rng
-
-
-def _generators() -> dict[str, Any]:
-    """The states of python's, numpy's and torch's generators, of types that `torch.load(weights_only=True)` reads."""
-    state = np.random.get_state(legacy=False)
-    state["state"]["key"] = torch.from_numpy(state["state"]["key"].astype(np.int64))
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": state, "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_generators(states: dict[str, Any]) -> None:
-    numpy = states["numpy"]
-    random.setstate(states["python"])
-    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    atexit.register(leave)
 
 
 def _bar(label: str | None, steps: int, done: int, accelerator: Accelerator) -> Any:
@@ -584,16 +381,3 @@ def _bar(label: str | None, steps: int, done: int, accelerator: Accelerator) -> 
 
     off = label is None or not accelerator.is_main_process
     return tqdm(total=steps, initial=done, desc=label, unit="step", disable=off, leave=False, dynamic_ncols=True)
-
-
-def one_cycle(lr: float, rise: float) -> Callable[[Optimizer, int], LRScheduler]:
-    """A schedule for a recipe: a warm-up to the learning rate over a fraction `rise` of the steps, and a cosine down to almost 0."""
-
-    def schedule(optimizer: Optimizer, steps: int) -> LRScheduler:
-        # Of few steps more of them rise: where just one does, torch's schedule divides by zero.
-        share = min(1.0, max(rise, 2 / (steps + 1)))
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, lr, total_steps=steps + 1, pct_start=share, cycle_momentum=False
-        )
-
-    return schedule

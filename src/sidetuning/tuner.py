@@ -11,9 +11,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input, Observation
+from sidetuning.artifacts import read_branch, read_config, tensors_sha256, write_task
+from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch, build_branch
-from sidetuning.errors import ShapeError, SideTuningError, TaskError, UnknownNameError
+from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, TaskError, UnknownNameError
 from sidetuning.registry import unknown
 
 
@@ -63,6 +64,7 @@ class SideTuner(nn.Module):
         side: str | nn.Module | None,
         head: int | str | nn.Module,
         merge: str | nn.Module = "alpha",
+        taps: Sequence[str] | None = None,
         laterals: Sequence[str] = (),
         prenorm: bool = False,
         init: str | Path | None = None,
@@ -78,6 +80,7 @@ class SideTuner(nn.Module):
             side: a registered side, your own module, or None with a merge that ignores it.
             head: number of outputs of a linear head, a registered head, or your own module.
             merge: a registered merge, or your own module, called as `merge(base, side, laterals)`.
+            taps: names of the base's inner modules that the side reads; by default all that the base returns.
             laterals: earlier tasks whose side outputs, detached, the merge takes too (the dense variant).
             prenorm: group-normalise the merged code before the head, as the original code does.
             init: how the side starts. None: as built. "xavier". "low-energy": its output scaled to 1 %. "zero": the
@@ -98,9 +101,19 @@ class SideTuner(nn.Module):
         for lateral in laterals:
             self[lateral]  # raises, with near names
         branch = build_branch(
-            self.base, side=side, head=head, merge=merge, laterals=laterals, prenorm=prenorm, init=init,
-            side_options=side_options, merge_options=merge_options, head_options=head_options,
-        )  # fmt: skip
+            self.base if taps is None else self.base.with_taps(taps),
+            side=side,
+            head=head,
+            merge=merge,
+            laterals=laterals,
+            prenorm=prenorm,
+            init=init,
+            side_options=side_options,
+            merge_options=merge_options,
+            head_options=head_options,
+        )
+        if taps and not branch.taps:
+            raise TaskError(f"the side of task '{name}' reads no taps; leave taps= out, or use a side that does")
         branch.labels = None if labels is None else [str(label) for label in labels]
         return self.add_branch(name, branch)
 
@@ -117,7 +130,10 @@ class SideTuner(nn.Module):
                 raise TaskError(
                     f"a module of task '{name}' is also that of {other}, which would change with it; give a copy.deepcopy"
                 )
-        self._check_shapes(name, branch)
+        more = [tap for tap in branch.taps if tap not in self.base.tap_shapes]
+        base = self.base.with_taps([*self.base.tap_shapes, *more]) if more else self.base
+        self._check_shapes(name, branch, base)
+        self.base = base
         self.branches[name] = branch
         return branch
 
@@ -127,20 +143,17 @@ class SideTuner(nn.Module):
         if not re.fullmatch(r"[\w-]+", name) or hasattr(self.branches, name):
             raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
 
-    def _check_shapes(self, name: str, branch: Branch) -> None:
-        """One dry forward on the base's example: shapes that do not fit are found now."""
-        branch.eval()
-        raw = self.base.example
-        inputs = self.base.prepare(raw)
-        features = self.base.encode(inputs)
-        example = next(iter(raw.values())) if isinstance(raw, Mapping) else raw
-        branch.to(example.device)
+    def _check_shapes(self, name: str, branch: Branch, base: Base) -> None:
+        """One dry forward of the branch on what the base made of its example: shapes that do not fit are found now."""
+        branch.eval().to(base.device)
+        inputs, features = base.prepare(base.example), base.example_features
         try:
             with torch.no_grad():
                 out = branch(inputs, features, self.lateral_outputs(branch, inputs, features))
         except SideTuningError:
             raise
         except Exception as error:
+            example = base.example if isinstance(base.example, Tensor) else next(iter(base.example.values()))
             shapes = f"input {tuple(example.shape)}, base output {tuple(features.out.shape)}"
             raise ShapeError(f"the parts of task '{name}' do not fit each other ({shapes}): {error}") from error
         labels = branch.labels
@@ -252,10 +265,10 @@ class SideTuner(nn.Module):
         return [out for out in outputs if out is not None]
 
     def save_task(self, name: str, path: str | Path, *, metrics: Mapping[str, float] | None = None) -> None:
-        """Write a task to `path`/side.json and `path`/side.safetensors; see `artifacts.save_task`."""
-        from sidetuning.artifacts import save_task  # artifacts build on this module
-
-        save_task(self, name, path, metrics=metrics)
+        """Write a task to `path`/side.json and `path`/side.safetensors; see `artifacts.write_task`."""
+        branch = self[name]
+        laterals = {lateral: tensors_sha256(self[lateral].side) for lateral in branch.config.laterals}
+        write_task(path, name, branch, self.base, laterals, metrics or {})
 
     def load_task(
         self,
@@ -267,10 +280,34 @@ class SideTuner(nn.Module):
         merge: nn.Module | None = None,
         head: nn.Module | None = None,
     ) -> str:
-        """Add the task saved at `path` and return its name; see `artifacts.load_task`."""
-        from sidetuning.artifacts import load_task
+        """Add the task saved at `path`; nothing is added unless all of it is right.
 
-        return load_task(self, path, name=name, any_base=any_base, side=side, merge=merge, head=head)
+        Args:
+            path: the folder.
+            name: another name for the task.
+            any_base: load it even where the base or a lateral differs; its outputs are not what they were then.
+            side, merge, head: instances of the parts that were the user's own modules.
+
+        Returns:
+            The name of the task.
+
+        Raises:
+            ArtifactError: missing, truncated, tampered with, of another base or an unknown format.
+            TaskError: the task exists already, or a part of your own must be passed, or is given and not needed.
+        """
+        config = read_config(path)
+        name = name or str(config["task"])
+        self._check_name(name)
+        for lateral, sha256 in config.get("laterals_sha256", {}).items():
+            if lateral not in self:
+                raise TaskError(f"task '{name}' reads the side of '{lateral}'; load that task first")
+            if sha256 != tensors_sha256(self[lateral].side) and not any_base:
+                raise ArtifactError(
+                    f"{path} was trained beside another task '{lateral}' than this model's; load that one, or pass any_base=True"
+                )
+        own = {"side": side, "merge": merge, "head": head}
+        self.add_branch(name, read_branch(path, config, self.base, own, any_base=any_base))
+        return name
 
     def summary(self) -> Summary:
         """Parameters and memory of the base and of every task; `print` it."""
@@ -279,7 +316,8 @@ class SideTuner(nn.Module):
         for name in self.tasks:
             branch = self[name]
             counts = [
-                sum(p.numel() for p in m.parameters()) if m else 0 for m in (branch.side, branch.merge, branch.head)
+                sum(p.numel() for p in m.parameters()) if m is not None else 0
+                for m in (branch.side, branch.merge, branch.head)
             ]
             size = sum(t.numel() * t.element_size() for t in branch.state_dict().values())
             rows.append(TaskSummary(name, counts[0], counts[1], counts[2], size, branch.frozen, branch.alpha))
@@ -329,8 +367,6 @@ def select_rows(x: Input, rows: Tensor) -> Input:
     """Samples `rows` of a batch."""
     if isinstance(x, Tensor):
         return x[rows]
-    if isinstance(x, Observation):
-        return Observation(select_rows(x.x, rows), x.extra[rows])  # type: ignore[arg-type]
     return {k: v[rows] if isinstance(v, Tensor) else v for k, v in x.items()}
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from sidetuning.base import Base, packaged
+from sidetuning.base import Base
 from sidetuning.bases.resnet_cifar import resnet44
-from sidetuning.bases.resnet_map import ResNetMap
 from sidetuning.sides.initialise import load_weights
 
+FOLDER = Path(__file__).parent
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -23,19 +23,8 @@ def resnet44_cifar10(*, taps: Sequence[str] = (), weights: str | Path | None = N
         weights: another safetensors file of the same network, such as the original authors'.
     """
     net = resnet44()
-    load_weights(net, weights or packaged("resnet44-cifar10.safetensors"), "base 'resnet44-cifar10'")
+    load_weights(net, weights or FOLDER / "resnet44-cifar10.safetensors", "base 'resnet44-cifar10'")
     example = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    return Base(net, example=example, taps=taps, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-
-
-def resnet_doom_curvature(*, taps: Sequence[str] = (), weights: str | Path | None = None) -> Base:
-    """A ResNet that estimates curvature in Doom; 128-pixel images, uint8 or in [0, 1] -> (b, 32, 8, 8).
-
-    Args:
-        taps: "layer1", "layer2", "layer3" or any inner block.
-        weights: another safetensors file of the same network.
-    """
-    net = ResNetMap()
-    load_weights(net, weights or packaged("resnet-doom-curvature.safetensors"), "base 'resnet-doom-curvature'")
-    example = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
-    return Base(net, example=example, taps=taps, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    base = Base(net, example=example, taps=taps, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    base.distilled = {"fcn4": (FOLDER / "fcn4-cifar10-distilled.safetensors", {})}
+    return base

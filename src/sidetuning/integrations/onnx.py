@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidetuning.base import Base, PlainInput
+from sidetuning.base import Base, Input
 from sidetuning.errors import UnknownNameError
 
 TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
@@ -38,7 +38,7 @@ class Session:
             raise UnknownNameError(f"{path} has no output '{output}'; it has {', '.join(outputs)}")
         self.output = output or outputs[0]
 
-    def example(self) -> PlainInput:
+    def example(self) -> Input:
         """Zeros of the shape that the file declares; dimensions that it leaves open are 1."""
         tensors = {}
         for i in self.session.get_inputs():
@@ -71,15 +71,7 @@ def external_files(content: bytes) -> list[str]:
     return sorted(names)
 
 
-def load(
-    name: str,
-    *,
-    taps: Sequence[str] = (),
-    output: str | None = None,
-    revision: str | None = None,
-    pretrained: bool = True,
-    weights: str | Path | None = None,
-) -> Base:
+def load(name: str, *, taps: Sequence[str] = (), output: str | None = None) -> Base:
     """Build the base from the file `name`; `output` names one of its outputs, the first by default.
 
     Raises:

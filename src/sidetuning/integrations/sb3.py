@@ -21,14 +21,14 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, load_base
+from sidetuning.base import Base, Features
 from sidetuning.branch import build_branch
-from sidetuning.data.trajectories import COMPASS, compass_numbers
 from sidetuning.errors import ArtifactError, DataError, ShapeError, UnknownNameError
 from sidetuning.heads import two_layers
-from sidetuning.methods.trunk import Trunk
+from sidetuning.loading import load_base
 from sidetuning.registry import unknown
-from sidetuning.sides.initialise import DISTILLED
+from sidetuning_bench.agents.trajectories import COMPASS, compass_numbers
+from sidetuning_bench.methods.trunk import Trunk
 
 Method = Literal["sidetune", "features", "finetune", "scratch"]
 Precision = Literal["no", "bf16"]
@@ -40,7 +40,7 @@ class CodeSpace(spaces.Box):
 
     def __init__(self, base: Base) -> None:
         super().__init__(-np.inf, np.inf, base.output_shape, np.float32)
-        self.fingerprint = base.fingerprint()
+        self.fingerprint = base.identity().sha256
 
     def __eq__(self, other: object) -> bool:
         return super().__eq__(other) and getattr(other, "fingerprint", self.fingerprint) == self.fingerprint
@@ -149,7 +149,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         numbers = _numbers(observation_space)
         super().__init__(observation_space, 2 * hidden if numbers else hidden)
         built = _fitted(load_base(base) if isinstance(base, str) else base(), space.shape)
-        fingerprint = built.fingerprint()
+        fingerprint = built.identity().sha256
         code_space = observation_space.spaces.get(CODE)
         if code_space is not None:
             if getattr(code_space, "fingerprint", fingerprint) != fingerprint or code_space.shape != built.output_shape:
@@ -162,7 +162,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
                     "a base with taps cannot be cached by VecBaseFeatures, which keeps its code alone: leave that out"
                 )
         if side_options is None and side == "fcn5" and init == "distilled" and method in ("sidetune", "scratch"):
-            _, side_options = DISTILLED["resnet-doom-curvature", side]
+            _, side_options = built.distilled[side]
         side = copy.deepcopy(side)  # a module of the user's: of this policy alone
         self.base, self.precision, self.numbers = built, precision, tuple(numbers)
         encodes = method in ("sidetune", "features") and code_space is None

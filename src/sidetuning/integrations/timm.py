@@ -19,18 +19,16 @@ def load(
     *,
     taps: Sequence[str] = (),
     output: str | None = None,
-    revision: str | None = None,
     pretrained: bool = True,
     weights: str | Path | None = None,
 ) -> Base:
     """Build the base.
 
     Args:
-        name: a timm model, "resnet50" or "resnet50.a1_in1k".
+        name: a timm model, "resnet50" or "resnet50.a1_in1k"; one of the Hub with a revision is "hf_hub:repo@revision".
         taps: names of its submodules.
         output: None for the pooled features (b, d); "map" for the last feature map (b, c, h, w), or the tokens
             (b, t, d) of a transformer without one.
-        revision: unused by timm's names; write it as "hf_hub:repo@revision" in the name.
         pretrained: False for random weights.
         weights: a safetensors file of the network, with its classifier or without.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sidetuning.base import Base, PlainInput
+from sidetuning.base import Base, Input
 from sidetuning.errors import ShapeError, SideTuningError, UnknownNameError
 from sidetuning.sides.initialise import load_weights
 
@@ -85,7 +85,7 @@ def normalisation(name: str, revision: str | None) -> tuple[list[float] | None, 
     return told.get("image_mean"), told.get("image_std")
 
 
-def example_of(net: Any) -> PlainInput:
+def example_of(net: Any) -> Input:
     """A smallest input of a transformers model.
 
     Raises:

@@ -1,15 +1,43 @@
 """Side networks S(x). A side is built from the base (its input and output shapes) and trained; the base is not.
 
-A registered side is a function `(base, **options) -> nn.Module`. Its module is called like the base, or, where it has
-`uses_taps = True`, as `side(taps, mask)` with the base's inner activations, or as `side(taps, mask, ids)` with the token ids too
-where it also has `uses_ids = True`.
+A registered side is a function `(base, **options) -> nn.Module`. A plain module is called as the base is, `side(x)`; one
+that reads more derives from `Side`.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
+from sidetuning.base import Features, Input, call
 from sidetuning.registry import Registry
+
+
+class Side(nn.Module):
+    """A side that reads what the base made of the input: its inner activations, or its code.
+
+    Attributes:
+        taps: names of the taps that it reads, in its own order. The base of its model returns them, among others.
+    """
+
+    taps: tuple[str, ...] = ()
+
+    def forward(self, inputs: Input, features: Features) -> Tensor:
+        """S(x), of the shape of `features.out`.
+
+        Args:
+            inputs: the prepared input, a tensor or a mapping with such entries as "attention_mask" (b, t).
+            features: the base's code `out`, and its inner activations `taps` by name.
+        """
+        raise NotImplementedError
+
+
+def run_side(side: nn.Module, inputs: Input, features: Features) -> Tensor:
+    """Call a side as its kind wants it."""
+    out: Tensor = side(inputs, features) if isinstance(side, Side) else call(side, inputs)
+    return out
+
 
 SIDES: Registry[Callable[..., nn.Module]] = Registry(
     "side",
@@ -30,4 +58,4 @@ SIDES: Registry[Callable[..., nn.Module]] = Registry(
     },
 )
 
-__all__ = ["SIDES"]
+__all__ = ["SIDES", "Side", "run_side"]

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidetuning.base import Base
+from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError
+from sidetuning.sides import Side
 from sidetuning.sides.fit import FitMap
 
 
-class Fusion(nn.Module):
+class Fusion(Side):
     """h = relu(sum_i BN(conv_i(tap_i))), h = relu(h + BN(conv(h))), then to the base's output shape.
 
     A tap that is larger than the smallest one is reduced by a strided 3x3 convolution, the others are mixed by a 1x1. The
@@ -31,8 +32,6 @@ class Fusion(nn.Module):
         ShapeError: the base has no taps, or taps that are not maps.
     """
 
-    uses_taps = True
-
     def __init__(self, base: Base, width: int = 48, shift: int = 0) -> None:
         super().__init__()
         shapes = base.tap_shapes
@@ -42,8 +41,8 @@ class Fusion(nn.Module):
                 "name some, load_base(…, taps=[…])"
             )
         self.shift = shift
-        self.size = min(shape[1:] for shape in shapes.values())
-        self.names = list(shapes)
+        self.size: tuple[int, int] = min((shape[1], shape[2]) for shape in shapes.values())
+        self.taps = tuple(shapes)
         self.reduce = nn.ModuleList(self._reduce(shape, width) for shape in shapes.values())
         self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
@@ -55,8 +54,8 @@ class Fusion(nn.Module):
         conv = nn.Conv2d(channels, width, kernel, stride=stride, padding=padding, bias=False)
         return nn.Sequential(conv, nn.BatchNorm2d(width))
 
-    def forward(self, taps: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
-        maps = [taps[name] for name in self.names]
+    def forward(self, inputs: Input, features: Features) -> Tensor:
+        maps = [features.taps[name] for name in self.taps]
         if self.training and self.shift:
             maps = random_shift(maps, self.shift)
         total: Tensor | None = None

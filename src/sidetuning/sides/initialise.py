@@ -11,29 +11,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sidetuning.base import Base, packaged
+from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, TaskError
+from sidetuning.sides import Side, run_side
 
-# Distilled sides shipped with a packaged base: (base, side) -> file beside the base's weights, and the side's options.
-DISTILLED: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
-    ("resnet44-cifar10", "fcn4"): ("fcn4-cifar10-distilled.safetensors", {}),
-    ("resnet-doom-curvature", "fcn5"): ("fcn5-doom-curvature-distilled.safetensors", {"width": 0.25, "signed": True}),
-}
 ENERGY = 0.01  # size of a low-energy side's output against the same side as built
 
 
-class LowEnergy(nn.Module):
+class LowEnergy(Side):
     """S'(x) = s S(x) with s = 0.01 at the start, learned: the base dominates until the side has something to say."""
 
     def __init__(self, side: nn.Module) -> None:
         super().__init__()
         self.side = side
         self.scale = nn.Parameter(torch.tensor(ENERGY))
-        self.uses_taps = getattr(side, "uses_taps", False)
-        self.uses_ids = getattr(side, "uses_ids", False)
+        self.taps = side.taps if isinstance(side, Side) else ()
 
-    def forward(self, *tensors: Tensor, **named: Tensor) -> Tensor:
-        return self.scale * self.side(*tensors, **named)
+    def forward(self, inputs: Input, features: Features) -> Tensor:
+        return self.scale * run_side(self.side, inputs, features)
 
 
 def xavier(side: nn.Module) -> None:
@@ -52,18 +47,18 @@ def distilled_weights(base: Base, side: str, options: Mapping[str, Any]) -> Path
         TaskError: none ship, or none for a side with these options.
     """
     name = base.spec.name if base.spec else "your own base"
-    if (name, side) not in DISTILLED:
+    if side not in base.distilled:
         raise TaskError(
             f"no distilled weights ship for side '{side}' of {name}: train some with sidetuning.distill(model, task, "
             "loader), or give init= the path of a safetensors file"
         )
-    file, built = DISTILLED[name, side]
+    file, built = base.distilled[side]
     if dict(options) != built:
         raise TaskError(
             f"the distilled side '{side}' of {name} is built with the options {built}, not {dict(options)}; give these, or "
             "start the side otherwise than distilled"
         )
-    return packaged(file)
+    return file
 
 
 def load_weights(module: nn.Module, path: str | Path, what: str, spare: Sequence[str] = ()) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base
+from sidetuning.base import Base, Features, Input, entry
 from sidetuning.errors import ShapeError
+from sidetuning.sides import Side
 from sidetuning.sides.fit import FitMap, FitTokens, resize
 from sidetuning.sides.transformer import encoder_layer
 
 DIMENSIONS = {1: "vectors", 2: "sequences", 3: "maps"}
 
 
-class Ladder(nn.Module):
+class Ladder(Side):
     """h_i = block_i(g_i down_i(tap_i) + (1 - g_i) h_(i-1)), g_i = sigmoid(gate_i); then to the base's shape.
 
     It never sees the input, only the taps, in the order in which the base was told to keep them, and sends no gradient
@@ -25,8 +26,6 @@ class Ladder(nn.Module):
         heads: attention heads, on sequences.
     """
 
-    uses_taps = True
-
     def __init__(self, base: Base, width: int = 32, heads: int = 4) -> None:
         super().__init__()
         if not base.tap_shapes:
@@ -36,7 +35,7 @@ class Ladder(nn.Module):
         dimensions = {len(shape) for shape in base.tap_shapes.values()}
         if len(dimensions) > 1 or (dimensions == {1} and base.kind != "vector"):
             raise ShapeError(f"the ladder's taps must be all maps, all sequences or all vectors, not {base.tap_shapes}")
-        self.names = list(base.tap_shapes)
+        self.taps = tuple(base.tap_shapes)
         self.dimension = dimensions.pop()
         channels = [shape[0] if len(shape) == 3 else shape[-1] for shape in base.tap_shapes.values()]
         if self.dimension == 3:
@@ -56,12 +55,12 @@ class Ladder(nn.Module):
             self.fit = FitTokens(base, width) if sequence else nn.Linear(width, base.width)
         self.gates = nn.Parameter(torch.zeros(len(channels)))
 
-    def forward(self, taps: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
-        """Taps, and the mask of their tokens where they are sequences, to the base's output shape."""
+    def forward(self, inputs: Input, features: Features) -> Tensor:
         h: Tensor | None = None
+        mask = entry(inputs, "attention_mask")
         padding = None if mask is None else mask == 0
-        for name, down, block, gate in zip(self.names, self.down, self.blocks, self.gates.sigmoid(), strict=True):
-            rung = down(taps[name])
+        for name, down, block, gate in zip(self.taps, self.down, self.blocks, self.gates.sigmoid(), strict=True):
+            rung = down(features.taps[name])
             if h is not None:
                 h = resize(h, rung.shape[-2:]) if self.dimension == 3 else h
                 rung = gate * rung + (1 - gate) * h

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidetuning.base import Base
+from sidetuning.base import Base, Features, Input, entry
 from sidetuning.errors import ShapeError
+from sidetuning.sides import Side
 from sidetuning.sides.fit import FitTokens
 from sidetuning.sides.tokens import Dilated
 from sidetuning.sides.transformer import encoder_layer
@@ -17,7 +18,7 @@ from sidetuning.sides.transformer import encoder_layer
 FAR = -1e4  # a score that softmax turns to 0, in half precision too
 
 
-class Match(nn.Module):
+class Match(Side):
     """Every token with the first text's tokens: is the same word there, how much does it weigh, what is there that means the same?
 
     The features are those of Chen et al. (2017, "Reading Wikipedia to answer open-domain questions", section 3.2) on the base's taps,
@@ -38,9 +39,6 @@ class Match(nn.Module):
     Shape: taps (b, t, c), a mask (b, t) and ids (b, t) -> as the base's output. What stands at padding never matters.
     """
 
-    uses_taps = True
-    uses_ids = True
-
     def __init__(
         self, base: Base, width: int = 96, layers: int = 2, convolutions: int = 2, heads: int = 4, dropout: float = 0.2
     ) -> None:  # fmt: skip
@@ -53,7 +51,7 @@ class Match(nn.Module):
             )
         if width % heads:
             raise ShapeError(f"the match side's width {width} is not a multiple of its {heads} heads")
-        self.taps = list(base.tap_shapes)
+        self.taps = tuple(base.tap_shapes)
         self.down = nn.ModuleList(nn.Sequential(nn.Linear(shape[-1], width), nn.LayerNorm(width)) for shape in shapes)
         self.compare = nn.Linear(width, width)
         nn.init.eye_(self.compare.weight)  # alike is what the base calls alike, to begin with
@@ -68,10 +66,13 @@ class Match(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fit = FitTokens(base, width)
 
-    def forward(self, taps: dict[str, Tensor], mask: Tensor | None, ids: Tensor) -> Tensor:
+    def forward(self, inputs: Input, features: Features) -> Tensor:
+        ids, mask = entry(inputs, "input_ids"), entry(inputs, "attention_mask")
+        if ids is None:
+            raise ShapeError("this side reads token ids: its base must be a text encoder, called with input_ids")
         mask = torch.ones_like(ids) if mask is None else mask
         first, second = two_texts(ids, mask)
-        read = (down(taps[name]) for name, down in zip(self.taps, self.down, strict=True))
+        read = (down(features.taps[name]) for name, down in zip(self.taps, self.down, strict=True))
         x = self.dropout(reduce(torch.add, read))  # (b, t, width)
 
         # The first text alone, (b, q, …): it is short, and all comparisons are with it.

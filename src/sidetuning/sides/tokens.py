@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidetuning.base import Base
+from sidetuning.base import Base, Features, Input, entry
 from sidetuning.errors import ShapeError
+from sidetuning.sides import Side
 from sidetuning.sides.fit import FitTokens
 from sidetuning.sides.transformer import encoder_layer
 
 
-class TokenSide(nn.Module):
+class TokenSide(Side):
     """What the two share: the first tap, projected to a width, and the way to the base's shape.
 
     Shape: taps (b, t, c) and a mask (b, t) -> as the base's output. What stands at padding never matters.
     """
-
-    uses_taps = True
 
     def __init__(self, base: Base, width: int) -> None:
         super().__init__()
@@ -26,8 +25,8 @@ class TokenSide(nn.Module):
             raise ShapeError(
                 "this side reads token embeddings: name them as a tap, such as load_base('hf:…', taps=['embeddings'])"
             )
-        self.tap = sequences[0]
-        self.down = nn.Linear(base.tap_shapes[self.tap][-1], width)
+        self.taps = (sequences[0],)
+        self.down = nn.Linear(base.tap_shapes[sequences[0]][-1], width)
         self.norm = nn.LayerNorm(width)
         self.fit = FitTokens(base, width)
 
@@ -35,8 +34,9 @@ class TokenSide(nn.Module):
         """(b, t, width) -> the same."""
         raise NotImplementedError
 
-    def forward(self, taps: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
-        return self.fit(self.norm(self.body(self.down(taps[self.tap]), mask)), mask)
+    def forward(self, inputs: Input, features: Features) -> Tensor:
+        mask = entry(inputs, "attention_mask")
+        return self.fit(self.norm(self.body(self.down(features.taps[self.taps[0]]), mask)), mask)
 
 
 class Slim(TokenSide):

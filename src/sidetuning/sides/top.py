@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sidetuning.base import Base
+from sidetuning.base import Base, Features, Input, entry
 from sidetuning.errors import ShapeError
+from sidetuning.sides import Side
 from sidetuning.sides.fit import masked_mean
 
 EMBEDDINGS = "embeddings"  # what encoders of transformers call the module before their layers
 
 
-class Top(nn.Module):
+class Top(Side):
     """The base's last layers with their weights, reading the last tap: S(x) starts as B(x), and costs these layers only.
 
     A copy of the base is one of the paper's ways to start a side; copying its top alone keeps what pretraining knows of language, and
@@ -29,17 +30,16 @@ class Top(nn.Module):
         ShapeError: the base is no such encoder, or no layer lies above the tap.
     """
 
-    uses_taps = True
-
     def __init__(self, base: Base) -> None:
         super().__init__()
-        self.tap = next(reversed(base.tap_shapes), "")
+        tap = next(reversed(base.tap_shapes), "")
+        self.taps = (tap,)
         where, layers = layers_of(base)
-        below = 0 if self.tap == EMBEDDINGS else 1 + int(self.tap.rpartition(".")[2]) if self.tap in layers else None
+        below = 0 if tap == EMBEDDINGS else 1 + int(tap.rpartition(".")[2]) if tap in layers else None
         if below is None or below == len(layers):
             last = f"{where}.{len(layers) - 2}"
             raise ShapeError(
-                f"the top side copies the layers above the last tap, which is '{self.tap}': take one such as '{last}'"
+                f"the top side copies the layers above the last tap, which is '{tap}': take one such as '{last}'"
             )
         net: Any = copy.deepcopy(base.net)
         net.set_submodule(where, net.get_submodule(where)[below:])
@@ -52,8 +52,9 @@ class Top(nn.Module):
         self.select = base.select
         self.kind = base.kind
 
-    def forward(self, taps: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
-        code = self.select(self.net(inputs_embeds=taps[self.tap], attention_mask=mask))
+    def forward(self, inputs: Input, features: Features) -> Tensor:
+        mask = entry(inputs, "attention_mask")
+        code = self.select(self.net(inputs_embeds=features.taps[self.taps[0]], attention_mask=mask))
         return masked_mean(code, mask) if self.kind == "vector" else code
 
 

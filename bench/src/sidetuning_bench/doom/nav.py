@@ -1,0 +1,331 @@
+"""Navigation in Doom with Habitat's conventions, as gymnasium environments: PointNav, exploration, and a shortest-path expert.
+
+`gymnasium.make("sidetuning_bench.doom.nav:DoomPointNav-v0")` and `…:DoomExplore-v0` build them too. Lengths are metres (32 map units), angles
+radians. An agent has Habitat's four actions; a step ahead is some tics of Doom, so it starts slowly and slides along walls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numba import njit
+from numpy.typing import NDArray
+
+from sidetuning.errors import SideTuningError, UnknownNameError
+from sidetuning.registry import unknown
+from sidetuning_bench.agents.trajectories import COMPASS
+from sidetuning_bench.doom.frames import TEST, TRAIN, UNITS_PER_METRE, VAL
+from sidetuning_bench.doom.grid import Grid, Ways
+from sidetuning_bench.doom.world import HOME, World
+
+ACTIONS = ("stop", "move_forward", "turn_left", "turn_right")
+STOP, FORWARD, LEFT, RIGHT = range(4)
+ARMOUR = (1040.0, -352.0)  # of my_way_home
+SLACK = -0.01  # reward of every step
+SUCCESS = 10.0  # reward of success
+SEEN = 0.1  # reward of every square metre seen for the first time
+MAPS: dict[str, tuple[str, ...]] = {"train": TRAIN, "val": VAL, "test": TEST, "home": (HOME,)}
+OPEN = ("map18", "map20", "map27")  # levels of one wide place, where hardly any way winds
+WINDING = 1.1  # of pointnav's ways, as in Habitat's generator of episodes
+
+
+def point(xy: NDArray[np.float64]) -> tuple[float, float]:
+    """Of an array."""
+    return float(xy[0]), float(xy[1])
+
+
+class Episode(NamedTuple):
+    """Where an episode starts and ends; lengths in map units, yaw in degrees."""
+
+    map: str
+    start: tuple[float, float]
+    yaw: float
+    goal: tuple[float, float]
+
+
+class DoomWalk(gym.Env[Any, Any]):
+    """What both environments share: actions, pictures, episodes drawn from a seed, an engine that ends with it.
+
+    Args:
+        maps: "train", "val", "test", "home" (ViZDoom's my_way_home), or names of maps.
+        size: of the pictures.
+        turn: degrees of a turn.
+        tics: of a step ahead; a tic is 1/35 s.
+        max_steps: after which an episode is cut off.
+        stay: how many episodes in a row are on one map, where `reset` gets no seed.
+        cache: folder where the grids of maps are kept.
+
+    After `reset(seed=…)` all is the same whenever the seed is the same.
+    """
+
+    stops = False  # whether the action stop ends an episode
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (gymnasium's way)
+
+    def __init__(
+        self, maps: str | Sequence[str] = "train", size: int = 64, turn: float = 15.0, tics: int = 4, max_steps: int = 200,
+        stay: int = 8, cache: str | Path = "~/.cache/sidetuning", render_mode: str | None = "rgb_array",
+    ) -> None:  # fmt: skip
+        names = MAPS.get(maps, (maps,)) if isinstance(maps, str) else tuple(maps)
+        known = [*TRAIN, *VAL, *TEST, HOME]
+        for name in names:
+            if name not in known:
+                raise UnknownNameError(unknown("map", name, [*MAPS, *known], verb="one for walking"))
+        if not names:
+            raise SideTuningError("maps: give at least one")
+        for what, count in (("size", size), ("tics", tics), ("max_steps", max_steps), ("stay", stay)):
+            if count < 1:
+                raise SideTuningError(f"{what} must be 1 or more, not {count}")
+        self.maps, self.turn, self.tics, self.max_steps, self.stay = names, turn, tics, max_steps, stay
+        self.render_mode = render_mode
+        self.action_space = spaces.Discrete(len(ACTIONS))
+        self.observation_space: spaces.Dict = spaces.Dict({"rgb": spaces.Box(0, 255, (size, size, 3), np.uint8)})
+        self.world = World(size, seed=0, cache=cache)
+        self.grid: Grid
+        self.episode: Episode
+        self.steps = 0
+        self.walked = 0.0
+        self.commands: tuple[str, ...] = ()  # for the engine, on every map
+        self._map, self._stayed = "", 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None or self._stayed % self.stay == 0 or not self._map:
+            self._map, self._stayed = str(self.np_random.choice(self.maps)), 0
+        self._stayed += 1
+        self.grid = self.world.load(
+            self._map, self.commands, None if seed is None else int(self.np_random.integers(2**31))
+        )
+        self.episode = self.draw()
+        self.world.place(*self.episode.start, self.episode.yaw)
+        self.steps, self.walked = 0, 0.0
+        return self.begin()
+
+    def step(self, action: int) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+        if not 0 <= int(action) < len(ACTIONS):
+            raise SideTuningError(f"action {action} is none of 0 … 3: {', '.join(ACTIONS)}")
+        x, y = self.world.x, self.world.y
+        going = True
+        if action == FORWARD:
+            going = self.world.walk(self.tics)
+        elif action != STOP:
+            going = self.world.turn(self.turn if action == LEFT else -self.turn)
+        self.steps += 1
+        self.walked += float(np.hypot(self.world.x - x, self.world.y - y)) / UNITS_PER_METRE
+        reward, done, info = self.judge(int(action), going)
+        ended = done or not going
+        return self.observe(), reward, ended, self.steps >= self.max_steps and not ended, info
+
+    def draw(self) -> Episode:
+        """A random episode on the present map."""
+        raise NotImplementedError
+
+    def begin(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Once the player stands at the start: the first observation, and what is known of the episode."""
+        raise NotImplementedError
+
+    def judge(self, action: int, going: bool) -> tuple[float, bool, dict[str, Any]]:
+        """After an action, and whether the level goes on after it: the reward, whether the episode is over, and the measures."""
+        raise NotImplementedError
+
+    def observe(self) -> dict[str, NDArray[Any]]:
+        """What the agent perceives."""
+        return {"rgb": self.world.image.copy()}
+
+    def render(self) -> Any:
+        return self.world.image
+
+    def close(self) -> None:
+        self.world.close()
+
+
+class DoomPointNav(DoomWalk):
+    """Go to a point that the compass tells, and stop there.
+
+    Observation: `rgb` (size, size, 3) uint8, and `pointgoal_with_gps_compass` (2,) float32: distance in metres and angle, positive to
+    the left, of the straight line to the goal (Habitat's (rho, -phi)).
+
+    Reward: -0.01 + metres of shortest way gained + 10 on success. Info: distance_to_goal (of the shortest way, metres), success,
+    spl = success * shortest / max(shortest, walked).
+
+    Args:
+        nearest, farthest: shortest way from start to goal, in metres.
+        winding: how many times as long as the straight line the shortest way is, at least. Where any will do, most goals in Doom's
+            wide levels are reached by following the compass with closed eyes.
+        radius: how near the goal is there, in metres.
+        automatic: being there is success, and the action stop does nothing; else only stop ends an episode, well or ill.
+        compass: whether the observation has it. Without, the goal of "home" is the armour of my_way_home, always.
+    """
+
+    def __init__(
+        self, maps: str | Sequence[str] = "train", size: int = 64, turn: float = 15.0, tics: int = 4, max_steps: int = 200,
+        stay: int = 8, cache: str | Path = "~/.cache/sidetuning", render_mode: str | None = "rgb_array", nearest: float = 5.0,
+        farthest: float = 25.0, winding: float = 0.0, radius: float = 1.5, automatic: bool = False, compass: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(maps, size, turn, tics, max_steps, stay, cache, render_mode)
+        self.nearest, self.farthest, self.winding, self.radius = nearest, farthest, winding, radius
+        self.automatic, self.compass = automatic, compass
+        self.stops = not automatic
+        if not compass and self.maps != (HOME,):
+            raise SideTuningError("without a compass only maps='home' has a goal that can be known")
+        if compass:
+            space = {COMPASS: spaces.Box(np.array([0, -np.pi], np.float32), np.array([1e4, np.pi], np.float32))}
+            self.observation_space = spaces.Dict({"rgb": self.observation_space["rgb"], **space})
+            self.commands = ("remove GreenArmor",)  # whoever takes it ends the level of my_way_home
+        self.ways: Ways
+        self.distance = self.shortest = 0.0
+
+    def draw(self) -> Episode:
+        rng, grid = self.np_random, self.grid
+        low, high = self.nearest * UNITS_PER_METRE, self.farthest * UNITS_PER_METRE
+        roomy = np.flatnonzero(grid.clearance[tuple(grid.cells.T)] > 28)  # nobody starts or ends in a corner
+        for _ in range(100):
+            goal = ARMOUR if not self.compass else point(grid.centres[rng.choice(roomy)])
+            self.ways = grid.to(*goal, limit=2 * high)
+            distances, straight = self.ways.distances[roomy], np.linalg.norm(grid.centres[roomy] - goal, axis=1)
+            starts = roomy[(distances >= low) & (distances <= high) & (distances >= self.winding * straight)]
+            if len(starts):
+                start = point(grid.centres[rng.choice(starts)])
+                return Episode(self._map, start, float(rng.uniform(-180, 180)), goal)
+        raise SideTuningError(
+            f"{self._map} has no ways from {self.nearest} to {self.farthest} m that wind {self.winding}-fold; "
+            "give a smaller nearest or winding, or other maps"
+        )
+
+    def begin(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        self.distance = self.shortest = self._distance()
+        return self.observe(), self._info(False)
+
+    def judge(self, action: int, going: bool) -> tuple[float, bool, dict[str, Any]]:
+        before, self.distance = self.distance, self._distance()
+        taken = not going and not self.compass and self.distance <= 2 * self.radius  # a step reached the armour
+        there = self.distance <= self.radius or taken
+        success = there and (self.automatic or action == STOP)
+        reward = SLACK + before - self.distance + SUCCESS * success
+        return reward, success or (action == STOP and not self.automatic), self._info(success)
+
+    def _distance(self) -> float:
+        """Metres of shortest way; where the player got off the map's cells, as many as before."""
+        units = self.ways.distance(self.world.x, self.world.y)
+        return units / UNITS_PER_METRE if np.isfinite(units) else self.distance
+
+    def _info(self, success: bool) -> dict[str, Any]:
+        share = self.shortest / max(self.shortest, self.walked, 1e-6)
+        return {
+            "distance_to_goal": self.distance, "success": float(success), "is_success": success, "spl": success * share,
+        }  # fmt: skip
+
+    def observe(self) -> dict[str, NDArray[Any]]:
+        seen = super().observe()
+        if self.compass:
+            dx, dy = self.episode.goal[0] - self.world.x, self.episode.goal[1] - self.world.y
+            angle = (np.arctan2(dy, dx) - np.radians(self.world.yaw) + np.pi) % (2 * np.pi) - np.pi
+            seen[COMPASS] = np.array([np.hypot(dx, dy) / UNITS_PER_METRE, angle], np.float32)
+        return seen
+
+    def expert(self) -> int:
+        """The action of one who knows the map: along the shortest way, a little off the walls, and stop at the goal."""
+        world = self.world
+        x, y = self.ways.waypoint(world.x, world.y)
+        if self.distance <= 0.8 * self.radius:
+            return STOP
+        off = (np.degrees(np.arctan2(y - world.y, x - world.x)) - world.yaw + 180) % 360 - 180
+        if abs(off) <= 0.55 * self.turn:
+            return FORWARD
+        return LEFT if off > 0 else RIGHT
+
+
+class DoomExplore(DoomWalk):
+    """See as much of a map as possible: 0.1 for every square metre of floor that comes into view for the first time.
+
+    Observation: `rgb`. Info: seen (square metres so far). An episode lasts `max_steps`; stop does nothing.
+
+    Args:
+        reach: how far one sees, in metres.
+    """
+
+    def __init__(
+        self, maps: str | Sequence[str] = "train", size: int = 64, turn: float = 15.0, tics: int = 4, max_steps: int = 200,
+        stay: int = 8, cache: str | Path = "~/.cache/sidetuning", render_mode: str | None = "rgb_array", reach: float = 10.0,
+    ) -> None:  # fmt: skip
+        super().__init__(maps, size, turn, tics, max_steps, stay, cache, render_mode)
+        self.reach = reach
+        self._seen: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+
+    def draw(self) -> Episode:
+        place = point(self.grid.centres[self.np_random.integers(len(self.grid.centres))])
+        return Episode(self._map, place, float(self.np_random.uniform(-180, 180)), place)
+
+    def begin(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        self._seen = np.zeros(np.array(self.grid.number.shape) * int(self.grid.cell) // UNITS_PER_METRE + 1, np.bool_)
+        self._look()
+        return self.observe(), {"seen": int(self._seen.sum())}
+
+    def judge(self, action: int, going: bool) -> tuple[float, bool, dict[str, Any]]:
+        new = self._look()
+        return SEEN * new, False, {"seen": int(self._seen.sum())}
+
+    def _look(self) -> int:
+        """Mark what is in view, a fan of 90 degrees; returns how many squares are new."""
+        w, g = self.world, self.grid
+        return int(_mark(
+            self._seen, g.clearance, g.low, g.cell, w.x, w.y, np.radians(w.yaw), self.reach * UNITS_PER_METRE, float(UNITS_PER_METRE),
+        ))  # fmt: skip
+
+
+@njit(cache=True)
+def _mark(
+    seen: Any, clearance: Any, low: Any, cell: float, x: float, y: float, yaw: float, reach: float, square: float
+) -> int:
+    """Go along rays from cell to cell until one that an obstacle may cross, and mark the squares on the way."""
+    new = 0
+    near = cell * np.sqrt(0.5)  # a line that crosses a cell is at most so far from its centre
+    for i in range(91):
+        angle = yaw + np.radians(i - 45.0)
+        dx, dy = np.cos(angle), np.sin(angle)
+        px, py = (x - low[0]) / cell, (y - low[1]) / cell
+        column, row = int(np.floor(px)), int(np.floor(py))
+        across, along = 1 / max(abs(dx), 1e-12), 1 / max(abs(dy), 1e-12)  # of the ray, between two cells
+        to_column = (column + 1 - px if dx > 0 else px - column) * across
+        to_row = (row + 1 - py if dy > 0 else py - row) * along
+        gone, first = 0.0, True
+        while gone * cell <= reach and 0 <= column < clearance.shape[0] and 0 <= row < clearance.shape[1]:
+            if clearance[column, row] < near and not first:
+                break
+            left = min(to_column, to_row)  # the ray is in this cell from `gone` to `left`
+            middle = (gone + left) / 2 * cell
+            a, b = int((x - low[0] + dx * middle) // square), int((y - low[1] + dy * middle) // square)
+            if not seen[a, b]:
+                seen[a, b] = True
+                new += 1
+            if to_column < to_row:
+                column, to_column = column + (1 if dx > 0 else -1), to_column + across
+            else:
+                row, to_row = row + (1 if dy > 0 else -1), to_row + along
+            gone, first = left, False
+    return new
+
+
+gym.register("DoomPointNav-v0", entry_point="sidetuning_bench.doom.nav:DoomPointNav")
+gym.register("DoomExplore-v0", entry_point="sidetuning_bench.doom.nav:DoomExplore")
+
+
+def pointnav(split: str, size: int) -> DoomPointNav:
+    """To a point that the compass tells, behind a corner, and stop there, on the maps of a split."""
+    return DoomPointNav([name for name in MAPS[split] if name not in OPEN], size, winding=WINDING)
+
+
+def home(split: str, size: int) -> DoomPointNav:
+    """To the armour of my_way_home, without a compass; one map, whatever the split."""
+    return DoomPointNav("home", size, automatic=True, compass=False)
+
+
+def explore(split: str, size: int) -> DoomExplore:
+    """See as much as possible, on the maps of a split."""
+    return DoomExplore(split, size)

@@ -1,0 +1,148 @@
+"""A player in Doom that can be put anywhere and walks: what the navigation environments are made of."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidetuning.errors import EngineError
+from sidetuning_bench.doom import grid as doom_grid
+from sidetuning_bench.doom.engine import engine, told, vizdoom
+from sidetuning_bench.doom.frames import SETUP, picture
+from sidetuning_bench.doom.grid import Grid
+
+HOME = "my_way_home"  # ViZDoom's maze of rooms, the same textures everywhere; all other maps are Freedoom's
+VARIABLES = ("POSITION_X", "POSITION_Y", "ANGLE")
+CELL = {HOME: 8.0}  # of the grid; 16 units elsewhere
+
+
+class World:
+    """One running engine, on one map at a time; the engine ends with `close`, with this object, and with this process.
+
+    Args:
+        size: of the square pictures.
+        seed: of what is random in the game, such as flickering lights.
+        cache: folder where grids of maps are kept.
+    """
+
+    def __init__(self, size: int, seed: int, cache: str | Path = "~/.cache/sidetuning") -> None:
+        self.size, self.seed = size, seed
+        self.cache = Path(cache).expanduser() / "doom-grids"
+        self.map = ""
+        self.x = self.y = self.yaw = 0.0
+        self._grids: dict[str, Grid] = {}
+        self._commands: tuple[str, ...] = ()
+        self._game: Any = None
+        self._running = ExitStack()
+        self.image: NDArray[np.uint8] = np.zeros((size, size, 3), np.uint8)
+
+    def load(self, name: str, commands: Sequence[str] = (), seed: int | None = None) -> Grid:
+        """Go to a map, unless it is there already, and give the engine commands there; returns the map's grid.
+
+        With a seed the map begins anew, so that all that follows depends on the seed alone.
+        """
+        if name not in self._grids:
+            self._grids[name] = load_grid(name, self.cache)
+        with told(name):
+            self._go(name, commands, seed)
+        return self._grids[name]
+
+    def _go(self, name: str, commands: Sequence[str], seed: int | None) -> None:
+        if name != self.map or self._game.is_episode_finished():
+            if self._game is None or HOME in (name, self.map):
+                if name != self.map:
+                    self._running.close()
+                    self._game = self._running.enter_context(_start(name, self.size, self.seed))
+                    weakref.finalize(
+                        self, self._running.close
+                    )  # made after the engine's folder, so called before it goes
+            else:
+                self._game.set_doom_map(name)
+            self.map, self._commands = name, (*SETUP, *commands)
+            self._begin(seed)
+        elif seed is not None:
+            self._begin(seed)
+
+    def _begin(self, seed: int | None = None) -> None:
+        if seed is not None:
+            self._game.set_seed(seed)
+        self._game.new_episode()
+        for command in self._commands:
+            self._game.send_game_command(command)
+
+    def place(self, x: float, y: float, yaw: float) -> None:
+        """Put the player at a point, at rest, looking to `yaw` (degrees from east, anticlockwise)."""
+        with told(self.map):
+            self._place(x, y, yaw)
+
+    def _place(self, x: float, y: float, yaw: float) -> None:
+        game = self._game
+        for _ in range(2):
+            game.send_game_command(f"warp {x:.0f} {y:.0f}")
+            game.make_action([0, 0], 1)  # a turn in the same tic as a warp is lost
+            if not game.is_episode_finished():
+                break
+            self._begin()  # sliding on from the last episode, the player has left the level in this very tic
+        for _ in range(35):  # a level that has just begun takes no turns in its first tics
+            off = (game.get_state().game_variables[2] - yaw + 180) % 360 - 180
+            if abs(off) < 0.5:
+                break
+            game.make_action([0, off], 1)
+        self._look()
+
+    def walk(self, tics: int) -> bool:
+        """Walk ahead for so many tics; False where that ended the level."""
+        return self._act([1, 0], tics)
+
+    def turn(self, degrees: float) -> bool:
+        """Turn anticlockwise; False where the level ended."""
+        return self._act([0, -degrees], 1)
+
+    def _act(self, action: list[float], tics: int) -> bool:
+        if self._game is None:
+            raise EngineError("no level is open; reset the environment first")
+        with told(self.map):
+            self._game.make_action(action, tics)
+            if self._game.is_episode_finished():
+                return False
+            self._look()
+        return True
+
+    def _look(self) -> None:
+        state = self._game.get_state()
+        self.x, self.y, self.yaw = (float(v) for v in state.game_variables)
+        self.image = picture(state.screen_buffer, self.size)
+
+    def close(self) -> None:
+        """End the engine."""
+        self._running.close()
+        self._game, self.map = None, ""
+
+
+def _start(name: str, size: int, seed: int, **options: Any) -> Any:
+    scenario = Path(vizdoom().scenarios_path) / f"{HOME}.wad" if name == HOME else None
+    height = next((h for h in (120, 240, 480, 960) if h >= size), 960)
+    return engine(
+        "map01" if name == HOME else name, height=height, buttons=("MOVE_FORWARD", "TURN_LEFT_RIGHT_DELTA"),
+        variables=VARIABLES, seed=seed, scenario=scenario, arguments="-nomonsters", **options,
+    )  # fmt: skip
+
+
+def load_grid(name: str, cache: Path) -> Grid:
+    """The grid of a map, from the cache where it is there, else built in an engine of its own and kept there."""
+    cell = CELL.get(name, 16.0)
+    file = cache / doom_grid.file_name(name, cell, vizdoom().__version__)
+    grid = doom_grid.load(file)
+    if grid is None:
+        with _start(name, 64, 0, geometry=True) as game:
+            game.new_episode()
+            state = game.get_state()
+            grid = doom_grid.build(state.sectors, state.objects, cell)
+        doom_grid.save(grid, file)
+    return grid

@@ -1,0 +1,282 @@
+"""A run's folder: settings, metrics, matrix, tasks and resume files; the same command run again goes on in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sidetuning.errors import SideTuningError
+from sidetuning.files import write_json, write_text
+
+S = TypeVar("S")  # settings of a scenario, a frozen dataclass
+
+WITH_SIDES = ("sidetune", "boosting")  # methods that read settings of sides and merges
+
+
+class Run:
+    """`run.json`, `metrics.jsonl`, `matrix.json`, `tasks/` and `resume/` under one folder.
+
+    Args:
+        folder: made where it does not exist.
+        scenario: the name of the scenario.
+        settings: its frozen dataclass.
+        free: names of settings that may differ when a run goes on (paths, not science).
+
+    Raises:
+        SideTuningError: the folder cannot be written, or holds a run with other settings.
+    """
+
+    def __init__(self, folder: str | Path, scenario: str, settings: Any, free: tuple[str, ...] = ()) -> None:
+        self.folder = Path(folder)
+        defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
+        self._free, self._defaults = free, json.loads(json.dumps({k: v for k, v in defaults.items() if k not in free}))
+        wanted = {k: v for k, v in asdict(settings).items() if k not in free}
+        wanted = json.loads(json.dumps(wanted))  # as it will be read: tuples are lists
+        writable(self.folder)
+        file = self.folder / "run.json"
+        if file.exists() and any(other != file for other in self.folder.iterdir()):
+            self._check(file, scenario, wanted)
+        else:  # what failed before it began, by a mistake in its settings, may be begun again with others
+            versions = {name: version(name) for name in ("sidetuning", "torch", "numpy", "accelerate")}
+            versions["python"] = platform.python_version()
+            content = {"scenario": scenario, "settings": wanted, "versions": versions, "command": sys.argv}
+            try:
+                write_json(file, content)
+            except OSError as error:
+                raise SideTuningError(
+                    f"{folder} cannot be written to ({error.strerror}); choose another with --out"
+                ) from error
+
+    def _check(self, file: Path, scenario: str, wanted: Mapping[str, Any]) -> None:
+        try:
+            found = json.loads(file.read_text())
+            settings, was = {**self._defaults, **found["settings"]}, found["scenario"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SideTuningError(
+                f"{file} is damaged ({error}); choose another folder with --out, or delete this one"
+            ) from error
+        if was != scenario:
+            raise SideTuningError(f"{self.folder} holds a run of {was}; choose another folder with --out")
+        names = [*wanted, *(k for k in settings if k not in wanted and k not in self._free)]
+        other = [f"{k} {settings.get(k)!r} (now {wanted.get(k)!r})" for k in names if settings.get(k) != wanted.get(k)]
+        if other:
+            raise SideTuningError(
+                f"{self.folder} holds a run with other settings: {', '.join(other)}; choose another folder with --out, "
+                "or delete this one"
+            )
+
+    def belongs(self, **what: str) -> None:
+        """Keep fingerprints of what the run is of, such as its data, and refuse others when it goes on.
+
+        Raises:
+            SideTuningError: another was kept.
+        """
+        file = self.folder / "run.json"
+        content = json.loads(file.read_text())
+        kept = content.setdefault("fingerprints", {})
+        before = dict(kept)
+        for name, value in what.items():
+            if kept.setdefault(name, value) != value:
+                raise SideTuningError(
+                    f"{self.folder} holds a run of another {name}; choose another folder with --out, or delete this one"
+                )
+        if kept != before:
+            write_json(file, content)
+
+    def tasks(self, name: str = "") -> Path:
+        """Where a method saves its tasks; a method that has one task alone goes by that task's name."""
+        return self.folder / "tasks" / name
+
+    def done(self, name: str) -> None:
+        """Forget the resume files of a task that is learned and saved."""
+        for file in (self.folder / "resume").glob(f"{name}.pt*"):
+            file.unlink()
+
+    def resume(self, name: str) -> Path:
+        """The resume file of a task's training."""
+        (self.folder / "resume").mkdir(exist_ok=True)
+        return self.folder / "resume" / f"{name}.pt"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
+        file = self.folder / "metrics.jsonl"
+        rows = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def keep(self, which: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Leave those rows of `metrics.jsonl` alone."""
+        rows = self.metrics()
+        if not all(map(which, rows)):
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if which(row)))
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row to `metrics.jsonl`, after dropping a line that a kill cut short."""
+        file = self.folder / "metrics.jsonl"
+        text = "".join(json.dumps(r) + "\n" for r in self.metrics())
+        with file.open("r+" if file.exists() else "w") as out:
+            out.seek(len(text.encode()))
+            out.truncate()
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            os.fsync(out.fileno())  # what is saved after it must not outlive it
+
+
+def writable(folder: Path) -> None:
+    """Make a folder where there is none.
+
+    Raises:
+        SideTuningError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SideTuningError(
+            f"{folder} cannot be written to ({error.strerror}); choose another folder with --out"
+        ) from error
+
+
+def absolute(path: str | None) -> str | None:
+    """The whole path, which is the same from every folder."""
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def at_least_one(settings: Any, *names: str) -> None:
+    """Counts of a user's settings must be 1 or more.
+
+    Raises:
+        SideTuningError: one is not.
+    """
+    for name in names:
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            flag = name.replace("_", "-")
+            raise SideTuningError(f"--{flag} must be 1 or more, not {getattr(settings, name)}")
+
+
+def above_zero(settings: Any, *names: str) -> None:
+    """Amounts of a user's settings must be above 0; None is no amount.
+
+    Raises:
+        SideTuningError: one is not.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:  # nor is NaN
+            raise SideTuningError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+
+
+def read_result(kind: Callable[..., Any], file: Path) -> Any:
+    """A result that an earlier call wrote.
+
+    Raises:
+        SideTuningError: it cannot be read, or another version of the library wrote it.
+    """
+    try:
+        return kind(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise SideTuningError(f"{file} cannot be read ({error}); delete it, and run the same command again") from error
+
+
+def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> None:
+    """Settings that the method does not read must be as they are by default, or None: who gives one believes that it matters.
+
+    Args:
+        settings: a frozen dataclass with the method's name as `method`.
+        readers: for such a setting the methods that read it.
+
+    Raises:
+        SideTuningError: one is not.
+    """
+    defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
+    for name, methods in readers.items():
+        if settings.method not in methods and getattr(settings, name) not in (defaults[name], None):
+            flag = name.replace("_", "-")
+            raise SideTuningError(
+                f"--{flag} is not read by {settings.method}, but by {' and '.join(methods)}; leave it out"
+            )
+
+
+def side_options(side: str, width: float) -> dict[str, Any]:
+    """Options of a side for a base that returns a map with both signs."""
+    return {"fcn5": {"width": width, "signed": True}, "copy": {"width": width}}.get(side, {})
+
+
+def with_recipe(settings: S, best: Mapping[str, Any]) -> S:
+    """The settings with those that their recipe sets, where it is "best".
+
+    Raises:
+        SideTuningError: one of these is neither what the recipe sets nor as it is by default, or the method is another.
+    """
+    given: Any = settings
+    if given.recipe == "paper":
+        return settings
+    if given.method != "sidetune":
+        raise SideTuningError(f"--recipe best is side-tuning's; leave out it or --method {given.method}")
+    defaults = {f.name: f.default for f in fields(given)}
+    for name, value in best.items():
+        if getattr(given, name) not in (value, defaults[name]):
+            flag = name.replace("_", "-")
+            raise SideTuningError(f"--recipe best sets --{flag} itself, to {value}; leave one of them out")
+    recipe: S = replace(given, **best)
+    return recipe
+
+
+def not_twice(settings: Any, *names: str) -> None:
+    """Lists of a user's settings name something, and nothing twice.
+
+    Raises:
+        SideTuningError: one does not.
+    """
+    for name in names:
+        values = getattr(settings, name)
+        flag = name.replace("_", "-")
+        if not values:
+            raise SideTuningError(f"--{flag} names nothing")
+        if twice := next((v for v in values if values.count(v) > 1), None):
+            raise SideTuningError(f"--{flag} names {twice} twice")
+
+
+def peak_memory_mb(anew: bool = False) -> float | None:
+    """The most memory that this process has held, in MB; None where the system does not tell (Windows).
+
+    Args:
+        anew: count from here on, where the system can (Linux).
+    """
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike `ru_maxrss` it does not start at the peak of the process that started this one
+        if anew:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+        row = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(row.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def end_with_parent() -> None:
+    """In a process that another one has started: end when that one ends, even if it was killed."""
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,19 @@
+"""`sidetuning parts`: what can be named in `load_base` and `add_task`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """List the registered bases, sides, merges and heads."""
+
+
+def main(settings: Settings) -> None:
+    """Print one line per kind of part."""
+    from sidetuning import BASES, HEADS, MERGES, SIDES
+
+    for registry in (BASES, SIDES, MERGES, HEADS):
+        print(f"{registry.kind}: {', '.join(registry.names())}")
+    print("more bases: timm:NAME, hf:NAME_OR_FOLDER, onnx:PATH")

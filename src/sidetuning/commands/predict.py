@@ -1,0 +1,109 @@
+"""`sidetuning predict RUN IMAGE…`: every task's answer from one base pass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from sidetuning.errors import ArtifactError, DataError
+from sidetuning.loading import load
+from sidetuning.sides.fit import resize
+from sidetuning.transforms import decode_image
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Ask every task of a run about some images; the base runs once for all of them."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The folder of a run, or of one saved task."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Image files; resized to what the base takes."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A task's most probable class for an image."""
+
+    image: str
+    task: str
+    label: str
+    probability: float
+
+
+def predict(settings: Settings) -> list[Answer]:
+    """The answers, image by image, task by task."""
+    if not settings.images:
+        raise DataError("name at least one image file")
+    model = load(settings.run)
+    example = model.base.example
+    if not isinstance(example, Tensor):
+        raise DataError(f"{settings.run} does not read images; see `sidetuning answer` for texts")
+    batch = torch.stack([read(Path(i), tuple(example.shape[-2:])) for i in settings.images])  # (b, 3, h, w) in [0, 1]
+    views = [batch, batch.flip(-1)] if averages_mirror_images(Path(settings.run)) else [batch]
+    with torch.no_grad():
+        each = [model.forward_all(view) for view in views]
+    if others := [task for task, out in each[0].items() if out.ndim != 2 or out.shape[1] < 2]:
+        raise DataError(
+            f"the task {others[0]} of {settings.run} does not classify images; pictures of dense tasks are in the run's report"
+        )
+    outputs = {task: torch.stack([F.softmax(o[task], 1) for o in each]).mean(0) for task in model.tasks}
+    answers = []
+    for i, image in enumerate(settings.images):
+        for task, output in outputs.items():
+            probability, best = output[i].max(0)
+            labels = model[task].labels
+            answers.append(Answer(image, task, labels[int(best)] if labels else str(int(best)), float(probability)))
+    return answers
+
+
+def averages_mirror_images(run: Path) -> bool:
+    """Whether the run's own accuracy is that of answers averaged over an image and its mirror image."""
+    for file in (run / "run.json", run.parent.parent / "run.json"):  # of a run, or of a task within one
+        if file.exists():
+            try:
+                return bool(json.loads(file.read_text())["settings"].get("mirror"))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ArtifactError(
+                    f"{file} is damaged ({error}); give the folder of a whole run or of a task"
+                ) from error
+    return False
+
+
+def read(path: Path, size: tuple[int, ...]) -> Tensor:
+    """An image file as (3, h, w) in [0, 1]."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
+    try:
+        image = decode_image(data)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return resize(image.unsqueeze(0).float() / 255, size)[0]
+
+
+def main(settings: Settings) -> None:
+    """Print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("image", "task", "answer", "probability"):
+        table.add_column(column, justify="right" if column == "probability" else "left")
+    last = ""
+    for answer in predict(settings):
+        if last and answer.image != last:
+            table.add_section()
+        table.add_row(
+            "" if answer.image == last else answer.image, answer.task, answer.label, f"{answer.probability:.2f}"
+        )
+        last = answer.image
+    Console().print(table)

@@ -1,0 +1,142 @@
+"""From a name to a base, and from a folder to a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sidetuning.artifacts import CONFIG, read_config
+from sidetuning.base import Base, BaseSpec
+from sidetuning.errors import ArtifactError, UnknownNameError
+from sidetuning.registry import Registry
+from sidetuning.tuner import SideTuner
+
+BASES: Registry[Callable[..., Base]] = Registry(
+    "base", {"resnet44-cifar10": "sidetuning.bases:resnet44_cifar10"}, group="sidetuning.bases"
+)
+SCHEMES: Registry[Callable[..., Base]] = Registry(
+    "base scheme",
+    {
+        "timm": "sidetuning.integrations.timm:load",
+        "hf": "sidetuning.integrations.transformers:load",
+        "onnx": "sidetuning.integrations.onnx:load",
+    },
+)
+
+
+def load_base(
+    name: str,
+    *,
+    taps: Sequence[str] = (),
+    output: str | None = None,
+    revision: str | None = None,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+) -> Base:
+    """Build a pretrained base by name.
+
+    Args:
+        name: a packaged base ("resnet44-cifar10"), "timm:NAME", "hf:NAME_OR_FOLDER" or "onnx:PATH".
+        taps: names of submodules whose outputs are returned too.
+        output: which output to use; "map" gives a timm model's spatial features instead of the pooled ones, and a
+            transformers model takes the name of a field ("last_hidden_state" by default).
+        revision: of a transformers model on the Hub.
+        pretrained: False builds timm and transformers models with random weights.
+        weights: a safetensors file to use instead of the weights that the name stands for.
+
+    Raises:
+        UnknownNameError: no such base, scheme or tap, or an option that this kind of base does not read.
+        ImportError: the optional package behind the scheme is not installed.
+        OSError: the weights can neither be found nor downloaded.
+    """
+    path = None if weights is None else str(Path(weights).resolve())
+    options = {"taps": list(taps), "output": output, "revision": revision, "pretrained": pretrained, "weights": path}
+    given = {key: value for key, value in options.items() if value not in (None, [], True)}
+    build, arguments = _builder(name)
+    for option in given:
+        if option not in _read_by(build):
+            raise UnknownNameError(
+                f"{name} does not read {option}=; leave it out (it reads {', '.join(_read_by(build))})"
+            )
+    base = build(*arguments, **given)
+    if name.startswith(("hf:", "onnx:")) and Path(arguments[0]).exists():
+        # Found from every folder.
+        name = f"{name.partition(':')[0]}:{Path(arguments[0]).resolve()}"
+    base.spec = BaseSpec(name, {key: value for key, value in given.items() if key != "revision"}, revision)
+    return base
+
+
+def _builder(name: str) -> tuple[Callable[..., Base], list[str]]:
+    """The function that builds the base called `name`, and its first argument where it has one."""
+    scheme, colon, rest = name.partition(":")
+    if colon:
+        return SCHEMES[scheme], [rest]
+    if name not in BASES and name.endswith((".onnx", ".safetensors")):
+        raise UnknownNameError(f"'{name}' is a file; write onnx:{name}, or give a base's name and weights={name}")
+    return BASES[name], []
+
+
+def _read_by(build: Callable[..., Base]) -> list[str]:
+    """The options of `load_base` that a builder reads."""
+    return [p.name for p in inspect.signature(build).parameters.values() if p.kind == p.KEYWORD_ONLY]
+
+
+def load(path: str | Path, *, base: Base | None = None) -> SideTuner:
+    """Rebuild a model from a saved task, or from a folder of tasks such as a run's.
+
+    Args:
+        path: a task's folder, a folder of such folders, or a run's folder.
+        base: the base, where it cannot be built from its recorded spec.
+
+    Raises:
+        ArtifactError: no task there, a damaged one, or a base that has no recorded spec.
+    """
+    path = Path(path)
+    folders = [path] if (path / CONFIG).exists() else _task_folders(path)
+    if not folders:
+        other = next((f for f in (path, path / "tasks") if (f / "method.json").exists()), None)
+        if other is not None:
+            raise ArtifactError(f"{other} holds tasks of another method than side-tuning; load them with load_method")
+        raise ArtifactError(f"{path} holds no saved task ({CONFIG}); give the folder of a task or of a run")
+    waiting = {folder: read_config(folder) for folder in folders}
+    if base is None:
+        base = _recorded_base(path, next(iter(waiting.values()))["base"].get("spec"))
+    model = SideTuner(base)
+    # Tasks come after their laterals.
+    while waiting:
+        ready = [f for f, c in waiting.items() if all(t in model for t in c["parts"].get("laterals", []))]
+        if not ready:
+            names = ", ".join(config["task"] for config in waiting.values())
+            raise ArtifactError(f"{path}: the laterals of {names} are not there")
+        for folder in ready:
+            model.load_task(folder)
+            del waiting[folder]
+    return model
+
+
+def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
+    """Build the base that a task's file names."""
+    if spec is None:
+        raise ArtifactError(
+            f"{path} was trained on a base without a recorded spec; build it and pass load(…, base=base)"
+        )
+    options = {"revision": spec.get("revision"), **spec["options"]}
+    build, _ = _builder(spec["name"])
+    # Version 0.1.0 recorded options that the base did not read; they changed nothing.
+    read = {key: value for key, value in options.items() if key in _read_by(build) or key not in OPTIONS}
+    try:
+        return load_base(spec["name"], **read)
+    except TypeError as error:
+        raise ArtifactError(
+            f"{path} names a base that cannot be built ({error}); build it and pass load(…, base=base)"
+        ) from error
+
+
+OPTIONS = ("taps", "output", "revision", "pretrained", "weights")
+
+
+def _task_folders(path: Path) -> list[Path]:
+    root = path / "tasks" if (path / "tasks").is_dir() else path
+    return sorted(file.parent for file in root.glob(f"*/{CONFIG}"))

@@ -1,0 +1,246 @@
+"""`sidetuning compare`: the grids, cells that are not run twice, and what is written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidetuning.errors import SideTuningError, UnknownNameError
+from sidetuning_bench import compare, icifar
+from sidetuning_bench.continual import AccuracyMatrix, average_rank, forward_transfer, mean_and_error, rigidity
+from sidetuning_bench.methods import METHODS
+from sidetuning_bench.results import RunResult
+from sidetuning_bench.runs import Run
+
+CLI = [sys.executable, "-m", "sidetuning_bench"]
+
+
+def settings(data: Path, out: Path, *methods: str) -> compare.Settings:
+    return compare.Settings(
+        "icifar", methods=methods, seeds=1, data=str(data), out=str(out), samples=128, tasks=2, cache=str(out / "cache")
+    )
+
+
+def children(group: int) -> list[int]:
+    """Processes of a process group that are still there."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are counted in /proc")
+def test_a_killed_grid_goes_on_and_finished_cells_stay(tiny_cifar: Path, tmp_path: Path) -> None:
+    given = settings(tiny_cifar, tmp_path / "grid", "features", "independent", "finetune")
+    command = [
+        *CLI, "compare", "icifar", "--methods", *given.methods, "--seeds", "1", "--data", given.data, "--out", given.out,
+        "--samples", "128", "--tasks", "2", "--cache", given.cache,
+    ]  # fmt: skip
+    first = tmp_path / "grid/features-0/result.json"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not first.exists():
+        time.sleep(0.1)
+    assert process.poll() is None, "the grid was done before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while children(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not children(process.pid), "a cell's process outlived the grid"
+    written = first.stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == written
+    assert "finetune" in done.stdout and "report.html" in done.stdout
+
+    table = (tmp_path / "grid/table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == list(given.methods)
+    html = (tmp_path / "grid/report.html").read_text()
+    assert "classes-10-19" in html and "finetune" in html
+    runs = {m: RunResult.load(tmp_path / f"grid/{m}-0/result.json") for m in given.methods}
+    assert all(r.peak_memory_mb and r.peak_memory_mb > 100 and len(r.seconds) == 2 for r in runs.values())
+    assert runs["features"].matrix.forgetting == [0.0, 0.0]
+    assert runs["independent"].shared_parameters == 0 < runs["finetune"].shared_parameters
+    # the first task of both is the same network
+    assert runs["finetune"].accuracy[0] == runs["independent"].accuracy[0]
+    filled = {r.method: r.alone for r in compare.add_alone(list(runs.values()))}
+    assert filled["finetune"] == runs["independent"].matrix.learned
+    assert filled["features"] == runs["features"].matrix.learned
+
+
+def test_what_a_task_learned_first_amounts_to_is_found_in_the_right_run() -> None:
+    def run(method: str, variant: str, learned: float, **settings: bool) -> RunResult:
+        return RunResult(
+            method=method, variant=variant, seed=0, tasks=["a"], accuracy=[[learned]], alone=None, alphas=[None], parameters=[1],
+            shared_parameters=1, seconds=[1.0], base_seconds=0.0, peak_memory_mb=None, settings=settings,
+        )  # fmt: skip
+
+    runs = [
+        run("independent", "", 0.9), run("ewc", "", 0.5), run("psp", "", 0.6), run("psp", compare.ALONE, 0.8), run("pnn", "", 0.7),
+        run("sidetune", "merge=alpha", 0.4), run("sidetune", "merge=alpha, dense", 0.3, dense=True), run("features", "", 0.2),
+    ]  # fmt: skip
+    filled = {(r.method, r.variant): r.alone for r in compare.add_alone(runs)}
+    assert filled == {
+        ("independent", ""): [0.9], ("ewc", ""): [0.9], ("psp", ""): [0.8], ("pnn", ""): None, ("sidetune", "merge=alpha"): [0.4],
+        ("sidetune", "merge=alpha, dense"): [0.4], ("features", ""): [0.2],
+    }  # fmt: skip
+    given = compare.Settings("icifar", methods=("psp", "features"), seeds=1)
+    cells = [(c.folder.name, getattr(c.settings, "alone", None)) for c in compare.cells(given)]
+    assert cells == [("psp-0", False), ("psp-alone-0", True), ("features-0", False)]
+
+
+def test_alone_is_the_first_task_of_every_order(tiny_cifar: Path, tmp_path: Path) -> None:
+    """A task learned `alone` is learned as in a run in which it comes first."""
+    common = icifar.Settings(
+        data=str(tiny_cifar), tasks=2, samples=64, batch=32, method="finetune", cache=str(tmp_path), progress=False
+    )
+    alone = icifar.run(replace(common, alone=True, out=str(tmp_path / "alone")))
+    seed = next(s for s in range(9) if icifar.task_order(replace(common, order=s)) == [1, 0])
+    other = icifar.run(replace(common, order=seed, out=str(tmp_path / "order")))
+    label = icifar.run(replace(common, out=str(tmp_path / "label")))
+    assert other.tasks == ["classes-10-19", "classes-0-9"]
+    assert alone.matrix.learned == [label.matrix.learned[0], other.matrix.learned[0]]
+    again = icifar.run(replace(common, alone=True, out=str(tmp_path / "alone")))
+    assert again.accuracy == alone.accuracy
+    with pytest.raises(SideTuningError, match="other settings"):
+        icifar.run(replace(common, out=str(tmp_path / "alone")))
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tiny_cifar: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    moved, other = shutil.copytree(tiny_cifar, tmp_path / "moved"), shutil.copytree(tiny_cifar, tmp_path / "other")
+    for file in other.glob("train*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.slice(0, len(table) - 1), file)
+    given = icifar.Settings(
+        data=str(tiny_cifar), out=str(tmp_path / "run"), tasks=1, samples=64, method="features", progress=False
+    )
+    first = icifar.run(given)
+    assert icifar.run(replace(given, data=str(moved))).accuracy == first.accuracy
+    with pytest.raises(SideTuningError, match="a run of another data; choose another folder"):
+        icifar.run(replace(given, data=str(other)))
+    for wrong, message in (
+        ({"clip": -1.0}, "--clip"),
+        ({"weight_decay": -0.1}, "--weight-decay"),
+        ({"share": 2.0}, "share"),
+    ):
+        with pytest.raises(SideTuningError, match=message):
+            icifar.run(replace(given, out=str(tmp_path / "wrong"), **wrong))
+    few = icifar.Settings(schedule="one-cycle", samples=3 * given.batch, batch=given.batch)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+    assert (
+        icifar.recipe_of(few).scheduler(optimizer, 3) is not None
+    )  # three steps, at which torch's schedule divides by zero
+
+
+@pytest.mark.parametrize("method", ["ewc", "independent"])
+@pytest.mark.parametrize("moment", ["append", "save", "done"])
+def test_a_run_that_ends_while_a_task_is_written(
+    method: str, moment: str, tiny_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the row of metrics, the saved tasks and the end of the resume file, at the second task."""
+    given = icifar.Settings(
+        data=str(tiny_cifar), out=str(tmp_path / "run"), tasks=2, samples=64, batch=32, method=method, progress=False,
+        alone=method == "independent",
+    )  # fmt: skip
+    whole = icifar.run(replace(given, out=str(tmp_path / "whole")))
+    owner = METHODS[method] if moment == "save" else Run
+    real, calls = getattr(owner, moment), []
+
+    def ends(self: object, *args: object, **named: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, ends)
+        with pytest.raises(KeyboardInterrupt):
+            icifar.run(given)
+    resumed = icifar.run(given)
+    assert resumed.accuracy == whole.accuracy
+    names = [json.loads(line)["task"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert names == resumed.tasks
+    assert list((tmp_path / "run/resume").iterdir()) == []
+    tensors = [sorted(f.name for f in (tmp_path / run / "tasks").rglob("*.safetensors")) for run in ("run", "whole")]
+    assert tensors[0] == tensors[1]  # named by their content
+
+
+def test_every_grid_names_its_cells_apart_and_builds() -> None:
+    for grid in compare.GRIDS:
+        cells = list(compare.cells(compare.Settings("icifar", grid=grid, seeds=2)))  # type: ignore[arg-type]
+        folders = [cell.folder for cell in cells]
+        assert len(cells) > 3 and len(set(folders)) == len(folders), grid
+        keys = {(cell.settings.method, cell.variant, cell.settings.seed) for cell in cells}
+        assert len(keys) == len(cells), grid
+        compare.dry_run(cells)  # an unknown side, merge or start is an error here
+    every = {cell.settings.method for cell in compare.cells(compare.Settings("icifar", seeds=1))}
+    assert every == set(METHODS.names())
+
+
+def test_precision_is_for_methods_that_train_whole_networks() -> None:
+    given = compare.Settings("icifar", methods=("sidetune", "finetune"), seeds=1, precision="bf16")
+    assert [cell.settings.precision for cell in compare.cells(given)] == ["no", "bf16"]
+
+
+def test_an_unknown_method_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'finetune'"):
+        compare.run(settings(tmp_path, tmp_path / "out", "fine-tune"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_share_takes_the_same_part_of_every_class(tiny_cifar: Path) -> None:
+    data = icifar.Images(*icifar.load_images(str(tiny_cifar), "train").tensors(), view=0)
+    loader = icifar.task_loader(data, 1, 100, shuffle=False, share=0.25)
+    ((x, features, y),) = list(loader)
+    assert features is None and len(x) == 30
+    assert y.bincount().tolist() == [3] * 10
+
+
+def test_measures_by_hand() -> None:
+    # two methods, three tasks: ranks 1 2 1.5 and 2 1 1.5
+    assert average_rank({"a": [0.9, 0.5, 0.7], "b": [0.8, 0.6, 0.7]}) == {"a": 1.5, "b": 1.5}
+    assert average_rank({"a": [3.0], "b": [2.0], "c": [1.0]}) == {"a": 1.0, "b": 2.0, "c": 3.0}
+    assert rigidity([0.3, 0.2, 0.1], [0.1, 0.1, 0.1]) == pytest.approx(
+        0.5 * 0.6931, abs=1e-4
+    )  # one of the later two doubles
+    assert rigidity([0.5], [0.1]) == 0.0
+    assert forward_transfer([0.9, 0.8, 0.7], [0.7, 0.7, 0.7]) == pytest.approx(0.05)  # of the later two
+    assert forward_transfer([0.9], [0.7]) == 0.0
+    mean, error = mean_and_error([1.0, 2.0, 3.0])
+    assert (mean, error) == (2.0, pytest.approx(1 / 3**0.5))
+    assert mean_and_error([4.0]) == (4.0, 0.0)
+    with pytest.raises(ValueError, match="give one for each task"):
+        rigidity([0.5], [])
+    for empty in ({}, {"a": []}):
+        with pytest.raises(ValueError, match="give one for each task"):
+            average_rank(empty)
+    with pytest.raises(ValueError, match="learn a task first"):
+        _ = AccuracyMatrix(["a"]).average
+
+
+def test_the_report_of_a_grid_needs_no_finished_seed(tmp_path: Path) -> None:
+    """Written after every cell, so that an interrupted grid has one."""
+    run = RunResult(
+        method="sidetune", variant="", seed=0, tasks=["a", "b"], accuracy=[[0.5], [0.5, 0.6]], alone=None,
+        alphas=[None, None], parameters=[10, 10], shared_parameters=100, seconds=[1.0, 1.0], base_seconds=2.0,
+        peak_memory_mb=None, settings={},
+    )  # fmt: skip
+    compare.finish(settings(tmp_path, tmp_path, "sidetune"), [run])
+    assert "sidetune" in (tmp_path / "table.md").read_text()
+    assert json.loads(json.dumps((tmp_path / "report.html").read_text())).startswith("<!doctype html>")

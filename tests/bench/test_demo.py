@@ -1,0 +1,44 @@
+"""The demo, small: it ends with a report that shows pictures, and goes on where it stopped."""
+
+import pytest
+
+from sidetuning_bench.__main__ import main
+
+
+def test_the_demo_ends_with_a_report(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("vizdoom", reason="the Doom engine is an extra")
+    monkeypatch.chdir(tmp_path)
+    given = ["demo", "--frames", "58", "--epochs", "0.5"]
+    main(given)
+    page = (tmp_path / "runs/demo/report.html").read_text()
+    assert "data:image/" in page and "finetune" in page and "sidetune" in page
+    said = capfd.readouterr().out
+    assert "side-tuning 0.0 points" in said and "report.html" in said
+    main(given)  # all is there already
+    assert "58 labelled frames" in capfd.readouterr().out
+    assert (tmp_path / "runs/demo/report.html").read_text() == page
+
+
+def test_the_quick_demo_learns_digits(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    monkeypatch.chdir(tmp_path)
+    main(["demo", "--quick", "--epochs", "1"])
+    assert "side-tuning 0.0 points" in capfd.readouterr().out
+    assert (tmp_path / "runs/demo/digits/tasks/0-or-1/side.json").exists()
+
+
+def test_without_the_engine_the_demo_names_the_other_one(tmp_path, monkeypatch, capsys):
+    from sidetuning.errors import EngineError, SideTuningError
+    from sidetuning_bench.dense import render_doom
+
+    monkeypatch.chdir(tmp_path)
+    for error, hint in ((EngineError("rendering needs cv2"), True), (SideTuningError("other settings"), False)):
+
+        def fails(settings, error=error):
+            raise error
+
+        monkeypatch.setattr(render_doom, "run", fails)
+        with pytest.raises(SystemExit) as stop:
+            main(["demo"])
+        said = capsys.readouterr().err
+        assert stop.value.code == 1 and str(error) in said and ("--quick" in said) == hint

@@ -1,0 +1,433 @@
+"""Tasks on disk and on the Hub: what is loaded is bitwise what was saved, or nothing is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load as parse
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+
+import sidetuning as st
+from conftest import BASES, TAPS, conv_base, inputs, mlp_base
+from sidetuning_bench.methods import METHODS, Recipe, Task
+
+FEATURES = METHODS["features"]
+
+
+def scrambled(model: st.SideTuner, task: str) -> None:
+    """Weights that no initialisation gives."""
+    with st.seeded(7), torch.no_grad():
+        for p in model[task].parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+
+
+def saved(path: Path) -> st.SideTuner:
+    model = st.SideTuner(mlp_base())
+    model.add_task("pets", side="mlp", head=3, labels=["cat", "dog", "fish"])
+    scrambled(model, "pets")
+    model.save_task("pets", path, metrics={"accuracy": 0.875})
+    return model
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((path / "side.json").read_text())
+    change(config)
+    (path / "side.json").write_text(json.dumps(config))
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Other tensors, with their right sha256 in side.json."""
+    (path / "side.safetensors").write_bytes(data)
+    edit(path, lambda c: c.update(tensors_sha256=hashlib.sha256(data).hexdigest()))
+
+
+def refused(path: Path, match: str) -> None:
+    """load_task raises ArtifactError, and the model is as before."""
+    model = st.SideTuner(mlp_base())
+    with pytest.raises(st.ArtifactError, match=match):
+        model.load_task(path)
+    assert model.tasks == [] and not model.state_dict()
+
+
+@pytest.mark.parametrize("init", [None, "zero", "low-energy", "xavier"])
+@pytest.mark.parametrize(
+    ("kind", "side", "merge"), [("mlp", "mlp", "film"), ("conv", "fcn4", "mlp2"), ("sequence", "ladder", "alpha")]
+)
+def test_a_round_trip_gives_bitwise_the_same_outputs(
+    kind: str, side: str, merge: str, init: str | None, tmp_path: Path
+) -> None:
+    model = st.SideTuner(BASES[kind](TAPS[kind]))
+    model.add_task("t", side=side, merge=merge, head=3, init=init, prenorm=True, labels=["a", "b", "c"])
+    scrambled(model, "t")
+    model.save_task("t", tmp_path)
+    other = st.SideTuner(BASES[kind](TAPS[kind]))
+    assert other.load_task(tmp_path) == "t"
+    assert torch.equal(other(inputs(kind), "t"), model(inputs(kind), "t"))
+    assert other["t"].labels == ["a", "b", "c"] and not other["t"].training
+    assert other["t"].config == model["t"].config
+
+
+def test_options_of_parts_come_back(tmp_path: Path) -> None:
+    model = st.SideTuner(mlp_base(TAPS["mlp"]))
+    model.add_task("t", side="ladder", merge="film", head=2, side_options={"width": 8}, merge_options={"hidden": 5})
+    model.save_task("t", tmp_path)
+    other = st.load(tmp_path, base=mlp_base(TAPS["mlp"]))
+    assert torch.equal(other(inputs("mlp"), "t"), model(inputs("mlp"), "t"))
+    assert other.summary().tasks[0].total == model.summary().tasks[0].total
+
+
+def test_a_folder_of_tasks_is_loaded_with_laterals_first(tmp_path: Path) -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("z", side="mlp", head=2)
+    model.add_task("m", side="mlp", head=2, laterals=["z"])
+    model.add_task("a", side="mlp", head=2, merge="mlp2", laterals=["z", "m"])
+    for name in model.tasks:
+        scrambled(model, name)
+        model.save_task(name, tmp_path / "run" / "tasks" / name)
+    for path in (tmp_path / "run", tmp_path / "run" / "tasks"):
+        other = st.load(path, base=mlp_base())
+        assert sorted(other.tasks) == ["a", "m", "z"]
+        for name in model.tasks:
+            assert torch.equal(other(inputs("mlp"), name), model(inputs("mlp"), name))
+    other = st.SideTuner(mlp_base())
+    other.add_task("z", side="mlp", head=5)  # another of that name
+    with pytest.raises(st.ArtifactError, match="beside another task 'z'"):
+        other.load_task(tmp_path / "run" / "tasks" / "m")
+    other.load_task(tmp_path / "run" / "tasks" / "m", any_base=True)
+    shutil.rmtree(tmp_path / "run" / "tasks" / "z")
+    with pytest.raises(st.ArtifactError, match="laterals"):
+        st.load(tmp_path / "run", base=mlp_base())
+    with pytest.raises(st.TaskError, match="load those tasks first"):
+        st.SideTuner(mlp_base()).load_task(tmp_path / "run" / "tasks" / "m")
+
+
+def test_a_packaged_base_is_built_again_from_its_spec(tmp_path: Path) -> None:
+    model = st.SideTuner(st.load_base("resnet44-cifar10"))
+    model.add_task("t", side="mlp", head=2)
+    model.save_task("t", tmp_path)
+    other = st.load(tmp_path)
+    assert torch.equal(other(inputs("conv"), "t"), model(inputs("conv"), "t"))
+
+
+def test_a_base_without_a_spec_must_be_given(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(st.ArtifactError, match="base=base"):
+        st.load(tmp_path)
+
+
+def test_another_base_is_refused_unless_any_will_do(tmp_path: Path) -> None:
+    saved(tmp_path)
+    base = mlp_base()
+    with torch.no_grad():
+        base.net[0].weight[0, 0] += 1e-3  # type: ignore[index]
+    model = st.SideTuner(base)
+    with pytest.raises(st.ArtifactError, match="another base"):
+        model.load_task(tmp_path)
+    assert model.tasks == []
+    assert model.load_task(tmp_path, any_base=True) == "pets"
+
+
+@pytest.mark.parametrize("other", [{"mean": [0.5] * 3, "std": [0.2] * 3}, {"output": lambda out: 2 * out}])
+def test_a_base_that_prepares_otherwise_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    """The same weights on other inputs, or another of their outputs, are another base."""
+    x = inputs("conv")
+    net = conv_base().net
+    plain, changed = (st.Base(net, example=x, output=o.pop("output", None), **o) for o in ({}, dict(other)))  # type: ignore[arg-type]
+    assert plain.identity().sha256 == changed.identity().sha256
+    model = st.SideTuner(plain)
+    model.add_task("pets", side="fcn4", head=3)
+    model.save_task("pets", tmp_path / "task")
+    with pytest.raises(st.ArtifactError, match="prepares its inputs or picks its output otherwise"):
+        st.SideTuner(changed).load_task(tmp_path / "task")
+    assert st.SideTuner(changed).load_task(tmp_path / "task", any_base=True) == "pets"
+    method = FEATURES(plain)
+    method.learn(Task("pets", 3), [(x, torch.tensor([0, 1, 2, 0])[: len(x)])], Recipe(1), progress=False)  # type: ignore[arg-type]
+    method.save(tmp_path / "method")
+    FEATURES(plain).load(tmp_path / "method")
+    with pytest.raises(st.ArtifactError, match="prepares its inputs or picks its output otherwise"):
+        FEATURES(changed).load(tmp_path / "method")
+
+
+def test_tied_weights_are_saved(tmp_path: Path) -> None:
+    first = nn.Linear(8, 8)
+    side = nn.Sequential(nn.Flatten(), first, nn.ReLU(), first)
+    model = st.SideTuner(st.Base(nn.Linear(8, 8), example=torch.zeros(1, 8)))
+    model.add_task("tied", side=side, head=3)
+    model.save_task("tied", tmp_path)
+    again = st.SideTuner(model.base)
+    twin = nn.Linear(8, 8)
+    again.load_task(tmp_path, side=nn.Sequential(nn.Flatten(), twin, nn.ReLU(), twin))
+    x = torch.randn(2, 8)
+    assert torch.equal(again(x, "tied"), model(x, "tied"))
+
+
+def test_paths_of_this_machine_do_not_go_to_the_hub(hub: type[FakeHub], tmp_path: Path) -> None:
+    weights = tmp_path / "mine.safetensors"
+    base = st.load_base("resnet44-cifar10")
+    save_file(base.net.state_dict(), weights)  # type: ignore[union-attr]
+    model = st.SideTuner(st.load_base("resnet44-cifar10", weights=weights))
+    model.add_task("pets", side=None, merge="base-only", head=3)
+    model.save_task("pets", tmp_path / "task")
+    assert str(tmp_path) in (tmp_path / "task" / "side.json").read_text()
+    st.push(tmp_path / "task", "someone/pets")
+    folder = st.pull("someone/pets")
+    assert str(tmp_path) not in (folder / "side.json").read_text() + (folder / "README.md").read_text()
+    with pytest.raises(st.ArtifactError, match="base=base"):
+        st.load(folder)
+    assert st.load(folder, base=base).tasks == ["pets"]
+
+
+def test_a_task_can_be_loaded_under_another_name_but_never_twice(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    with pytest.raises(st.TaskError, match="exists already"):
+        model.load_task(tmp_path)
+    assert model.load_task(tmp_path, name="again") == "again"
+    assert torch.equal(model(inputs("mlp"), "again"), model(inputs("mlp"), "pets"))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_tensors_are_refused(keep: int, tmp_path: Path) -> None:
+    saved(tmp_path)
+    data = (tmp_path / "side.safetensors").read_bytes()
+    (tmp_path / "side.safetensors").write_bytes(data[:keep])
+    refused(tmp_path, "truncated")
+
+
+@pytest.mark.parametrize("place", [3, 20, -1])
+def test_tampered_bytes_are_refused(place: int, tmp_path: Path) -> None:
+    saved(tmp_path)
+    data = bytearray((tmp_path / "side.safetensors").read_bytes())
+    data[place] ^= 1
+    (tmp_path / "side.safetensors").write_bytes(data)
+    refused(tmp_path, "was changed")
+
+
+def test_a_broken_header_is_refused_even_with_its_right_hash(tmp_path: Path) -> None:
+    saved(tmp_path)
+    data = (tmp_path / "side.safetensors").read_bytes()
+    rewrite(tmp_path, b"\xff" * 8 + data[8:])
+    refused(tmp_path, "not a safetensors file")
+
+
+@pytest.mark.parametrize("found", [0, 2, "1", None])
+def test_an_unknown_format_is_refused(found: object, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path, lambda c: c.update(format_version=found))
+    refused(tmp_path, "format_version")
+
+
+@pytest.mark.parametrize("field", ["task", "parts", "base", "tensors_sha256"])
+def test_a_missing_field_is_refused(field: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path, lambda c: c.pop(field))
+    refused(tmp_path, field)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", r"side\.json is missing")
+    with pytest.raises(st.ArtifactError, match="no saved task"):
+        st.load(tmp_path, base=mlp_base())
+    saved(tmp_path)
+    (tmp_path / "side.safetensors").unlink()
+    refused(tmp_path, r"side\.safetensors is missing")
+
+
+@pytest.mark.parametrize("text", [b"", b'{"format_version": 1', b"\xff\xfe\x00", b"[]"])
+def test_broken_json_is_refused(text: bytes, tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "side.json").write_bytes(text)
+    refused(tmp_path, r"side\.json")
+
+
+def test_missing_extra_or_misshapen_tensors_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    tensors = parse((tmp_path / "side.safetensors").read_bytes())
+    first = min(tensors)
+    fewer = {k: v for k, v in tensors.items() if k != first}
+    cases = [
+        (fewer, "missing"), ({**tensors, "evil": torch.zeros(1)}, "too many"),
+        ({**tensors, "head.linear.bias": torch.zeros(9)}, "has the shape"),
+    ]  # fmt: skip
+    for content, match in cases:
+        rewrite(tmp_path, save(content))
+        refused(tmp_path, match)
+
+
+def test_parts_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    model = st.SideTuner(mlp_base())
+    edit(tmp_path, lambda c: c["parts"].update(unheard_of=1))
+    refused(tmp_path, "parts")
+    edit(tmp_path, lambda c: (c["parts"].pop("unheard_of"), c["parts"].update(side=["mpl", {}])))
+    with pytest.raises(st.UnknownNameError, match="'mlp'"):
+        model.load_task(tmp_path)
+    assert model.tasks == []
+
+
+@pytest.mark.parametrize("part", ["side", "merge", "head"])
+def test_a_part_of_the_users_own_is_passed_as_an_instance(part: str, tmp_path: Path) -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, base: torch.Tensor, side: torch.Tensor, laterals: object = ()) -> torch.Tensor:
+            return self.scale * (base + side) / 2
+
+    def own() -> nn.Module:
+        return {"side": lambda: nn.Linear(12, 16), "merge": Mean, "head": lambda: nn.Linear(16, 2)}[part]()
+
+    model = st.SideTuner(mlp_base())
+    parts: dict[str, Any] = {"side": "mlp", "merge": "alpha", "head": 2, part: own()}
+    model.add_task("t", **parts)
+    scrambled(model, "t")
+    model.save_task("t", tmp_path)
+    other = st.SideTuner(mlp_base())
+    with pytest.raises(st.TaskError, match=f"{part}=module"):
+        other.load_task(tmp_path)
+    assert other.tasks == []
+    given: dict[str, Any] = {part: own()}
+    other.load_task(tmp_path, **given)
+    assert torch.equal(other(inputs("mlp"), "t"), model(inputs("mlp"), "t"))
+
+
+def test_a_task_is_two_files_without_the_base_or_pickle(tmp_path: Path) -> None:
+    model = st.SideTuner(conv_base())
+    model.add_task("t", side="fcn4", merge="mlp2", head=2)
+    model.save_task("t", tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["side.json", "side.safetensors"]
+    tensors = load_file(tmp_path / "side.safetensors")
+    assert tensors.keys() == model["t"].state_dict().keys()
+    hidden = {v.numpy().tobytes() for v in model.base.net.state_dict().values() if v.ndim > 1}  # type: ignore[attr-defined]
+    assert hidden and not hidden & {v.numpy().tobytes() for v in tensors.values()}
+
+
+def test_saving_over_a_task_replaces_it(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    scrambled(model, "pets")
+    model.save_task("pets", tmp_path)
+    other = st.load(tmp_path, base=mlp_base())
+    assert torch.equal(other(inputs("mlp"), "pets"), model(inputs("mlp"), "pets"))
+
+
+def test_a_task_that_cannot_be_written_leaves_the_one_that_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = saved(tmp_path)
+    before = model(inputs("mlp"), "pets")
+    model["pets"].config.merge[1]["start"] = np.float32(0.5)
+    with pytest.raises(st.TaskError, match="cannot be saved"):
+        model.save_task("pets", tmp_path)
+    model["pets"].config.merge[1].clear()
+    scrambled(model, "pets")
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        model.save_task("pets", tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert torch.equal(st.load(tmp_path, base=mlp_base())(inputs("mlp"), "pets"), before)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["side.json", "side.safetensors"]
+
+
+def test_labels_and_metrics_of_any_kind_come_back(tmp_path: Path) -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("digits", side="mlp", head=3, labels=range(3))  # type: ignore[arg-type]
+    model.save_task("digits", tmp_path, metrics={"accuracy": torch.tensor(0.5)})  # type: ignore[dict-item]
+    assert st.load(tmp_path, base=mlp_base())["digits"].labels == ["0", "1", "2"]
+    with pytest.raises(st.TaskError, match="2 labels for 3 outputs"):
+        model.add_task("pets", side="mlp", head=3, labels=["cat", "dog"])
+
+
+def test_other_taps_are_refused(tmp_path: Path) -> None:
+    model = st.SideTuner(conv_base(("0", "3")))
+    model.add_task("a", side="ladder", head=2)
+    model.save_task("a", tmp_path)
+    with pytest.raises(st.ArtifactError, match="trained on the taps 0, 3, this base has 2, 4"):
+        st.SideTuner(conv_base(("2", "4"))).load_task(tmp_path)
+
+
+class FakeHub:
+    """As much of HfApi as `push` needs, on a folder."""
+
+    root: Path
+    private: dict[str, bool]
+
+    def __init__(self, token: str | None = None) -> None:
+        pass
+
+    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
+        assert exist_ok
+        self.private[repo] = private
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
+        assert repo_id in self.private
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
+    FakeHub.root, FakeHub.private = tmp_path / "hub", {}
+
+    def snapshot_download(repo: str, **_: object) -> str:
+        if not (FakeHub.root / repo).exists():
+            raise FileNotFoundError(repo)
+        return str(FakeHub.root / repo)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return FakeHub
+
+
+def test_a_task_goes_to_the_hub_and_back(hub: type[FakeHub], tmp_path: Path) -> None:
+    model = saved(tmp_path / "task")
+    (tmp_path / "task" / "secret.txt").write_text("not for the Hub")
+    assert st.push(tmp_path / "task", "someone/pets", private=True) == "https://huggingface.co/someone/pets"
+    assert hub.private == {"someone/pets": True}
+    folder = st.pull("someone/pets")
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "side.json", "side.safetensors"]
+    other = st.load(folder, base=mlp_base())
+    assert torch.equal(other(inputs("mlp"), "pets"), model(inputs("mlp"), "pets"))
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n")
+    front, body = card[4:].split("\n---\n", 1)
+    assert "library_name: sidetuning" in front.splitlines()
+    assert 'st.pull("someone/pets")' in body and "| accuracy | 0.875 |" in body and "`mlp`" in body
+
+
+def test_a_hub_that_refuses_is_one_sentence(
+    hub: type[FakeHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "task")
+
+    def no(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "upload_folder", no)
+    with pytest.raises(st.ArtifactError, match="did not take someone/pets"):
+        st.push(tmp_path / "task", "someone/pets")
+    with pytest.raises(st.ArtifactError, match="could not be read from the Hub"):
+        st.pull("someone/else")
+
+
+def test_half_a_task_is_not_pushed(hub: type[FakeHub], tmp_path: Path) -> None:
+    saved(tmp_path / "task")
+    (tmp_path / "task" / "side.safetensors").unlink()
+    with pytest.raises(st.ArtifactError, match=r"side\.safetensors is missing"):
+        st.push(tmp_path / "task", "someone/pets")
+    assert hub.private == {}
+
+
+@pytest.mark.network
+@pytest.mark.skipif(os.environ.get("SIDETUNING_NETWORK") != "1", reason="set SIDETUNING_NETWORK=1 to ask the Hub")
+def test_a_repository_that_does_not_exist_is_one_sentence() -> None:
+    with pytest.raises(st.ArtifactError, match="could not be read from the Hub"):
+        st.pull("sidetuning-tests/there-is-no-such-repository")

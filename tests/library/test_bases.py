@@ -1,0 +1,241 @@
+"""Bases of every origin: timm, transformers, ONNX, functions, modules; and what the library imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sidetuning as st
+from conftest import conv_base, conv_net, inputs
+
+SOURCE = Path(st.__file__).parent
+IMAGES = torch.rand(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("resnet18", "vector"), ("mobilenetv3_small_050", "vector"), ("vit_tiny_patch16_224", "vector")],
+)
+def test_timm_models(name: str, kind: str) -> None:
+    base = st.load_base(f"timm:{name}", pretrained=False)
+    assert base.kind == kind
+    model = st.SideTuner(base)
+    model.add_task("pets", side="fcn5", head=7)
+    assert model(torch.rand(2, 3, 224, 224), "pets").shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto"])
+def test_timm_maps_are_channels_first_whatever_the_layout(name: str) -> None:
+    tap = "layers.0" if name.startswith("swin") else "stages.0"
+    base = st.load_base(f"timm:{name}", pretrained=False, output="map", taps=[tap])
+    assert base.kind == "map"
+    assert base.output_shape[1] == base.output_shape[2] == 7
+    assert base.tap_shapes[tap][1:] == (56, 56)
+    model = st.SideTuner(base)
+    model.add_task("ladder", side="ladder", head=3, merge="film")
+    model.add_task("fcn", side="fcn3", head=3)
+    assert {k: v.shape for k, v in model.forward_all(torch.rand(1, 3, 224, 224)).items()} == {
+        "ladder": (1, 3),
+        "fcn": (1, 3),
+    }
+
+
+def test_transformers_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path)
+    base = st.load_base(f"hf:{tmp_path}", taps=["encoder.layer.0", "encoder.layer.2"])
+    assert base.kind == "sequence"
+    assert base.width == 32
+    model = st.SideTuner(base)
+    model.add_task("squad", side="ladder", head="span", merge="sum")
+    model.add_task("topic", side="transformer", head=4)
+    ids = torch.randint(0, 99, (2, 12))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    assert model(batch, "squad").shape == (2, 12, 2)
+    assert model(batch, "topic").shape == (2, 4)
+    model.save_task("topic", tmp_path / "topic")
+    assert torch.equal(st.load(tmp_path / "topic")(batch, "topic"), model(batch, "topic"))
+    monkeypatch.chdir(tmp_path.parent)  # a relative path is found from every folder
+    relative = st.SideTuner(st.load_base(f"hf:{tmp_path.name}"))
+    relative.add_task("t", side="transformer", head=2)
+    relative.save_task("t", tmp_path / "t")
+    monkeypatch.chdir("/")
+    assert torch.equal(st.load(tmp_path / "t")(batch, "t"), relative(batch, "t"))
+    with pytest.raises(st.UnknownNameError, match="did you mean 'last_hidden_state'"):
+        st.load_base(f"hf:{tmp_path}", output="last_hiden_state")
+    with pytest.raises(st.ShapeError, match="tap a module within it"):
+        st.load_base(f"hf:{tmp_path}", taps=["encoder"])
+
+
+def test_image_models_of_transformers_are_given_what_they_were_trained_with(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetModel, T5Config, T5Model, Wav2Vec2Config, Wav2Vec2Model
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_channels=3)
+    ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    plain = st.load_base(f"hf:{tmp_path / 'resnet'}")
+    assert plain.kind == "map" and plain.mean is None
+    told = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3], "do_normalize": True}
+    (tmp_path / "resnet/preprocessor_config.json").write_text(json.dumps(told))
+    base, x = st.load_base(f"hf:{tmp_path / 'resnet'}"), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    by_hand = (x / 255 - torch.tensor(told["image_mean"]).view(3, 1, 1)) / torch.tensor(told["image_std"]).view(3, 1, 1)
+    assert torch.allclose(base(x).out, plain(by_hand).out, atol=1e-5)
+    T5Model(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path / "t5"
+    )
+    assert st.load_base(f"hf:{tmp_path / 't5'}").output_shape == (8, 16)  # its encoder
+    sound = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    Wav2Vec2Model(sound).save_pretrained(tmp_path / "sound")
+    with pytest.raises(st.ShapeError, match="neither texts nor images"):
+        st.load_base(f"hf:{tmp_path / 'sound'}")
+
+
+def test_onnx_session(tmp_path: Path) -> None:
+    net = conv_net().eval()
+    path = tmp_path / "net.onnx"
+    script = "import sys, torch; sys.path.insert(0, sys.argv[2]); from conftest import conv_net; torch.manual_seed(0)\n"
+    script += "n = conv_net().eval(); torch.save(n.state_dict(), sys.argv[1] + '.pt')\n"
+    script += "torch.onnx.export(n, (torch.zeros(2, 3, 32, 32),), sys.argv[1], dynamo=True, dynamic_shapes=({0: 'b'},))"
+    subprocess.run(
+        [sys.executable, "-c", script, str(path), str(Path(__file__).parents[1])], check=True, capture_output=True
+    )
+    net.load_state_dict(torch.load(f"{path}.pt", weights_only=True))
+    base = st.load_base(f"onnx:{path}")
+    x = inputs("conv", 3)
+    with torch.no_grad():
+        assert torch.allclose(base(x).out, net(x), atol=1e-5)
+    model = st.SideTuner(base)
+    model.add_task("a", side="fcn4", head=2)
+    st.fit(model, "a", [(x, torch.tensor([0, 1, 0]))], steps=2, progress=False)
+    model.save_task("a", tmp_path / "a")
+    assert torch.equal(st.load(tmp_path / "a")(x, "a"), model(x, "a"))
+    with pytest.raises(st.UnknownNameError, match="no taps"):
+        st.load_base(f"onnx:{path}", taps=["conv"])
+    weights, before = tmp_path / "net.onnx.data", base.identity().sha256  # torch writes them into a file of their own
+    content = bytearray(weights.read_bytes())
+    content[10] ^= 1
+    weights.write_bytes(bytes(content))
+    assert st.load_base(f"onnx:{path}").identity().sha256 != before
+
+
+def test_a_function_is_a_base() -> None:
+    base = st.Base(lambda x: x.mean((2, 3)), example=torch.zeros(1, 3, 16, 16))
+    model = st.SideTuner(base)
+    model.add_task("a", side="fcn4", head=2)
+    assert model(torch.rand(2, 3, 16, 16), "a").shape == (2, 2)
+    with pytest.raises(st.ShapeError, match="only callable"):
+        model.add_task("b", side="copy", head=2)
+
+
+def test_the_fingerprint_follows_weights_and_buffers() -> None:
+    base, again = conv_base(), conv_base()
+    first = base.identity().sha256
+    assert first == again.identity().sha256
+    assert len(first) == 64
+    assert isinstance(again.net, nn.Sequential)
+    again.net[1].running_mean += 1e-3
+    assert again.identity().sha256 != first
+
+
+def test_uint8_and_float_images_are_the_same_to_the_base() -> None:
+    base = conv_base()
+    x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(base(x).out, base(x.float() / 255).out)
+
+
+def test_folding_batch_norms_only_rounds() -> None:
+    base = conv_base()
+    folded = base.folded()
+    x = inputs("conv")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.net.modules())
+    assert torch.allclose(folded(x).out, base(x).out, atol=1e-5)
+
+
+def test_folding_keeps_taps() -> None:
+    base = conv_base(("2", "4"))
+    folded, x = base.folded(), inputs("conv")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.net.modules())
+    for tap in ("2", "4"):
+        assert torch.allclose(folded(x).taps[tap], base(x).taps[tap], atol=1e-5)
+    between = conv_base(("0", "1"))  # what lies between a convolution and its norm can only be seen unfolded
+    assert torch.allclose(between.folded()(x).taps["0"], between(x).taps["0"], atol=1e-5)
+    assert torch.allclose(between.folded()(x).taps["1"], between(x).taps["1"], atol=1e-5)
+
+
+def test_a_convolution_with_weight_norm_is_not_folded() -> None:
+    with st.seeded(1):
+        net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8))
+    base = st.Base(net, example=torch.zeros(1, 3, 32, 32))
+    assert torch.equal(base.folded()(inputs("conv")).out, base(inputs("conv")).out)
+
+
+def test_taps_that_cannot_be_are_said() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3))
+    with pytest.raises(st.ShapeError, match="'0' returns is written over"):
+        st.Base(net, example=torch.zeros(1, 3, 32, 32), taps=["0"])
+    assert st.Base(net, example=torch.zeros(1, 3, 32, 32), taps=["1"]).tap_shapes == {"1": (8, 30, 30)}
+
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)  # type: ignore[no-any-return]
+
+    with pytest.raises(st.ShapeError, match="'idle' is not run"):
+        st.Base(Idle(), example=torch.zeros(1, 3, 32, 32), taps=["idle"])
+
+
+def test_a_network_put_into_training_mode_does_not_move() -> None:
+    base = conv_base()
+    before, net = base.identity().sha256, base.net
+    assert isinstance(net, nn.Module)
+    net.train()
+    base(inputs("conv"))
+    assert base.identity().sha256 == before
+
+
+def test_a_module_of_another_task_or_of_the_base_is_refused() -> None:
+    net = conv_net()[:5]
+    base = st.Base(net, example=torch.zeros(1, 3, 32, 32))
+    model, side = st.SideTuner(base), nn.Conv2d(3, 16, 4, 4)
+    model.add_task("a", side=side, head=2)
+    with pytest.raises(st.TaskError, match="also that of task 'a'"):
+        model.add_task("b", side=side, head=2)
+    with pytest.raises(st.TaskError, match="also that of the base"):
+        model.add_task("b", side=net, head=2)
+    assert model.tasks == ["a"]
+
+
+def test_names_that_do_not_exist() -> None:
+    with pytest.raises(st.UnknownNameError, match="did you mean 'resnet44-cifar10'"):
+        st.load_base("resnet44-cifar")
+    with pytest.raises(st.UnknownNameError, match="did you mean 'timm'"):
+        st.load_base("tim:resnet18")
+    with pytest.raises(st.UnknownNameError, match="timm model"):
+        st.load_base("timm:resnet1800", pretrained=False)
+    with pytest.raises(st.UnknownNameError, match="tap"):
+        conv_base(taps=("layer9",))
+    with pytest.raises(st.UnknownNameError, match="does not exist"):
+        st.load_base("onnx:nowhere.onnx")
+    with pytest.raises(st.ShapeError, match="pick one with output="):
+        st.Base(lambda x: {"a": x}, example=torch.zeros(1, 3))
+
+
+def test_outputs_that_are_not_tensors_are_picked() -> None:
+    net = lambda x: {"code": (x, x.mean(1))}  # noqa: E731
+    assert st.Base(net, example=torch.zeros(1, 3), output=lambda y: y["code"][0]).output_shape == (3,)
+
+
+def test_importing_needs_no_optional_package() -> None:
+    code = "import sys, sidetuning; bad = {'timm', 'transformers', 'gymnasium', 'onnxruntime', 'sklearn', 'stable_baselines3', 'vizdoom', 'minari', 'av'} & set(sys.modules)"
+    code += "; sys.exit(str(bad) if bad else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)

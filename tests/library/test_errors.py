@@ -1,0 +1,378 @@
+"""Every mistake a user can make gives an error of the library that names it, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import sidetuning as st
+from conftest import conv_base, inputs, map_base, mlp_base, sequence_base, write_parquet
+from sidetuning_bench.cifar import load_images
+
+
+def model_with(*tasks: str, merge: str = "alpha") -> st.SideTuner:
+    model = st.SideTuner(mlp_base())
+    for task in tasks:
+        model.add_task(task, side="mlp", head=3, merge=merge)
+    return model
+
+
+def batch(label: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return inputs("mlp"), torch.tensor([0, 1, 2, label])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("parts", "near"),
+    [
+        ({"side": "mlpp"}, "side 'mlpp'.*'mlp'"),
+        ({"merge": "alhpa"}, "merge 'alhpa'.*'alpha'"),
+        ({"head": "linaer"}, "head 'linaer'.*'linear'"),
+        ({"laterals": ["pest"]}, "task 'pest'.*'pets'"),
+        ({"side_options": {"hiden": 3}}, "option of side 'mlp'.*'hiden'.*'hidden'"),
+        ({"merge": "film", "merge_options": {"hiddn": 3}}, "option of merge 'film'.*'hiddn'.*'hidden'"),
+        ({"head": "linear", "head_options": {"output": 3}}, "option of head 'linear'.*'output'.*'outputs'"),
+        ({"side": "zzzzzz"}, "there is convolutional, copy, fcn3"),
+    ],
+)
+def test_unknown_names_come_with_near_ones(parts: dict[str, Any], near: str) -> None:
+    model = model_with("pets")
+    with pytest.raises(st.UnknownNameError, match=near):
+        model.add_task("new", **{"side": "mlp", "head": 3, **parts})
+    assert model.tasks == ["pets"]
+
+
+def test_unknown_tasks_bases_and_taps_come_with_near_ones() -> None:
+    model = model_with("pets")
+    for ask in (
+        lambda: model(inputs("mlp"), "pet"),
+        lambda: model(inputs("mlp"), tasks=["pets", "pet", "pets", "pets"]),
+        lambda: model.forward_all(inputs("mlp"), tasks=["pet"]),
+        lambda: model.remove_task("pet"),
+        lambda: model.freeze_task("pet"),
+        lambda: model.save_task("pet", "/nowhere"),
+        lambda: st.fit(model, "pet", [batch()], progress=False),
+        lambda: st.evaluate(model, "pet", [batch()]),
+        lambda: st.distill(model, "pet", [batch()], steps=1, progress=False),
+    ):
+        with pytest.raises(st.UnknownNameError, match="did you mean 'pets'"):
+            ask()
+    with pytest.raises(st.UnknownNameError, match="'resnet44-cifar10'"):
+        st.load_base("resnet44-cifar")
+    with pytest.raises(st.UnknownNameError, match="timm"):
+        st.load_base("tim:resnet18")
+    with pytest.raises(st.UnknownNameError, match=r"tap 'embeding'.*'embedding'"):
+        sequence_base(("embeding",))
+
+
+def test_a_task_is_added_once() -> None:
+    model = model_with("pets")
+    before = model["pets"]
+    with pytest.raises(st.TaskError, match="exists already"):
+        model.add_task("pets", side="mlp", head=2)
+    assert model["pets"] is before
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a.b", "a b", "..", "keys", "pop", "train"])
+def test_names_that_would_break_something_are_refused(name: str) -> None:
+    model = model_with()
+    with pytest.raises(st.TaskError, match="cannot be a task's name"):
+        model.add_task(name, side="mlp", head=2)
+    assert model.tasks == []
+
+
+@pytest.mark.parametrize("name", ["classes-0-9", "a_b", "7", "größe"])
+def test_other_names_are_fine(name: str) -> None:
+    model = model_with(name)
+    assert model(inputs("mlp"), name).shape == (4, 3)
+
+
+def test_a_lateral_in_use_is_not_removed() -> None:
+    model = model_with("old")
+    model.add_task("new", side="mlp", head=2, laterals=["old"])
+    with pytest.raises(st.TaskError, match="a lateral of new"):
+        model.remove_task("old")
+    assert model.tasks == ["old", "new"]
+    model.remove_task("new")
+    model.remove_task("old")
+    assert model.tasks == []
+
+
+def test_a_task_without_a_side_is_no_lateral() -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("fixed", side=None, merge="base-only", head=2)
+    with pytest.raises(st.TaskError, match="no side"):
+        model.add_task("new", side="mlp", head=2, laterals=["fixed"])
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"side": nn.Linear(12, 15)}, {"side": nn.Linear(11, 16)}, {"side": nn.Linear(12, 1)},
+        {"head": nn.Linear(15, 2)}, {"side": nn.Unflatten(1, (3, 4))},
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_found_when_the_task_is_added(parts: dict[str, Any]) -> None:
+    model = model_with()
+    with pytest.raises(st.ShapeError):
+        model.add_task("new", **{"side": "mlp", "head": 3, **parts})
+    assert model.tasks == []
+
+
+@pytest.mark.parametrize("side", ["fcn3", "fcn4", "fcn5", "fcn8"])
+def test_a_convolutional_side_needs_images(side: str) -> None:
+    with pytest.raises(st.ShapeError):
+        model_with().add_task("new", side=side, head=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts", "error", "match"),
+    [
+        (mlp_base, {"head": "span"}, st.TaskError, "span"),
+        (mlp_base, {"head": "pixels"}, st.TaskError, "pixels"),
+        (mlp_base, {"init": "distilled"}, st.TaskError, "no distilled weights"),
+        (conv_base, {"side": "fcn4", "init": "distilled"}, st.TaskError, "no distilled weights"),
+        (mlp_base, {"init": "xaviar"}, st.TaskError, "xaviar"),
+        (mlp_base, {"init": Path("nowhere.safetensors")}, st.ArtifactError, "does not exist"),
+        (mlp_base, {"side": "ladder"}, st.ShapeError, "taps"),
+        (mlp_base, {"side": "fusion"}, st.ShapeError, "taps"),
+        (mlp_base, {"side": None}, st.TaskError, "needs a side"),
+        (mlp_base, {"merge": "film", "laterals": ["old"]}, st.TaskError, "no dense variant"),
+        (mlp_base, {"merge_options": {"init": 1.0}}, st.TaskError, r"\(0, 1\)"),
+        (mlp_base, {"head": 0}, st.TaskError, "at least one output"),
+        (mlp_base, {"side": nn.Linear(12, 16), "side_options": {"a": 1}}, st.TaskError, "registered side"),
+        (mlp_base, {"side": 7}, st.TaskError, "not a int"),
+        (map_base, {"side": "fcn4", "head": "span"}, st.TaskError, "span"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(
+    make: Callable[[], st.Base], parts: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    model = st.SideTuner(make())
+    model.add_task("old", side="copy", head=2)
+    with pytest.raises(error, match=match):
+        model.add_task("new", **{"side": "mlp", "head": 3, **parts})
+    assert model.tasks == ["old"]
+
+
+def test_a_forward_needs_exactly_one_way_to_name_tasks() -> None:
+    model, x = model_with("pets"), inputs("mlp")
+    for arguments in ({}, {"task": "pets", "tasks": ["pets"] * 4}):
+        with pytest.raises(st.TaskError, match="name one task"):
+            model(x, **arguments)
+    with pytest.raises(st.ShapeError, match="one per sample"):
+        model(x, tasks=["pets"])
+
+
+def test_features_of_another_shape_are_refused() -> None:
+    model = model_with("pets")
+    for features in (torch.zeros(4, 15), st.Features(torch.zeros(4, 16, 1))):
+        with pytest.raises(st.ShapeError, match="features given"):
+            model(inputs("mlp"), "pets", features=features)
+        with pytest.raises(st.ShapeError, match="features given"):
+            model.forward_all(inputs("mlp"), features=features)
+
+
+def test_a_base_is_wrapped_and_returns_one_code() -> None:
+    with pytest.raises(st.TaskError, match="wrap it"):
+        st.SideTuner(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(st.ShapeError, match="output="):
+        st.Base(nn.LSTM(4, 4), example=torch.zeros(1, 2, 4))
+    with pytest.raises(st.ShapeError, match=r"\(b, d\)"):
+        st.Base(nn.Flatten(0), example=torch.zeros(1, 3))
+    with pytest.raises(st.ShapeError, match="this base takes images"):
+        conv_base()(torch.zeros(1, 5, 32, 32))
+
+
+def test_a_frozen_task_is_not_trained() -> None:
+    model = model_with("pets")
+    model.freeze_task("pets")
+    for train in (
+        lambda: st.fit(model, "pets", [batch()], progress=False),
+        lambda: st.distill(model, "pets", [batch()], steps=1, progress=False),
+    ):
+        with pytest.raises(st.TaskError, match="frozen"):
+            train()
+    model.freeze_task("pets", False)
+    assert st.fit(model, "pets", [batch()], progress=False).steps == 1
+
+
+def test_a_length_of_training_is_given_once() -> None:
+    model = model_with("pets")
+    with pytest.raises(st.TaskError, match="not both"):
+        st.fit(model, "pets", [batch()], epochs=1, steps=1, progress=False)
+    with pytest.raises(st.TaskError, match="steps="):
+        st.fit(model, "pets", iter([batch()]), progress=False)
+
+
+@pytest.mark.parametrize("label", [3, 99, -1])
+def test_a_label_out_of_range_is_named_before_it_does_harm(label: int) -> None:
+    model = model_with("pets")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(st.DataError, match=f"label {label} is out of range"):
+        st.fit(model, "pets", [batch(label)], progress=False)
+    with pytest.raises(st.DataError, match=f"label {label} is out of range"):
+        st.evaluate(model, "pets", [batch(label)])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_weights(value: float) -> None:
+    model = model_with("pets")
+    calls = 0
+    seen: dict[str, torch.Tensor] = {}
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            return F.cross_entropy(output, target)
+        seen.update({k: v.clone() for k, v in model.state_dict().items()})
+        return F.cross_entropy(output, target) * value
+
+    with pytest.raises(st.TrainingError, match="at step 2"):
+        st.fit(model, "pets", [batch()], steps=9, loss=loss, progress=False)
+    assert seen and all(torch.equal(v, seen[k]) and bool(v.isfinite().all()) for k, v in model.state_dict().items())
+
+
+def test_batches_of_another_form_or_none_at_all_are_refused() -> None:
+    model = model_with("pets")
+    x, y = batch()
+    for bad in ((x,), {"x": x}, x):
+        with pytest.raises(st.DataError, match="labels"):
+            st.fit(model, "pets", [bad], progress=False)
+    with pytest.raises(st.TrainingError, match="no batch"):
+        st.fit(model, "pets", [], steps=1, progress=False)
+    with pytest.raises(st.TrainingError, match="no batch"):
+        st.fit(model, "pets", iter([(x, y)]), steps=2, progress=False)
+    with pytest.raises(st.DataError, match="no batch"):
+        st.evaluate(model, "pets", [])
+
+
+def test_only_a_side_that_is_there_can_be_distilled() -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("fixed", side=None, merge="base-only", head=2)
+    with pytest.raises(st.TaskError, match="no side"):
+        st.distill(model, "fixed", [batch()], steps=1, progress=False)
+
+
+def test_data_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(st.DataError, match="does not exist"):
+        load_images(tmp_path / "nowhere", "train")
+    with pytest.raises(st.DataError, match=r"neither train\*\.parquet"):
+        load_images(tmp_path, "train")
+
+
+def images(n: int = 3, size: int = 32) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("column", ["img", "fine_label"])
+def test_a_missing_column_is_named(column: str, tmp_path: Path) -> None:
+    write_parquet(tmp_path, "train", images(), [0, 1, 2])
+    (file,) = tmp_path.iterdir()
+    pq.write_table(pq.read_table(file).drop_columns([column]), file)
+    with pytest.raises(st.DataError, match=f"needs one of .*{column}"):
+        load_images(tmp_path, "train")
+
+
+def test_a_corrupt_image_is_named_by_its_row(tmp_path: Path) -> None:
+    write_parquet(tmp_path, "train", images(), [0, 1, 2])
+    (file,) = tmp_path.iterdir()
+    table = pq.read_table(file)
+    cells = table["img"].to_pylist()
+    cells[1]["bytes"] = cells[1]["bytes"][:200]
+    pq.write_table(pa.table({"img": cells, "fine_label": [0, 1, 2]}), file)
+    data = load_images(tmp_path, "train")
+    assert data[0][0].shape == data[2][0].shape == (3, 32, 32)
+    with pytest.raises(st.DataError, match=r"row 1 of .*cannot be decoded"):
+        data[1]
+
+
+def test_a_corrupt_image_stops_the_cache_with_its_row(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data", "train", images(), [0, 1, 2])
+    (file,) = (tmp_path / "data").iterdir()
+    cells = pq.read_table(file)["img"].to_pylist()
+    cells[2]["bytes"] = b"no image"
+    pq.write_table(pa.table({"img": cells, "fine_label": [0, 1, 2]}), file)
+    with pytest.raises(st.DataError, match="row 2"):
+        st.cache_features(conv_base(), load_images(tmp_path / "data", "train"), tmp_path / "cache", progress=False)
+
+
+def test_an_image_of_another_size_is_named_by_its_row(tmp_path: Path) -> None:
+    write_parquet(tmp_path, "train", images(), [0, 1, 2])
+    (file,) = tmp_path.iterdir()
+    cells = pq.read_table(file)["img"].to_pylist()
+    buffer = io.BytesIO()
+    Image.fromarray(images(1, 16)[0]).save(buffer, "PNG")
+    cells[2]["bytes"] = buffer.getvalue()
+    pq.write_table(pa.table({"img": cells, "fine_label": [0, 1, 2]}), file)
+    data = load_images(tmp_path, "train")
+    with pytest.raises(st.DataError, match=r"row 2 .*\(3, 16, 16\).*\(3, 32, 32\)"):
+        data[2]
+
+
+def test_a_label_outside_the_classes_is_named_by_its_row(tmp_path: Path) -> None:
+    write_parquet(tmp_path, "train", images(), [0, -1, 2])
+    with pytest.raises(st.DataError, match=r"row 1 .*-1"):
+        load_images(tmp_path, "train")
+    (file,) = tmp_path.iterdir()
+    cells = pq.read_table(file)["img"].to_pylist()
+    about = {"info": {"features": {"fine_label": {"names": ["cat", "dog"]}}}}
+    schema = {b"huggingface": json.dumps(about).encode()}
+    good, bad = ([0, 1, 1], [0, 1, 2])
+    pq.write_table(pa.table({"img": cells, "fine_label": good}).replace_schema_metadata(schema), file)
+    assert load_images(tmp_path, "train").names == ["cat", "dog"]
+    pq.write_table(pa.table({"img": cells, "fine_label": bad}).replace_schema_metadata(schema), file)
+    with pytest.raises(st.DataError, match=r"row 2 .*label 2, outside 0 … 1"):
+        load_images(tmp_path, "train")
+
+
+def test_a_file_that_is_no_parquet_is_said(tmp_path: Path) -> None:
+    (tmp_path / "train-0.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(st.DataError, match="no readable parquet"):
+        load_images(tmp_path, "train")
+
+
+def test_folders_of_image_files_are_data_too(tmp_path: Path) -> None:
+    for name, image in zip(("cat", "dog"), images(2), strict=True):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / "test" / name / "0.png")
+    data = load_images(tmp_path, "test")
+    assert data.names == ["cat", "dog"] and data.labels.tolist() == [0, 1]
+    assert torch.equal(data[1][0], torch.from_numpy(images(2)[1]).permute(2, 0, 1))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(st.DataError, match="no image"):
+        load_images(tmp_path, "train")
+
+
+def test_every_error_is_of_the_library() -> None:
+    for error in (st.UnknownNameError, st.ShapeError, st.TaskError, st.ArtifactError, st.CacheError, st.DataError, st.TrainingError):  # fmt: skip
+        assert issubclass(error, st.SideTuningError)
+
+
+def test_a_start_that_failed_does_not_hold_the_folder(tmp_path: Path) -> None:
+    """A mistake in the settings is mended in the same folder; what has begun refuses other settings."""
+    from sidetuning_bench.icifar import Settings
+    from sidetuning_bench.runs import Run
+
+    Run(tmp_path, "icifar", Settings(merge="alhpa"))
+    run = Run(tmp_path, "icifar", Settings(merge="alpha"))
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["merge"] == "alpha"
+    run.append({"task": "a"})
+    Run(tmp_path, "icifar", Settings(merge="alpha"))
+    with pytest.raises(st.SideTuningError, match=r"other settings: merge 'alpha' \(now 'mlp2'\)"):
+        Run(tmp_path, "icifar", Settings(merge="mlp2"))
+    with pytest.raises(st.SideTuningError, match="holds a run of icifar"):
+        Run(tmp_path, "squad", Settings(merge="alpha"))

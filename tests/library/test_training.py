@@ -1,0 +1,468 @@
+"""Training: it learns, it repeats bitwise, it resumes bitwise, and it changes nothing but its task."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+import sidetuning as st
+from conftest import conv_base, inputs, mlp_base
+from sidetuning.objective import parameter_groups
+from sidetuning.seeding import seed_loader
+
+State = dict[str, Tensor]
+
+
+def toy(n: int = 256, seed: int = 0) -> TensorDataset:
+    """Vectors of three far-apart clouds."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    centres = torch.eye(12)[:3] * 3
+    return TensorDataset(centres[y] + torch.randn(n, 12, generator=generator) * 0.5, y)
+
+
+def loader(batch: int = 32, n: int = 256) -> DataLoader[Any]:
+    return DataLoader(toy(n), batch_size=batch, shuffle=True)
+
+
+def build(dropout: bool = False, merge: str = "alpha") -> st.SideTuner:
+    model = st.SideTuner(mlp_base())
+    with st.seeded(0):
+        side = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.4), nn.Linear(16, 16)) if dropout else "mlp"
+        model.add_task("t", side=side, merge=merge, head=3)
+    return model
+
+
+def state(module: nn.Module) -> State:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.mark.parametrize("merge", ["alpha", "mlp2", "film", "side-only", "base-only"])
+def test_a_task_that_can_be_learned_is(merge: str) -> None:
+    model = build(merge=merge)
+    test = DataLoader(toy(90, seed=1), batch_size=32)
+    result = st.fit(model, "t", loader(), epochs=8, lr=1e-2, progress=False)
+    assert st.evaluate(model, "t", test)["accuracy"] > 0.9
+    assert result.steps == len(result.losses) == 64
+    assert sum(result.losses[-8:]) < 0.6 * sum(result.losses[:8])
+
+
+def test_the_seed_decides_everything_and_nothing_else_does() -> None:
+    ends = []
+    for seed, outside in ((0, 1), (0, 2), (1, 1)):
+        model = build(dropout=True)
+        torch.manual_seed(outside)
+        random.seed(outside)
+        st.fit(model, "t", loader(), epochs=2, seed=seed, progress=False)
+        ends.append(state(model))
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
+
+
+class Stop(Exception):
+    """What stands for a kill."""
+
+
+def stopping(after: int) -> Any:
+    calls = 0
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Stop
+        return F.cross_entropy(output, target)
+
+    return loss
+
+
+def decay(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.7)
+
+
+@pytest.mark.parametrize("after", [1, 7, 8, 9, 19])  # a pass has 8 steps
+@pytest.mark.parametrize("merge", ["alpha", "mlp2"])
+def test_an_interrupted_run_ends_bitwise_as_one_that_was_not(after: int, merge: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 20, "lr": 1e-2, "scheduler": decay, "weight_decay": 0.1, "save_every": 0.0}
+    options["progress"] = False
+    whole = build(dropout=True, merge=merge)
+    expected = st.fit(whole, "t", loader(), **options)
+    file = tmp_path / "resume.pt"
+    with pytest.raises(Stop):
+        st.fit(build(dropout=True, merge=merge), "t", loader(), resume=file, loss=stopping(after), **options)
+    model = build(dropout=True, merge=merge)
+    result = st.fit(model, "t", loader(), resume=file, **options)
+    assert same(state(model), state(whole))
+    assert result.losses == expected.losses and result.steps == 20
+    calls = stopping(0)  # nothing is left to do
+    again = build(dropout=True, merge=merge)
+    assert st.fit(again, "t", loader(), resume=file, loss=calls, **options).losses == expected.losses
+    assert same(state(again), state(whole))
+
+
+def test_a_run_resumes_over_cached_random_views(tmp_path: Path) -> None:
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        return x + torch.randn(x.shape, generator=generator)
+
+    ends = []
+    for stop in (None, 11):
+        model = build(dropout=True)  # data and objective draw from one generator, in turn
+        cached = st.cache_features(model.base, toy(), tmp_path, views=3, augment=augment, progress=False)
+        options: dict[str, Any] = {"steps": 20, "save_every": 0.0, "progress": False}
+        if stop:
+            with pytest.raises(Stop):
+                st.fit(
+                    model, "t", st.loader_over(cached, batch_size=32), resume=tmp_path / "r", loss=stopping(stop), **options
+                )  # fmt: skip
+            model = build(dropout=True)
+        st.fit(model, "t", st.loader_over(cached, batch_size=32), resume=tmp_path / "r" if stop else None, **options)
+        ends.append(state(model))
+    assert same(*ends)
+
+
+def test_python_and_numpy_draws_go_on_in_the_middle_of_a_pass(tmp_path: Path) -> None:
+    """A loss that draws from all three generators, as augmentations do."""
+
+    def noisy(stop: int | None = None) -> Any:
+        inner = F.cross_entropy if stop is None else stopping(stop)
+        return lambda output, target: inner(output, target) * (1 + random.random() + np.random.rand() + torch.rand(()))
+
+    options: dict[str, Any] = {"steps": 20, "save_every": 0.0, "progress": False}
+    whole = build()
+    st.fit(whole, "t", loader(), loss=noisy(), **options)
+    with pytest.raises(Stop):
+        st.fit(build(), "t", loader(), loss=noisy(stop=11), resume=tmp_path / "r", **options)
+    model = build()
+    st.fit(model, "t", loader(), loss=noisy(), resume=tmp_path / "r", **options)
+    assert same(state(model), state(whole))
+
+
+def test_the_resume_file_of_another_run_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "resume.pt"
+    st.fit(build(), "t", loader(), steps=2, resume=file, progress=False)
+    for other in ({"steps": 3}, {"steps": 2, "seed": 1}):
+        with pytest.raises(st.TrainingError, match="belongs to a run of 2 steps with seed 0"):
+            st.fit(build(), "t", loader(), resume=file, progress=False, **other)
+    for other in ({"lr": 0.5}, {"scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o)}):
+        with pytest.raises(st.TrainingError, match=r"holds the state of AdamW at 0\.001, 0\.001, not of AdamW at"):
+            st.fit(build(), "t", loader(), steps=2, resume=file, progress=False, **other)
+    with pytest.raises(st.TrainingError, match="another network"):
+        st.fit(build(merge="film"), "t", loader(), steps=2, resume=file, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text"])
+def test_a_damaged_resume_file_is_refused(damage: str, tmp_path: Path) -> None:
+    file = tmp_path / "resume.pt"
+    st.fit(build(), "t", loader(), steps=2, resume=file, progress=False)
+    data = file.read_bytes()
+    file.write_bytes({"empty": b"", "truncated": data[: len(data) // 2], "text": b"hello"}[damage])
+    model = build()
+    before = state(model)
+    with pytest.raises(st.TrainingError, match="delete it to start over"):
+        st.fit(model, "t", loader(), steps=2, resume=file, progress=False)
+    assert same(state(model), before)
+
+
+def test_fit_changes_its_task_and_nothing_else() -> None:
+    model = st.SideTuner(conv_base())
+    with st.seeded(0):
+        model.add_task("old", side="fcn4", merge="mlp2", head=3)
+        model.add_task("new", side="fcn4", merge="mlp2", head=3, laterals=["old"])
+        model.add_task("later", side="fcn4", merge="mlp2", head=3, laterals=["old"])
+    before = {name: state(model[name]) for name in model.tasks}
+    print_before, base_before = model.base.identity().sha256, state(model.base.net)  # type: ignore[arg-type]
+    y = torch.tensor([0, 1, 2, 0])
+    st.fit(model, "new", [(inputs("conv"), y)], steps=3, lr=0.1, weight_decay=0.5, progress=False)
+    assert same(state(model["old"]), before["old"]) and same(state(model["later"]), before["later"])
+    assert model.base.identity().sha256 == print_before and same(state(model.base.net), base_before)  # type: ignore[arg-type]
+    changed = {k for k, v in model["new"].state_dict().items() if not torch.equal(v, before["new"][k])}
+    assert changed >= {k for k, _ in model["new"].named_parameters()}
+    assert any("running_mean" in k for k in changed)
+    assert not any(m.training for m in model.modules())
+    assert all(p.grad is None for name in ("old", "later") for p in model[name].parameters())
+
+
+@pytest.mark.parametrize("merge", ["alpha", "mlp2", "film"])
+def test_merges_and_vectors_get_no_weight_decay(merge: str) -> None:
+    branch = build(merge=merge)["t"]
+    groups = parameter_groups(branch, 0.3)
+    decayed = {id(p) for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
+    free = {id(p) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]}
+    assert decayed | free == {id(p) for p in branch.parameters()} and not decayed & free
+    assert {id(p) for p in branch.merge.parameters()} <= free
+    assert id(branch.head.linear.weight) in decayed and id(branch.head.linear.bias) in free
+    branch.head.requires_grad_(False)
+    assert sum(len(g["params"]) for g in parameter_groups(branch, 0.3)) == sum(
+        p.requires_grad for p in branch.parameters()
+    )
+
+
+def test_weight_decay_alone_shrinks_sides_and_heads_only() -> None:
+    model = build(merge="mlp2")
+    before = state(model["t"])
+    batch = [(inputs("mlp"), torch.tensor([0, 1, 2, 0]))]
+    st.fit(
+        model, "t", batch, steps=1, lr=0.1, weight_decay=1.0, progress=False, optimizer=torch.optim.SGD, clip=None,
+        loss=lambda output, _: 0.0 * output.sum(),
+    )  # fmt: skip
+    after = state(model["t"])
+    for name in before:
+        if "running" in name or "num_batches" in name:
+            continue
+        factor = 0.9 if not name.startswith("merge.") and before[name].ndim > 1 else 1.0
+        torch.testing.assert_close(after[name], factor * before[name], msg=name)
+
+
+def test_distilling_brings_the_side_to_the_base_and_touches_nothing_else() -> None:
+    model = build()
+    data = toy()
+    x = data.tensors[0]
+
+    def distance() -> float:
+        with torch.no_grad():
+            features = model.base(x)
+            side = model["t"].side_output(model.base.prepare(x), features)
+            assert side is not None
+            return float(F.mse_loss(side, features.out))
+
+    before, head, merge = distance(), state(model["t"].head), state(model["t"].merge)
+    result = st.distill(model, "t", loader(), steps=80, lr=1e-2, progress=False)
+    assert distance() < 0.3 * before
+    assert result.losses[-1] < result.losses[0]
+    assert same(state(model["t"].head), head) and same(state(model["t"].merge), merge)
+
+
+def test_evaluate_is_what_a_hand_counts() -> None:
+    model = build()
+    x, y = toy(50, seed=3).tensors
+    output = model(x, "t").detach()
+    scores = st.evaluate(
+        model, "t", DataLoader(TensorDataset(x, y), batch_size=16),
+        metrics={"right": st.accuracy, "top": lambda o, t: o.max(1).values},
+    )  # fmt: skip
+    assert scores["samples"] == 50
+    assert scores["right"] == pytest.approx(sum(int(o.argmax()) == int(t) for o, t in zip(output, y)) / 50)
+    assert scores["loss"] == pytest.approx(float(F.cross_entropy(output, y)), rel=1e-5)
+    assert scores["top"] == pytest.approx(float(output.max(1).values.mean()), rel=1e-5)
+    assert st.evaluate(model, "t", DataLoader(TensorDataset(x, y), batch_size=7)).keys() == {
+        "loss",
+        "accuracy",
+        "samples",
+    }
+
+
+def test_accuracy_of_maps_is_a_share_of_pixels_and_of_numbers_there_is_none() -> None:
+    base = st.Base(nn.Conv2d(3, 8, 3, padding=1), example=torch.zeros(1, 3, 8, 8))
+    model = st.SideTuner(base)
+    model.add_task("map", side=nn.Conv2d(3, 8, 1), head="pixels", head_options={"channels": 5})
+    x, y = torch.rand(6, 3, 8, 8), torch.randint(0, 5, (6, 8, 8))
+    y[:, :4] = -100  # half of the pixels have no label
+    found = st.evaluate(model, "map", DataLoader(TensorDataset(x, y), batch_size=4))
+    right = (model(x, "map").argmax(1) == y).sum() / (y != -100).sum()
+    assert found["accuracy"] == pytest.approx(float(right), rel=1e-5) and 0 < found["accuracy"] < 1
+    numbers = DataLoader(TensorDataset(x, torch.rand(6, 5, 8, 8)), batch_size=4)
+    assert st.evaluate(model, "map", numbers, loss=F.mse_loss).keys() == {"loss", "samples"}
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights() -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target) + (output.sum() * 0).sqrt()  # finite, its gradient is not
+
+    for clip in (1.0, None):
+        model = build()
+        before = state(model)
+        with pytest.raises(st.TrainingError, match="norm of the gradient is nan at step 0"):
+            st.fit(model, "t", loader(), steps=3, loss=loss, clip=clip, progress=False)
+        assert same(state(model), before)
+
+
+def test_what_fit_cannot_do_is_said(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(toy(8))
+
+    model = build()
+    for match, options in (("epochs must be 1 or more", {"epochs": 0}), ("steps must be 1 or more", {"steps": -1})):
+        with pytest.raises(st.TaskError, match=match):
+            st.fit(model, "t", loader(), progress=False, **options)  # type: ignore[arg-type]
+    with pytest.raises(st.TaskError, match="needs steps="):
+        st.fit(model, "t", DataLoader(Stream(), batch_size=4), epochs=1, progress=False)
+    with pytest.raises(st.TaskError, match="not accumulated"):
+        st.fit(model, "t", loader(), steps=1, accelerator=Accelerator(gradient_accumulation_steps=4), progress=False)
+
+
+def test_what_was_learned_is_kept_where_a_validation_fails(tmp_path: Path) -> None:
+    def metric(output: Tensor, target: Tensor) -> Tensor:
+        raise RuntimeError("a mistake in a metric")
+
+    whole, broken, file = build(dropout=True), build(dropout=True), tmp_path / "run.pt"
+    st.fit(whole, "t", loader(), steps=5, progress=False)
+    again: dict[str, Any] = {"steps": 5, "resume": file, "validate": loader(), "progress": False}
+    with pytest.raises(RuntimeError, match="a mistake"):
+        st.fit(broken, "t", loader(), metrics={"wrong": metric}, **again)
+    resumed = build(dropout=True)
+    result = st.fit(resumed, "t", loader(), **again)
+    assert same(state(resumed), state(whole)) and [row["step"] for row in result.validation] == [5]
+    assert len(st.fit(resumed, "t", loader(), **again).validation) == 1
+    with pytest.raises(st.TrainingError, match="weight decay"):
+        st.fit(build(dropout=True), "t", loader(), weight_decay=0.5, **again)
+
+
+def test_evaluate_runs_in_evaluation_mode_and_changes_nothing() -> None:
+    model = build(dropout=True, merge="mlp2")
+    model["t"].train()
+    before = state(model)
+    scores = [st.evaluate(model, "t", DataLoader(toy(50), batch_size=16)) for _ in range(2)]
+    assert scores[0] == scores[1] and same(state(model), before)
+    assert model["t"].training
+
+
+def test_validation_follows_every_pass() -> None:
+    model = build()
+    held_out = DataLoader(toy(50, seed=1), batch_size=25)
+    result = st.fit(model, "t", loader(), steps=20, validate=held_out, progress=False)
+    assert [row["step"] for row in result.validation] == [8, 16, 20]
+    last = st.evaluate(model, "t", held_out)
+    assert {k: result.validation[-1][k] for k in last} == last
+
+
+def test_validation_does_not_change_what_is_learned() -> None:
+    a, b = build(dropout=True), build(dropout=True)
+    st.fit(a, "t", loader(), epochs=2, progress=False)
+    st.fit(b, "t", loader(), epochs=2, validate=loader(), progress=False)
+    assert same(state(a), state(b))
+
+
+def test_fit_takes_mappings_features_and_bare_tensors() -> None:
+    x, y = toy(64).tensors
+    model = build()
+    features = model.base(x)
+    ends = []
+    for batch in ((x, y), (x, features, y), (x, features.out, y), [x, y]):
+        model = build()
+        st.fit(model, "t", [batch], steps=2, progress=False)
+        ends.append(state(model))
+    assert all(same(end, ends[0]) for end in ends)
+
+
+def test_clipping_bounds_the_step() -> None:
+    moved = []
+    for clip in (None, 1e-3):
+        model = build()
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        st.fit(model, "t", loader(), steps=1, lr=1.0, clip=clip, optimizer=torch.optim.SGD, progress=False)
+        moved.append(float((torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm()))
+    assert moved[1] == pytest.approx(1e-3, rel=0.01) and moved[0] > 0.1
+
+
+def test_the_global_generators_are_left_alone() -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index]
+    model = build(dropout=True)
+    st.fit(model, "t", loader(), epochs=1, progress=False)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1] and np.array_equal(np.random.get_state()[1], before[2])  # type: ignore[index]
+    with pytest.raises(Stop):
+        st.fit(model, "t", loader(), epochs=1, loss=stopping(2), progress=False)
+    assert torch.equal(torch.get_rng_state(), before[0])
+
+
+def test_seeded_repeats_and_puts_the_generators_back() -> None:
+    def draw() -> tuple[float, float, float]:
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    before = torch.get_rng_state()
+    with st.seeded(3):
+        first = draw()
+    with st.seeded(3):
+        assert draw() == first
+    with st.seeded(4):
+        assert all(a != b for a, b in zip(draw(), first, strict=True))
+    with pytest.raises(Stop), st.seeded(5):
+        draw()
+        raise Stop
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sampler_inside_a_batch_sampler_hears_the_seed() -> None:
+    data = toy(40)
+
+    def order(seed: int) -> list[int]:
+        sampler = RandomSampler(
+            data, generator=torch.Generator().manual_seed(77)
+        )  # as accelerate puts in, for processes
+        batches = DataLoader(data, batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+        seed_loader(batches, seed)
+        return [int(i) for i in sampler]
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_train_minimises_any_objective() -> None:
+    class Distance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.point = nn.Parameter(torch.zeros(2))
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return (self.point - batch).square().sum()
+
+    objective = Distance()
+    target = torch.tensor([1.0, -2.0])
+    st.train(objective, [target], torch.optim.SGD(objective.parameters(), lr=0.2), steps=40)
+    torch.testing.assert_close(objective.point.detach(), target, rtol=1e-4, atol=1e-4)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from accelerate import Accelerator, PartialState
+from torch.utils.data import DataLoader
+import sidetuning as st
+from test_training import build, loader, toy
+
+model = build(merge="mlp2")
+result = st.fit(model, "t", loader(), epochs=4, lr=1e-2, progress=False)
+scores = st.evaluate(model, "t", DataLoader(toy(90, seed=1), batch_size=32))
+state = PartialState()
+if state.is_main_process:
+    print("RESULT", state.num_processes, scores["accuracy"], int(scores["samples"]), result.steps, result.losses[0])
+state.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
+    # `accelerate launch --cpu --num_processes 2` starts one process without MPI; torchrun starts two, and accelerate joins
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    rows = []
+    for how in ([], launch):
+        done = subprocess.run(
+            [sys.executable, *how, str(script)], capture_output=True, text=True, timeout=180, cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, check=False,
+        )  # fmt: skip
+        lines = [line.split() for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        assert done.returncode == 0 and len(lines) == 1, done.stderr[-3000:]
+        rows.append(lines[0])
+    one, two = rows
+    assert (one[1], two[1]) == ("1", "2")
+    assert one[3] == two[3] == "90" and one[4] == two[4] == "32"
+    assert float(one[2]) > 0.9
+    assert abs(float(one[2]) - float(two[2])) <= 0.02
