@@ -15,7 +15,7 @@ from sidetuning_bench.results import number_text
 def write_page(template: str, path: str | Path, **values: Any) -> Path:
     """Fill a template of this package, escaping all values, and write the page atomically."""
     environment = Environment(
-        loader=PackageLoader("sidetuning"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("sidetuning_bench"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
     environment.filters["number"] = number_text
     page = environment.get_template(template).render(version=version("sidetuning"), **values)
