@@ -25,8 +25,8 @@ from sidetuning.seeding import seeded
 from sidetuning.sides.fcn import FCN5
 from sidetuning.training import default_accelerator, train
 from sidetuning_bench.dense.base import SIDE_OPTIONS
-from sidetuning_bench.dense.files import target
 from sidetuning_bench.dense.resnet_map import ResNetMap
+from sidetuning_bench.dense.targets import target
 from sidetuning_bench.dense.taskonomy import Taskonomy
 from sidetuning_bench.methods.method import one_cycle
 from sidetuning_bench.runs import Run

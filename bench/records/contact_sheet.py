@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from sidetuning_bench.dense import files as taskonomy_files
+from sidetuning_bench import domains
+from sidetuning_bench.dense.targets import target
 from sidetuning_bench.dense.tasks import Regression, Segmentation
 from sidetuning_bench.doom import frames as doom
 
@@ -20,14 +21,14 @@ DOMAINS = (
 
 def picture(domain: str, values: np.ndarray) -> np.ndarray:
     """As the report shows it, (n, n, 3)."""
-    raw = torch.from_numpy(taskonomy_files.encode(domain, values).astype(np.int32))
+    raw = torch.from_numpy(domains.encode(domain, values).astype(np.int32))
     if domain == "segment_unsup25d":
         return raw.numpy().astype(np.uint8)
     if domain == "segment_semantic":
         return Segmentation(domain, len(doom.SEMANTIC), "").picture(raw[None].long())[0].movedim(0, -1).numpy()
-    channels = taskonomy_files.DOMAINS[domain].channels
+    channels = domains.DOMAINS[domain].channels
     raw = raw[None] if raw.ndim == 2 else raw.movedim(-1, 0)[:channels]
-    return Regression(domain, channels, "").picture(taskonomy_files.target(domain, raw[None]))[0].movedim(0, -1).numpy()
+    return Regression(domain, channels, "").picture(target(domain, raw[None]))[0].movedim(0, -1).numpy()
 
 
 def main(path: str, size: int = 112) -> None:

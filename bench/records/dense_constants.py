@@ -12,8 +12,8 @@ import tyro
 
 from common import RESULTS, record
 from sidetuning_bench.dense import itaskonomy
-from sidetuning_bench.dense.files import names
 from sidetuning_bench.dense.tasks import ORDER, dense_task
+from sidetuning_bench.domains import names
 
 
 @dataclass(frozen=True)

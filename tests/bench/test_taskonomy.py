@@ -15,8 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sidetuning.errors import DataError, ShapeError, UnknownNameError
-from sidetuning_bench.dense.files import DOMAINS, encode, names, path_of, read, target, units, write
+from sidetuning_bench.dense.targets import target, units
 from sidetuning_bench.dense.taskonomy import Taskonomy, read_split
+from sidetuning_bench.domains import DOMAINS, encode, names, path_of, read, write
 
 N = 8  # pixels of most pictures here; the release has 512
 SUFFIX = {  # literally as in the release, not as the module thinks
@@ -110,14 +111,14 @@ def test_a_file_of_the_release_is_read_as_it_is(domain: str, tmp_path: Path) -> 
     raw = read(path_of(tmp_path, domain, "hanson", 0, 0), domain)
     d = DOMAINS[domain]
     if d.bits == 32:
-        assert raw.dtype == torch.float32 and np.array_equal(raw.numpy(), values)
+        assert raw.dtype == np.float32 and np.array_equal(raw, values)
     elif d.channels == 0:
-        assert raw.dtype == torch.uint8 and np.array_equal(raw.numpy(), values)
+        assert raw.dtype == np.uint8 and np.array_equal(raw, values)
     elif d.bits == 16:
-        assert raw.dtype == torch.int32 and raw.shape == (1, N, N) and np.array_equal(raw[0].numpy(), values)
+        assert raw.dtype == np.int32 and raw.shape == (1, N, N) and np.array_equal(raw[0], values)
     else:
-        assert raw.dtype == torch.uint8 and raw.shape == (d.channels, N, N)
-        assert np.array_equal(raw.permute(1, 2, 0).numpy(), values[..., : d.channels])
+        assert raw.dtype == np.uint8 and raw.shape == (d.channels, N, N)
+        assert np.array_equal(raw.transpose(1, 2, 0), values[..., : d.channels])
 
 
 def test_16_bits_do_not_wrap_in_any_mode_of_pillow(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_transparency_is_dropped_and_palettes_are_looked_up(tmp_path: Path) -> N
     rgba = Image.fromarray(np.dstack([colours, np.arange(16, dtype=np.uint8).reshape(4, 4)]))
     rgba.save(tmp_path / "rgba.png")
     assert np.array_equal(
-        read(tmp_path / "rgba.png", "rgb").permute(1, 2, 0).numpy(), colours
+        read(tmp_path / "rgba.png", "rgb").transpose(1, 2, 0), colours
     )  # neither blended nor blackened
 
     palette = Image.fromarray(np.array([[0, 1], [2, 17]], dtype=np.uint8)).convert("P")
@@ -245,7 +246,7 @@ def test_scores_become_probabilities_only_where_they_are_not() -> None:
 
 def decoded(domain: str, values: np.ndarray, path: Path) -> np.ndarray:
     write(path, domain, values)
-    back = units(domain, target(domain, read(path, domain)))
+    back = units(domain, target(domain, torch.from_numpy(read(path, domain))))
     return back.permute(1, 2, 0).numpy() if back.ndim == 3 and len(back) > 1 else back.squeeze(0).numpy()
 
 
@@ -273,7 +274,7 @@ def test_round_trips_stay_within_half_a_step(tmp_path: Path) -> None:
     assert np.array_equal(decoded("mask_valid", mask, path), mask)
     scores = rng.dirichlet(np.ones(7))
     write(tmp_path / "a.npy", "class_object", scores)
-    assert np.allclose(target("class_object", read(tmp_path / "a.npy", "class_object")), scores)
+    assert np.allclose(target("class_object", torch.from_numpy(read(tmp_path / "a.npy", "class_object"))), scores)
 
 
 def test_walls_are_exact_and_what_is_unknown_is_marked(tmp_path: Path) -> None:

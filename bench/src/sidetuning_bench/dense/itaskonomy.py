@@ -21,10 +21,10 @@ from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 from sidetuning.loading import load_base
 from sidetuning.registry import unknown
-from sidetuning_bench.dense.files import domain_of, names
 from sidetuning_bench.dense.gallery import Gallery
 from sidetuning_bench.dense.taskonomy import Taskonomy
 from sidetuning_bench.dense.tasks import ORDER, DenseTask, Regression, dense_task
+from sidetuning_bench.domains import domain_of, names
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task
 from sidetuning_bench.methods.method import one_cycle
 from sidetuning_bench.report_runs import report

@@ -20,17 +20,8 @@ from torch.utils.data import Dataset
 
 from sidetuning.errors import DataError, UnknownNameError
 from sidetuning.registry import unknown
-from sidetuning_bench.dense.files import (
-    DOMAINS,
-    INVALID,
-    Domain,
-    domain_of,
-    names,
-    path_of,
-    read,
-    resize,
-    tensor_domain,
-)
+from sidetuning_bench.dense.targets import resize
+from sidetuning_bench.domains import DOMAINS, INVALID, Domain, domain_of, names, path_of, read, tensor_domain
 
 Frame = tuple[str, int, int]  # building, point, view
 
@@ -221,7 +212,7 @@ class Taskonomy(Dataset[dict[str, Tensor]]):
 
     def _read(self, index: int, d: Domain) -> Tensor:
         path = self.path(index, d.name)
-        raw = read(path, d.name)
+        raw = torch.from_numpy(read(path, d.name))
         if d.name == "segment_semantic" and int(raw.max()) >= self._classes:
             have = f"{self._classes} classes have names; name all in {self.root / 'names.json'}"
             raise DataError(f"{path} has the id {int(raw.max())}, but {have}")

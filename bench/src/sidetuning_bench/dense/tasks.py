@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sidetuning.errors import UnknownNameError
 from sidetuning.registry import unknown
-from sidetuning_bench.dense.files import DEPTHS, DOMAINS, INVALID, domain_of, target, units
+from sidetuning_bench.dense.targets import target, units
 from sidetuning_bench.dense.taskonomy import Taskonomy
+from sidetuning_bench.domains import DEPTHS, DOMAINS, INVALID, domain_of
 from sidetuning_bench.sequence import Score
 
 ORDER = (

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidetuning.files import write_json, write_text
-from sidetuning_bench.dense import files as taskonomy_files
+from sidetuning_bench import domains
 from sidetuning_bench.doom import labels as dense_labels
 from sidetuning_bench.doom.engine import engine, freedoom
 from sidetuning_bench.doom.labels import Geometry
@@ -68,7 +68,7 @@ class Frame:
     disagreement: float
 
     def labels(self) -> dict[str, Any]:
-        """Every domain of Taskonomy that this frame has, in its own units, ready for `taskonomy_files.write`."""
+        """Every domain of Taskonomy that this frame has, in its own units, ready for `domains.write`."""
         g, scale = self.geometry, self.geometry.scale
         x, y, eye, yaw = self.pose
         scores = np.zeros(len(OBJECTS), np.float32)
@@ -195,7 +195,7 @@ def render_map(root: Path, name: str, count: int, size: int, seed: int, written:
     total = 0
     for place, view, frame in frames(name, count, size, seed):
         for domain, values in frame.labels().items():
-            taskonomy_files.write(taskonomy_files.path_of(root, domain, name, place, view), domain, values)
+            domains.write(domains.path_of(root, domain, name, place, view), domain, values)
         total += 1
         written()
     return total

@@ -1,4 +1,4 @@
-"""Files of Taskonomy's domains: their names, their encodings, and what the values mean. `taskonomy` makes a data set of them."""
+"""Taskonomy's domains: how the files of each one are named, encoded, written and read. NumPy and Pillow alone, no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from sidetuning.errors import DataError, ShapeError, UnknownNameError
 from sidetuning.registry import unknown
@@ -110,7 +107,7 @@ def names(root: str | Path, domain: str) -> list[str]:
     return found
 
 
-def read(path: str | Path, domain: str) -> Tensor:
+def read(path: str | Path, domain: str) -> npt.NDArray[Any]:
     """The values of one file, as they are in it.
 
     Returns:
@@ -124,7 +121,7 @@ def read(path: str | Path, domain: str) -> Tensor:
     if not path.exists():
         raise DataError(f"{d.name} has no file {path}; download or render it, or leave the domain {d.name} out")
     if d.bits == 32:
-        return torch.from_numpy(_scores(path, d))
+        return _scores(path, d)
     try:
         with Image.open(path) as image:
             mode, pixels = image.mode, _pixels(image, d)
@@ -139,7 +136,7 @@ def read(path: str | Path, domain: str) -> Tensor:
         pixels = pixels.transpose(2, 0, 1)
     elif d.channels:
         pixels = pixels[None]
-    return torch.from_numpy(np.ascontiguousarray(pixels))
+    return np.ascontiguousarray(pixels)
 
 
 def encode(domain: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
@@ -255,52 +252,3 @@ def _coded(d: Domain, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if d.name in SIGNED:
         return (127 + 127 * (values / SIGNED[d.name]).clip(-1, 1)).round().astype(np.uint8)
     return (values.clip(0, 1) * np.iinfo(kind).max).round().astype(kind)
-
-
-def target(domain: str, raw: Tensor) -> Tensor:
-    """What a network is trained to give, in the ranges of the original code.
-
-    8-bit v -> v / 127.5 - 1; 16-bit v -> 2 v / 65535 - 1; ids -> int64; masks -> 0 or 1; scores -> themselves where they are
-    probabilities already (not negative, sum 1), else their softmax.
-
-    Shape: (…, c, h, w), (…, h, w) or (…, n), as from `read` -> the same, float32.
-    """
-    d = tensor_domain(domain)
-    if d.bits == 32:
-        scores = raw.float()
-        given = (scores >= 0).all(-1, keepdim=True) & ((scores.sum(-1, keepdim=True) - 1).abs() < 1e-2)
-        return torch.where(given, scores, scores.softmax(-1))
-    if raw.is_floating_point():
-        raise ShapeError(f"target('{d.name}', …) takes the whole numbers that read() gives, not {raw.dtype}")
-    if d.name == "segment_semantic":
-        return raw.long()
-    if d.name == "mask_valid":
-        return (raw != 0).float()
-    return 2 * raw.float() / (2**d.bits - 1) - 1
-
-
-def units(domain: str, target: Tensor) -> Tensor:
-    """A target or a prediction of it in the domain's own units: what metrics are computed on.
-
-    Depths in metres, normals as unit vectors, curvatures in -2 … 2 (255, which `encode` never gives, is 2.016), other
-    maps in 0 … 1; ids, masks and probabilities stay. Predictions outside the range of targets are not clipped.
-
-    Shape: (…, c, h, w), (…, h, w) or (…, n) -> the same.
-    """
-    d = tensor_domain(domain)
-    if d.name in DEPTHS:
-        return (target + 1) * (65535 / 2 / METRE)
-    if d.name in SIGNED:
-        centred = (127.5 * target + 0.5) / 127 * SIGNED[d.name]  # the file's value less 127, over 127
-        return F.normalize(centred, dim=-3) if d.name == "normal" else centred
-    return target if d.bits == 32 or d.channels == 0 else (target + 1) / 2
-
-
-def resize(raw: Tensor, d: Domain, size: int) -> Tensor:
-    """(c, h, w) or (h, w) -> (c, size, size) or (size, size), the same type."""
-    if raw.shape[-2:] == (size, size):
-        return raw
-    if d.name in UNBLENDABLE:
-        rows, columns = (((torch.arange(size) + 0.5) * n / size).long() for n in raw.shape[-2:])
-        return raw[..., rows[:, None], columns]
-    return F.interpolate(raw[None].float(), size=(size, size), mode="area")[0].round().to(raw.dtype)
