@@ -35,12 +35,12 @@ def test_maps_move_together_and_zeros_come_in() -> None:
 
 def test_fusion_shifts_in_training_only_and_fits_the_paper_budget() -> None:
     side = Fusion(conv_base(("2", "4")), width=8, shift=2)
-    taps = conv_base(("2", "4"))(inputs("conv")).taps
-    assert side(taps).shape == (4, 16)
+    features = conv_base(("2", "4"))(inputs("conv"))
+    assert side({}, features).shape == (4, 16)
     side.eval()
-    assert torch.equal(side(taps), side(taps))
+    assert torch.equal(side({}, features), side({}, features))
     side.train()
-    assert not torch.equal(side(taps), side(taps))
+    assert not torch.equal(side({}, features), side({}, features))
     base = st.load_base("resnet44-cifar10", taps=icifar.BEST["taps"])
     branch = st.SideTuner(base).add_task("t", side="fusion", merge="sum", head=10)
     assert sum(p.numel() for p in branch.parameters()) == 41_706 < 43_500

@@ -20,9 +20,8 @@ from torch import nn
 
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base
-from sidetuning_bench.methods import METHODS, Recipe, Task
+from sidetuning import identity
 
-FEATURES = METHODS["features"]
 
 
 def scrambled(model: st.SideTuner, task: str) -> None:
@@ -108,7 +107,7 @@ def test_a_folder_of_tasks_is_loaded_with_laterals_first(tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "run" / "tasks" / "z")
     with pytest.raises(st.ArtifactError, match="laterals"):
         st.load(tmp_path / "run", base=mlp_base())
-    with pytest.raises(st.TaskError, match="load those tasks first"):
+    with pytest.raises(st.TaskError, match="load that task first"):
         st.SideTuner(mlp_base()).load_task(tmp_path / "run" / "tasks" / "m")
 
 
@@ -148,15 +147,9 @@ def test_a_base_that_prepares_otherwise_is_refused(other: dict[str, Any], tmp_pa
     model = st.SideTuner(plain)
     model.add_task("pets", side="fcn4", head=3)
     model.save_task("pets", tmp_path / "task")
-    with pytest.raises(st.ArtifactError, match="prepares its inputs or picks its output otherwise"):
+    with pytest.raises(st.ArtifactError, match="prepared its inputs or picked its output otherwise"):
         st.SideTuner(changed).load_task(tmp_path / "task")
     assert st.SideTuner(changed).load_task(tmp_path / "task", any_base=True) == "pets"
-    method = FEATURES(plain)
-    method.learn(Task("pets", 3), [(x, torch.tensor([0, 1, 2, 0])[: len(x)])], Recipe(1), progress=False)  # type: ignore[arg-type]
-    method.save(tmp_path / "method")
-    FEATURES(plain).load(tmp_path / "method")
-    with pytest.raises(st.ArtifactError, match="prepares its inputs or picks its output otherwise"):
-        FEATURES(changed).load(tmp_path / "method")
 
 
 def test_tied_weights_are_saved(tmp_path: Path) -> None:
@@ -347,12 +340,65 @@ def test_labels_and_metrics_of_any_kind_come_back(tmp_path: Path) -> None:
         model.add_task("pets", side="mlp", head=3, labels=["cat", "dog"])
 
 
-def test_other_taps_are_refused(tmp_path: Path) -> None:
-    model = st.SideTuner(conv_base(("0", "3")))
-    model.add_task("a", side="ladder", head=2)
+def test_tasks_with_different_taps_live_on_one_base(tmp_path: Path) -> None:
+    x, outputs = inputs("conv"), {}
+    for name, side, taps in (("a", "ladder", ("0", "3")), ("b", "fusion", ("2", "4")), ("c", "ladder", ("4", "2"))):
+        model = st.SideTuner(conv_base())
+        model.add_task(name, side=side, head=2, taps=taps)
+        scrambled(model, name)
+        model.save_task(name, tmp_path / name)
+        outputs[name] = model(x, name)
+        assert list(model.base.tap_shapes) == list(taps) == list(model[name].taps)
+    for base in (conv_base(), conv_base(("0",)), conv_base(("4", "3", "2", "0", "1"))):
+        together = st.SideTuner(base)
+        before = dict(base(x).taps)
+        for name in ("c", "a", "b"):
+            together.load_task(tmp_path / name)
+        assert {"0", "2", "3", "4"} <= set(together.base.tap_shapes)
+        assert all(torch.equal(together(x, name), out) for name, out in outputs.items())
+        assert all(torch.equal(out, outputs[name]) for name, out in together.forward_all(x).items())
+        assert base(x).taps.keys() == before.keys()  # the caller's base is as it was
+    assert st.load(tmp_path, base=conv_base()).tasks == ["a", "b", "c"]
+
+
+def test_a_side_without_the_taps_of_its_features_says_so() -> None:
+    model = st.SideTuner(conv_base())
+    model.add_task("a", side="ladder", head=2, taps=("2", "4"))
+    with pytest.raises(st.ShapeError, match=r"reads the tap '2', which the features do not hold"):
+        model(inputs("conv"), "a", features=conv_base()(inputs("conv")))
+    with pytest.raises(st.TaskError, match="reads no taps"):
+        model.add_task("b", side="fcn4", head=2, taps=("2",))
+    with pytest.raises(st.UnknownNameError, match="tap"):
+        model.add_task("b", side="ladder", head=2, taps=("nowhere",))
+    assert model.tasks == ["a"]
+
+
+def test_an_empty_module_is_a_part_too(tmp_path: Path) -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("a", side="mlp", head=nn.Sequential())
     model.save_task("a", tmp_path)
-    with pytest.raises(st.ArtifactError, match="trained on the taps 0, 3, this base has 2, 4"):
-        st.SideTuner(conv_base(("2", "4"))).load_task(tmp_path)
+    other = st.SideTuner(mlp_base())
+    other.load_task(tmp_path, head=nn.Sequential())
+    assert torch.equal(other(inputs("mlp"), "a"), model(inputs("mlp"), "a"))
+    saved(tmp_path / "linear")
+    for part in ("side", "merge", "head"):
+        with pytest.raises(st.TaskError, match=f"leave {part}= out"):
+            other.load_task(tmp_path / "linear", **{part: nn.Sequential()})
+    assert other.tasks == ["a"]
+
+
+def test_ten_tasks_hash_the_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = st.SideTuner(mlp_base())
+    hashed = []
+    hash_weights = identity.weights_sha256
+    monkeypatch.setattr(identity, "weights_sha256", lambda *given: (hashed.append(1), hash_weights(*given))[1])
+    for i in range(10):
+        model.add_task(f"t{i}", side="mlp", head=2)
+        model.save_task(f"t{i}", tmp_path / f"t{i}")
+    assert len(st.load(tmp_path, base=model.base)) == 10 and len(hashed) == 1
+    model.base.net[0].weight.data[0, 0] += 1  # type: ignore[index]  # goes round the version of the tensor
+    with pytest.raises(st.ArtifactError, match="another base"):
+        st.load(tmp_path, base=model.base)
 
 
 class FakeHub:

@@ -201,14 +201,14 @@ def test_fit_changes_its_task_and_nothing_else() -> None:
 @pytest.mark.parametrize("merge", ["alpha", "mlp2", "film"])
 def test_merges_and_vectors_get_no_weight_decay(merge: str) -> None:
     branch = build(merge=merge)["t"]
-    groups = parameter_groups(branch, 0.3)
+    groups = parameter_groups(branch.parameters(), 0.3, branch.merge.parameters())
     decayed = {id(p) for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
     free = {id(p) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]}
     assert decayed | free == {id(p) for p in branch.parameters()} and not decayed & free
     assert {id(p) for p in branch.merge.parameters()} <= free
     assert id(branch.head.linear.weight) in decayed and id(branch.head.linear.bias) in free
     branch.head.requires_grad_(False)
-    assert sum(len(g["params"]) for g in parameter_groups(branch, 0.3)) == sum(
+    assert sum(len(g["params"]) for g in parameter_groups(branch.parameters(), 0.3)) == sum(
         p.requires_grad for p in branch.parameters()
     )
 
@@ -430,7 +430,7 @@ def test_train_minimises_any_objective() -> None:
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/library"]
 from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 import sidetuning as st
