@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Input, Kind, entry
-from sidetuning.errors import ShapeError, TaskError
+from sidetuning.errors import TaskError
 from sidetuning.registry import Registry
 from sidetuning.sides.fit import masked_mean
 
@@ -37,7 +37,7 @@ def run_head(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
     return out
 
 
-HEADS: Registry[Callable[..., nn.Module]] = Registry("head")
+HEADS: Registry[Callable[..., nn.Module]] = Registry("head", group="sidetuning.heads")
 
 
 def named_head(head: Any, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -71,45 +71,6 @@ def pixels(base: Base, channels: int = 1, hidden: int = 64) -> nn.Module:
     if base.kind != "map" or not isinstance(base.example, Tensor):
         raise TaskError(f"head 'pixels' decodes a map into an image, and this base returns a {base.kind}")
     return Pixels(base.width, base.output_shape[1:], base.example.shape[-2:], channels, hidden)
-
-
-@HEADS.register("policy")
-def policy(base: Base, actions: int = 4, extra: int = 0, hidden: int = 128, dropout: float = 0.0) -> nn.Module:
-    """Scores of an agent's actions from the code and `extra` numbers beside the picture, such as a compass -> (b, actions)."""
-    return Policy(math.prod(base.output_shape), actions, extra, hidden, dropout)
-
-
-class Policy(Head):
-    """Two layers over the whole code, where things are included, and over the extra numbers, which two layers of their own make as
-    wide as the code's: a few bare numbers would not be heard beside hundreds. Without them, they count as 0.
-
-    Dropout is of the normalised code alone, so that few pictures are not learned by heart.
-
-    Shape: (b, …), (b, extra) -> (b, actions).
-    """
-
-    def __init__(self, width: int, actions: int, extra: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        if actions < 2:
-            raise TaskError(f"a policy chooses among at least two actions, not {actions}")
-        self.extra = extra
-        self.code = nn.Sequential(
-            nn.Flatten(), nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, hidden), nn.ReLU()
-        )
-        self.given = two_layers(extra, hidden) if extra else None
-        joint = hidden if self.given is None else 2 * hidden
-        self.actions = nn.Sequential(nn.Linear(joint, hidden), nn.ReLU(), nn.Linear(hidden, actions))
-
-    def forward(self, code: Tensor, inputs: Input) -> Tensor:
-        extra = entry(inputs, "extra")
-        if extra is None:
-            extra = code.new_zeros(len(code), self.extra)
-        if extra.shape != (len(code), self.extra):
-            raise ShapeError(
-                f"this policy takes {self.extra} extra numbers (b, {self.extra}), not {tuple(extra.shape)}"
-            )
-        seen = self.code(code)
-        return self.actions(seen if self.given is None else torch.cat([seen, self.given(extra.to(code.dtype))], 1))  # type: ignore[no-any-return]
 
 
 def two_layers(numbers: int, hidden: int) -> nn.Sequential:
