@@ -25,7 +25,8 @@ from sidetuning.distill import distill
 from sidetuning.errors import SideTuningError
 from sidetuning.files import atomic_write
 from sidetuning.seeding import seeded
-from sidetuning.training import default_accelerator, train
+from sidetuning.launch import default_accelerator
+from sidetuning.loop import train
 from sidetuning.tuner import SideTuner
 from sidetuning_bench.cifar import load_images, random_flip_crop
 from sidetuning_bench.methods.method import one_cycle

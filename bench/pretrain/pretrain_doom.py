@@ -23,7 +23,8 @@ from sidetuning.cache import cache_features, loader_over
 from sidetuning.heads import HEADS
 from sidetuning.seeding import seeded
 from sidetuning.sides.fcn import FCN5
-from sidetuning.training import default_accelerator, train
+from sidetuning.launch import default_accelerator
+from sidetuning.loop import train
 from sidetuning_bench.dense.base import SIDE_OPTIONS
 from sidetuning_bench.dense.resnet_map import ResNetMap
 from sidetuning_bench.dense.targets import target

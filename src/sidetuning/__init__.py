@@ -17,11 +17,12 @@ from sidetuning.errors import (
 from sidetuning.heads import HEADS, Head
 from sidetuning.hub import pull, push
 from sidetuning.loading import BASES, load, load_base
+from sidetuning.loop import TrainResult, train
 from sidetuning.merges import MERGES, Merge
 from sidetuning.objective import accuracy
 from sidetuning.seeding import seeded
 from sidetuning.sides import SIDES, Side
-from sidetuning.training import TrainResult, evaluate, fit, train
+from sidetuning.training import evaluate, fit
 from sidetuning.tuner import SideTuner
 
 __version__ = "0.1.0"

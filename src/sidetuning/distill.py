@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidetuning.errors import TaskError
+from sidetuning.launch import default_accelerator
+from sidetuning.loop import TrainResult, train
 from sidetuning.objective import unpack
-from sidetuning.training import TrainResult, default_accelerator, train
 from sidetuning.tuner import SideTuner
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from sidetuning.loading import load_base
 from sidetuning.seeding import seeded
 from sidetuning.sides.top import EMBEDDINGS, layers_of
 from sidetuning.token_cache import ByLength, CachedTokens, cache_tokens, token_loader
-from sidetuning.training import default_accelerator
+from sidetuning.launch import default_accelerator
 from sidetuning.tuner import SideTuner
 from sidetuning_bench.language import metric as squad_metric
 from sidetuning_bench.language.questions import (

@@ -26,7 +26,8 @@ from sidetuning.objective import Loss, Objective, parameter_groups
 from sidetuning.registry import unknown
 from sidetuning.seeding import seed_loader, seeded
 from sidetuning.sides.initialise import mismatch
-from sidetuning.training import TrainResult, default_accelerator, train
+from sidetuning.launch import default_accelerator
+from sidetuning.loop import TrainResult, train
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -1,0 +1,38 @@
+"""Where training runs: one process, or several that accelerate or torchrun has started."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def default_accelerator() -> Accelerator:
+    """An accelerator that splits each batch over the processes: the step is the same however many there are."""
+    from accelerate import Accelerator, DataLoaderConfiguration
+
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    if accelerator.num_processes > 1:
+        _leave_at_exit()
+    return accelerator
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """Let Gloo's threads come to rest before the interpreter ends.
+
+    The thread that ran the last collective still has to release its tensors, which needs the interpreter's lock. A thread
+    that asks for the lock of an ending interpreter is killed, and its destructors abort the finished process. Nothing
+    tells when it is done, so it gets a tenth of a second in which the lock is free.
+    """
+    from accelerate import PartialState
+
+    def leave() -> None:
+        PartialState().destroy_process_group()
+        time.sleep(0.1)
+
+    atexit.register(leave)
