@@ -1,0 +1,388 @@
+"""Groups of settings that scenarios share, as nested frozen dataclasses; tyro flattens them on the command line.
+
+METHODS = {"sidetune": SideTuneOptions(merge="alpha"), "psp": PSPOptions()}
+Method = MethodOptions if TYPE_CHECKING else tyro.extras.subcommand_type_from_defaults(METHODS, prefix_names=False)
+
+@dataclass(frozen=True)
+class Settings:                                  # sidetuning bench pets --batch 8 psp --statistics task
+    data: str = "runs/pets"                      # the scenario's own settings
+    method: Method = METHODS["sidetune"]         # a dataclass per method, with the settings that this method reads
+    training: Training = Training(batch=16)      # groups, with the scenario's own defaults
+    run: RunOptions = RunOptions(out="runs/pets")
+
+check(settings)                                  # raises where a value breaks a rule of its type (Count, Names, …)
+flat(settings)                                   # {"data": …, "method": "psp", "statistics": "task", "batch": 8, …}
+with_values(settings, {"batch": 4, "seed": 1})   # `dataclasses.replace` by flat names
+translated(old, flat(settings))                  # what version 0.1.0 wrote, by today's names
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from sidetuning.base import Base
+from sidetuning.errors import SideTuningError
+from sidetuning_bench.methods import METHODS, Method, Recipe
+from sidetuning_bench.methods.method import one_cycle
+
+S = TypeVar("S")
+
+# Settings that may differ when a run resumes: paths and habits, which do not change its numbers.
+FREE = ("data", "out", "cache", "save_every", "progress")
+# Names of settings in version 0.1.0, which wrote the settings of all methods beside each other.
+RENAMED = {"psp_statistics": "statistics", "ewc_coefficient": "coefficient", "lora_rank": "rank"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What values a type of setting can have: `problem(value)` says what is wrong with one, or None."""
+
+    problem: Callable[[Any], str | None]
+
+
+def named_once(values: Collection[Any]) -> str | None:
+    """What is wrong with a list that is empty, or names something twice."""
+    twice = next((value for value in values if list(values).count(value) > 1), None)
+    return "names nothing" if not values else None if twice is None else f"names {twice} twice"
+
+
+# NaN breaks each of these rules, too.
+Count = Annotated[int, Rule(lambda n: None if n >= 1 else f"must be 1 or more, not {n}")]
+Natural = Annotated[int, Rule(lambda n: None if n >= 0 else f"must be 0 or more, not {n}")]
+Positive = Annotated[float, Rule(lambda x: None if x > 0 else f"must be above 0, not {x}")]
+NotNegative = Annotated[float, Rule(lambda x: None if x >= 0 else f"must be 0 or more, not {x}")]
+Share = Annotated[float, Rule(lambda x: None if 0 < x <= 1 else f"must be above 0 and at most 1, not {x}")]
+Probability = Annotated[float, Rule(lambda x: None if 0 <= x <= 1 else f"must be from 0 to 1, not {x}")]
+Once = Rule(named_once)
+Names = Annotated[tuple[str, ...], Once]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run lies, and how it runs."""
+
+    out: str
+    """Folder of the run; the same command resumes there."""
+    cache: str = "~/.cache/sidetuning"
+    """Folder of base features, shared by all runs."""
+    seed: Natural = 0
+    """Seed for initial weights and data order."""
+    save_every: NotNegative = 10.0
+    """Seconds between two resume files while a task is trained."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """Where the runs of a grid lie, and how many there are."""
+
+    out: str
+    """Folder of all runs, their table and their report; the same command resumes there."""
+    seeds: Count = 3
+    """Number of runs of every cell, with seeds 0, 1, …"""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every method is trained."""
+
+    batch: Count = 128
+    """Examples per optimiser step."""
+    lr: Positive | None = None
+    """Learning rate, at its peak; None for the method's own."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay of kernels and matrices; merges, norms and biases have none."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of training; fast where the processor knows bfloat16."""
+
+
+@dataclass(frozen=True)
+class ImageTraining(Training):
+    """How every method is trained on images."""
+
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """Adam, or AdamW."""
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    """Schedule of the learning rate; one-cycle warms up, and then falls to near 0."""
+    clip: Positive | None = 1.0
+    """Largest norm of the gradient; None for no limit."""
+
+    def recipe(self, steps: int, seed: int, rise: float, rate: float = 1e-3) -> Recipe:
+        """The recipe of these settings.
+
+        Args:
+            steps: optimiser steps per task.
+            seed: orders the batches.
+            rise: share of the steps in which one-cycle warms up.
+            rate: learning rate where none is set.
+        """
+        lr = self.lr or rate
+        optimizer = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+        scheduler = one_cycle(lr, rise) if self.schedule == "one-cycle" else None
+        return Recipe(steps, lr, self.weight_decay, self.clip, optimizer, scheduler, seed, self.precision)
+
+
+@dataclass(frozen=True)
+class SideOptions:
+    """A side network, and how it is fused with the base."""
+
+    side: str = "fcn4"
+    """Side network."""
+    side_width: Positive = 1.0
+    """Width of the side network: fraction of the channels of fcn4 and fcn5, or of the base's that copy keeps."""
+    merge: str = "mlp2"
+    """How base and side are fused: mlp2, alpha, base-only, side-only, …"""
+    init: str | None = "distilled"
+    """How the side starts: distilled, xavier, low-energy, zero, or a safetensors file of its weights."""
+
+    def side_options(self, base: Base) -> dict[str, Any]:
+        """Arguments of the side. The code of a base that returns a map has both signs, and so has that of fcn5."""
+        if self.side not in ("fcn4", "fcn5", "copy"):
+            return {}
+        # Distilled sides are packaged with the options that they were made with.
+        width = {} if self.side_width == 1 else {"width": self.side_width}
+        return {**width, "signed": True} if self.side == "fcn5" and base.kind == "map" else width
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The settings that one method reads; a method without settings is this alone.
+
+    Attributes:
+        name: under which the method is registered.
+    """
+
+    name: ClassVar[str]
+
+    def arguments(self, base: Base, seed: int) -> dict[str, Any]:
+        """Arguments of the method."""
+        return asdict(self)
+
+    def build(self, base: Base, seed: int) -> Method:
+        """The method on a base, without tasks."""
+        return METHODS.build(self.name, base, options=self.arguments(base, seed))
+
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        """Inner modules of the base whose outputs the method reads."""
+        return ()
+
+
+@dataclass(frozen=True)
+class BranchOptions(SideOptions, MethodOptions):
+    """What side-tuning and boosting share."""
+
+    side_shift: Natural = 0
+    """Augmentation of the side "fusion": maps are moved at random by up to this many cells of the largest one."""
+    taps: tuple[str, ...] = ()
+    """Inner modules of the base whose outputs sides such as fusion and ladder read; kept in half precision."""
+    prenorm: bool = False
+    """Group-normalise the merged code before the head, as the original code does."""
+
+    def arguments(self, base: Base, seed: int) -> dict[str, Any]:
+        side_options = {"shift": self.side_shift} if self.side == "fusion" else self.side_options(base)
+        names = ("side", "merge", "init", "prenorm")
+        return {**{name: getattr(self, name) for name in names}, "side_options": side_options}
+
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        return self.taps
+
+
+@dataclass(frozen=True)
+class SideTuneOptions(BranchOptions):
+    """Side-tuning: a frozen base, and a side, merge and head per task."""
+
+    name = "sidetune"
+    dense: bool = False
+    """Feed the sides of all earlier tasks into the merge (the paper's dense variant)."""
+
+    def arguments(self, base: Base, seed: int) -> dict[str, Any]:
+        return {**super().arguments(base, seed), "dense": self.dense}
+
+
+@dataclass(frozen=True)
+class BoostingOptions(BranchOptions):
+    """Boosting: several sides per task, trained one after another."""
+
+    name = "boosting"
+    stages: Count = 2
+    """Number of sides per task."""
+
+    def arguments(self, base: Base, seed: int) -> dict[str, Any]:
+        return {**super().arguments(base, seed), "stages": self.stages}
+
+
+@dataclass(frozen=True)
+class FeaturesOptions(MethodOptions):
+    """Fixed features: a head on the frozen base."""
+
+    name = "features"
+    prenorm: bool = False
+    """Group-normalise the code before the head, as the original code does."""
+
+
+@dataclass(frozen=True)
+class FineTuneOptions(MethodOptions):
+    """Fine-tuning: one network, trained on one task after another."""
+
+    name = "finetune"
+
+
+@dataclass(frozen=True)
+class IndependentOptions(MethodOptions):
+    """Independent networks: a fine-tuned copy of the base per task."""
+
+    name = "independent"
+
+
+@dataclass(frozen=True)
+class ScratchOptions(MethodOptions):
+    """From scratch: a network of the base's shape per task, from random weights."""
+
+    name = "scratch"
+
+
+@dataclass(frozen=True)
+class EWCOptions(MethodOptions):
+    """Elastic weight consolidation: fine-tuning, with a penalty on changes of weights that earlier tasks need."""
+
+    name = "ewc"
+    coefficient: Positive = 100.0
+    """Coefficient of the penalty: small coefficients forget, large ones stop learning."""
+
+
+@dataclass(frozen=True)
+class PSPOptions(MethodOptions):
+    """Parameter superposition: one network, whose weights every task sees through its own random signs."""
+
+    name = "psp"
+    statistics: Literal["batch", "task"] = "batch"
+    """Statistics of batch norms in tests: those of the batch, or running ones of each task."""
+
+    def arguments(self, base: Base, seed: int) -> dict[str, Any]:
+        return {"seed": seed, "statistics": self.statistics}
+
+
+@dataclass(frozen=True)
+class PNNOptions(MethodOptions):
+    """Progressive networks: a column per task, which reads from the columns before it."""
+
+    name = "pnn"
+
+
+@dataclass(frozen=True)
+class ResidualAdapterOptions(MethodOptions):
+    """Residual adapters: small convolutions inside the frozen base, per task."""
+
+    name = "residual-adapter"
+
+
+@dataclass(frozen=True)
+class LoRAOptions(MethodOptions):
+    """LoRA: low-rank updates of the frozen base's weights, per task."""
+
+    name = "lora"
+    rank: Count = 8
+    """Rank of the LoRA updates."""
+
+
+@dataclass(frozen=True)
+class PiggybackOptions(MethodOptions):
+    """Piggyback: a binary mask on the frozen base's weights, per task."""
+
+    name = "piggyback"
+
+
+def image_methods(sidetune: SideTuneOptions, boosting: BoostingOptions, ewc: EWCOptions) -> dict[str, MethodOptions]:
+    """All methods that can be compared on images, by name, with a scenario's defaults."""
+    others = (FeaturesOptions, FineTuneOptions, IndependentOptions, ScratchOptions, PSPOptions, PNNOptions)
+    more = (ResidualAdapterOptions, LoRAOptions, PiggybackOptions)
+    return {method.name: method for method in (sidetune, boosting, ewc, *(kind() for kind in (*others, *more)))}
+
+
+def leaves(settings: Any) -> Iterator[tuple[type, Field[Any], Any]]:
+    """Every setting of nested groups: the class that declares it, its field, its value."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            yield from leaves(value)
+        else:
+            yield type(settings), field, value
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """Nested settings by name, in one mapping; a method is its name as "method", beside its settings."""
+    methods = [v for f in fields(settings) if isinstance(v := getattr(settings, f.name), MethodOptions)]
+    found = {field.name: value for _, field, value in leaves(settings)}
+    return {"method": methods[0].name, **found} if methods else found
+
+
+def defaults(settings: Any) -> dict[str, Any]:
+    """The defaults of the settings in these groups, for a run that was written before there was such a setting."""
+    return {field.name: field.default for _, field, _ in leaves(settings) if field.default is not MISSING}
+
+
+def with_values(settings: S, values: Mapping[str, Any]) -> S:
+    """A copy with other values, by flat name; "method" is another method's options.
+
+    Raises:
+        TypeError: there is no setting of such a name.
+    """
+    left, changed = dict(values), {}
+    for field in fields(settings):  # type: ignore[arg-type]
+        value = left.pop(field.name, getattr(settings, field.name))
+        if is_dataclass(value):
+            inner = {name: left.pop(name) for name in flat(value) if name in left}
+            value = with_values(value, inner) if inner else value
+        changed[field.name] = value
+    if left:
+        raise TypeError(f"{type(settings).__name__} has no setting {', '.join(left)}")
+    return replace(settings, **changed)  # type: ignore[type-var, no-any-return]
+
+
+def translated(saved: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Settings that version 0.1.0 wrote, by today's names.
+
+    It wrote those of all methods beside each other, and refused to change one that the method does not read: these are
+    left out.
+    """
+    renamed = {RENAMED.get(name, name): value for name, value in saved.items()}
+    return {name: value for name, value in renamed.items() if name in names}
+
+
+def check(settings: Any) -> None:
+    """Check every setting against the rules that its type names.
+
+    Raises:
+        SideTuningError: a value breaks one.
+    """
+    for owner, field, value in leaves(settings):
+        hint = get_type_hints(owner, include_extras=True)[field.name]
+        for problem in problems(hint, value):
+            raise SideTuningError(f"--{field.name.replace('_', '-')} {problem}")
+
+
+def problems(hint: Any, value: Any) -> Iterator[str]:
+    """What the rules inside a type say of a value; None breaks none of them."""
+    origin = get_origin(hint)
+    if value is None:
+        return
+    if origin is Annotated:
+        found = [rule.problem(value) for rule in hint.__metadata__ if isinstance(rule, Rule)]
+        yield from filter(None, found)
+        yield from problems(hint.__origin__, value)
+    elif origin is tuple:
+        for item in value:
+            yield from problems(get_args(hint)[0], item)
+    elif origin in (Union, UnionType):
+        for arm in get_args(hint):
+            yield from problems(arm, value)
