@@ -48,7 +48,7 @@ def sources() -> dict[str, Path]:
 def import_graph() -> Graph:
     """What each module imports of the two packages, at its top, inside functions and for types alike."""
     modules = sources()
-    return {name: {found for found in _imported(file, modules)} for name, file in modules.items()}
+    return {name: _imported(file, modules) for name, file in modules.items()}
 
 
 def _imported(file: Path, modules: dict[str, Path]) -> set[str]:
