@@ -17,7 +17,9 @@ from torch import nn
 
 import sidetuning as st
 
-SHARED = Path(__file__).parents[2] / "shared"  # optional: the original authors' weights and outputs
+# Outputs of the original authors' code; a larger folder of theirs is optional.
+GOLDEN = Path(__file__).parent / "data/golden.safetensors"
+SHARED = Path(__file__).parents[2] / "shared"
 
 
 def conv_net() -> nn.Module:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sidetuning as st
-from conftest import BASES, SHARED, TAPS, conv_base, inputs, mlp_base
+from conftest import BASES, GOLDEN, TAPS, conv_base, inputs, mlp_base
 from sidetuning.errors import TaskError
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task, load_method, saved_tasks
 from sidetuning_bench.methods.boosting import Boosting
@@ -286,9 +286,8 @@ def test_a_strong_ewc_moves_less_than_fine_tuning() -> None:
 # PSP --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the original's outputs are not here")
 def test_psp_equals_the_original() -> None:
-    golden = load_file(SHARED / "reference/golden.safetensors")
+    golden = load_file(GOLDEN)
     x, weight, context = golden["psp/input"], golden["psp/state/weight"], golden["psp/state/context"]
     for k in range(3):
         seen = superpose(weight, context[:, k].view(1, *weight.shape[1:]))

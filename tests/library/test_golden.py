@@ -10,16 +10,31 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sidetuning as st
+from conftest import GOLDEN
 from sidetuning.bases.resnet_cifar import resnet44
 from sidetuning.merges import GroupNorm
 from sidetuning.sides.initialise import load_weights
 
-NAMES = {"Summation": "sum", "Product": "product", "Alpha": "alpha", "FiLM": "film", "MLP": "mlp", "MLP2": "mlp2",
-         "ResMLP2": "res-mlp"}  # fmt: skip
+NAMES = {
+    "Summation": "sum",
+    "Product": "product",
+    "Alpha": "alpha",
+    "FiLM": "film",
+    "MLP": "mlp",
+    "MLP2": "mlp2",
+    "ResMLP2": "res-mlp",
+}
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    """Small ones, for everybody."""
+    return load_file(GOLDEN)
 
 
 @pytest.fixture
-def golden(shared: Path) -> dict[str, Tensor]:
+def large(shared: Path) -> dict[str, Tensor]:
+    """Those with whole networks or images."""
     return load_file(shared / "reference" / "golden.safetensors")
 
 
@@ -38,23 +53,23 @@ def merge_with(
     return merge
 
 
-def test_resnet44_and_fcn4(golden: dict[str, Tensor], shared: Path) -> None:
+def test_resnet44_and_fcn4(large: dict[str, Tensor], shared: Path) -> None:
     base = st.load_base("resnet44-cifar10", weights=shared / "weights" / "resnet44-cifar10.safetensors")
-    assert close(base.encode(golden["cifar/images"]).out, golden["cifar/base"])
-    assert close(base.folded().encode(golden["cifar/images"]).out, golden["cifar/base"])
+    assert close(base.encode(large["cifar/images"]).out, large["cifar/base"])
+    assert close(base.folded().encode(large["cifar/images"]).out, large["cifar/base"])
     side = st.SIDES["fcn4"](base)
     load_weights(side, shared / "weights" / "fcn4-cifar10-distilled.safetensors", "fcn4")
-    assert close(side(golden["cifar/images"]), golden["cifar/side"])
+    assert close(side(large["cifar/images"]), large["cifar/side"])
     assert sum(p.numel() for p in resnet44().parameters()) == 657_936
     assert sum(p.numel() for p in side.parameters()) == 25_904
 
 
-def test_fcn5(golden: dict[str, Tensor]) -> None:
-    images = golden["fcn5/images"]
+def test_fcn5(large: dict[str, Tensor]) -> None:
+    images = large["fcn5/images"]
     base = st.Base(lambda x: torch.zeros(len(x), 8, 4, 4), example=images)
     side = st.SIDES["fcn5"](base)
-    side.load_state_dict({k.removeprefix("fcn5/state/"): v.float() for k, v in golden.items() if "fcn5/state" in k})
-    assert close(side(images), golden["fcn5/out"])
+    side.load_state_dict({k.removeprefix("fcn5/state/"): v.float() for k, v in large.items() if "fcn5/state" in k})
+    assert close(side(images), large["fcn5/out"])
     assert sum(p.numel() for p in side.parameters()) == 921_376
 
 
