@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import architecture
 import pytest
+
+import architecture
 
 TABLES = architecture.floors()
 GRAPH = architecture.import_graph()

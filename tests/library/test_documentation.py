@@ -1,0 +1,67 @@
+"""Every public name says what it is, and every argument what it means."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import sidetuning as st
+
+# Methods that every `nn.Module` has.
+MODULE = ("extra_repr", "train", "to", "apply")
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """Functions and classes of the public API, the classes' own methods and properties, and all registered parts."""
+    for name in st.__all__:
+        thing = getattr(st, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            yield name, thing
+        for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            if inspect.isfunction(function) and not member.startswith("_") and member not in MODULE:
+                yield f"{name}.{member}", function
+    for registry in (st.BASES, st.SIDES, st.MERGES, st.HEADS):
+        for name in registry.names():
+            if registry[name].__module__.startswith("sidetuning."):
+                yield f"{registry.kind} {name}", registry[name]
+
+
+PUBLIC = dict(public())
+
+
+def arguments(name: str) -> list[str]:
+    """What a caller gives; a registered part gets the base, or kind, width and laterals, from the library."""
+    given = {"self", "args", "kwargs"} | ({"base", "kind", "width", "laterals"} if " " in name else set())
+    return [argument for argument in inspect.signature(PUBLIC[name]).parameters if argument not in given]
+
+
+def test_the_api_is_found() -> None:
+    assert len(PUBLIC) > 80 and {"fit", "SideTuner.add_task", "merge alpha", "side fcn4"} <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_documented(name: str) -> None:
+    text = inspect.cleandoc(PUBLIC[name].__doc__ or "")
+    first = text.partition("\n\n")[0]
+    # A sentence, or a phrase with its noun. The signature that a dataclass without a docstring has for one does not count.
+    assert re.match(r"[A-Z0-9`\"][^\n]", first) and first.endswith((".", ":")), f"{name}: {first!r}"
+    assert not re.match(r"(Of|As|For|That|Which|And|By|In) ", first), f"{name}: {first!r} is a fragment"
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if not name.endswith("Error")])
+def test_every_argument_is_documented(name: str) -> None:
+    text = inspect.cleandoc(PUBLIC[name].__doc__ or "")
+    sections = "\n".join(re.findall(r"^(?:Args|Attributes):\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE))
+    explained = {
+        n.strip() for names in re.findall(r"^ {4}([\w, ]+):", sections, re.MULTILINE) for n in names.split(",")
+    }
+    wanted = arguments(name)
+    if len(wanted) <= 2:
+        # A short function may say it in its sentences; one argument is named by its own name.
+        explained |= set(re.findall(r"\w+", text)) | set(wanted if len(wanted) == 1 else [])
+    assert not [argument for argument in wanted if argument not in explained]
