@@ -1,17 +1,26 @@
 # Everything runs in .venv, which is made and filled on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 PROJECTS := pyproject.toml bench/pyproject.toml
-CODE := src bench tests
+CODE := src bench examples tests
+# A process per core; in each, torch's own threads would only be in the way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all test-oldest lint format clean
 
 demo: .venv/demo-ready
 	$(BIN)/sidetuning bench demo
 
-# A process per core; in each, torch's own threads would only be in the way.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
+
+# The library's fast tests with the oldest versions that pyproject.toml allows, as requirements-oldest.txt pins them.
+test-oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest tests/library -m "not slow" --deselect tests/library/test_packaging.py
 
 lint: .venv/dev-ready
 	$(BIN)/ruff check $(CODE)
@@ -32,5 +41,11 @@ format: .venv/dev-ready
 	$(BIN)/python -m pip install --quiet --editable '.[all]' --editable 'bench[dev]'
 	touch $@ .venv/demo-ready
 
+.venv-oldest/ready: $(PROJECTS) requirements-oldest.txt
+	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --requirement requirements-oldest.txt
+	$(OLDEST)/python -m pip install --quiet --no-deps --editable . --editable bench
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs
