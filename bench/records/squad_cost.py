@@ -23,7 +23,7 @@ from torch import Tensor
 from common import RESULTS, record
 from sidetuning.integrations.transformers import load_tokenizer
 from sidetuning.loading import load_base
-from sidetuning.token_cache import token_loader
+from sidetuning.cache import token_loader
 from sidetuning_bench.language import squad
 from sidetuning_bench.language.questions import Windows, make_windows, read_questions
 from sidetuning_bench.methods import Recipe, Task

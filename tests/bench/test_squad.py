@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import sidetuning as st
-from sidetuning.errors import CacheError, DataError, ShapeError
-from sidetuning.token_cache import ByLength, CachedTokens, cache_tokens, token_cache_bytes
+from sidetuning.cache import cache_tokens
+from sidetuning.errors import DataError, ShapeError
 from sidetuning_bench.language import metric as squad_metric
 from sidetuning_bench.language.questions import Question, make_windows, n_best, read_questions
 from sidetuning_bench.methods.method import load_method
@@ -354,73 +354,6 @@ TAPS = ("embeddings", "encoder.layer.0", "encoder.layer.1")
 @pytest.fixture(scope="module")
 def base(encoder):
     return st.load_base(f"hf:{encoder}", taps=TAPS)
-
-
-def test_cached_features_are_those_of_each_text_alone(base, tmp_path, monkeypatch):
-    texts, labels = Lines(), torch.arange(40)
-    cached = cache_tokens(base, texts, labels, tmp_path, dtype="float32", batch_size=7, progress=False)
-    assert cached.taps == list(TAPS[1:])  # embeddings are looked up, not kept
-    inputs, features, y = cached.__getitems__([3, 17, 5])
-    assert y.tolist() == [3, 17, 5] and list(features.taps) == list(TAPS)
-    for k, row in enumerate((3, 17, 5)):
-        n = len(texts.ids[row])
-        alone = base(texts.batch([row]))
-        assert torch.allclose(features.out[k, :n], alone.out[0], atol=1e-5)
-        assert (features.out[k, n:] == 0).all() and inputs["attention_mask"][k].sum() == n
-        for name in TAPS:
-            assert torch.allclose(features.taps[name][k, :n], alone.taps[name][0], atol=1e-5), name
-    monkeypatch.setattr(type(base), "encode", lambda *_: pytest.fail("the base ran again"))
-    again = cache_tokens(base, texts, labels, tmp_path, dtype="float32", progress=False)
-    assert torch.equal(again.__getitems__([3])[1].out, cached.__getitems__([3])[1].out)
-    size = token_cache_bytes(base, texts, "float32")
-    assert size == texts.lengths().sum() * 3 * 32 * 4
-    assert sum(f.stat().st_size for f in cached.folder.iterdir() if f.is_file() and f.suffix != ".json") == size
-
-
-def test_a_cache_of_tokens_goes_on_after_a_kill_and_half_precision_is_near(base, tmp_path, monkeypatch):
-    import sidetuning.token_cache as module
-
-    monkeypatch.setattr(module, "CHUNK", 10)
-    texts, labels = Lines(), torch.arange(40)
-    keep, calls = module._keep, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        keep(*args)
-
-    monkeypatch.setattr(module, "_keep", dies)
-    with pytest.raises(KeyboardInterrupt):
-        cache_tokens(base, texts, labels, tmp_path, batch_size=5, progress=False)
-    with pytest.raises(CacheError, match="cache again"):
-        CachedTokens(base, texts, labels, next(tmp_path.iterdir()))
-    cached = cache_tokens(base, texts, labels, tmp_path, batch_size=5, progress=False)
-    assert len(calls) == 3 + 6  # the first chunk of two batches was whole
-    assert cached.seconds == sum(float(f.read_text()) for f in (cached.folder / "done").iterdir()) > 0
-    out = cached.__getitems__(range(40))[1].out
-    assert torch.allclose(out[7, : len(texts.ids[7])], base(texts.batch([7])).out[0], atol=4e-3)
-    (cached.folder / "out").write_bytes(b"")
-    with pytest.raises(CacheError, match="wrong size"):
-        cache_tokens(base, texts, labels, tmp_path, progress=False)
-    with pytest.raises(ShapeError, match="use cache_features"):
-        cache_tokens(st.Base(torch.nn.Linear(2, 2), example=torch.zeros(1, 2)), texts, labels, tmp_path)
-
-
-def test_batches_of_similar_lengths():
-    lengths = np.random.default_rng(0).integers(5, 100, 1003)
-    sampler = ByLength(lengths, 16)
-    with st.seeded(1):
-        batches = list(sampler)
-    assert sorted(i for b in batches for i in b) == list(range(1003)) and len(batches) == len(sampler) == 63
-    assert [len(b) for b in batches] == [16] * 62 + [11]
-    waste = sum(len(b) * lengths[b].max() for b in batches) / lengths.sum()
-    assert waste < 1.15  # at random it is near 1.8
-    with st.seeded(1):
-        assert batches == list(ByLength(lengths, 16))
-    with st.seeded(2):
-        assert batches != list(sampler)
-    assert [lengths[b].max() for b in batches] != sorted(lengths[b].max() for b in batches)
 
 
 @pytest.mark.parametrize("side", ["slim", "convolutional", "ladder", "top", "match"])
@@ -776,13 +709,6 @@ def test_a_checkpoint_in_half_precision_serves(encoder, tmp_path):
     assert model(texts.batch([0, 1]), "qa").dtype == torch.float32
     cached = cache_tokens(half, texts, torch.arange(8), tmp_path / "cache", progress=False)
     assert torch.isfinite(cached.__getitems__([3])[1].out).all()
-
-
-def test_features_beyond_half_precision_are_not_cached(base, tmp_path, monkeypatch):
-    encode = type(base).encode
-    monkeypatch.setattr(type(base), "encode", lambda *a: (found := encode(*a))._replace(out=found.out * 1e6))
-    with pytest.raises(CacheError, match="float16 cannot hold"):
-        cache_tokens(base, Lines(4), torch.arange(4), tmp_path, progress=False)
 
 
 def test_a_distilled_side_starts_near_the_base(data, encoder, tmp_path):

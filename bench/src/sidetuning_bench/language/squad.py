@@ -25,7 +25,8 @@ from sidetuning.integrations.transformers import load_tokenizer, tokenizer_finge
 from sidetuning.loading import load_base
 from sidetuning.seeding import seeded
 from sidetuning.sides.top import EMBEDDINGS, layers_of
-from sidetuning.token_cache import ByLength, CachedTokens, cache_tokens, token_loader
+from sidetuning.cache import CachedTokens, cache_tokens, token_loader
+from sidetuning.cache.loaders import ByLength
 from sidetuning.launch import default_accelerator
 from sidetuning.tuner import SideTuner
 from sidetuning_bench.language import metric as squad_metric

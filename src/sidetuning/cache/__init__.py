@@ -1,0 +1,15 @@
+"""Base features computed once per sample, ever, and kept on disk: of images and vectors, and of texts."""
+
+from sidetuning.cache.features import CachedFeatures, cache_bytes, cache_features
+from sidetuning.cache.loaders import loader_over, token_loader
+from sidetuning.cache.tokens import CachedTokens, cache_tokens
+
+__all__ = [
+    "CachedFeatures",
+    "CachedTokens",
+    "cache_bytes",
+    "cache_features",
+    "cache_tokens",
+    "loader_over",
+    "token_loader",
+]

@@ -1,0 +1,168 @@
+"""A cache of inputs, features and labels of fixed size, such as those of images, with augmented views of each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from sidetuning.base import Base, Features
+from sidetuning.cache.store import Put, Store, fields_of, folder_of
+from sidetuning.errors import CacheError, DataError, ShapeError
+from sidetuning.identity import function_name
+
+# Samples between two markers. Augmentation is seeded once for each chunk.
+CHUNK = 1000
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
+    """A finished cache as a data set of `(x, features, y)`.
+
+    Attributes:
+        folder, fields, samples, views, seconds: as of `Store`.
+        view: the view that an index gives; None draws one from torch's generator.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        store = Store.open(self.folder)
+        self.fields, self.samples, self.views, self.seconds = store.fields, store.samples, store.views, store.seconds
+        self.view: int | None = None if self.views > 1 else 0
+        self._arrays = {name: np.memmap(self.folder / name, field, "r") for name, field in self.fields.items()}
+
+    def __len__(self) -> int:
+        return self.samples
+
+    @property
+    def labels(self) -> Tensor:
+        """All y, (n, …)."""
+        return torch.from_numpy(np.array(self._arrays["y"]))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Features, Tensor]:
+        x, features, y = self.__getitems__([index])
+        return x[0], Features(features.out[0], {name: tap[0] for name, tap in features.taps.items()}), y[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Features, Tensor]:
+        """A whole batch at once; what torch's loader asks for where it can."""
+        samples = np.asarray(indices)
+        view = torch.randint(self.views, (len(samples),)).numpy() if self.view is None else self.view
+        rows = view * self.samples + samples
+        taps = {name[4:]: self._read(name, rows) for name in self.fields if name.startswith("tap.")}
+        return self._read("x", rows), Features(self._read("out", rows), taps), self._read("y", samples)
+
+    def _read(self, name: str, rows: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(self._arrays[name][rows])
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def cache_features(
+    base: Base,
+    dataset: Dataset[Any],
+    path: str | Path,
+    *,
+    identity: str | None = None,
+    views: int = 1,
+    augment: Augment | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    batch_size: int = 250,
+    progress: bool = True,
+) -> CachedFeatures:
+    """Run the base once over a data set and keep its features; a finished cache of the same content is only opened.
+
+    Args:
+        base: the base; its identity and its taps are part of the cache's name.
+        dataset: map-style data set of `(x, y)`, x one tensor.
+        path: folder of caches; this one gets a subfolder.
+        identity: name of the data. By default a hash of its content: `dataset.fingerprint` where it has one, all
+            tensors of a `TensorDataset`, else 256 samples spread over it and its length.
+        views: number of augmented views to keep of each sample.
+        augment: makes a view of a batch, `augment(x, generator)`; view 0 is left as it is.
+        seed: seed of the augmentation.
+        dtype: "float32", or "float16" for half the size.
+        batch_size: samples per base pass.
+        progress: whether to print the size before writing, and to show a bar.
+
+    Raises:
+        CacheError: the disk is full or read-only; what was written stays and the next call resumes there.
+        DataError: the data set is empty.
+    """
+    if views > 1 and augment is None:
+        raise CacheError(f"{views} views of each sample need augment=, a function of a batch and a generator")
+    if dtype not in ("float32", "float16"):
+        raise CacheError(f"features are kept as float32 or float16, not {dtype}")
+    if len(dataset) == 0:  # type: ignore[arg-type]
+        raise DataError("the data set is empty; there is nothing to keep features of")
+    how = "none" if augment is None or views == 1 else f"{augment.__module__}.{function_name(augment)} {seed}"
+    folder = folder_of(path, base, base.tap_shapes, [identity or data_identity(dataset), views, how, dtype])
+    if (folder / "meta.json").exists():
+        return CachedFeatures(folder)
+    store, fast = _store(base, dataset, folder, views, dtype), base.folded()
+
+    def work(view: int, samples: range, put: Put) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + view * store.samples + samples.start)
+        for first in range(samples.start, samples.stop, batch_size):
+            batch = range(first, min(first + batch_size, samples.stop))
+            x, y = _fetch(dataset, batch)
+            if view > 0 and augment is not None:
+                x = augment(x, generator)
+            features = fast(x.to(base.device))
+            for name, value in {"x": x, **fields_of(features.out, features.taps)}.items():
+                put(name, value, view * store.samples + first)
+            if view == 0:
+                put("y", y, first)
+            yield len(batch)
+
+    store.write(work, CHUNK, progress)
+    return CachedFeatures(folder)
+
+
+def cache_bytes(base: Base, dataset: Dataset[Any], views: int = 1, dtype: str = "float32") -> int:
+    """Size that a cache will have, in bytes."""
+    return _store(base, dataset, Path(), views, dtype).size()
+
+
+def data_identity(dataset: Dataset[Any]) -> str:
+    """A hash of a data set's content; see `cache_features` for how much of it is read."""
+    # Data sets of the library `datasets` have `_fingerprint`.
+    own = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
+    if own is not None:
+        return str(own() if callable(own) else own)
+    n = len(dataset)  # type: ignore[arg-type]
+    digest = hashlib.sha256(f"{n}".encode())
+    tensors = getattr(dataset, "tensors", None)
+    if tensors is None:
+        rows = sorted({round(i * (n - 1) / 255) for i in range(256)}) if n > 256 else range(n)
+        tensors = [torch.as_tensor(value) for i in rows for value in dataset[i]]
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _store(base: Base, dataset: Dataset[Any], folder: Path, views: int, dtype: str) -> Store:
+    """The cache that a data set will have; its first sample sets the shapes."""
+    x, y = dataset[0]
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"cache_features keeps inputs that are one tensor, not a {type(x).__name__}")
+    features = base(x.unsqueeze(0).to(base.device))
+    given = {"x": x, "y": torch.as_tensor(y)}
+    fields = {name: np.dtype((value.numpy().dtype, tuple(value.shape))) for name, value in given.items()}
+    for name, value in fields_of(features.out, features.taps).items():
+        fields[name] = np.dtype((dtype, tuple(value.shape[1:])))
+    n = len(dataset)  # type: ignore[arg-type]
+    return Store(folder, fields, n, n, views)
+
+
+def _fetch(dataset: Dataset[Any], rows: range) -> Any:
+    """A batch `(x, y)`."""
+    many: Any = getattr(dataset, "__getitems__", None)
+    return default_collate(many(list(rows)) if many else [dataset[i] for i in rows])

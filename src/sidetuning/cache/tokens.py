@@ -1,0 +1,131 @@
+"""A cache of features of texts: of real tokens alone, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from sidetuning.base import Base, Features
+from sidetuning.cache.store import Put, Store, fields_of, folder_of
+from sidetuning.errors import CacheError, ShapeError
+
+# Texts between two markers.
+CHUNK = 512
+# The tap that is looked up by token ids when it is read, which costs nothing, and is not stored: what encoders of
+# transformers call the module before their layers.
+EMBEDDINGS = "embeddings"
+
+
+class Texts(Protocol):
+    """Texts as token ids: their lengths, a hash of all tokens, and batches of the base's input, padded."""
+
+    def __len__(self) -> int: ...
+    def lengths(self) -> NDArray[np.int64]: ...
+    def fingerprint(self) -> str: ...
+    def batch(self, rows: Sequence[int], /) -> dict[str, Tensor]: ...
+
+
+class CachedTokens(Dataset[Any]):
+    """Batches of `(inputs, features, labels)`, padded to the longest text of the batch; features of padding are 0.
+
+    Attributes:
+        texts, labels, folder: as given.
+        taps: names of the stored taps.
+        seconds: as of `Store`.
+    """
+
+    def __init__(self, base: Base, texts: Texts, labels: Tensor, folder: Path) -> None:
+        self.texts, self.labels, self.folder = texts, labels, folder
+        self._starts = np.concatenate([[0], np.cumsum(texts.lengths())])
+        store = Store.open(folder, int(self._starts[-1]))
+        if store.samples != len(texts):
+            raise CacheError(f"{folder} has {store.samples} texts, not {len(texts)}; delete {folder} and cache again")
+        self._fields, self.seconds = store.fields, store.seconds
+        self.taps = [name[4:] for name in store.fields if name.startswith("tap.")]
+        net: Any = base.net
+        self._embeddings = net.get_submodule(EMBEDDINGS) if EMBEDDINGS in base.tap_shapes else None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], Features, Tensor]:
+        inputs = self.texts.batch(rows)
+        longest = inputs["attention_mask"].shape[1]
+        taps = {} if self._embeddings is None else {EMBEDDINGS: _embed(self._embeddings, inputs)}
+        taps.update({name: self._read(f"tap.{name}", rows, longest) for name in self.taps})
+        return inputs, Features(self._read("out", rows, longest), taps), self.labels[list(rows)]
+
+    def _read(self, name: str, rows: Sequence[int], longest: int) -> Tensor:
+        field = self._fields[name]
+        out = torch.zeros(len(rows), longest, *field.shape)
+        for k, row in enumerate(rows):
+            first, last = int(self._starts[row]), int(self._starts[row + 1])
+            # Read, not mapped: the pages of a map would count as this process's memory.
+            tokens = np.fromfile(self.folder / name, field, last - first, offset=first * field.itemsize)
+            out[k, : last - first] = torch.from_numpy(tokens)
+        return out
+
+
+@torch.no_grad()
+def _embed(layer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The embeddings of tokens, before the first layer, (b, t, c); 0 where there is padding."""
+    device = next(layer.parameters()).device
+    given = {name: inputs[name].to(device) for name in ("input_ids", "token_type_ids") if name in inputs}
+    vectors: Tensor = layer(**given)
+    return vectors.to(inputs["attention_mask"].device) * inputs["attention_mask"].unsqueeze(-1)
+
+
+def cache_tokens(
+    base: Base,
+    texts: Texts,
+    labels: Tensor,
+    path: str | Path,
+    *,
+    dtype: str = "float16",
+    batch_size: int = 16,
+    progress: bool = True,
+) -> CachedTokens:
+    """Run the base once over texts and keep its features; a finished cache of the same content is only opened.
+
+    Args:
+        base: a base whose output, and taps, are sequences. Its tap "embeddings" is looked up and not stored.
+        texts: the texts.
+        labels: labels of the texts, (n, …); not part of the cache.
+        path, dtype, batch_size, progress: as of `cache_features`.
+
+    Raises:
+        ShapeError: outputs that are no sequences.
+        CacheError: the disk is full or read-only; what was written stays and the next call resumes there.
+    """
+    if base.kind != "sequence":
+        raise ShapeError(
+            f"cache_tokens keeps features of tokens, and this base returns a {base.kind}; use cache_features"
+        )
+    taps = {name: shape for name, shape in base.tap_shapes.items() if name != EMBEDDINGS}
+    if any(len(shape) != 2 for shape in taps.values()):
+        raise ShapeError(f"cache_tokens keeps taps that are sequences, not {base.tap_shapes}")
+    folder = folder_of(path, base, taps, [texts.fingerprint(), 1, "none", f"tokens {dtype}"])
+    if (folder / "meta.json").exists():
+        return CachedTokens(base, texts, labels, folder)
+    lengths = texts.lengths()
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    fields = {name: np.dtype((dtype, shape[1:])) for name, shape in fields_of(base.output_shape, taps).items()}
+
+    def work(view: int, samples: range, put: Put) -> Iterator[int]:
+        by_length = np.asarray(samples)[np.argsort(lengths[samples.start : samples.stop])]
+        for rows in np.array_split(by_length, -(-len(samples) // batch_size)):
+            features = base({name: value.to(base.device) for name, value in texts.batch(rows.tolist()).items()})
+            for name, value in fields_of(features.out, {tap: features.taps[tap] for tap in taps}).items():
+                for k, row in enumerate(rows):
+                    put(name, value[k, : lengths[row]], int(starts[row]))
+            yield len(rows)
+
+    Store(folder, fields, len(texts), int(starts[-1])).write(work, CHUNK, progress)
+    return CachedTokens(base, texts, labels, folder)

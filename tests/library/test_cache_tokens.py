@@ -1,0 +1,166 @@
+"""The cache of tokens: features of each text without padding, and batches of similar lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import sidetuning as st
+from sidetuning.cache import CachedTokens, cache_tokens, tokens
+from sidetuning.cache.loaders import ByLength
+from sidetuning.errors import CacheError, ShapeError
+
+TAPS = ("embeddings", "first", "second")
+
+
+class Lines:
+    """Texts of different lengths."""
+
+    def __init__(self, count: int = 40) -> None:
+        rng = np.random.default_rng(0)
+        self.ids = [rng.integers(5, 50, int(n)) for n in rng.integers(3, 30, count)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def lengths(self) -> NDArray[np.int64]:
+        return np.array([len(ids) for ids in self.ids])
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        longest = max(len(self.ids[row]) for row in rows)
+        ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+        for k, row in enumerate(rows):
+            ids[k, : len(self.ids[row])], mask[k, : len(self.ids[row])] = torch.from_numpy(self.ids[row]), 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def fingerprint(self) -> str:
+        return str(sum(int(ids.sum()) for ids in self.ids))
+
+
+class Embeddings(nn.Embedding):
+    """Called by name, as transformers does."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids)
+
+
+class Encoder(nn.Module):
+    """Token ids and a mask -> (b, t, 32)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(50, 32)
+        self.first, self.second = (
+            nn.TransformerEncoderLayer(32, 2, 48, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        padding = attention_mask == 0
+        x = self.first(self.embeddings(input_ids), src_key_padding_mask=padding)
+        x = self.second(x, src_key_padding_mask=padding)
+        return x.flip(-1)
+
+
+@pytest.fixture(scope="module")
+def base() -> st.Base:
+    with st.seeded(0):
+        return st.Base(Encoder(), example=Lines().batch([0]), taps=TAPS)
+
+
+def test_cached_features_are_those_of_each_text_alone(
+    base: st.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, labels = Lines(), torch.arange(40)
+    cached = cache_tokens(base, texts, labels, tmp_path, dtype="float32", batch_size=7, progress=False)
+    # Embeddings are looked up, not kept.
+    assert cached.taps == list(TAPS[1:])
+    inputs, features, y = cached.__getitems__([3, 17, 5])
+    assert y.tolist() == [3, 17, 5] and list(features.taps) == list(TAPS)
+    for k, row in enumerate((3, 17, 5)):
+        n = len(texts.ids[row])
+        alone = base(texts.batch([row]))
+        assert torch.allclose(features.out[k, :n], alone.out[0], atol=1e-5)
+        assert (features.out[k, n:] == 0).all() and inputs["attention_mask"][k].sum() == n
+        for name in TAPS:
+            assert torch.allclose(features.taps[name][k, :n], alone.taps[name][0], atol=1e-5), name
+            assert (features.taps[name][k, n:] == 0).all()
+    monkeypatch.setattr(st.Base, "encode", lambda *_: pytest.fail("the base ran again"))
+    again = cache_tokens(base, texts, labels, tmp_path, dtype="float32", progress=False)
+    assert torch.equal(again.__getitems__([3])[1].out, cached.__getitems__([3])[1].out)
+    files = [file for file in cached.folder.iterdir() if file.is_file() and file.suffix != ".json"]
+    assert sum(file.stat().st_size for file in files) == texts.lengths().sum() * 3 * 32 * 4
+
+
+def test_a_killed_writer_of_tokens_resumes_and_half_precision_is_near(
+    base: st.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "CHUNK", 10)
+    texts, labels = Lines(), torch.arange(40)
+    encode, calls = st.Base.encode, 0
+
+    def dies(self: st.Base, inputs: st.Input) -> st.Features:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return encode(self, inputs)
+
+    monkeypatch.setattr(st.Base, "encode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cache_tokens(base, texts, labels, tmp_path, batch_size=5, progress=False)
+    with pytest.raises(CacheError, match="cache again"):
+        CachedTokens(base, texts, labels, next(tmp_path.iterdir()))
+    cached = cache_tokens(base, texts, labels, tmp_path, batch_size=5, progress=False)
+    # The first chunk of two batches was whole.
+    assert calls == 3 + 6
+    seconds = [float(file.read_text()) for file in (cached.folder / "done").iterdir()]
+    assert cached.seconds == pytest.approx(sum(seconds)) and cached.seconds > 0
+    out = cached.__getitems__(range(40))[1].out
+    assert torch.allclose(out[7, : len(texts.ids[7])], base(texts.batch([7])).out[0], atol=4e-3)
+    with pytest.raises(CacheError, match="wrong size"):
+        CachedTokens(base, Lines(39), labels, cached.folder)
+    (cached.folder / "out").write_bytes(b"")
+    with pytest.raises(CacheError, match="wrong size"):
+        cache_tokens(base, texts, labels, tmp_path, progress=False)
+
+
+def test_what_is_no_sequence_or_too_large_is_not_cached(
+    base: st.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = st.Base(nn.Linear(2, 2), example=torch.zeros(1, 2))
+    with pytest.raises(ShapeError, match="use cache_features"):
+        cache_tokens(vectors, Lines(), torch.arange(40), tmp_path)
+    encode = st.Base.encode
+
+    def large(self: st.Base, inputs: st.Input) -> st.Features:
+        features = encode(self, inputs)
+        return features._replace(out=features.out * 1e6)
+
+    monkeypatch.setattr(st.Base, "encode", large)
+    with pytest.raises(CacheError, match="float16 cannot hold"):
+        cache_tokens(base, Lines(4), torch.arange(4), tmp_path, progress=False)
+
+
+def test_batches_of_similar_lengths() -> None:
+    lengths = np.random.default_rng(0).integers(5, 100, 1003)
+    sampler = ByLength(lengths, 16)
+    with st.seeded(1):
+        batches = list(sampler)
+    assert sorted(i for b in batches for i in b) == list(range(1003)) and len(batches) == len(sampler) == 63
+    assert [len(b) for b in batches] == [16] * 62 + [11]
+    waste = sum(len(b) * lengths[b].max() for b in batches) / lengths.sum()
+    # At random it is near 1.8.
+    assert waste < 1.15
+    with st.seeded(1):
+        assert batches == list(ByLength(lengths, 16))
+    with st.seeded(2):
+        assert batches != list(sampler)
+    assert [lengths[b].max() for b in batches] != sorted(lengths[b].max() for b in batches)
+    ordered = list(ByLength(lengths, 16, shuffle=False))
+    assert [i for b in ordered for i in b] == np.argsort(lengths, kind="stable").tolist()
