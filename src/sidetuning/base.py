@@ -34,7 +34,12 @@ class Features(NamedTuple):
     """
 
     out: Tensor
-    taps: dict[str, Tensor] = {}  # noqa: RUF012  (named tuples share their defaults; nothing writes to this one)
+    # Named tuples share their defaults; nothing writes to this one.
+    taps: dict[str, Tensor] = {}  # noqa: RUF012
+
+    def rows(self, rows: Tensor) -> Features:
+        """The features of some samples of the batch."""
+        return Features(self.out[rows], {name: tap[rows] for name, tap in self.taps.items()})
 
 
 @dataclass(frozen=True)
@@ -314,6 +319,11 @@ def call(net: Callable[..., Any], x: Input) -> Any:
 def entry(inputs: Input, name: str) -> Tensor | None:
     """The tensor called `name` in a mapping, such as "attention_mask" (b, t); None where there is none."""
     return None if isinstance(inputs, Tensor) else inputs.get(name)
+
+
+def take_rows(x: Input, rows: Tensor) -> Input:
+    """Some samples of a batch."""
+    return _map(x, lambda tensor: tensor[rows])
 
 
 def to_device(x: Input, device: torch.device) -> Input:

@@ -39,7 +39,7 @@ def distill(
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train the side of `task` to return what the base returns, in the space of the code; no labels are used.
+    """Train the side of `task` to return what the base returns; no labels are used.
 
     Args:
         model: the model.
@@ -54,18 +54,25 @@ def distill(
     """
     branch = model[task]
     if branch.side is None or branch.frozen:
-        raise TaskError(
-            f"task '{task}' has no side to distil into" if branch.side is None else f"task '{task}' is frozen"
-        )
+        raise TaskError(f"task '{task}' " + ("has no side to distil into" if branch.side is None else "is frozen"))
     if accelerator is None:
         accelerator = default_accelerator()
     model.to(accelerator.device)
     built = optimizer(branch.side.parameters(), lr=lr)
     return train(
-        _Imitation(model, task, loss), loader, built, steps=steps,
-        scheduler=None if scheduler is None else scheduler(built), clip=clip, seed=seed, resume=resume,
-        save_every=save_every, accelerator=accelerator, progress=f"distilling {task}" if progress else None, label=f"imitation {task}",
-    )  # fmt: skip
+        _Imitation(model, task, loss),
+        loader,
+        built,
+        steps=steps,
+        accelerator=accelerator,
+        scheduler=None if scheduler is None else scheduler(built),
+        clip=clip,
+        seed=seed,
+        resume=resume,
+        save_every=save_every,
+        progress=f"distilling {task}" if progress else None,
+        label=f"imitation {task}",
+    )
 
 
 class _Imitation(nn.Module):
@@ -73,13 +80,12 @@ class _Imitation(nn.Module):
 
     def __init__(self, model: SideTuner, task: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        branch = model[task]
-        self.side = branch.side
-        self.loss = loss
-        self._model = (model.base, branch)  # a tuple: no part of what is trained
+        self.side, self.loss = model[task].side, loss
+        # A tuple: torch would register them.
+        self._given = (model.base, model[task])
 
     def forward(self, batch: Any) -> Tensor:
-        base, branch = self._model
+        base, branch = self._given
         x, features, _ = unpack(batch)
         inputs = base.prepare(x)
         known = base.encode(inputs) if features is None else features

@@ -9,7 +9,7 @@ from typing import Any
 
 from sidetuning.artifacts import CONFIG, TENSORS, read_config
 from sidetuning.errors import ArtifactError
-from sidetuning.files import write_json
+from sidetuning.files import write_json, write_text
 
 CARD = """
 # {task}
@@ -59,9 +59,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, token: str | Non
     with tempfile.TemporaryDirectory() as folder:
         copyfile(path / TENSORS, Path(folder) / TENSORS)
         write_json(Path(folder) / CONFIG, config)
-        (Path(folder) / "README.md").write_text(
-            model_card(config, repo, (path / TENSORS).stat().st_size), encoding="utf-8"
-        )
+        write_text(Path(folder) / "README.md", model_card(config, repo, (path / TENSORS).stat().st_size))
         try:
             api.create_repo(repo, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"sidetuning task {config['task']}")
@@ -81,10 +79,10 @@ def pull(repo: str, *, revision: str | None = None, token: str | None = None) ->
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(repo, revision=revision, token=token, allow_patterns=[CONFIG, TENSORS, "README.md"])
-        )
-    except Exception as error:  # the Hub client's errors are of many kinds, and all mean that there is no file
+        files = [CONFIG, TENSORS, "README.md"]
+        folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=files))
+    except Exception as error:
+        # The Hub client's errors are of many kinds, and all mean that there is no file.
         raise ArtifactError(
             f"{repo} could not be read from the Hub ({type(error).__name__}: {error}); check name and network"
         ) from error
@@ -104,13 +102,12 @@ def model_card(config: dict[str, Any], repo: str, size: int) -> str:
     """The card: YAML that the Hub reads, then what the task is made of and how to load it."""
     from huggingface_hub import ModelCardData
 
-    spec, parts = config["base"].get("spec"), config["parts"]
-    name = spec["name"] if spec else "a base of your own"
+    base, parts = config["base"], config["parts"]
+    name = base["spec"]["name"] if base.get("spec") else "a base of your own"
     on_hub = name.removeprefix("hf:") if name.startswith("hf:") else None
     data = ModelCardData(library_name="sidetuning", tags=["side-tuning"], base_model=on_hub)
-    metrics = "".join(f"| {key} | {value:.4g} |\n" for key, value in config.get("metrics", {}).items())
     shown = {kind: "none" if parts.get(kind) is None else parts[kind][0] for kind in ("side", "merge", "head")}
-    body = CARD.format(
-        task=config["task"], base=name, sha256=config["base"]["sha256"][:12], repo=repo, size=size / 1e6, metrics=metrics, **shown
-    )  # fmt: skip
+    shown |= {"task": config["task"], "base": name, "sha256": base["sha256"][:12], "repo": repo}
+    shown["metrics"] = "".join(f"| {key} | {value:.4g} |\n" for key, value in config.get("metrics", {}).items())
+    body = CARD.format(size=size / 1e6, **shown)
     return f"---\n{data.to_yaml()}\n---\n{body}"

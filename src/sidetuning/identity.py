@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,9 @@ class Identity:
     """A base's weights, how it prepares inputs, and what it returns. Equal bases have equal identities.
 
     Attributes:
-        sha256: of the network's weights; see `weights_sha256`.
+        sha256: hash of the network's weights; see `weights_sha256`.
         kind: "vector", "sequence" or "map".
-        output_shape: of the code for the base's example, without the batch.
+        output_shape: shape of the code for the base's example, without the batch.
         preparation: normalisation and choice of the output, as JSON values.
     """
 
@@ -31,21 +31,16 @@ class Identity:
 
     def record(self) -> dict[str, Any]:
         """As JSON values, for files."""
-        return {
-            "sha256": self.sha256,
-            "kind": self.kind,
-            "output_shape": list(self.output_shape),
-            "preparation": self.preparation,
-        }
+        return {**asdict(self), "output_shape": list(self.output_shape)}
 
     def digest(self, taps: Mapping[str, tuple[int, ...]] | None = None) -> str:
         """sha256 over all of it, and over the names and shapes of `taps`: what cached features depend on."""
         return hashlib.sha256(json.dumps([self.record(), taps]).encode()).hexdigest()
 
     def difference(self, recorded: Mapping[str, Any]) -> str | None:
-        """How the base that `recorded` (what `record` gave, or an older file) tells of differs; None where it does not.
+        """How the base of `recorded` (by `record`, or an older file) differs from this one; None where it does not.
 
-        A map or a sequence of another size is the same base on other inputs. Older files may leave out all but the hash.
+        A map or a sequence of another size is the same base on other inputs. Older files may hold the hash alone.
         """
         found = recorded.get("sha256")
         if found != self.sha256:
@@ -84,7 +79,7 @@ def preparation(
 def weights_sha256(net: Callable[..., Any], output_shape: tuple[int, ...]) -> str:
     """sha256 over the names, shapes, types and bytes of a network's weights and buffers.
 
-    A network that is no module says its own, `net.fingerprint()`; else its name and the shape of its output stand for it.
+    A network that is no module gives its own, `net.fingerprint()`; else its name and the shape of its output are hashed.
     """
     own = getattr(net, "fingerprint", None)
     digest = hashlib.sha256()

@@ -20,11 +20,19 @@ from sidetuning.registry import Registry
 
 
 class Merge(nn.Module):
-    """What every merge has.
+    """A merge of the code of the base with that of the side.
+
+    Args:
+        kind: "vector", "sequence" or "map".
+        width: channels of the code.
+        laterals: how many earlier tasks' sides it reads.
 
     Attributes:
         uses_side: False where the side output is ignored; no side is built then.
-        takes_laterals: whether a dense variant exists.
+        takes_laterals: whether it has a variant with laterals.
+
+    Raises:
+        TaskError: laterals for a merge that has no such variant.
     """
 
     uses_side = True
@@ -33,16 +41,17 @@ class Merge(nn.Module):
     def __init__(self, kind: Kind, width: int, laterals: int = 0) -> None:
         super().__init__()
         if laterals and not self.takes_laterals:
-            raise TaskError(f"merge {type(self).__name__} has no dense variant: use one of {', '.join(dense_merges())}")
+            raise TaskError(f"merge {type(self).__name__} reads no laterals: use one of {', '.join(lateral_merges())}")
 
-    def forward(self, base: Tensor, side: Tensor | None, laterals: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
+        """R(x), of the base's shape, from B(x), S(x) and the detached side outputs of earlier tasks."""
         raise NotImplementedError
 
 
 MERGES: Registry[Callable[..., Merge]] = Registry("merge")
 
 
-def dense_merges() -> list[str]:
+def lateral_merges() -> list[str]:
     """Names of the merges that take laterals."""
     return [n for n in MERGES.names() if isinstance(MERGES[n], type) and MERGES[n].takes_laterals]  # type: ignore[attr-defined]
 
@@ -61,7 +70,7 @@ class BaseOnly(Merge):
 class SideOnly(Merge):
     """R = S: an independent network per task."""
 
-    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         return side
 
 
@@ -71,7 +80,7 @@ class Sum(Merge):
 
     takes_laterals = True
 
-    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         return functools.reduce(torch.add, laterals, base + side)
 
 
@@ -81,7 +90,7 @@ class Product(Merge):
 
     takes_laterals = True
 
-    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         return functools.reduce(torch.mul, laterals, base * side)
 
 
@@ -89,7 +98,7 @@ class Product(Merge):
 class Fixed(Merge):
     """R = B/2 + S/2."""
 
-    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         return 0.5 * base + 0.5 * side
 
 
@@ -118,7 +127,7 @@ class Alpha(Merge):
         a = self.alpha.sigmoid()
         return torch.stack([a, 1 - a])
 
-    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         parts = [base, *laterals, side]
         return functools.reduce(torch.add, [w * part for w, part in zip(self.weights, parts, strict=True)])
 
@@ -137,7 +146,7 @@ class FiLM(Merge):
         self.mult_head = pointwise(kind, hidden, width)
         self.add_head = pointwise(kind, hidden, width)
 
-    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         hidden = self.base_layer(side)
         return base * (self.mult_head(hidden) + side) + self.add_head(hidden) + side
 
@@ -154,7 +163,7 @@ class MLP(Merge):
         self.side_net: nn.Module = nn.Identity()
         self.lateral_nets = nn.ModuleList(_net(kind, width) for _ in range(laterals))
 
-    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         merged: Tensor = self.base_net(base) + self.side_net(side)
         for net, lateral in zip(self.lateral_nets, laterals, strict=True):
             merged = merged + net(lateral)
@@ -165,7 +174,7 @@ class MLP(Merge):
 class MLPHidden(MLP):
     """R = ReLU(net(B) + S (+ net_i(lateral_i)))."""
 
-    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         return F.relu(super().forward(base, side, laterals))
 
 
@@ -201,7 +210,7 @@ class Concat(Merge):
             first, second = nn.Linear(2 * width, width), nn.Linear(width, width)
         self.transfer = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
 
-    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         merged: Tensor = self.transfer(torch.cat([base, side], self.dim))
         return merged
 

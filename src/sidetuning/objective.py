@@ -27,11 +27,11 @@ class TaskModel(Protocol):
 
 
 class Objective(nn.Module):
-    """The loss of one task; holds the module that is trained, and so is all that is trained, saved and synchronised.
+    """The loss of one task. It holds the module that is trained, which alone is saved and synchronised.
 
     Args:
-        part: what learning the task changes: a branch, a network.
-        model: answers for the task; the rest of it is no part of the objective.
+        part: the module that learning the task changes: a branch, a network.
+        model: the model that answers for the task; the rest of it is no part of the objective.
         task: the task.
         loss: `loss(output, target)`.
         penalty: a term that is added to the loss.
@@ -82,31 +82,28 @@ def unpack(batch: Any) -> tuple[Input, Features | None, Tensor]:
         if "labels" not in batch:
             raise DataError(f"a batch that is a mapping needs the key 'labels'; it has {', '.join(batch)}")
         return {k: v for k, v in batch.items() if k != "labels"}, None, batch["labels"]
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], None, batch[1]
-    if isinstance(batch, (tuple, list)) and len(batch) == 3:
-        features = batch[1]
-        if features is not None:
-            features = Features(features) if isinstance(features, Tensor) else Features(*features)
-        return batch[0], features, batch[2]
-    raise DataError("a batch is (x, y), (x, features, y) or a mapping with 'labels'")
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        raise DataError("a batch is (x, y), (x, features, y) or a mapping with 'labels'")
+    features = batch[1] if len(batch) == 3 else None
+    if features is not None:
+        features = Features(features) if isinstance(features, Tensor) else Features(*features)
+    return batch[0], features, batch[-1]
 
 
 def check_labels(output: Any, target: Tensor) -> None:
     """Class labels must have an output; on a GPU the loss itself would kill the process."""
     if isinstance(output, Tensor) and output.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64:
-        labels = target[target != -100]  # what cross-entropy ignores
-        if len(labels) == 0:
-            return
-        low, high, outputs = int(labels.min()), int(labels.max()), output.shape[1]
-        if low < 0 or high >= outputs:
-            bad = high if high >= outputs else low
-            raise DataError(f"the label {bad} is out of range: the head has {outputs} outputs, 0 … {outputs - 1}")
+        outputs = output.shape[1]
+        # Cross-entropy ignores -100.
+        wrong = target[((target < 0) | (target >= outputs)) & (target != -100)]
+        if len(wrong):
+            label = int(wrong.max())
+            raise DataError(f"the label {label} is out of range: the head has {outputs} outputs, 0 … {outputs - 1}")
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """1 where the highest output is the target's, else 0; of maps the share of pixels, but for those of -100, which cross-entropy
-    ignores: (b, c, …), (b, …) -> (b,)."""
+    """1 where the highest output is the target's, else 0; of maps the share of pixels whose target is not -100, which
+    cross-entropy ignores: (b, c, …), (b, …) -> (b,)."""
     right = (output.argmax(1) == target).float()
     if target.ndim == 1:
         return right

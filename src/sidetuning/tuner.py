@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sidetuning.artifacts import read_branch, read_config, tensors_sha256, write_task
-from sidetuning.base import Base, Features, Input
+from sidetuning.base import Base, Features, Input, take_rows
 from sidetuning.branch import Branch, build_branch
 from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, TaskError, UnknownNameError
 from sidetuning.registry import unknown
+from sidetuning.summary import Summary, summarise
 
 
 class SideTuner(nn.Module):
@@ -81,13 +81,13 @@ class SideTuner(nn.Module):
             head: number of outputs of a linear head, a registered head, or your own module.
             merge: a registered merge, or your own module, called as `merge(base, side, laterals)`.
             taps: names of the base's inner modules that the side reads; by default all that the base returns.
-            laterals: earlier tasks whose side outputs, detached, the merge takes too (the dense variant).
+            laterals: earlier tasks whose side outputs, detached, the merge reads too; they can no longer be trained.
             prenorm: group-normalise the merged code before the head, as the original code does.
             init: how the side starts. None: as built. "xavier". "low-energy": its output scaled to 1 %. "zero": the
                 merged output starts as the base's (a gate at 0 in the merge). "distilled": the weights that ship for
                 this base and side. A path: a safetensors file of the side's weights.
             side_options, merge_options, head_options: keyword arguments of registered parts.
-            labels: names of the classes, one per output, kept with the task.
+            labels: names of the classes, one per output, saved with the task.
 
         Returns:
             The new branch, in evaluation mode, on the base's device.
@@ -99,7 +99,8 @@ class SideTuner(nn.Module):
         """
         self._check_name(name)
         for lateral in laterals:
-            self[lateral]  # raises, with near names
+            # Raises, with near names.
+            self[lateral]
         branch = build_branch(
             self.base if taps is None else self.base.with_taps(taps),
             side=side,
@@ -202,24 +203,23 @@ class SideTuner(nn.Module):
         """
         if (task is None) == (tasks is None):
             raise TaskError("name one task for the batch, model(x, 'pets'), or one per sample, model(x, tasks=[…])")
+        # An unknown name raises before the base runs.
         for name in [task] if task is not None else tasks or []:
             self[name]
         inputs = self.base.prepare(x)
         known = self._features(inputs, features)
         if task is not None:
-            branch = self[task]
-            return branch(inputs, known, self.lateral_outputs(branch, inputs, known))
-        return self._forward_mixed(inputs, list(tasks or []), known)
+            return self._run([task], inputs, known)[task]
+        return self._run_mixed(list(tasks or []), inputs, known)
 
-    def _forward_mixed(self, inputs: Input, tasks: list[str], features: Features) -> list[Tensor]:
+    def _run_mixed(self, tasks: list[str], inputs: Input, features: Features) -> list[Tensor]:
+        """A task per sample."""
         if len(tasks) != len(features.out):
             raise ShapeError(f"{len(tasks)} tasks for a batch of {len(features.out)}; name one per sample")
         outputs: list[Tensor] = [features.out] * len(tasks)
         for name in dict.fromkeys(tasks):
-            rows = torch.tensor([i for i, t in enumerate(tasks) if t == name], device=features.out.device)
-            part, known = select_rows(inputs, rows), select_features(features, rows)
-            branch = self[name]
-            out = branch(part, known, self.lateral_outputs(branch, part, known))
+            rows = torch.tensor([i for i, task in enumerate(tasks) if task == name], device=features.out.device)
+            out = self._run([name], take_rows(inputs, rows), features.rows(rows))[name]
             for i, row in zip(rows.tolist(), out, strict=True):
                 outputs[i] = row
         return outputs
@@ -227,25 +227,22 @@ class SideTuner(nn.Module):
     def forward_all(
         self, x: Input, *, tasks: Sequence[str] | None = None, features: Features | Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Every task's output (or that of `tasks`) from one base pass, or none where `features` are given."""
-        names = self.tasks if tasks is None else list(tasks)
+        """Every task's output (or that of `tasks`) from one base pass, or from none where `features` are given."""
         inputs = self.base.prepare(x)
-        known = self._features(inputs, features)
-        memo: dict[str, Tensor] = {}  # a side that is also a lateral runs once
+        return self._run(self.tasks if tasks is None else list(tasks), inputs, self._features(inputs, features))
 
-        def side(name: str) -> Tensor | None:
-            if name not in memo:
-                out = self[name].side_output(inputs, known)
-                if out is None:
-                    return None
-                memo[name] = out
-            return memo[name]
-
+    def _run(self, tasks: list[str], inputs: Input, features: Features) -> dict[str, Tensor]:
+        """Outputs of tasks on the same samples. A side that is also a lateral runs once, and without a graph where it is
+        a lateral alone."""
+        sides: dict[str, Tensor | None] = {}
+        for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in self[task].config.laterals)]):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name in tasks):
+                sides[name] = self[name].side_output(inputs, features)
         outputs = {}
-        for name in names:
-            branch = self[name]
-            laterals = [out.detach() for t in branch.config.laterals if (out := side(t)) is not None]
-            outputs[name] = branch.output(inputs, known, side(name), laterals)
+        for task in tasks:
+            branch = self[task]
+            laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
+            outputs[task] = branch.output(inputs, features, sides[task], laterals)
         return outputs
 
     def _features(self, inputs: Input, features: Features | Tensor | None) -> Features:
@@ -298,12 +295,14 @@ class SideTuner(nn.Module):
         config = read_config(path)
         name = name or str(config["task"])
         self._check_name(name)
-        for lateral, sha256 in config.get("laterals_sha256", {}).items():
+        recorded = config.get("laterals_sha256", {})
+        for lateral in config["parts"].get("laterals", []):
             if lateral not in self:
                 raise TaskError(f"task '{name}' reads the side of '{lateral}'; load that task first")
-            if sha256 != tensors_sha256(self[lateral].side) and not any_base:
+            if recorded.get(lateral) != tensors_sha256(self[lateral].side) and not any_base:
                 raise ArtifactError(
-                    f"{path} was trained beside another task '{lateral}' than this model's; load that one, or pass any_base=True"
+                    f"{path} was trained beside another task '{lateral}' than this model's; load that one, or pass "
+                    "any_base=True"
                 )
         own = {"side": side, "merge": merge, "head": head}
         self.add_branch(name, read_branch(path, config, self.base, own, any_base=any_base))
@@ -311,65 +310,5 @@ class SideTuner(nn.Module):
 
     def summary(self) -> Summary:
         """Parameters and memory of the base and of every task; `print` it."""
-        base = self.base.parameter_count()
-        rows = []
-        for name in self.tasks:
-            branch = self[name]
-            counts = [
-                sum(p.numel() for p in m.parameters()) if m is not None else 0
-                for m in (branch.side, branch.merge, branch.head)
-            ]
-            size = sum(t.numel() * t.element_size() for t in branch.state_dict().values())
-            rows.append(TaskSummary(name, counts[0], counts[1], counts[2], size, branch.frozen, branch.alpha))
-        return Summary(base, rows)
-
-
-@dataclass(frozen=True)
-class TaskSummary:
-    """Parameters of a task's parts, the bytes of its tensors, and the weight of the base where the merge is alpha."""
-
-    task: str
-    side: int
-    merge: int
-    head: int
-    bytes: int
-    frozen: bool
-    alpha: float | None
-
-    @property
-    def total(self) -> int:
-        """All parameters of the task."""
-        return self.side + self.merge + self.head
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a model is made of."""
-
-    base: int
-    tasks: list[TaskSummary]
-
-    def __str__(self) -> str:
-        lines = [f"base: {self.base:,} parameters, frozen"]
-        width = max([len(t.task) for t in self.tasks], default=4)
-        for t in self.tasks:
-            share = f" ({t.total / self.base:.1%} of the base)" if self.base else ""
-            alpha = "" if t.alpha is None else f", alpha {t.alpha:.2f}"
-            state = ", frozen" if t.frozen else ""
-            lines.append(
-                f"{t.task:{width}}: {t.total:,} parameters{share} = side {t.side:,} + merge {t.merge:,} + head {t.head:,}, "
-                f"{t.bytes / 1e6:.2f} MB{alpha}{state}"
-            )
-        return "\n".join(lines)
-
-
-def select_rows(x: Input, rows: Tensor) -> Input:
-    """Samples `rows` of a batch."""
-    if isinstance(x, Tensor):
-        return x[rows]
-    return {k: v[rows] if isinstance(v, Tensor) else v for k, v in x.items()}
-
-
-def select_features(features: Features, rows: Tensor) -> Features:
-    """Samples `rows` of a batch of features."""
-    return Features(features.out[rows], {k: v[rows] for k, v in features.taps.items()})
+        tasks = [summarise(name, self[name]) for name in self.tasks]
+        return Summary(self.base.parameter_count(), tasks)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sidetuning as st
 from conftest import BASES, TAPS, inputs
-from sidetuning.merges import dense_merges
+from sidetuning.merges import lateral_merges
 
 SIDES = {
     "conv": ["fcn4", "fcn5", "copy", "mlp", "transformer", "ladder", "fusion"],
@@ -42,7 +42,7 @@ def test_nothing_is_forgotten_whatever_is_learned_later(kind: str, side: str) ->
             model.add_task("old", side=side, merge=merge, head=3)
         st.fit(model, "old", [batch(kind)], steps=1, progress=False)
         before, print_before = model(x, "old"), model.base.identity().sha256
-        laterals = ["old"] if merge in dense_merges() else []
+        laterals = ["old"] if merge in lateral_merges() else []
         with st.seeded(1):
             model.add_task("new", side=side, merge=merge, head=3, laterals=laterals)
         st.fit(model, "new", [batch(kind)], steps=2, lr=0.1, weight_decay=0.1, progress=False)

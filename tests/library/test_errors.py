@@ -148,7 +148,7 @@ def test_a_convolutional_side_needs_images(side: str) -> None:
         (mlp_base, {"side": "ladder"}, st.ShapeError, "taps"),
         (mlp_base, {"side": "fusion"}, st.ShapeError, "taps"),
         (mlp_base, {"side": None}, st.TaskError, "needs a side"),
-        (mlp_base, {"merge": "film", "laterals": ["old"]}, st.TaskError, "no dense variant"),
+        (mlp_base, {"merge": "film", "laterals": ["old"]}, st.TaskError, "reads no laterals"),
         (mlp_base, {"merge_options": {"init": 1.0}}, st.TaskError, r"\(0, 1\)"),
         (mlp_base, {"head": 0}, st.TaskError, "at least one output"),
         (mlp_base, {"side": nn.Linear(12, 16), "side_options": {"a": 1}}, st.TaskError, "registered side"),

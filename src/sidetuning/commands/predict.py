@@ -46,13 +46,15 @@ def predict(settings: Settings) -> list[Answer]:
     example = model.base.example
     if not isinstance(example, Tensor):
         raise DataError(f"{settings.run} does not read images; see `sidetuning answer` for texts")
-    batch = torch.stack([read(Path(i), tuple(example.shape[-2:])) for i in settings.images])  # (b, 3, h, w) in [0, 1]
+    # (b, 3, h, w) in [0, 1]
+    batch = torch.stack([read(Path(image), tuple(example.shape[-2:])) for image in settings.images])
     views = [batch, batch.flip(-1)] if averages_mirror_images(Path(settings.run)) else [batch]
     with torch.no_grad():
         each = [model.forward_all(view) for view in views]
     if others := [task for task, out in each[0].items() if out.ndim != 2 or out.shape[1] < 2]:
         raise DataError(
-            f"the task {others[0]} of {settings.run} does not classify images; pictures of dense tasks are in the run's report"
+            f"the task {others[0]} of {settings.run} does not classify images; pictures of dense tasks are in the run's "
+            "report"
         )
     outputs = {task: torch.stack([F.softmax(o[task], 1) for o in each]).mean(0) for task in model.tasks}
     answers = []
@@ -66,25 +68,22 @@ def predict(settings: Settings) -> list[Answer]:
 
 def averages_mirror_images(run: Path) -> bool:
     """Whether the run's own accuracy is that of answers averaged over an image and its mirror image."""
-    for file in (run / "run.json", run.parent.parent / "run.json"):  # of a run, or of a task within one
-        if file.exists():
-            try:
-                return bool(json.loads(file.read_text())["settings"].get("mirror"))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ArtifactError(
-                    f"{file} is damaged ({error}); give the folder of a whole run or of a task"
-                ) from error
-    return False
+    # The folder is a run's, or that of a task within one.
+    file = next((f for f in (run / "run.json", run.parent.parent / "run.json") if f.exists()), None)
+    if file is None:
+        return False
+    try:
+        return bool(json.loads(file.read_text())["settings"].get("mirror"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{file} is damaged ({error}); give the folder of a whole run or of a task") from error
 
 
 def read(path: Path, size: tuple[int, ...]) -> Tensor:
     """An image file as (3, h, w) in [0, 1]."""
     try:
-        data = path.read_bytes()
+        image = decode_image(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
-    try:
-        image = decode_image(data)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return resize(image.unsqueeze(0).float() / 255, size)[0]
@@ -102,8 +101,7 @@ def main(settings: Settings) -> None:
     for answer in predict(settings):
         if last and answer.image != last:
             table.add_section()
-        table.add_row(
-            "" if answer.image == last else answer.image, answer.task, answer.label, f"{answer.probability:.2f}"
-        )
+        image = "" if answer.image == last else answer.image
+        table.add_row(image, answer.task, answer.label, f"{answer.probability:.2f}")
         last = answer.image
     Console().print(table)

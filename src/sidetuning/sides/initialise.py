@@ -62,7 +62,7 @@ def distilled_weights(base: Base, side: str, options: Mapping[str, Any]) -> Path
 
 
 def load_weights(module: nn.Module, path: str | Path, what: str, spare: Sequence[str] = ()) -> None:
-    """Load a safetensors file into `module`, strictly, but for tensors whose names start with one of `spare`, which may be there too.
+    """Load a safetensors file into `module`; it may hold no other tensors but those whose names start as one of `spare`.
 
     Raises:
         ArtifactError: the file is missing or damaged, or holds other tensors; nothing is loaded then.
@@ -79,9 +79,9 @@ def load_weights(module: nn.Module, path: str | Path, what: str, spare: Sequence
         raise ArtifactError(f"{path} is not a readable safetensors file ({error}); {mend}") from error
     expected = module.state_dict()
     tensors = {k: v for k, v in tensors.items() if k in expected or not k.startswith(tuple(spare))}
-    for name, value in expected.items():  # a counter that nothing here reads and older files do not have
-        if name.endswith("num_batches_tracked"):
-            tensors.setdefault(name, value)
+    # A counter that nothing here reads, and older files do not have.
+    counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
+    tensors = {**counters, **tensors}
     problem = mismatch(expected, tensors)
     if problem:
         raise ArtifactError(f"{path} does not fit {what}: {problem}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from sidetuning.base import Base, Input
 from sidetuning.errors import TrainingError
 from sidetuning.objective import unpack
-from sidetuning.tuner import select_rows
+from sidetuning.base import take_rows
 from sidetuning_bench.methods.finetune import FineTune
 from sidetuning_bench.methods.method import Task
 
@@ -104,7 +104,7 @@ class EWC(FineTune):
                 if left == 0:
                     return
                 left -= 1
-                yield select_rows(x, torch.tensor([row])), y[row : row + 1]
+                yield take_rows(x, torch.tensor([row])), y[row : row + 1]
 
     def shared(self) -> int:
         return super().shared() + 2 * len(self.precision)
