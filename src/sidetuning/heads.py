@@ -73,11 +73,6 @@ def pixels(base: Base, channels: int = 1, hidden: int = 64) -> nn.Module:
     return Pixels(base.width, base.output_shape[1:], base.example.shape[-2:], channels, hidden)
 
 
-def two_layers(numbers: int, hidden: int) -> nn.Sequential:
-    """What an agent is told, such as a compass, (b, numbers) -> (b, hidden)."""
-    return nn.Sequential(nn.Linear(numbers, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-
-
 class Linear(Head):
     """Pools maps and sequences by their mean (over unmasked tokens), then applies one linear layer.
 

@@ -123,92 +123,6 @@ def test_the_base_stays_as_it_is_and_out_of_the_zip(method, tmp_path):
     assert torch.equal(answers(again), answers(model)) and not torch.allclose(answers(again), first, atol=1e-4)
 
 
-def test_a_policy_of_another_base_is_refused(tmp_path):
-    model = learner()
-    model.save(tmp_path / "agent.zip")
-    other = {"features_extractor_kwargs": {"base": other_base, "side": "fcn4", "init": None, "hidden": 32}}
-    kwargs = {"features_extractor_class": SideTunedExtractor, "net_arch": [], **other}
-    with pytest.raises(ArtifactError, match="another base"):
-        PPO.load(tmp_path / "agent.zip", policy_kwargs=kwargs, custom_objects={"policy_kwargs": kwargs})
-
-
-def test_codes_of_another_base_are_refused(tmp_path):
-    def env(base):
-        return VecBaseFeatures(DummyVecEnv([Sides]), base)
-
-    def space(base):  # as the policy is given it
-        return VecTransposeImage(env(base)).observation_space
-
-    model = learner(cached=True)
-    model.save(tmp_path / "agent.zip")
-    assert torch.equal(answers(PPO.load(tmp_path / "agent.zip", env=env(small_base()))), answers(model))
-    with pytest.raises(ValueError, match=f"base {other_base().identity().sha256[:8]}"):
-        PPO.load(tmp_path / "agent.zip", env=env(other_base()))
-    with pytest.raises(ArtifactError, match="same base"):
-        SideTunedExtractor(space(other_base()), base=small_base, side="fcn4", init=None)
-    larger = env(small_base().with_example(torch.zeros(1, 3, 32, 32)))  # the base takes what there is
-    assert larger.observation_space == env(small_base()).observation_space
-    with pytest.raises(ShapeError, match="wrap these environments once"):
-        VecBaseFeatures(larger, small_base())
-    with pytest.raises(TypeError, match="DummyVecEnv"):
-        VecBaseFeatures(Sides(), small_base())
-    with pytest.raises(ShapeError, match="does not take such pictures"):
-        VecBaseFeatures(VecFrameStack(DummyVecEnv([Sides]), 4), small_base())
-    with pytest.raises(ShapeError, match="leave that out"):
-        SideTunedExtractor(space(small_base()), base=lambda: small_base().with_taps(["0"]), side="ladder", init=None)
-
-
-def test_what_learned_from_cached_codes_acts_without_them():
-    model = learner(cached=True)
-    model.learn(128)
-    seen = Sides().reset(seed=1)[0]
-    code = small_base().folded()(torch.from_numpy(seen["rgb"]).permute(2, 0, 1)[None]).out[0].numpy()
-    found = [
-        model.policy.get_distribution(model.policy.obs_to_tensor(o)[0]).distribution.probs
-        for o in (seen, {**seen, CODE: code})
-    ]
-    assert torch.equal(*found) and not torch.allclose(found[0], torch.tensor(0.5), atol=1e-3)
-
-
-def test_other_numbers_are_heard_and_what_is_none_is_said():
-    rgb = spaces.Box(0, 255, (3, 16, 16), np.uint8)
-    options = {"base": small_base, "side": "fcn4", "init": None, "hidden": 32}
-    space = spaces.Dict({"rgb": rgb, "speed": spaces.Box(-1, 1, (2,)), "level": spaces.Discrete(3)})
-    extractor = SideTunedExtractor(space, **options)
-    seen = {
-        "rgb": torch.rand(2, 3, 16, 16),
-        "speed": torch.rand(2, 2),
-        "level": torch.eye(3)[:2],
-    }  # as stable-baselines3 makes them
-    out = extractor(seen)
-    assert out.shape == (2, extractor.features_dim) == (2, 64) and extractor.given[0].in_features == 5
-    for name in ("speed", "level"):
-        other = extractor({**seen, name: seen[name].flip(0)})
-        assert torch.equal(other[:, :32], out[:, :32]) and not torch.allclose(other[:, 32:], out[:, 32:])
-    for more, word in (
-        ({"depth": spaces.Box(0, 1, (16, 16, 1))}, "depth"),
-        ({COMPASS: spaces.Box(0, 1, (3,))}, "distance and angle"),
-    ):
-        with pytest.raises(ShapeError, match=word):
-            SideTunedExtractor(spaces.Dict({"rgb": rgb, **more}), **options)
-    with pytest.raises(ShapeError, match="uint8"):
-        SideTunedExtractor(spaces.Dict({"rgb": spaces.Box(0, 1, (3, 16, 16))}), **options)
-    with pytest.raises(st.UnknownNameError, match="precision"):
-        SideTunedExtractor(space, **options, precision="fp16")
-    with pytest.raises(TypeError, match="function that builds"):
-        SideTunedExtractor(space, **{**options, "base": small_base()})
-    with pytest.raises(DataError, match="normalize_images"):
-        extractor({**seen, "rgb": 255 * seen["rgb"]})
-
-
-def test_a_side_of_ones_own_is_each_policys_own():
-    space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 16, 16), np.uint8)})
-    side = nn.Conv2d(3, 8, 4, 4)
-    made = [SideTunedExtractor(space, base=small_base, side=side, init=None) for _ in range(2)]
-    assert made[0].branch.side is not made[1].branch.side is not side
-    assert torch.equal(made[0].branch.side.weight, side.weight)
-
-
 def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation():
     space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 64, 64), np.uint8)})
     with st.seeded(0):
@@ -232,22 +146,6 @@ def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation():
     assert torch.equal(one, two)  # in training as in use, so PPO's ratios start at 1
     code = tuned.trunk(tuned.base.prepare(x["rgb"]))
     assert torch.allclose(code, tuned.base(x["rgb"]).out, atol=1e-3)
-
-
-def test_cached_features_are_those_of_the_base_and_cost_a_pass_per_step():
-    live, cached = learner(), learner(cached=True)
-    seen = []
-    live.policy.features_extractor.encoder.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
-    assert torch.allclose(answers(live), answers(cached), atol=1e-5)
-    for model in (live, cached):
-        with st.seeded(0):
-            model.learn(128)  # one rollout of 64 steps in two environments
-    assert torch.allclose(answers(live), answers(cached), atol=1e-3)  # the same learning, but for rounding
-    env = cached.get_env()
-    while not isinstance(env, VecBaseFeatures):
-        env = env.venv
-    assert env.passes == 128 + 2 + 2 * 6  # and the last observations of the episodes of ten steps that were cut off
-    assert sum(seen) >= 128 * 5  # once when acting, four times when learning
 
 
 def test_a_curve_goes_on_from_what_was_saved(tmp_path):
@@ -453,22 +351,6 @@ def test_an_agent_that_goes_on_meets_other_episodes(tmp_path):
     assert not charts([replace(result, curve=[])])
 
 
-def test_the_last_observation_of_an_episode_has_features_too():
-    env = VecBaseFeatures(DummyVecEnv([Sides] * 3), small_base())
-    env.seed(1)
-    first = env.reset()
-    assert env.passes == 3 and first[CODE].shape == (3, 8, 4, 4)
-    for _ in range(10):
-        seen, _, dones, infos = env.step(np.zeros(3, int))
-    assert dones.all()
-    for k, info in enumerate(infos):
-        last = info["terminal_observation"]
-        picture = torch.from_numpy(last["rgb"]).permute(2, 0, 1)[None]
-        assert np.allclose(last[CODE], small_base()(picture).out[0], atol=1e-5)
-        assert not np.allclose(last[CODE], seen[CODE][k])  # that is the next episode's
-    assert env.passes == 3 + 30 + 3
-
-
 def test_a_compass_goes_with_the_features():
     compass = torch.tensor([[3.0, np.pi / 2], [0.0, -np.pi]])
     assert torch.allclose(compass_numbers(compass), torch.tensor([[np.log(4), 0, 1], [0, -1, 0]]).float(), atol=1e-6)
@@ -488,14 +370,6 @@ def test_a_compass_goes_with_the_features():
         SideTunedExtractor(space, base=small_base, method="side-tune")
     with pytest.raises(ShapeError, match="pictures under 'rgb'"):
         SideTunedExtractor(spaces.Dict({"depth": space["rgb"]}), base=small_base)
-
-
-def test_ppo_learns_with_a_side():
-    """A learning test: far above chance, where ten answers of a random agent are right five times."""
-    model = learner("sidetune", cached=True, envs=4, learning_rate=2e-3, n_steps=64)
-    model.learn(8000)
-    rewards = [episode["r"] for episode in model.ep_info_buffer]
-    assert len(rewards) == 100 and np.mean(rewards) > 8.5  # by chance 5.0 ± 0.16
 
 
 def test_observations_pass_extra_numbers_to_heads_alone():

@@ -1,9 +1,10 @@
-"""Side-tuned policies for stable-baselines3: a features extractor, and base features computed once per step of the environment.
+"""Side-tuned policies for stable-baselines3: a features extractor, and a wrapper that runs the base once per step.
 
-    env = VecBaseFeatures(env, "resnet-doom-curvature")
-    PPO("MultiInputPolicy", env, policy_kwargs={"features_extractor_class": SideTunedExtractor})
+    env = VecBaseFeatures(env, "timm:resnet18")
+    extractor = {"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": {"base": "timm:resnet18"}}
+    PPO("MultiInputPolicy", env, policy_kwargs=extractor)
 
-PPO reads every observation `n_epochs` times; with `VecBaseFeatures` the base sees it once. A saved policy holds the side and not the base.
+PPO reads every observation `n_epochs` times; with the wrapper the base sees it once. A saved policy holds no base.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import get_flattened_obs_dim
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space_channels_first
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from torch import Tensor, nn
@@ -24,26 +25,29 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features
 from sidetuning.branch import build_branch
 from sidetuning.errors import ArtifactError, DataError, ShapeError, UnknownNameError
-from sidetuning.heads import two_layers
 from sidetuning.loading import load_base
 from sidetuning.registry import unknown
-from sidetuning_bench.agents.trajectories import COMPASS, compass_numbers
-from sidetuning_bench.methods.trunk import Trunk
 
-Method = Literal["sidetune", "features", "finetune", "scratch"]
-Precision = Literal["no", "bf16"]
-IMAGE, CODE = "rgb", "base"  # keys of observations: the picture, and what the base made of it
+# Keys of observations: the picture, and the base's code of it.
+IMAGE, CODE = "rgb", "base"
 
 
 class CodeSpace(spaces.Box):
-    """Space of a base's codes. It knows of which base, so that a policy is not run on those of another."""
+    """Space of a base's codes. Spaces of different bases differ, so a policy never reads the codes of another base."""
+
+    # What the fingerprint may be: version 0.1.0 took the sha256 of the weights. Its spaces are without this attribute.
+    known: tuple[str, ...] = ()
 
     def __init__(self, base: Base) -> None:
         super().__init__(-np.inf, np.inf, base.output_shape, np.float32)
-        self.fingerprint = base.identity().sha256
+        self.fingerprint = base.identity().digest()
+        self.known = (self.fingerprint, base.identity().sha256)
 
     def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and getattr(other, "fingerprint", self.fingerprint) == self.fingerprint
+        if not isinstance(other, CodeSpace):
+            return super().__eq__(other)
+        same = self.fingerprint in (other.fingerprint, *other.known) or other.fingerprint in self.known
+        return same and super().__eq__(other)
 
     def __repr__(self) -> str:
         return f"CodeSpace(base {self.fingerprint[:8]}, {self.shape})"
@@ -53,216 +57,159 @@ class VecBaseFeatures(VecEnvWrapper):
     """Adds the base's code of the picture to every observation, under "base".
 
     Args:
-        venv: environments whose observations are dictionaries with "rgb", (h, w, 3) or (3, h, w) uint8.
+        venv: environments whose observations are dictionaries with "rgb", (h, w, c) or (c, h, w) uint8.
         base: a base, or its name.
 
     Attributes:
-        passes: pictures that the base has seen.
-
-    Raises:
-        TypeError: not vectorised environments.
-        ShapeError: their observations have no picture that the base takes, or have a "base" already.
+        passes: number of pictures that the base has seen.
     """
 
     def __init__(self, venv: VecEnv, base: str | Base) -> None:
         if not isinstance(venv, VecEnv):
             raise TypeError(f"VecBaseFeatures wraps a VecEnv, such as DummyVecEnv([…]), not {type(venv).__name__}")
-        space = _image_space(venv.observation_space)
-        if CODE in venv.observation_space.spaces:  # type: ignore[attr-defined]
+        picture, seen = _picture(venv.observation_space), venv.observation_space.spaces  # type: ignore[attr-defined]
+        if CODE in seen:
             raise ShapeError(f"the observations have '{CODE}' already; wrap these environments once, or rename it")
-        built = load_base(base) if isinstance(base, str) else base
-        self.channels_last = space.shape[0] != _channels(built)
-        built = _fitted(built, space.shape[2:] + space.shape[:2] if self.channels_last else space.shape)
-        self.base, self.passes = built.folded(), 0
-        spaces_of = dict(venv.observation_space.spaces)  # type: ignore[attr-defined]
-        super().__init__(venv, observation_space=spaces.Dict({**spaces_of, CODE: CodeSpace(built)}))
+        self.channels_last = not is_image_space_channels_first(picture)
+        shape = picture.shape[2:] + picture.shape[:2] if self.channels_last else picture.shape
+        fitted = _fitted(base, shape)
+        self.base, self.passes = fitted.folded(), 0
+        super().__init__(venv, observation_space=spaces.Dict({**seen, CODE: CodeSpace(fitted)}))
 
     def reset(self) -> Any:
         return self._with_code(self.venv.reset())
 
     def step_wait(self) -> Any:
         observations, rewards, dones, infos = self.venv.step_wait()
-        last = [info["terminal_observation"] for info in infos if "terminal_observation" in info]
-        if last:  # from these PPO bootstraps where an episode was cut off
-            codes = self._encode(np.stack([o[IMAGE] for o in last]))
+        # PPO bootstraps from the last observation of an episode that was cut off.
+        if last := [info["terminal_observation"] for info in infos if "terminal_observation" in info]:
+            codes = self._with_code({IMAGE: np.stack([observation[IMAGE] for observation in last])})[CODE]
             for observation, code in zip(last, codes, strict=True):
                 observation[CODE] = code
         return self._with_code(observations), rewards, dones, infos
 
-    def _with_code(self, observations: Any) -> Any:
-        return {**observations, CODE: self._encode(observations[IMAGE])}
-
     @torch.no_grad()
-    def _encode(self, pictures: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """(n, …) uint8 -> (n, …) float32"""
-        x = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.base.device)
-        self.passes += len(x)
-        return self.base(x.permute(0, 3, 1, 2) if self.channels_last else x).out.cpu().numpy()
+    def _with_code(self, observations: Any) -> Any:
+        pictures = torch.from_numpy(np.ascontiguousarray(observations[IMAGE])).to(self.base.device)
+        self.passes += len(pictures)
+        code = self.base(pictures.permute(0, 3, 1, 2) if self.channels_last else pictures).out
+        return {**observations, CODE: code.cpu().numpy()}
 
 
 class SideTunedExtractor(BaseFeaturesExtractor):
-    """From an observation to features for the policy: its picture's by one of four methods, and beside them those of all other numbers
-    in it, such as a compass, which two layers make as wide.
+    """Features for a policy: the side-tuned code of the picture, and beside it the other numbers of an observation.
+
+    Two layers make other numbers, such as a speed, as wide as the picture's features.
 
     Args:
-        observation_space: a dictionary with "rgb"; with "base" (see `VecBaseFeatures`) the base is not run here, but for observations that
-            come without it. Other entries are numbers, without a second dimension; a compass as Habitat's is (2,), distance and angle.
-        base: a base's name, or a function that builds it: what is saved with a policy must build it again.
-        method: "sidetune"; "features", the base alone; "finetune", a tuned copy of the base; "scratch", the side alone from
-            random weights.
-        side, side_options, merge, init: as `SideTuner.add_task`; without options the distilled fcn5 has a quarter of its width, as the one
-            that ships.
-        hidden: width of the features; with other numbers, twice that.
-        precision: "bf16" runs what "finetune" and "scratch" train under bfloat16 autocast, when acting and when learning alike; its
-            output is float32.
-
-    Orthogonal initialisation, which stable-baselines3 applies to all layers of a policy, passes the extractor by: it would
-    undo the distilled side and the pretrained copy. A tuned copy starts with its batch norms merged into its convolutions; those that
-    cannot be merged keep their running statistics.
-
-    Raises:
-        UnknownNameError: no such base, method, side, merge or precision.
-        ShapeError: observations without a picture, or with entries that are neither picture nor numbers; a base for other pictures.
-        ArtifactError: the observations hold codes of another base.
+        observation_space: a dictionary with "rgb" and, from `VecBaseFeatures`, "base"; other entries are numbers (n,).
+        base: a base's name, or a function that builds it: a saved policy must be able to build it again.
+        method: "sidetune", or "features" for the base alone.
+        side, side_options, merge, init: as in `SideTuner.add_task`; "distilled" brings the options of its side.
+        hidden: width of the features; the output is twice as wide where there are other numbers.
     """
+
+    METHODS: ClassVar[tuple[str, ...]] = ("sidetune", "features")
 
     def __init__(
         self,
         observation_space: spaces.Dict,
-        base: str | Callable[[], Base] = "resnet-doom-curvature",
-        method: Method = "sidetune",
+        base: str | Callable[[], Base],
+        method: str = "sidetune",
         side: str | nn.Module = "fcn5",
         side_options: Mapping[str, Any] | None = None,
         merge: str = "alpha",
-        init: str | None = "distilled",
+        init: str | None = None,
         hidden: int = 128,
-        precision: Precision = "no",
     ) -> None:
-        space = _image_space(observation_space)
-        for what, given, known in (("method", method, get_args(Method)), ("precision", precision, get_args(Precision))):
-            if given not in known:
-                raise UnknownNameError(unknown(what, given, known, verb="one of the extractor's"))
+        shape = _picture(observation_space).shape
+        if method not in self.METHODS:
+            raise UnknownNameError(unknown("method", method, self.METHODS, verb="one of the extractor's"))
         if isinstance(base, Base):
-            raise TypeError(
-                "base= takes a name or a function that builds the base: it would be saved with every policy"
-            )
-        numbers = _numbers(observation_space)
-        super().__init__(observation_space, 2 * hidden if numbers else hidden)
-        built = _fitted(load_base(base) if isinstance(base, str) else base(), space.shape)
-        fingerprint = built.identity().sha256
-        code_space = observation_space.spaces.get(CODE)
-        if code_space is not None:
-            if getattr(code_space, "fingerprint", fingerprint) != fingerprint or code_space.shape != built.output_shape:
-                raise ArtifactError(
-                    f"the observations hold codes {code_space.shape} of another base than the extractor's, whose are {built.output_shape}: "
-                    "give VecBaseFeatures and the extractor the same base"
-                )
-            if built.tap_shapes and method == "sidetune":
-                raise ShapeError(
-                    "a base with taps cannot be cached by VecBaseFeatures, which keeps its code alone: leave that out"
-                )
-        if side_options is None and side == "fcn5" and init == "distilled" and method in ("sidetune", "scratch"):
-            _, side_options = built.distilled[side]
-        side = copy.deepcopy(side)  # a module of the user's: of this policy alone
-        self.base, self.precision, self.numbers = built, precision, tuple(numbers)
-        encodes = method in ("sidetune", "features") and code_space is None
-        self.encoder = built.folded() if encodes else None  # as VecBaseFeatures runs it
-        self.branch: nn.Module | None = None
-        self.trunk: nn.Module | None = None  # makes a code alone, without a pass of the base
-        if method == "sidetune":
-            self.branch = build_branch(
-                built, side=side, head="identity", merge=merge, init=init, side_options=side_options
-            )
-        elif method == "scratch":
-            self.trunk = build_branch(
-                built, side=side, head="identity", merge="side-only", side_options=side_options
-            ).side
-        elif method == "finetune":
-            self.trunk = Trunk(built.folded())  # its batch norms would not move: the copy has none
-        width = math.prod(built.output_shape)
-        self.code = nn.Sequential(nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU())
-        self.given = two_layers(sum(numbers.values()), hidden) if numbers else None
-        self.register_buffer("base_fingerprint", torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8))
+            raise TypeError("base= takes a name or a function that builds the base, which is saved with every policy")
+        others = {name: space for name, space in observation_space.spaces.items() if name not in (IMAGE, CODE)}
+        width = sum(self._width(name, space) for name, space in others.items())
+        super().__init__(observation_space, 2 * hidden if width else hidden)
+        self.base = _fitted(base if isinstance(base, str) else base(), shape)
+        self.numbers, own, found = tuple(others), CodeSpace(self.base), observation_space.spaces.get(CODE)
+        if found not in (None, own):
+            raise ArtifactError(f"{found} is of another base than {own}: give wrapper and extractor the same base")
+        if side_options is None and init == "distilled" and side in self.base.distilled:
+            side_options = self.base.distilled[str(side)][1]
+        # A module of the user's is copied: each policy trains its own.
+        parts = {"side": copy.deepcopy(side), "side_options": side_options, "merge": merge, "init": init}
+        self.add_networks(method, parts)
+        inputs = math.prod(self.base.output_shape)
+        self.code = nn.Sequential(nn.Flatten(), nn.LayerNorm(inputs), nn.Linear(inputs, hidden), nn.ReLU())
+        layers = (nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()) if width else ()
+        self.given = nn.Sequential(*layers) if layers else None
+        self.register_buffer("base_fingerprint", torch.tensor(list(bytes.fromhex(own.fingerprint)), dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(_check_base)
 
-    def forward(self, observations: Mapping[str, Tensor]) -> Tensor:
-        image = observations[IMAGE]
-        if float(image.amax()) > 1:  # stable-baselines3 scales pictures, unless it is told not to
-            raise DataError("pictures must come scaled to 0 … 1: leave the policy's normalize_images as it is, True")
-        x = self.base.prepare(image)
-        if self.trunk is not None:
-            with torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                code = self.trunk(x).float()
+    def add_networks(self, method: str, parts: Mapping[str, Any]) -> None:
+        """Build the networks that turn a picture into a code; `parts` are arguments of `build_branch`."""
+        cached = CODE in self._observation_space.spaces  # type: ignore[attr-defined]
+        self.encoder = None if cached else self.base.folded()
+        self.branch = build_branch(self.base, head="identity", **parts) if method == "sidetune" else None
+        if cached and self.branch is not None and self.branch.taps:
+            raise ShapeError("the side reads taps of the base, which VecBaseFeatures does not keep: leave that out")
+
+    def encode(self, inputs: Tensor, code: Tensor | None) -> Tensor:
+        """The merged code of prepared pictures (b, c, h, w); `code` is the base's, where the observations hold it."""
+        if code is not None:
+            features = Features(code)
         else:
-            if CODE in observations:
-                features = Features(observations[CODE])
-            else:
-                if self.encoder is None:  # learned from cached codes, and now there are none
-                    self.encoder = self.base.folded()
-                features = self.encoder.encode(x)
-            code = features.out if self.branch is None else self.branch(x, features)
-        out = self.code(code)
+            # A policy that learned from cached codes acts without them, too.
+            self.encoder = self.encoder or self.base.folded()
+            features = self.encoder.encode(inputs)
+        return features.out if self.branch is None else self.branch(inputs, features)
+
+    def encode_numbers(self, name: str, values: Tensor) -> Tensor:
+        """How the policy sees the entry `name` of the observations, (b, …) -> (b, n); subclasses may choose others."""
+        return values.flatten(1)
+
+    def _width(self, name: str, space: Any) -> int:
+        if len(space.shape or ()) > 1:
+            raise ShapeError(f"'{name}' {space.shape} is neither the picture '{IMAGE}' nor numbers (n,); leave it out")
+        return self.encode_numbers(name, torch.zeros(1, get_flattened_obs_dim(space))).shape[1]
+
+    def forward(self, observations: Mapping[str, Tensor]) -> Tensor:
+        if float(observations[IMAGE].amax()) > 1:
+            raise DataError("pictures must come scaled to 0 … 1: leave the policy's normalize_images as it is, True")
+        features = self.code(self.encode(self.base.prepare(observations[IMAGE]), observations.get(CODE)))
         if self.given is None:
-            return out
-        told = {name: observations[name] for name in self.numbers}
-        heard = [compass_numbers(v) if name == COMPASS else v.flatten(1) for name, v in told.items()]
-        return torch.cat([out, self.given(torch.cat(heard, 1))], 1)
+            return features
+        numbers = [self.encode_numbers(name, observations[name]) for name in self.numbers]
+        return torch.cat([features, self.given(torch.cat(numbers, 1))], 1)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> SideTunedExtractor:
-        """Does nothing: see above."""
+        """Do nothing: stable-baselines3 calls this to initialise all layers, and would overwrite pretrained weights."""
         return self
 
     def train(self, mode: bool = True) -> SideTunedExtractor:
-        """Batch norms stay in evaluation mode: with the statistics of small batches PPO's ratios would not start at 1."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
+        """Stay in evaluation mode: dropout and the statistics of small batches would move PPO's ratios away from 1."""
+        return super().train(False)
 
 
-def _check_base(extractor: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    saved = state.get(f"{prefix}base_fingerprint")
-    if saved is not None and not torch.equal(saved.cpu(), extractor.get_buffer("base_fingerprint").cpu()):
-        raise ArtifactError("this policy was trained on another base; build the extractor with the base that it had")
+def _check_base(extractor: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse weights that were learned on another base."""
+    if (key := f"{prefix}base_fingerprint") in state:
+        if bytes(state[key].tolist()).hex() not in CodeSpace(extractor.base).known:
+            raise ArtifactError("this policy was trained on another base; build the extractor with the base it had")
+        state[key] = extractor.base_fingerprint
 
 
-def _image_space(space: Any) -> spaces.Box:
-    """The space of the pictures."""
-    if not isinstance(space, spaces.Dict) or IMAGE not in space.spaces:
-        raise ShapeError(f"observations must be a dictionary with pictures under '{IMAGE}', not {space}")
-    image = space.spaces[IMAGE]
-    if not isinstance(image, spaces.Box) or len(image.shape) != 3 or image.dtype != np.uint8:
-        raise ShapeError(f"pictures under '{IMAGE}' must be (h, w, 3) or (3, h, w) uint8, not {image}")
-    return image
+def _picture(space: Any) -> spaces.Box:
+    """The space of the pictures in observations."""
+    picture = space.spaces.get(IMAGE) if isinstance(space, spaces.Dict) else None
+    if not isinstance(picture, spaces.Box) or len(picture.shape) != 3 or picture.dtype != np.uint8:
+        raise ShapeError(f"observations need pictures under '{IMAGE}', (h, w, c) or (c, h, w) uint8; there is {space}")
+    return picture
 
 
-def _channels(base: Base) -> int:
-    """Of the pictures that a base takes."""
-    return int(getattr(base.example, "shape", (0, 0, 0))[-3])
-
-
-def _fitted(base: Base, shape: tuple[int, ...]) -> Base:
+def _fitted(base: str | Base, shape: tuple[int, ...]) -> Base:
     """The base for pictures (c, h, w)."""
-    example = base.example
-    if not isinstance(example, Tensor) or shape[0] != _channels(base):
+    base = load_base(base) if isinstance(base, str) else base
+    if not isinstance(base.example, Tensor) or base.example.ndim != 4 or base.example.shape[1] != shape[0]:
         raise ShapeError(f"the base does not take such pictures: {shape} with the channels first")
-    if tuple(example.shape[1:]) == shape:
-        return base
     return base.with_example(torch.zeros(1, *shape, dtype=torch.uint8, device=base.device))
-
-
-def _numbers(space: spaces.Dict) -> dict[str, int]:
-    """How many numbers each other entry of an observation comes to."""
-    found = {}
-    for name, entry in space.spaces.items():
-        if name in (IMAGE, CODE):
-            continue
-        if len(entry.shape or ()) > 1:
-            raise ShapeError(
-                f"'{name}' {entry.shape} is neither the picture under '{IMAGE}' nor plain numbers (n,); leave it out of the observations"
-            )
-        if name == COMPASS and entry.shape != (2,):
-            raise ShapeError(f"'{COMPASS}' must be (2,), distance and angle, not {entry.shape}")
-        found[name] = 3 if name == COMPASS else get_flattened_obs_dim(entry)
-    return found

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
 from sidetuning.files import atomic_write, write_json
-from sidetuning.integrations.sb3 import SideTunedExtractor, VecBaseFeatures
+from sidetuning.integrations.sb3 import VecBaseFeatures
 from sidetuning.sides.initialise import mismatch
+from sidetuning_bench.agents.extractor import AgentExtractor
 from sidetuning_bench.agents.outcomes import scores
 from sidetuning_bench.agents.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
 from sidetuning_bench.agents.worlds import TEST_SEED, Policy, drawing, episodes, make_world, map_base
@@ -97,7 +98,7 @@ def try_extractors(cells: Iterable[Cell], world: Any) -> None:
     """See whether the extractors of some runs can be built for what is seen in an environment, before anything is written."""
     seen: Any = VecTransposeImage(DummyVecEnv([lambda: world])).observation_space
     for cell in cells:
-        SideTunedExtractor(seen, **extractor_options(cell))
+        AgentExtractor(seen, **extractor_options(cell))
 
 
 def extractor_options(cell: Cell) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def build(cell: Cell, env: VecEnv) -> PPO:
     return PPO(
         "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,
         gae_lambda=0.95, ent_coef=c.entropy, clip_range=0.2, seed=SEEDS * c.seed,
-        policy_kwargs={"features_extractor_class": SideTunedExtractor, "features_extractor_kwargs": extractor_options(c), "net_arch": [64]},
+        policy_kwargs={"features_extractor_class": AgentExtractor, "features_extractor_kwargs": extractor_options(c), "net_arch": [64]},
     )  # fmt: skip
 
 
