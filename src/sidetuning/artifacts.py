@@ -6,7 +6,6 @@ Writes are atomic, reads are strict, and no pickle is ever read or written.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -22,11 +21,34 @@ from torch import nn
 from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
-from sidetuning.files import atomic_write, json_text
+from sidetuning.files import atomic_write, json_text, read_json
 from sidetuning.sides.initialise import mismatch
 
 FORMAT_VERSION = 1
 CONFIG, TENSORS = "side.json", "side.safetensors"
+# A downloaded file may hold anything. A part is its name and its options.
+PART = (str, dict)
+SCHEMA = {
+    "task": str,
+    "tensors_sha256": str,
+    "labels?": [str],
+    "laterals_sha256?": dict,
+    "parts": {
+        "side?": PART,
+        "merge": PART,
+        "head": PART,
+        "laterals": [str],
+        "prenorm": bool,
+        "init?": {"zero", "low-energy"},
+    },
+    "base": {
+        "sha256": str,
+        "taps?": [str],
+        "output_shape?": [int],
+        "preparation?": dict,
+        "spec?": {"name": str, "options": dict, "revision?": str},
+    },
+}
 
 
 def write_task(
@@ -107,25 +129,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: no task there, not JSON, an unknown format version, or a field missing.
     """
-    file = Path(path) / CONFIG
+    file, mend = Path(path) / CONFIG, "fetch or save the task again"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file, {}, mend).get("format_version")
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} holds no task: {CONFIG} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{file} is not JSON ({error}); fetch or save the task again") from error
-    found = config.get("format_version") if isinstance(config, dict) else None
     if found != FORMAT_VERSION:
         raise ArtifactError(
             f"{file} has format_version {found!r} and this library reads {FORMAT_VERSION}; "
             "install the version of sidetuning that wrote it, or a newer one"
         )
-    for name, kind in (("task", str), ("parts", dict), ("base", dict), ("tensors_sha256", str)):
-        if not isinstance(config.get(name), kind):
-            raise ArtifactError(f"{file} has no valid field '{name}'; fetch or save the task again")
-    wrong = _wrong_field(config)
-    if wrong:
-        raise ArtifactError(f"{file} has no valid field '{wrong}'; fetch or save the task again")
+    config: dict[str, Any] = read_json(file, SCHEMA, mend)
     return config
 
 
@@ -150,7 +164,8 @@ def read_branch(
     difference = base.identity().difference(recorded)
     if difference and not any_base:
         raise ArtifactError(
-            f"{path} was trained on another base: {difference}; load its own base, {_spec_text(config)}, or pass any_base=True"
+            f"{path} was trained on another base: {difference}; load its own base, {_spec_text(config)}, or pass "
+            "any_base=True"
         )
     try:
         parts = BranchConfig(**config["parts"])
@@ -178,33 +193,6 @@ def read_branch(
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
     branch.load_state_dict(tensors)
     return branch
-
-
-def _wrong_field(config: dict[str, Any]) -> str | None:
-    """The first field that is not what `save_task` writes: a downloaded file may hold anything."""
-    parts, spec, labels = config["parts"], config["base"].get("spec"), config.get("labels")
-
-    def part(value: Any) -> bool:
-        return isinstance(value, list) and [type(v) for v in value] == [str, dict]
-
-    def texts(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-    checks = {
-        "parts.side": parts.get("side") is None or part(parts.get("side")),
-        "parts.merge": part(parts.get("merge")),
-        "parts.head": part(parts.get("head")),
-        "parts.laterals": texts(parts.get("laterals")),
-        "parts.prenorm": isinstance(parts.get("prenorm"), bool),
-        "parts.init": parts.get("init") in (None, "zero", "low-energy"),
-        "labels": labels is None or texts(labels),
-        "laterals_sha256": isinstance(config.get("laterals_sha256", {}), dict),
-        "base.taps": config["base"].get("taps") is None or texts(config["base"]["taps"]),
-        "base.sha256": isinstance(config["base"].get("sha256"), str),
-        "base.spec": spec is None
-        or (isinstance(spec, dict) and isinstance(spec.get("name"), str) and isinstance(spec.get("options"), dict)),
-    }
-    return next((name for name, right in checks.items() if not right), None)
 
 
 def _part(path: Path, kind: str, recorded: Any, module: nn.Module | None) -> tuple[Any, dict[str, Any] | None]:
