@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sidetuning as st
 from sidetuning.cache import CachedTokens, cache_tokens, tokens
-from sidetuning.cache.loaders import ByLength
+from sidetuning.cache.tokens import ByLength
 from sidetuning.errors import CacheError, ShapeError
 
 TAPS = ("embeddings", "first", "second")

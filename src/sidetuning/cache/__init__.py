@@ -1,8 +1,7 @@
 """Base features computed once per sample, ever, and kept on disk: of images and vectors, and of texts."""
 
-from sidetuning.cache.features import CachedFeatures, cache_bytes, cache_features
-from sidetuning.cache.loaders import loader_over, token_loader
-from sidetuning.cache.tokens import CachedTokens, cache_tokens
+from sidetuning.cache.features import CachedFeatures, cache_bytes, cache_features, loader_over
+from sidetuning.cache.tokens import CachedTokens, cache_tokens, token_loader
 
 __all__ = [
     "CachedFeatures",

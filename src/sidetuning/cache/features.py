@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
 from sidetuning.base import Base, Features
 from sidetuning.cache.store import Put, Store, fields_of, folder_of
@@ -79,7 +80,7 @@ def cache_features(
     """Run the base once over a data set and keep its features; a finished cache of the same content is only opened.
 
     Args:
-        base: the base; its identity and its taps are part of the cache's name.
+        base: the base.
         dataset: map-style data set of `(x, y)`, x one tensor.
         path: folder of caches; this one gets a subfolder.
         identity: name of the data. By default a hash of its content: `dataset.fingerprint` where it has one, all
@@ -105,24 +106,28 @@ def cache_features(
     folder = folder_of(path, base, base.tap_shapes, [identity or data_identity(dataset), views, how, dtype])
     if (folder / "meta.json").exists():
         return CachedFeatures(folder)
-    store, fast = _store(base, dataset, folder, views, dtype), base.folded()
-
-    def work(view: int, samples: range, put: Put) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + view * store.samples + samples.start)
-        for first in range(samples.start, samples.stop, batch_size):
-            batch = range(first, min(first + batch_size, samples.stop))
-            x, y = _fetch(dataset, batch)
-            if view > 0 and augment is not None:
-                x = augment(x, generator)
-            features = fast(x.to(base.device))
-            for name, value in {"x": x, **fields_of(features.out, features.taps)}.items():
-                put(name, value, view * store.samples + first)
-            if view == 0:
-                put("y", y, first)
-            yield len(batch)
-
-    store.write(work, CHUNK, progress)
+    store = _store(base, dataset, folder, views, dtype)
+    store.write(partial(_fill, base.folded(), dataset, augment, seed, batch_size), CHUNK, progress)
     return CachedFeatures(folder)
+
+
+def _fill(
+    base: Base, dataset: Any, augment: Augment | None, seed: int, size: int, view: int, samples: range, put: Put
+) -> Iterator[int]:
+    """Store a view of some samples, batch by batch."""
+    n, many = len(dataset), getattr(dataset, "__getitems__", None)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + view * n + samples.start)
+    for first in range(samples.start, samples.stop, size):
+        batch = range(first, min(first + size, samples.stop))
+        x, y = default_collate(many(list(batch)) if many else [dataset[i] for i in batch])
+        if view > 0 and augment is not None:
+            x = augment(x, generator)
+        features = base(x.to(base.device))
+        for name, value in {"x": x, **fields_of(features.out, features.taps)}.items():
+            put(name, value, view * n + first)
+        if view == 0:
+            put("y", y, first)
+        yield len(batch)
 
 
 def cache_bytes(base: Base, dataset: Dataset[Any], views: int = 1, dtype: str = "float32") -> int:
@@ -162,7 +167,34 @@ def _store(base: Base, dataset: Dataset[Any], folder: Path, views: int, dtype: s
     return Store(folder, fields, n, n, views)
 
 
-def _fetch(dataset: Dataset[Any], rows: range) -> Any:
-    """A batch `(x, y)`."""
-    many: Any = getattr(dataset, "__getitems__", None)
-    return default_collate(many(list(rows)) if many else [dataset[i] for i in rows])
+def loader_over(
+    cached: Any,
+    *,
+    batch_size: int = 128,
+    shuffle: bool = True,
+    indices: Sequence[int] | Tensor | None = None,
+    relabel: Callable[[Tensor], Tensor] | None = None,
+    num_workers: int = 0,
+    drop_last: bool = False,
+) -> DataLoader[Any]:
+    """Make a loader of `(x, features, y)` batches, each read in one go.
+
+    Args:
+        cached: what `cache_features` returned, or another data set that gives batches of `(x, features, y)`.
+        batch_size: samples per batch; the last one may be smaller.
+        shuffle: whether to draw a new order in every pass.
+        indices: use only these samples.
+        relabel: applied to the labels of a batch.
+        num_workers: processes that read ahead.
+        drop_last: leave a smaller last batch out, unless it is the only one.
+    """
+    rows: Any = range(len(cached)) if indices is None else torch.as_tensor(indices).tolist()
+    sampler = RandomSampler(rows) if shuffle else SequentialSampler(rows)
+    batches = BatchSampler(sampler, batch_size, drop_last=drop_last and len(rows) >= batch_size)
+    read = partial(_read, cached, relabel)
+    return DataLoader(rows, batch_sampler=batches, collate_fn=read, num_workers=num_workers)
+
+
+def _read(cached: Any, relabel: Callable[[Tensor], Tensor] | None, rows: list[int]) -> tuple[Any, Any, Tensor]:
+    x, features, y = cached.__getitems__(rows)
+    return x, features, y if relabel is None else relabel(y)

@@ -37,13 +37,11 @@ Work = Callable[[int, range, Put], Iterator[int]]
 
 @dataclass(frozen=True)
 class Store:
-    """A cache on disk.
+    """A cache on disk, with one row per sample or per token.
 
     Attributes:
-        folder: its folder.
         fields: type and shape of a row of each field.
-        samples: number of samples.
-        rows: number of rows of a view: one per sample, or one per token of all samples.
+        samples, rows: their numbers, of one view.
         views: number of views of each sample; labels `y` are stored once.
         seconds: time that writing took, over all calls; chunks that were interrupted do not count.
     """
@@ -57,11 +55,7 @@ class Store:
 
     @staticmethod
     def open(folder: Path, rows: int | None = None) -> Store:
-        """Read what a finished cache holds, and check the sizes of its files.
-
-        Raises:
-            CacheError: the cache is unfinished, damaged, of another version, or has not `rows` rows.
-        """
+        """Read what a finished cache of `rows` rows, or of one per sample, holds; CacheError where that is not so."""
         try:
             meta = json.loads((folder / "meta.json").read_text())
             if meta["format_version"] != FORMAT_VERSION:
@@ -85,33 +79,35 @@ class Store:
         return sum(self.fields[name].itemsize * self.rows * count for name, count in views.items())
 
     def write(self, work: Work, chunk: int, progress: bool) -> None:
-        """Do the work that no earlier call has finished, in chunks of `chunk` samples."""
+        """Do the work that no earlier call has finished, in chunks of `chunk` samples; several processes share it."""
         from accelerate import PartialState
         from tqdm import tqdm
 
         state, done = PartialState(), self.folder / "done"
-        starts = [(view, start) for view in range(self.views) for start in range(0, self.samples, chunk)]
-        share = starts[state.process_index :: state.num_processes]
-        todo = [(view, start) for view, start in share if not (done / f"{view}-{start}").exists()]
-        show, skipped = progress and state.is_main_process, (len(share) - len(todo)) * chunk
+        chunks = [(view, start) for view in range(self.views) for start in range(0, self.samples, chunk)]
+        share = chunks[state.process_index :: state.num_processes]
+        show = progress and state.is_main_process
         if show:
             what = f"{self.samples:,} samples x {self.views} views: {self.size() / 1e6:,.0f} MB in {self.folder}"
             tqdm.write(f"caching the base's features of {what}")
         with ExitStack() as stack:
             files = self._reserve(stack)
-            bar = tqdm(total=len(share) * chunk, initial=skipped, unit="sample", disable=not show, leave=False)
-            stack.enter_context(bar)
-            for view, start in todo:
-                started, samples = time.perf_counter(), range(start, min(start + chunk, self.samples))
+            bar = stack.enter_context(tqdm(total=len(share) * chunk, unit="sample", disable=not show, leave=False))
+            for view, start in share:
+                marker, samples = done / f"{view}-{start}", range(start, min(start + chunk, self.samples))
+                if marker.exists():
+                    bar.update(len(samples))
+                    continue
+                started = time.perf_counter()
                 for count in work(view, samples, partial(self._put, files)):
                     bar.update(count)
                 with disk_errors(self.folder):
                     for file in files.values():
                         file.flush()
                         os.fsync(file.fileno())
-                    (done / f"{view}-{start}").write_text(f"{time.perf_counter() - started:.3f}")
+                    marker.write_text(f"{time.perf_counter() - started:.3f}")
         state.wait_for_everyone()
-        markers = [done / f"{view}-{start}" for view, start in starts]
+        markers = [done / f"{view}-{start}" for view, start in chunks]
         if not all(marker.exists() for marker in markers):
             raise CacheError(f"{self.folder} is being written by another process; run again when that one has ended")
         fields = {name: {"shape": list(field.shape), "dtype": str(field.base)} for name, field in self.fields.items()}
@@ -174,13 +170,13 @@ def fields_of(out: T, taps: Mapping[str, T]) -> dict[str, T]:
 def folder_of(root: str | Path, base: Base, taps: Mapping[str, tuple[int, ...]], content: Sequence[Any]) -> Path:
     """The folder of a cache, named by all that its rows depend on: the base, its stored taps, and `content`.
 
-    A finished cache that version 0.1.0 named is taken where there is no newer one. Those names did not tell a base
-    that is channels last from one that is not, so bases that are have no such cache.
+    A finished cache that version 0.1.0 named is taken where there is no newer one, but not for a base that is channels
+    last: those names did not tell it from one that is not.
     """
     identity = base.identity()
     norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
-    older = [identity.sha256, norm, identity.preparation["output"], identity.output_shape, taps, *content]
     newer = [identity.digest(taps), *content]
-    newest, oldest = (Path(root) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in (newer, older))
-    outdated = (oldest / "meta.json").exists() and not (newest / "meta.json").exists()
-    return oldest if outdated and not base.select.channels_last else newest
+    older = [identity.sha256, norm, identity.preparation["output"], identity.output_shape, taps, *content]
+    folder, old = (Path(root) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in (newer, older))
+    outdated = (old / "meta.json").exists() and not (folder / "meta.json").exists()
+    return old if outdated and not base.select.channels_last else folder

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sidetuning.base import Base, Features
 from sidetuning.cache.store import Put, Store, fields_of, folder_of
@@ -18,8 +19,7 @@ from sidetuning.errors import CacheError, ShapeError
 
 # Texts between two markers.
 CHUNK = 512
-# The tap that is looked up by token ids when it is read, which costs nothing, and is not stored: what encoders of
-# transformers call the module before their layers.
+# Transformers' name of the module before the layers: as a tap it is looked up by token ids, and not stored.
 EMBEDDINGS = "embeddings"
 
 
@@ -98,11 +98,10 @@ def cache_tokens(
         base: a base whose output, and taps, are sequences. Its tap "embeddings" is looked up and not stored.
         texts: the texts.
         labels: labels of the texts, (n, …); not part of the cache.
-        path, dtype, batch_size, progress: as of `cache_features`.
+        path, dtype, batch_size, progress: as of `cache_features`, which see for errors too.
 
     Raises:
         ShapeError: outputs that are no sequences.
-        CacheError: the disk is full or read-only; what was written stays and the next call resumes there.
     """
     if base.kind != "sequence":
         raise ShapeError(
@@ -112,20 +111,61 @@ def cache_tokens(
     if any(len(shape) != 2 for shape in taps.values()):
         raise ShapeError(f"cache_tokens keeps taps that are sequences, not {base.tap_shapes}")
     folder = folder_of(path, base, taps, [texts.fingerprint(), 1, "none", f"tokens {dtype}"])
-    if (folder / "meta.json").exists():
-        return CachedTokens(base, texts, labels, folder)
-    lengths = texts.lengths()
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    fields = {name: np.dtype((dtype, shape[1:])) for name, shape in fields_of(base.output_shape, taps).items()}
-
-    def work(view: int, samples: range, put: Put) -> Iterator[int]:
-        by_length = np.asarray(samples)[np.argsort(lengths[samples.start : samples.stop])]
-        for rows in np.array_split(by_length, -(-len(samples) // batch_size)):
-            features = base({name: value.to(base.device) for name, value in texts.batch(rows.tolist()).items()})
-            for name, value in fields_of(features.out, {tap: features.taps[tap] for tap in taps}).items():
-                for k, row in enumerate(rows):
-                    put(name, value[k, : lengths[row]], int(starts[row]))
-            yield len(rows)
-
-    Store(folder, fields, len(texts), int(starts[-1])).write(work, CHUNK, progress)
+    if not (folder / "meta.json").exists():
+        fields = {name: np.dtype((dtype, shape[1:])) for name, shape in fields_of(base.output_shape, taps).items()}
+        store = Store(folder, fields, len(texts), int(texts.lengths().sum()))
+        store.write(partial(_fill, base, texts, taps, batch_size), CHUNK, progress)
     return CachedTokens(base, texts, labels, folder)
+
+
+def _fill(
+    base: Base, texts: Texts, taps: Iterable[str], size: int, view: int, samples: range, put: Put
+) -> Iterator[int]:
+    """Store some texts, those of similar lengths together."""
+    lengths = texts.lengths()
+    starts = np.cumsum(lengths) - lengths
+    by_length = np.asarray(samples)[np.argsort(lengths[samples.start : samples.stop])]
+    for rows in np.array_split(by_length, -(-len(samples) // size)):
+        features = base({name: value.to(base.device) for name, value in texts.batch(rows.tolist()).items()})
+        for name, value in fields_of(features.out, {tap: features.taps[tap] for tap in taps}).items():
+            for k, row in enumerate(rows):
+                put(name, value[k, : lengths[row]], int(starts[row]))
+        yield len(rows)
+
+
+def token_loader(data: Any, lengths: NDArray[np.int64], batch_size: int = 16, shuffle: bool = True) -> DataLoader[Any]:
+    """Make a loader of `(inputs, features, labels)` batches, each read in one go, with texts of similar lengths.
+
+    Args:
+        data: what `cache_tokens` returned, or another data set that gives whole batches.
+        lengths: tokens of each text.
+        batch_size: texts per batch; a smaller batch comes last.
+        shuffle: whether to mix the batches otherwise in every pass, or to give the shortest texts first.
+    """
+    rows: Any = range(len(data))
+    return DataLoader(rows, batch_sampler=ByLength(lengths, batch_size, shuffle), collate_fn=data.__getitems__)
+
+
+class ByLength(Sampler[list[int]]):
+    """Batches of texts of similar lengths, and so with little padding; see `token_loader`."""
+
+    def __init__(self, lengths: NDArray[np.int64], batch_size: int, shuffle: bool = True) -> None:
+        self.lengths, self.batch_size, self.shuffle = lengths, batch_size, shuffle
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        n, size = len(self.lengths), self.batch_size
+        order = torch.randperm(n).numpy() if self.shuffle else np.arange(n)
+        # Shuffled, texts are sorted within random pools of 50 batches.
+        pool = 50 * size if self.shuffle else n
+        batches: list[list[int]] = []
+        for start in range(0, n, pool):
+            rows = order[start : start + pool]
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            batches += [rows[i : i + size].tolist() for i in range(0, len(rows), size)]
+        if self.shuffle:
+            batches = [batches[i] for i in torch.randperm(len(batches)).tolist()]
+        # The smaller one last: accelerate, where it splits batches over processes, drops it on the way.
+        yield from sorted(batches, key=lambda batch: len(batch) < size)

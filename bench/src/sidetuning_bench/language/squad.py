@@ -26,7 +26,7 @@ from sidetuning.loading import load_base
 from sidetuning.seeding import seeded
 from sidetuning.sides.top import EMBEDDINGS, layers_of
 from sidetuning.cache import CachedTokens, cache_tokens, token_loader
-from sidetuning.cache.loaders import ByLength
+from sidetuning.cache.tokens import ByLength
 from sidetuning.launch import default_accelerator
 from sidetuning.tuner import SideTuner
 from sidetuning_bench.language import metric as squad_metric
