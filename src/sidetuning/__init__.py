@@ -1,4 +1,4 @@
-"""Side-tuning: give a frozen pretrained network new skills, a small side network at a time (Zhang et al., ECCV 2020)."""
+"""Side-tuning: give a frozen pretrained network new skills, one small side network at a time."""
 
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch

@@ -66,11 +66,11 @@ def write_task(
 
     Args:
         path: the folder.
-        name: of the task.
-        branch: its parts.
-        base: what it was trained on.
-        laterals: the sha256 of the sides of earlier tasks that it reads.
-        metrics: numbers to record with it.
+        name: name of the task.
+        branch: side, merge and head of the task.
+        base: the base that it was trained on.
+        laterals: the sha256 of the sides of earlier tasks that it reads, by task.
+        metrics: numbers to record with the task.
 
     Raises:
         TaskError: an option of a part, or another value, that JSON does not have.

@@ -84,7 +84,7 @@ _seen: ContextVar[dict[Tap, tuple[Any, int]] | None] = ContextVar("taps", defaul
 
 
 class Tap:
-    """A forward hook, put on a module of the network once. It hands each output to the pass that runs, and keeps nothing."""
+    """A forward hook, put on a module of the network once: it hands each output to the pass that runs."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         seen = _seen.get()
@@ -277,7 +277,7 @@ class Base(nn.Module):
         return tensors[0].device
 
     def identity(self) -> identity.Identity:
-        """What this base is: weights, preparation, and the output it picks. Weights that did not change are hashed once."""
+        """Its weights, preparation and choice of the output; weights that did not change are hashed once."""
         version = identity.weights_version(self.net)
         if self._sha256 is None or self._sha256[0] != version:
             self._sha256 = version, identity.weights_sha256(self.net, self.output_shape)

@@ -60,8 +60,8 @@ class Branch(nn.Module):
             return None
         if missing := [tap for tap in self.taps if tap not in features.taps]:
             raise ShapeError(
-                f"the side reads the tap '{missing[0]}', which the features do not hold; compute or cache them with a base "
-                f"that has it, base.with_taps({list(self.taps)})"
+                f"the side reads the tap '{missing[0]}', which the features do not hold; compute or cache them with "
+                f"base.with_taps({list(self.taps)})"
             )
         return run_side(self.side, inputs, features)
 
@@ -74,8 +74,8 @@ class Branch(nn.Module):
         base = features.out
         if side is not None and side.shape != base.shape:
             raise ShapeError(
-                f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree (for inputs of "
-                "another size than the example's build the model on base.with_example(x))"
+                f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree (for inputs "
+                "of another size than the example's build the model on base.with_example(x))"
             )
         return run_head(self.head, self.norm(self.merge(base, side, laterals)), inputs)
 

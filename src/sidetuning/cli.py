@@ -1,4 +1,4 @@
-"""The command line: `sidetuning <command>`. Its own commands, and those of packages that add some, such as the bench."""
+"""The command line, `sidetuning <command>`: its own commands, and those that other packages add."""
 
 from __future__ import annotations
 

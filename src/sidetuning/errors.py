@@ -1,4 +1,4 @@
-"""The errors of the library. Each message is one sentence or two that say what was given, what was expected, what to do."""
+"""The errors of the library. Each message says what was given, what was expected and what to do."""
 
 
 class SideTuningError(Exception):

@@ -26,7 +26,7 @@ class Head(nn.Module):
 
         Args:
             code: what the merge made, of the shape of the base's output.
-            inputs: the prepared input, a tensor or a mapping with such entries as "attention_mask" (b, t) and "extra" (b, n).
+            inputs: the prepared input: a tensor, or a mapping with entries such as "attention_mask" (b, t).
         """
         raise NotImplementedError
 
@@ -112,7 +112,7 @@ class Span(Head):
 class Pixels(nn.Module):
     """Doubles the map's size until it covers the image: nearest upsampling, 3x3 convolution, group norm, ReLU.
 
-    The last doubling is a sub-pixel convolution (Shi et al. 2016): layers at the full size would cost more than all the others.
+    The last doubling is a sub-pixel convolution (Shi et al. 2016): layers at the full size would cost the most.
 
     Shape: (b, c, h, w) -> (b, channels, H, W).
     """
@@ -124,7 +124,8 @@ class Pixels(nn.Module):
         layers: list[nn.Module] = []
         inputs = width
         for i in range(max(1, doublings)):
-            outputs = max(hidden >> max(0, i - 1), 8) // 2 * 2  # group norm wants an even number
+            # Group norm wants an even number.
+            outputs = max(hidden >> max(0, i - 1), 8) // 2 * 2
             if i:
                 layers.append(nn.Upsample(scale_factor=2))
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(2, outputs), nn.ReLU()]
@@ -132,7 +133,8 @@ class Pixels(nn.Module):
         self.decoder = nn.Sequential(*layers)
         last = 2 if doublings else 1
         self.out = nn.Sequential(nn.Conv2d(inputs, channels * last**2, 3, padding=1), nn.PixelShuffle(last))
-        self.to(memory_format=torch.channels_last)  # a step takes two thirds of the time, on CPUs
+        # A step takes two thirds of the time, on CPUs.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, code: Tensor) -> Tensor:
         x = self.out(self.decoder(code.contiguous(memory_format=torch.channels_last)))

@@ -79,7 +79,7 @@ def preparation(
 def weights_sha256(net: Callable[..., Any], output_shape: tuple[int, ...]) -> str:
     """sha256 over the names, shapes, types and bytes of a network's weights and buffers.
 
-    A network that is no module gives its own, `net.fingerprint()`; else its name and the shape of its output are hashed.
+    A network that is no module gives its own, `net.fingerprint()`; else its name and output shape are hashed.
     """
     own = getattr(net, "fingerprint", None)
     digest = hashlib.sha256()
@@ -109,7 +109,7 @@ def weights_version(net: Callable[..., Any]) -> object:
 
 
 def _sum(tensor: Tensor) -> int:
-    """The sum of a tensor's bytes, read as whole numbers as wide as they divide it: a fraction of the time of a hash."""
+    """The sum of a tensor's bytes, read as 64-bit integers where they divide it: much faster than a hash."""
     content = _bytes(tensor)
     return int((content.view(torch.int64) if len(content) % 8 == 0 else content).sum(dtype=torch.int64))
 

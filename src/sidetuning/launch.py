@@ -25,9 +25,9 @@ def default_accelerator() -> Accelerator:
 def _leave_at_exit() -> None:
     """Let Gloo's threads come to rest before the interpreter ends.
 
-    The thread that ran the last collective still has to release its tensors, which needs the interpreter's lock. A thread
-    that asks for the lock of an ending interpreter is killed, and its destructors abort the finished process. Nothing
-    tells when it is done, so it gets a tenth of a second in which the lock is free.
+    The thread that ran the last collective still has to release its tensors, which needs the interpreter's lock. A
+    thread that asks for the lock of an ending interpreter is killed, and its destructors abort the finished process.
+    Nothing tells when it is done, so it gets a tenth of a second in which the lock is free.
     """
     from accelerate import PartialState
 

@@ -42,7 +42,7 @@ def load_base(
         taps: names of submodules whose outputs are returned too.
         output: which output to use; "map" gives a timm model's spatial features instead of the pooled ones, and a
             transformers model takes the name of a field ("last_hidden_state" by default).
-        revision: of a transformers model on the Hub.
+        revision: revision of a transformers model on the Hub.
         pretrained: False builds timm and transformers models with random weights.
         weights: a safetensors file to use instead of the weights that the name stands for.
 

@@ -126,8 +126,8 @@ class _Run:
         """Pass over the loader until all steps are done."""
         at, objective = self.at, self.state.objective
         objective.train()
-        # One process reads the loader as it is: accelerate's fetches a batch ahead, so what data and objective draw would
-        # come in another order after an interruption.
+        # One process reads the loader as it is: accelerate's fetches a batch ahead, so what data and objective draw
+        # would come in another order after an interruption.
         many = self.accelerator.num_processes > 1 and isinstance(loader, torch.utils.data.DataLoader)
         batches = self.accelerator.prepare(loader) if many else loader
         while at.step < at.steps:
@@ -154,8 +154,8 @@ class _Run:
         for _ in range(self.at.batch):
             if next(iterator, None) is None:
                 raise TrainingError(
-                    f"{self.state.path} stopped at batch {self.at.batch} of a pass, and the loader ends before it; resume "
-                    "with the same data, or delete the file to start over"
+                    f"{self.state.path} stopped at batch {self.at.batch} of a pass, and the loader ends before it; "
+                    "resume with the same data, or delete the file to start over"
                 )
         self.state.set_generators()
         return iterator

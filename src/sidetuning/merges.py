@@ -216,10 +216,10 @@ class Concat(Merge):
 
 
 class Gated(nn.Module):
-    """R = B + g (merge(B, S) - B), g = tanh(100 p), p = 0 at the start: any merge, starting exactly at the base's output.
+    """R = B + g (merge(B, S) - B), g = tanh(100 p), p = 0 at the start: any merge, starting exactly at B.
 
-    Every parameter learns as soon as g has moved, and g moves in the first step. An optimiser such as Adam moves p by the
-    learning rate in a step; without the factor the gate would stay all but closed for hundreds of them.
+    Every parameter learns as soon as g has moved, and g moves in the first step. An optimiser such as Adam moves p by
+    the learning rate in a step; without the factor the gate would stay all but closed for hundreds of steps.
     """
 
     def __init__(self, merge: nn.Module) -> None:
@@ -268,7 +268,8 @@ def _net(kind: Kind, width: int) -> nn.Sequential:
 def _norm(kind: Kind, width: int) -> nn.Module:
     if kind == "map":
         return nn.GroupNorm(2 if width % 2 == 0 else 1, width)
-    return _BatchNorm(width) if kind == "vector" else nn.LayerNorm(width)  # a batch norm would mix tokens and padding
+    # On sequences a batch norm would mix tokens and padding.
+    return _BatchNorm(width) if kind == "vector" else nn.LayerNorm(width)
 
 
 class _BatchNorm(nn.BatchNorm1d):

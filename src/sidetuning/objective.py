@@ -67,7 +67,7 @@ class Objective(nn.Module):
 def parameter_groups(
     trained: Iterable[nn.Parameter], weight_decay: float, exempt: Iterable[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
-    """Parameters for an optimiser. Scalars, biases, norms and those in `exempt` do not decay (original code and paper)."""
+    """Parameter groups for an optimiser; vectors, scalars and those in `exempt` do not decay (original code)."""
     spared = {id(p) for p in exempt}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for p in trained:

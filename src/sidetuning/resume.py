@@ -81,8 +81,8 @@ class State:
             raise TrainingError(f"{path} cannot be read as a resume file ({error}); delete it to start over") from error
         if (found["seed"], found["steps"]) != (own.seed, own.steps):
             raise TrainingError(
-                f"{path} belongs to a run of {found['steps']} steps with seed {found['seed']}, this one has {own.steps} "
-                f"steps and seed {own.seed}; {mend}"
+                f"{path} belongs to a run of {found['steps']} steps with seed {found['seed']}, this one has "
+                f"{own.steps} steps and seed {own.seed}; {mend}"
             )
         for name in ("label", "optimizer"):
             if (before := found.get(name, "")) != (now := getattr(own, name)):

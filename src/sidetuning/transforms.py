@@ -17,12 +17,15 @@ def decode_image(data: bytes) -> Tensor:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image)  # cameras write how they were held
-            if upright.mode.startswith("I;16"):  # Pillow would cut these off at 255
+            # Cameras write how they were held.
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):
+                # Pillow would cut these off at 255.
                 upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
             array = np.array(upright.convert("RGB"))
     except UnidentifiedImageError as error:
         raise DataError("the image cannot be decoded: its bytes are of no format that Pillow knows") from error
-    except Exception as error:  # Pillow's decoders raise whatever their formats make them
+    except Exception as error:
+        # Pillow's decoders raise whatever their formats make them.
         raise DataError(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
     return torch.from_numpy(array).permute(2, 0, 1)

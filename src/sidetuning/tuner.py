@@ -22,7 +22,7 @@ class SideTuner(nn.Module):
     """A base and its tasks.
 
     `parameters()` and `state_dict()` are those of the branches: the base is never trained and never saved with a task.
-    The model starts and stays in evaluation mode; `fit` puts the branch that it trains, and only that, in training mode.
+    The model starts and stays in evaluation mode; `fit` puts only the branch that it trains in training mode.
 
     Args:
         base: a `Base`; wrap a module of your own with `Base(module, example=x)`.
@@ -93,7 +93,7 @@ class SideTuner(nn.Module):
             The new branch, in evaluation mode, on the base's device.
 
         Raises:
-            TaskError: the name is taken or not allowed, or parts do not go together or are another task's or the base's.
+            TaskError: the name is taken or not allowed; parts do not go together, or are another task's or the base's.
             UnknownNameError: a part, an option or a lateral that does not exist.
             ShapeError: a side or head that does not fit the base's shapes.
         """
@@ -129,7 +129,8 @@ class SideTuner(nn.Module):
         for other, module in others.items():
             if isinstance(module, nn.Module) and own & {id(t) for t in (*module.parameters(), *module.buffers())}:
                 raise TaskError(
-                    f"a module of task '{name}' is also that of {other}, which would change with it; give a copy.deepcopy"
+                    f"a module of task '{name}' is also that of {other}, which would change with it; "
+                    "give a copy.deepcopy"
                 )
         more = [tap for tap in branch.taps if tap not in self.base.tap_shapes]
         base = self.base.with_taps([*self.base.tap_shapes, *more]) if more else self.base
@@ -232,8 +233,7 @@ class SideTuner(nn.Module):
         return self._run(self.tasks if tasks is None else list(tasks), inputs, self._features(inputs, features))
 
     def _run(self, tasks: list[str], inputs: Input, features: Features) -> dict[str, Tensor]:
-        """Outputs of tasks on the same samples. A side that is also a lateral runs once, and without a graph where it is
-        a lateral alone."""
+        """Outputs of tasks on the same samples; a side that is also a lateral runs once."""
         sides: dict[str, Tensor | None] = {}
         for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in self[task].config.laterals)]):
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in tasks):

@@ -55,9 +55,10 @@ class ResNetCifar(nn.Module):
         return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))  # (b, 16, h, w)
-        x = self.layer3(self.layer2(self.layer1(x)))  # (b, 64, h/4, w/4)
-        return x.mean((2, 3))  # (b, 64)
+        # (b, 16, h, w), then (b, 64, h/4, w/4)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return x.mean((2, 3))
 
 
 def resnet44() -> ResNetCifar:

@@ -53,8 +53,8 @@ def predict(settings: Settings) -> list[Answer]:
         each = [model.forward_all(view) for view in views]
     if others := [task for task, out in each[0].items() if out.ndim != 2 or out.shape[1] < 2]:
         raise DataError(
-            f"the task {others[0]} of {settings.run} does not classify images; pictures of dense tasks are in the run's "
-            "report"
+            f"the task {others[0]} of {settings.run} does not classify images; the run's report has pictures of dense "
+            "tasks"
         )
     outputs = {task: torch.stack([F.softmax(o[task], 1) for o in each]).mean(0) for task in model.tasks}
     answers = []

@@ -31,7 +31,8 @@ class Session:
             raise UnknownNameError(f"{path} does not exist; give the path of an ONNX file, onnx:PATH")
         try:
             self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own exceptions share no base class
+        except Exception as error:
+            # The exceptions of onnxruntime share no base class.
             raise UnknownNameError(f"ONNX Runtime cannot load {path} ({error}); export the network again") from error
         outputs = [o.name for o in self.session.get_outputs()]
         if output is not None and output not in outputs:

@@ -42,14 +42,15 @@ def load(
         raise UnknownNameError(f"output '{output}' is not known for timm models; leave it out, or give 'map'")
     try:
         net: Any = timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
-    except RuntimeError as error:  # timm's word for a name or tag without weights
+    except RuntimeError as error:
+        # What timm raises for a name or tag without weights.
         raise UnknownNameError(
             f"timm cannot build '{name}' ({error}); pretrained=False builds it without weights"
         ) from error
     except OSError as error:
         raise OSError(
-            f"the weights of timm model '{name}' could not be downloaded ({error}); check the network, give weights= (on the command "
-            "line --base-weights) the path of a safetensors file, or pretrained=False for random weights"
+            f"the weights of timm model '{name}' could not be downloaded ({error}); check the network, give weights= "
+            "the path of a safetensors file, or pretrained=False for random weights"
         ) from error
     config: dict[str, Any] = net.pretrained_cfg
     if weights is not None:

@@ -39,7 +39,8 @@ class CopySide(nn.Module):
         self.net = net
         self.images = any(isinstance(m, nn.Conv2d) for m in net.modules())
         if self.images:
-            net.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs and tensor cores alike
+            # Convolutions are faster so, on CPUs and tensor cores alike.
+            net.to(memory_format=torch.channels_last)
         self.select = base.select
         code = base.select(call(net.eval(), base.prepare(base.example)))
         channels = code.shape[-1] if base.kind == "sequence" else code.shape[1]

@@ -28,7 +28,7 @@ def even(channels: float) -> int:
 
 
 class FCN(nn.Module):
-    """What the four share. Shape: images (b, c, H, W) -> the base's output shape."""
+    """A side of convolutions on images. Shape: (b, c, H, W) -> the base's output shape."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -77,7 +77,8 @@ class FCN4(FCN):
         self.conv1 = layer(self.channels, thin, 3, padding=1)
         self.conv2 = layer(thin, thin, 3, stride=2)
         self.conv3 = layer(thin, wide, 3, stride=2)
-        self.conv5 = layer(wide, self.code, 3, norm=False)  # the original has no conv4
+        # The original has no conv4.
+        self.conv5 = layer(wide, self.code, 3, norm=False)
 
     def body(self, x: Tensor) -> Tensor:
         return self.conv5(self.conv3(self.conv2(self.conv1(x))))
@@ -89,7 +90,7 @@ class FCN5(FCN):
     Args:
         base: the base.
         width: fraction of the paper's channels; a quarter has about a sixteenth of the parameters.
-        signed: leave out the paper's last two ReLUs, for a base whose code has both signs: a sum of ReLUs cannot be like it.
+        signed: leave out the paper's last two ReLUs, for a base whose code has both signs: a sum of ReLUs has one.
     """
 
     def __init__(self, base: Base, width: float = 1.0, signed: bool = False) -> None:

@@ -29,14 +29,15 @@ class FitMap(nn.Module):
         elif self.kind == "map":
             x = resize(x, self.shape[1:])
         else:
-            tokens = x.flatten(2)  # (b, c, h*w)
+            # (b, c, h*w)
+            tokens = x.flatten(2)
             x = F.interpolate(tokens, self.shape[0], mode="linear") if tokens.shape[2] != self.shape[0] else tokens
             x = x.transpose(1, 2)
         return self.project(x)
 
 
 class FitTokens(nn.Module):
-    """Tokens to a vector (mean over unmasked tokens) or a sequence of the same length. Shape: (b, t, c) -> as the base."""
+    """Tokens to a vector (mean over unmasked tokens) or a sequence. Shape: (b, t, c) -> the base's output shape."""
 
     def __init__(self, base: Base, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A side that fuses inner maps of the base: all taps brought to one width and size, added, and refined by a residual block."""
+"""A side that fuses inner maps of the base: brought to one width and size, added, refined by a residual block."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sidetuning.sides.fit import FitMap
 class Fusion(Side):
     """h = relu(sum_i BN(conv_i(tap_i))), h = relu(h + BN(conv(h))), then to the base's output shape.
 
-    A tap that is larger than the smallest one is reduced by a strided 3x3 convolution, the others are mixed by a 1x1. The
-    base has done the work of seeing already, so this learns more per parameter than a side that reads the image.
+    A tap that is larger than the smallest one is reduced by a strided 3x3 convolution, the others are mixed by a 1x1.
+    The base has done the work of seeing already, so this learns more per parameter than a side that reads the image.
 
     Args:
         base: with taps that are maps.
@@ -82,7 +82,8 @@ def random_shift(maps: Sequence[Tensor], cells: int) -> list[Tensor]:
         h, w = m.shape[-2:]
         pad = cells * h // largest
         down, right = (moves * h / largest).trunc().long() + pad
-        padded = F.pad(m, (pad,) * 4).permute(0, 2, 3, 1)  # (b, h', w', c): whole channels are copied at once
+        # (b, h', w', c): whole channels are copied at once.
+        padded = F.pad(m, (pad,) * 4).permute(0, 2, 3, 1)
         rows, columns = down[:, None] + torch.arange(h), right[:, None] + torch.arange(w)
         moved.append(padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2))
     return moved

@@ -15,7 +15,8 @@ from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, TaskError
 from sidetuning.sides import Side, run_side
 
-ENERGY = 0.01  # size of a low-energy side's output against the same side as built
+# Size of a low-energy side's output against the same side as built.
+ENERGY = 0.01
 
 
 class LowEnergy(Side):
@@ -55,14 +56,14 @@ def distilled_weights(base: Base, side: str, options: Mapping[str, Any]) -> Path
     file, built = base.distilled[side]
     if dict(options) != built:
         raise TaskError(
-            f"the distilled side '{side}' of {name} is built with the options {built}, not {dict(options)}; give these, or "
-            "start the side otherwise than distilled"
+            f"the distilled side '{side}' of {name} is built with the options {built}, not {dict(options)}; give these, "
+            "or start the side otherwise than distilled"
         )
     return file
 
 
 def load_weights(module: nn.Module, path: str | Path, what: str, spare: Sequence[str] = ()) -> None:
-    """Load a safetensors file into `module`; it may hold no other tensors but those whose names start as one of `spare`.
+    """Load a safetensors file into `module`; the only other tensors it may hold start with one of `spare`.
 
     Raises:
         ArtifactError: the file is missing or damaged, or holds other tensors; nothing is loaded then.

@@ -22,7 +22,7 @@ class Ladder(Side):
 
     Args:
         base: a base with taps, all maps, all sequences or all vectors.
-        width: of the ladder, to which every tap is projected down.
+        width: channels of the ladder, to which every tap is projected down.
         heads: attention heads, on sequences.
     """
 

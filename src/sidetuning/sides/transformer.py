@@ -16,8 +16,8 @@ class Transformer(nn.Module):
 
     Args:
         base: gives the input and output shapes.
-        width: of the tokens; a multiple of `heads`.
-        layers: how many.
+        width: channels of the tokens; a multiple of `heads`.
+        layers: number of layers.
         heads: attention heads per layer.
 
     Shape: images (b, c, h, w), ids (b, t) or sequences (b, t, c) -> the base's output shape.
@@ -42,7 +42,8 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Only the ids (or images) and the mask are used; the rest is what transformers' tokenizers add."""
-        x = self.embed(input_ids)  # (b, t, width)
+        # (b, t, width)
+        x = self.embed(input_ids)
         padding = None if attention_mask is None else attention_mask == 0
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=padding)
