@@ -1,0 +1,107 @@
+"""Methods, trajectories and runs of version 0.1.0 are read, and the same commands go on from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import sidetuning as st
+from legacy_cases import ROOT, base_of, copied, differing, equal, hashes, input_of, names, read
+from sidetuning.cli import main
+from sidetuning_bench.methods import METHODS, Recipe, Task, load_method
+
+RUNS = [name for name in names("runs") if name not in ("icifar-interrupted", "imitation", "rl")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads add in another order than the one that was used."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", names("methods"))
+def test_methods(name: str) -> None:
+    if "lora" in name:
+        pytest.importorskip("peft")
+    about, expected = read(ROOT / "methods" / name)
+    method = load_method(ROOT / "methods" / name / about["folder"], base_of(about["base"]))
+    assert list(method.tasks) == about["tasks"]
+    with torch.no_grad():
+        outputs = {task: method(input_of(expected), task) for task in method.tasks}
+    assert not differing(outputs, expected, "output/")
+
+
+@pytest.mark.parametrize("name", ["method-boosting", "method-ewc"])
+def test_learning_resumes(name: str, tmp_path: Path) -> None:
+    folder = copied(tmp_path, f"resume/{name}") / "resume" / name
+    about, expected = read(folder)
+    base = base_of(about["base"])
+    if about["saved"]:
+        method = load_method(folder / about["saved"], base)
+    else:
+        method = METHODS.build(about["method"], base, options=about["options"])
+    loader = DataLoader(TensorDataset(expected["x"], expected["y"]), batch_size=5, shuffle=True)
+    task, recipe = Task("cars", 3, F.cross_entropy, seed=1), Recipe(**about["recipe"])
+    result = method.learn(task, loader, recipe, resume=folder / "resume.pt", save_every=0.0, progress=False)
+    assert not differing(method.state_dict(), expected, "final/")
+    assert equal(torch.tensor(result.losses), torch.tensor(about["losses"]))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_answer_as_they_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "runs" / name
+    about, expected = read(folder)
+    if "methods" in about:
+        cells = about.get("cells", [""])
+        methods = {
+            cell: load_method(folder / about["methods"].replace("CELL", cell), base_of(about["base"])) for cell in cells
+        }
+        found = {f"{cell}/{task}".strip("/"): (m, task) for cell, m in methods.items() for task in m.tasks}
+    else:
+        model = st.load(folder / "run")
+        found = {task: (model, task) for task in about["tasks"]}
+    with torch.no_grad():
+        outputs = {key: model(input_of(expected), task) for key, (model, task) in found.items()}
+    assert not differing(outputs, expected, "output/")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_finished_run_is_found_done(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copied(tmp_path, "data", "caches", f"runs/{name}"))
+    about, _ = read(tmp_path / "runs" / name)
+    before = hashes(tmp_path / "runs" / name / "run")
+    main(["bench", *about["command"].split()])
+    after = hashes(tmp_path / "runs" / name / "run")
+    # Reports and tables are made again from the results.
+    changed = {file for file in before | after if before.get(file) != after.get(file)}
+    assert not [file for file in changed if Path(file).suffix not in (".html", ".md")]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copied(tmp_path, "data", "runs/icifar-interrupted"))
+    folder = tmp_path / "runs/icifar-interrupted"
+    about, expected = read(folder)
+    main(["bench", *about["command"].split()])
+    model = st.load(folder / "run")
+    assert not differing({task: model(expected["x"], task) for task in model.tasks}, expected, "output/")
+    result = json.loads((folder / "run/result.json").read_text())
+    assert result["alphas"] == pytest.approx(about["finished"]["alphas"], abs=1e-5)
+
+
+def test_the_report_reads_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = copied(tmp_path, *(f"runs/{name}" for name in RUNS))
+    monkeypatch.chdir(folders)
+    scenarios = [name for name in RUNS if name not in ("transfer", "icifar-mirrored")]
+    main(["bench", "report", *(f"runs/{name}/run" for name in scenarios), "--out", "both.html"])
+    text = Path("both.html").read_text()
+    assert "iCIFAR" in text and "normal" in text
