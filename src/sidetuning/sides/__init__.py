@@ -1,7 +1,7 @@
 """Side networks S(x). A side is built from the base (its input and output shapes) and trained; the base is not.
 
-A registered side is a function `(base, **options) -> nn.Module`. A plain module is called as the base is, `side(x)`; one
-that reads more derives from `Side`.
+A registered side is a function `(base, **options) -> nn.Module`. A plain module is called as the base is, `side(x)`;
+one that reads more derives from `Side`.
 """
 
 from __future__ import annotations
@@ -47,15 +47,13 @@ SIDES: Registry[Callable[..., nn.Module]] = Registry(
         "fcn5": "sidetuning.sides.fcn:FCN5",
         "fcn8": "sidetuning.sides.fcn:FCN8",
         "copy": "sidetuning.sides.copy:copy",
-        "mlp": "sidetuning.sides.mlp:mlp",
-        "transformer": "sidetuning.sides.transformer:Transformer",
-        "slim": "sidetuning.sides.tokens:Slim",
-        "convolutional": "sidetuning.sides.tokens:Convolutional",
-        "match": "sidetuning.sides.match:Match",
+        "mlp": "sidetuning.sides.generic:mlp",
+        "transformer": "sidetuning.sides.generic:Transformer",
         "top": "sidetuning.sides.top:Top",
         "ladder": "sidetuning.sides.ladder:Ladder",
         "fusion": "sidetuning.sides.fusion:Fusion",
     },
+    group="sidetuning.sides",
 )
 
 __all__ = ["SIDES", "Side", "run_side"]

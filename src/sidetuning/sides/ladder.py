@@ -9,7 +9,7 @@ from sidetuning.base import Base, Features, Input, entry
 from sidetuning.errors import ShapeError
 from sidetuning.sides import Side
 from sidetuning.sides.fit import FitMap, FitTokens, resize
-from sidetuning.sides.transformer import encoder_layer
+from sidetuning.sides.generic import encoder_layer
 
 DIMENSIONS = {1: "vectors", 2: "sequences", 3: "maps"}
 

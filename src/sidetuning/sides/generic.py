@@ -1,0 +1,164 @@
+"""Sides for any input: a perceptron and a small transformer, on images, token ids, sequences or vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sidetuning.base import Base, Features, Input, entry
+from sidetuning.errors import ShapeError
+from sidetuning.sides import Side
+from sidetuning.sides.fit import FitMap, FitTokens
+
+
+def mlp(base: Base, hidden: int = 64) -> nn.Module:
+    """A perceptron of one hidden layer, on the flattened input or on each token of a sequence.
+
+    Args:
+        base: gives the input and output shapes.
+        hidden: width of the hidden layer.
+    """
+    x = base.example
+    ids = not isinstance(x, Tensor) or not x.is_floating_point()
+    sequence = isinstance(x, Tensor) and x.ndim == 3
+    if ids or (sequence and base.kind != "map"):
+        return TokenMLP(base, hidden)
+    assert isinstance(x, Tensor)
+    return FlatMLP(math.prod(x.shape[1:]), hidden, base.output_shape)
+
+
+class FlatMLP(nn.Module):
+    """Shape: (b, …), flattened -> (b, *shape)."""
+
+    def __init__(self, inputs: int, hidden: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.inputs, self.shape = inputs, shape
+        self.net = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, math.prod(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        if x.shape[1] != self.inputs:
+            raise ShapeError(f"the mlp side was built for inputs of {self.inputs} numbers, not {x.shape[1]}")
+        return self.net(x).unflatten(1, self.shape)
+
+
+class TokenMLP(Side):
+    """Shape: ids (b, t) or a sequence (b, t, c) -> (b, t, d), or (b, d) where the base returns vectors."""
+
+    def __init__(self, base: Base, hidden: int) -> None:
+        super().__init__()
+        self.embed = Embed(base, hidden)
+        self.net = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU())
+        self.fit = FitTokens(base, hidden)
+
+    def forward(self, inputs: Input, features: Features) -> Tensor:
+        return self.fit(self.net(self.embed(inputs)), entry(inputs, "attention_mask"))
+
+
+class Transformer(Side):
+    """Pre-norm encoder layers over patches or tokens; padding is masked out.
+
+    Args:
+        base: gives the input and output shapes.
+        width: channels of the tokens; a multiple of `heads`.
+        layers: number of layers.
+        heads: attention heads per layer.
+
+    Shape: images (b, c, h, w), ids (b, t) or sequences (b, t, c) -> the base's output shape.
+    """
+
+    def __init__(self, base: Base, width: int = 64, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        if width % heads:
+            raise ShapeError(f"the transformer side's width {width} is not a multiple of its {heads} heads")
+        self.embed = Embed(base, width)
+        self.layers = nn.ModuleList(encoder_layer(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        if self.embed.grid is None and base.kind == "map":
+            raise ShapeError("the transformer side makes maps from images only")
+        self.fit = FitMap(base, width) if self.embed.grid else FitTokens(base, width)
+
+    def forward(self, inputs: Input, features: Features) -> Tensor:
+        mask = entry(inputs, "attention_mask")
+        # (b, t, width)
+        x = self.embed(inputs)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=None if mask is None else mask == 0)
+        x = self.norm(x)
+        if self.embed.grid is not None:
+            return self.fit(x.transpose(1, 2).unflatten(2, self.embed.grid))
+        return self.fit(x, mask)
+
+
+def encoder_layer(width: int, heads: int) -> nn.TransformerEncoderLayer:
+    """One pre-norm layer without dropout, batch first."""
+    return nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, _gelu, batch_first=True, norm_first=True)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    # Not `F.gelu` itself: torch would take another path, with other rounding, where no gradient is needed.
+    return F.gelu(x)
+
+
+class Embed(nn.Module):
+    """Tokens of one width, with sinusoidal positions.
+
+    Images are cut into patches (about 8 x 8 of them), ids looked up in a small table as large as the base's
+    vocabulary, sequences and vectors projected.
+
+    Attributes:
+        grid: (rows, columns) of the patches, or None where the input is no image.
+
+    Shape: (b, t) ids, (b, c, h, w) images, (b, t, c) sequences or (b, c) vectors -> (b, t, width).
+    """
+
+    def __init__(self, base: Base, width: int) -> None:
+        super().__init__()
+        x = _read(base.example)
+        self.grid: tuple[int, int] | None = None
+        if not x.is_floating_point() and x.ndim == 2:
+            self.layer: nn.Module = nn.Embedding(_vocabulary(base, x), width)
+        elif x.ndim == 4:
+            patch = max(1, min(x.shape[-2:]) // 8)
+            self.layer = nn.Conv2d(x.shape[1], width, patch, stride=patch)
+            self.grid = (x.shape[-2] // patch, x.shape[-1] // patch)
+        else:
+            self.layer = nn.Linear(x.shape[-1], width)
+
+    def forward(self, inputs: Input) -> Tensor:
+        tokens: Tensor = self.layer(_read(inputs))
+        if self.grid is not None:
+            tokens = tokens.flatten(2).transpose(1, 2)
+        elif tokens.ndim == 2:
+            tokens = tokens.unsqueeze(1)
+        return tokens + _positions(tokens)
+
+
+def _read(inputs: Input) -> Tensor:
+    """The one tensor that these sides read: the input itself, or its token ids."""
+    x = inputs
+    if isinstance(inputs, Mapping):
+        x = inputs["x"] if "x" in inputs else inputs.get("input_ids")
+    if not isinstance(x, Tensor):
+        raise ShapeError("this side needs a tensor input, or a mapping with input_ids")
+    return x
+
+
+def _positions(tokens: Tensor) -> Tensor:
+    """Sinusoidal positions (t, width) of tokens (b, t, width): Vaswani et al. (2017), section 3.5."""
+    length, width = tokens.shape[1:]
+    half = (width + 1) // 2
+    rates = torch.exp(torch.arange(half, device=tokens.device) * (-math.log(10_000) / half))
+    angles = torch.arange(length, device=tokens.device)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, :width].to(tokens.dtype)
+
+
+def _vocabulary(base: Base, ids: Tensor) -> int:
+    """The size of the base's first embedding table, positions aside: the largest one."""
+    modules = base.net.modules() if isinstance(base.net, nn.Module) else ()
+    tables = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
+    return max(tables, default=int(ids.max()) + 1)
