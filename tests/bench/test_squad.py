@@ -20,7 +20,7 @@ from sidetuning.cache import cache_tokens
 from sidetuning.errors import DataError, ShapeError
 from sidetuning_bench.language import metric as squad_metric
 from sidetuning_bench.language.questions import Question, make_windows, n_best, read_questions
-from sidetuning_bench.methods.method import load_method
+from sidetuning_bench.methods import load_method
 
 transformers = pytest.importorskip("transformers")
 
@@ -405,7 +405,7 @@ def test_sides_for_texts_say_what_they_need(encoder):
 
 def test_the_match_side_compares_with_the_question():
     """Ids 2 … 3 question 3 … text 3, as encoders of pairs have them; padding is left or right."""
-    from sidetuning.sides.match import two_texts
+    from sidetuning_bench.language.sides import two_texts
 
     ids = torch.tensor([[2, 5, 6, 3, 7, 5, 8, 3, 0, 0], [0, 2, 5, 3, 3, 9, 9, 9, 9, 3], [2, 5, 6, 7, 8, 9, 4, 3, 0, 0]])
     first, second = two_texts(ids, (ids > 0).long())

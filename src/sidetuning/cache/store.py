@@ -170,13 +170,12 @@ def fields_of(out: T, taps: Mapping[str, T]) -> dict[str, T]:
 def folder_of(root: str | Path, base: Base, taps: Mapping[str, tuple[int, ...]], content: Sequence[Any]) -> Path:
     """The folder of a cache, named by all that its rows depend on: the base, its stored taps, and `content`.
 
-    A finished cache that version 0.1.0 named is taken where there is no newer one, but not for a base that is channels
-    last: those names did not tell it from one that is not.
+    A folder that version 0.1.0 named is taken where there is no newer one, but not for a base that is channels last:
+    those names did not tell it from one that is not.
     """
     identity = base.identity()
     norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
     newer = [identity.digest(taps), *content]
     older = [identity.sha256, norm, identity.preparation["output"], identity.output_shape, taps, *content]
     folder, old = (Path(root) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in (newer, older))
-    outdated = (old / "meta.json").exists() and not (folder / "meta.json").exists()
-    return old if outdated and not base.select.channels_last else folder
+    return old if old.exists() and not folder.exists() and not base.select.channels_last else folder
