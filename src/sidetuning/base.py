@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -270,11 +271,9 @@ class Base(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network's weights lie; of a network without any, where the example lies."""
-        tensors = [*self.net.parameters(), *self.net.buffers()] if isinstance(self.net, nn.Module) else []
-        if not tensors:
-            values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
-            tensors = [value for value in values if isinstance(value, Tensor)]
-        return tensors[0].device
+        weights = chain(self.net.parameters(), self.net.buffers()) if isinstance(self.net, nn.Module) else iter(())
+        values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
+        return next(chain(weights, (value for value in values if isinstance(value, Tensor)))).device
 
     def identity(self) -> identity.Identity:
         """Its weights, preparation and choice of the output; weights that did not change are hashed once."""
