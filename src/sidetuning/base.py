@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 from sidetuning import identity
 from sidetuning.errors import ShapeError, UnknownNameError
 from sidetuning.folding import fold
+from sidetuning.probe import check_base, probe_input, summary_of
 from sidetuning.registry import unknown
 
 # One tensor, or the keyword arguments of the network. A mapping may hold two keys that are no arguments: "x", the one
 # tensor of a network that takes no names, and "extra", (b, n) numbers that only heads see, such as an agent's compass.
 Input = Tensor | Mapping[str, Any]
+# Entries of a mapping that are images.
+IMAGES = ("x", "pixel_values")
 Kind = Literal["vector", "map", "sequence"]
 # By dimensions without the batch.
 KINDS: dict[int, Kind] = {1: "vector", 2: "sequence", 3: "map"}
@@ -136,16 +140,17 @@ class Base(nn.Module):
         spec: BaseSpec | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(net, nn.Module):
-            net.requires_grad_(False).eval()
         # A tuple: torch registers modules that are attributes, and must not register this one.
         self._hidden = (net,)
+        for module in self._networks():
+            module.requires_grad_(False).eval()
         self.select = Select(output, channels_last)
         self.spec = spec
         # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
         self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._sha256: tuple[object, str] | None = None
         self._taps: dict[str, Tap] = {}
+        self._writes = False
         self.example = example
         for name, values in (("mean", mean), ("std", std)):
             norm = None if values is None else torch.tensor(values, device=self.device).view(-1, 1, 1)
@@ -153,6 +158,8 @@ class Base(nn.Module):
         self._run_example(taps)
         self.kind: Kind = KINDS[len(self.output_shape)]
         self.width: int = self.output_shape[-1] if self.kind == "sequence" else self.output_shape[0]
+        code, self._writes = check_base(lambda x: self(x).out, self.example)
+        self.probe = summary_of(code)
 
     def _run_example(self, taps: Sequence[str]) -> None:
         """Put hooks on the taps, and keep what the base makes of its example: all shapes come from there."""
@@ -184,35 +191,71 @@ class Base(nn.Module):
         """The wrapped network."""
         return self._hidden[0]
 
+    def _networks(self) -> list[nn.Module]:
+        """The modules that run: the network, or those behind a bound method, a partial or a callable object."""
+        return modules_of(self.net)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of the network's weights; None where it has none of floating point."""
+        weights = chain.from_iterable(net.parameters() for net in self._networks())
+        return next((weight.dtype for weight in weights if weight.is_floating_point()), None)
+
     @property
     def tap_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tap without the batch, as the example has it."""
         return {name: tuple(tap.shape[1:]) for name, tap in self.example_features.taps.items()}
 
     def prepare(self, x: Input) -> Input:
-        """Turn a raw input into what base and side see: uint8 images scaled to [0, 1], then normalised."""
-        if not isinstance(x, Tensor):
-            return {**x, "x": self.prepare(x["x"])} if "x" in x else x
-        if x.dtype == torch.uint8:
-            x = x.to(torch.get_default_dtype()) / 255
-        if self.mean is not None and self.std is not None:
-            if x.ndim < 3 or x.shape[-3] not in (1, self.mean.shape[0]):
-                raise ShapeError(f"this base takes images (b, {self.mean.shape[0]}, h, w), not {tuple(x.shape)}")
-            x = (x - self.mean) / self.std
-        return x
+        """Turn a raw input into what base and side see, on the base's device and of its type.
 
-    # Not inference_mode: its tensors cannot be saved for the backward pass of a merge.
-    @torch.no_grad()
+        Images are uint8 or in [0, 1]; they are normalised, also as the entries "x" and "pixel_values" of a mapping.
+
+        Raises:
+            ShapeError: images of another shape, or with values of another range: normalised already, or up to 255.
+        """
+        if isinstance(x, Tensor):
+            return self._prepare(x)
+        moved = to_device(x, self.device)
+        assert not isinstance(moved, Tensor)
+        return {**moved, **{key: self._prepare(moved[key]) for key in IMAGES if isinstance(moved.get(key), Tensor)}}
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        x = x.to(self.device)
+        dtype = self.dtype if self.dtype is not None else torch.get_default_dtype()
+        if x.dtype == torch.uint8:
+            x = x.to(dtype) / 255
+        elif x.is_floating_point() and self.dtype is not None:
+            x = x.to(dtype)
+        if self.mean is None or self.std is None:
+            return x
+        if x.ndim < 3 or x.shape[-3] not in (1, self.mean.shape[0]):
+            raise ShapeError(f"this base takes images (b, {self.mean.shape[0]}, h, w), not {tuple(x.shape)}")
+        low, high = (float(v) for v in x.detach().aminmax()) if x.numel() else (0.0, 0.0)
+        # Resizing by cubic splines overshoots a little.
+        if not x.is_floating_point() or low < -0.25 or high > 1.25:
+            raise ShapeError(
+                f"this base takes images as uint8, or as floats in [0, 1], and normalises them itself; these are {x.dtype} "
+                f"from {low:.3g} to {high:.3g}"
+            )
+        return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+
     def encode(self, inputs: Input) -> Features:
-        """Run the network on a prepared input."""
-        net = self.net
-        if isinstance(net, nn.Module) and net.training:
-            # Whoever has the network put it there, and its statistics would move.
-            net.eval()
+        """Run the network on a prepared input; without a graph, unless the input asks for its gradient."""
+        for module in self._networks():
+            if module.training:
+                # Whoever has the network put it there, and its statistics would move.
+                module.eval()
+        if self._writes:
+            inputs = _map(inputs, torch.clone)
+        tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
+        wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
         seen: dict[Tap, tuple[Any, int]] = {}
         token = _seen.set(seen if self._taps else None)
         try:
-            out = self.select(call(net, inputs))
+            # Not inference_mode: its tensors cannot be saved for the backward pass of a merge.
+            with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+                out = self.select(call(self.net, inputs))
         finally:
             _seen.reset(token)
         return Features(out, {name: self._tapped(name, seen.get(tap)) for name, tap in self._taps.items()})
@@ -266,27 +309,35 @@ class Base(nn.Module):
             return self
         other = copy.copy(self)
         other._hidden = (net,)
-        return other
+        x = probe_input(self.example)
+        pairs = zip(_tensors(self(x)), _tensors(other(x)), strict=True)
+        # What tracing does not see, such as hooks or a method that was replaced, is lost in the copy.
+        exact = all((a - b).norm() <= 1e-4 * a.norm() for a, b in pairs)
+        return other if exact else self
 
     @property
     def device(self) -> torch.device:
         """Where the network's weights lie; of a network without any, where the example lies."""
-        weights = chain(self.net.parameters(), self.net.buffers()) if isinstance(self.net, nn.Module) else iter(())
+        weights = chain.from_iterable(chain(net.parameters(), net.buffers()) for net in self._networks())
         values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
         return next(chain(weights, (value for value in values if isinstance(value, Tensor)))).device
 
     def identity(self) -> identity.Identity:
-        """Its weights, preparation and choice of the output; weights that did not change are hashed once."""
-        version = identity.weights_version(self.net)
+        """Its weights, preparation, choice of the output and behaviour; weights that did not change are hashed once."""
+        nets = self._networks()
+        version = [identity.weights_version(net) for net in nets] if nets else object()
         if self._sha256 is None or self._sha256[0] != version:
-            self._sha256 = version, identity.weights_sha256(self.net, self.output_shape)
+            self._sha256 = version, identity.weights_sha256(self.net, nets, self.output_shape)
         prepared = identity.preparation(self.mean, self.std, self.select.output, self.select.channels_last)
-        return identity.Identity(self._sha256[1], self.kind, self.output_shape, prepared)
+        return identity.Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self.probe))
+
+    def structure(self) -> str:
+        """Hash of how the network is built, which names its cached features beside the identity."""
+        return identity.structure_sha256(self.net, self._networks())
 
     def parameter_count(self) -> int:
         """Parameters of the network, all frozen."""
-        net = self.net
-        return sum(p.numel() for p in net.parameters()) if isinstance(net, nn.Module) else 0
+        return sum(p.numel() for net in self._networks() for p in net.parameters())
 
     def train(self, mode: bool = True) -> Base:
         """Stays in evaluation mode: batch norms and dropout of a pretrained network must not move."""
@@ -295,8 +346,8 @@ class Base(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Base:
         # What `.to()`, `.cuda()` and `.half()` call; the one door left open to the hidden network.
         super()._apply(fn, recurse)
-        if isinstance(self.net, nn.Module):
-            self.net._apply(fn, recurse)
+        for net in self._networks():
+            net._apply(fn, recurse)
         self.example = _map(self.example, fn)
         out, taps = self.example_features
         self.example_features = Features(fn(out), {name: fn(tap) for name, tap in taps.items()})
@@ -305,6 +356,34 @@ class Base(nn.Module):
     def extra_repr(self) -> str:
         name = self.spec.name if self.spec else type(self.net).__name__
         return f"{name}, {self.kind} {self.output_shape}, {self.parameter_count():,} frozen parameters"
+
+
+def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
+    """The modules that a callable runs: itself, the owner of a bound method, what a partial, an object or a closure holds."""
+    if isinstance(net, nn.Module):
+        return [net]
+    if depth == 0 or net is None or isinstance(net, (Tensor, str, bytes, int, float, type)):
+        return []
+    held: list[Any] = [getattr(net, "__self__", None)]
+    if isinstance(net, partial):
+        held += [net.func, *net.args, *net.keywords.values()]
+    held += [cell.cell_contents for cell in getattr(net, "__closure__", None) or () if _filled(cell)]
+    held += net if isinstance(net, (list, tuple)) else []
+    held += net.values() if isinstance(net, dict) else []
+    held += vars(net).values() if hasattr(net, "__dict__") and not callable(getattr(net, "fingerprint", None)) else []
+    found = {id(module): module for thing in held for module in modules_of(thing, depth - 1)}
+    return list(found.values())
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _tensors(features: Features) -> list[Tensor]:
+    return [features.out, *features.taps.values()]
 
 
 def call(net: Callable[..., Any], x: Input) -> Any:

@@ -48,6 +48,8 @@ class Branch(nn.Module):
         self.side, self.merge, self.norm, self.head = side, merge, norm, head
         self.config = config
         self.labels: list[str] | None = None
+        # A lateral of another task, which must not move.
+        self.pinned = False
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -78,6 +80,15 @@ class Branch(nn.Module):
                 "of another size than the example's build the model on base.with_example(x))"
             )
         return run_head(self.head, self.norm(self.merge(base, side, laterals)), inputs)
+
+    def train(self, mode: bool = True) -> Branch:
+        """What is frozen stays in evaluation mode: a task, a lateral, or a part whose parameters were all frozen."""
+        super().train(mode and not self.pinned and not self.frozen)
+        for module in self.modules() if self.training else ():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
 
     @property
     def alpha(self) -> float | None:

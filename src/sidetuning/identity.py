@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sidetuning.probe import same_summary
+
+# Types of attributes that may change what a module computes, such as the number of its heads.
+PLAIN = (int, float, str, bool, tuple, type(None))
 
 
 @dataclass(frozen=True)
@@ -22,20 +28,29 @@ class Identity:
         kind: "vector", "sequence" or "map".
         output_shape: shape of the code for the base's example, without the batch.
         preparation: normalisation and choice of the output, as JSON values.
+        probe: numbers that tell what the base makes of fixed inputs; equal weights may compute different things.
     """
 
     sha256: str
     kind: str
     output_shape: tuple[int, ...]
     preparation: dict[str, Any]
+    probe: tuple[float, ...]
 
     def record(self) -> dict[str, Any]:
         """As JSON values, for files."""
-        return {**asdict(self), "output_shape": list(self.output_shape)}
+        shape, probe = list(self.output_shape), list(self.probe)
+        return {
+            "sha256": self.sha256,
+            "kind": self.kind,
+            "output_shape": shape,
+            "preparation": self.preparation,
+            "probe": probe,
+        }
 
-    def digest(self, taps: Mapping[str, tuple[int, ...]] | None = None) -> str:
-        """sha256 over all of it, and over the names and shapes of `taps`: what cached features depend on."""
-        return hashlib.sha256(json.dumps([self.record(), taps]).encode()).hexdigest()
+    def digest(self) -> str:
+        """sha256 over what is hashed or exact: all but the probe, which other hardware rounds in another way."""
+        return hashlib.sha256(json.dumps({**self.record(), "probe": None}).encode()).hexdigest()
 
     def difference(self, recorded: Mapping[str, Any]) -> str | None:
         """How the base of `recorded` (by `record`, or an older file) differs from this one; None where it does not.
@@ -52,6 +67,10 @@ class Identity:
         own = self.preparation if "kind" in recorded else _older(self.preparation)
         if preparation is not None and preparation != own:
             return f"it prepared its inputs or picked its output otherwise: {preparation}, this base {own}"
+        probe = recorded.get("probe")
+        # On inputs of another size the same network gives other numbers.
+        if probe is not None and tuple(shape or ()) == self.output_shape and not same_summary(probe, list(self.probe)):
+            return "it had the same weights and computed other outputs from the same input"
         return None
 
 
@@ -76,36 +95,58 @@ def preparation(
     return {"mean": norm[0], "std": norm[1], "output": name, "channels_last": channels_last}
 
 
-def weights_sha256(net: Callable[..., Any], output_shape: tuple[int, ...]) -> str:
+def weights_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], output_shape: tuple[int, ...]) -> str:
     """sha256 over the names, shapes, types and bytes of a network's weights and buffers.
 
-    A network that is no module gives its own, `net.fingerprint()`; else its name and output shape are hashed.
+    A network that is no module gives its own, `net.fingerprint()`. Of other callables, name and output shape are hashed,
+    and the modules that they run.
     """
     own = getattr(net, "fingerprint", None)
     digest = hashlib.sha256()
     if callable(own):
         digest.update(str(own()).encode())
-    elif isinstance(net, nn.Module):
-        for name, tensor in sorted(net.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(_bytes(tensor).numpy().data)
-    else:
+    elif not isinstance(net, nn.Module):
         name = getattr(net, "__qualname__", type(net).__qualname__)
         digest.update(f"{getattr(net, '__module__', '')}.{name} {output_shape}".encode())
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            name = name.removeprefix("_orig_mod.")
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(_bytes(tensor).numpy().data)
     return digest.hexdigest()
 
 
-def weights_version(net: Callable[..., Any]) -> object:
+def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module]) -> str:
+    """sha256 over what outputs depend on beside weights: classes, plain attributes, code, and what it closes over.
+
+    A new version of a network's package may change it; then cached features are computed again.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        module = getattr(module, "_orig_mod", module)
+        digest.update(str(getattr(module, "config", "")).encode())
+        for name, part in module.named_modules():
+            plain = {k: v for k, v in vars(part).items() if isinstance(v, PLAIN) and k != "training"}
+            digest.update(f"{name} {type(part).__qualname__} {sorted(plain.items())}\n".encode())
+            own = vars(part).get("forward")
+            digest.update(b"" if own is None else function_name(own).encode())
+    if not isinstance(net, nn.Module):
+        digest.update(function_name(net).encode())
+        try:
+            digest.update(pickle.dumps(net))
+        except Exception:
+            # What cannot be pickled is told by its code and what it closes over.
+            digest.update(code_sha256(net).encode())
+    return digest.hexdigest()
+
+
+def weights_version(module: nn.Module) -> object:
     """Equal as long as a module's weights are: tells cheaply whether `weights_sha256` must be computed again.
 
     Writes in place raise a tensor's version; those that go round it (`.data`) change the sum of its bytes.
     """
-    if not isinstance(net, nn.Module):
-        return object()
-    return [
-        (name, t.data_ptr(), 0 if t.is_inference() else t._version, _sum(t))
-        for name, t in net.state_dict(keep_vars=True).items()
-    ]
+    tensors = module.state_dict(keep_vars=True).items()
+    return [(name, t.data_ptr(), 0 if t.is_inference() else t._version, _sum(t)) for name, t in tensors]
 
 
 def _sum(tensor: Tensor) -> int:
@@ -124,10 +165,26 @@ def function_name(function: Callable[..., Any]) -> str:
         return f"{function_name(function.func)} {function.args} {function.keywords}"
     name = getattr(function, "__qualname__", None)
     if name is None:
-        return f"{type(function).__qualname__} {function!r}"
-    if "<lambda>" in name:
-        code: Any = function.__code__
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        constants = [c for c in code.co_consts if not hasattr(c, "co_code")]
-        name += "#" + hashlib.sha256(repr((code.co_code, code.co_names, constants, cells)).encode()).hexdigest()
-    return str(name)
+        return f"{type(function).__qualname__}"
+    return f"{name}#{code_sha256(function)}" if "<lambda>" in name else str(name)
+
+
+def code_sha256(function: Any) -> str:
+    """sha256 over a function's code and what it closes over; that of an object over its class's `__call__`."""
+    code: Any = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    if code is None:
+        return ""
+    cells = [_content(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()]
+    constants = [c for c in code.co_consts if not hasattr(c, "co_code")]
+    inner = [c.co_code for c in code.co_consts if hasattr(c, "co_code")]
+    return hashlib.sha256(repr((code.co_code, code.co_names, constants, inner, cells)).encode()).hexdigest()
+
+
+def _content(value: Any) -> str:
+    """What is closed over, without the places in memory that `repr` may tell."""
+    if isinstance(value, Tensor):
+        return hashlib.sha256(_bytes(value).numpy().data).hexdigest()
+    try:
+        return hashlib.sha256(pickle.dumps(value)).hexdigest()
+    except Exception:
+        return function_name(value) if callable(value) else type(value).__qualname__

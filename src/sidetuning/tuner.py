@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sidetuning.artifacts import read_branch, read_config, tensors_sha256, write_task
-from sidetuning.base import Base, Features, Input, take_rows
+from sidetuning.base import Base, Features, Input, modules_of, take_rows
 from sidetuning.branch import Branch, build_branch
 from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, TaskError, UnknownNameError
 from sidetuning.registry import unknown
@@ -34,6 +34,9 @@ class SideTuner(nn.Module):
             raise TaskError(f"SideTuner takes a Base, not a {type(base).__name__}: wrap it, Base(module, example=x)")
         self.base = base
         self.branches = nn.ModuleDict()
+        # Whose tensors are where, by `id`: a module that two tasks share would let one change the other.
+        self._tensors: dict[int, str] = {}
+        self._base_tensors: tuple[Any, set[int]] | None = None
         self.eval()
 
     @property
@@ -124,20 +127,31 @@ class SideTuner(nn.Module):
         for lateral in branch.config.laterals:
             if self[lateral].side is None:
                 raise TaskError(f"task '{lateral}' has no side, so it cannot be a lateral of '{name}'")
-        own = {id(t) for t in (*branch.parameters(), *branch.buffers())}
-        others: dict[str, Any] = {f"task '{t}'": self[t] for t in self.tasks} | {"the base": self.base.net}
-        for other, module in others.items():
-            if isinstance(module, nn.Module) and own & {id(t) for t in (*module.parameters(), *module.buffers())}:
-                raise TaskError(
-                    f"a module of task '{name}' is also that of {other}, which would change with it; "
-                    "give a copy.deepcopy"
-                )
+        if other := self._owner(branch):
+            raise TaskError(
+                f"a module of task '{name}' is also that of {other}, which would change with it; give a copy.deepcopy"
+            )
         more = [tap for tap in branch.taps if tap not in self.base.tap_shapes]
         base = self.base.with_taps([*self.base.tap_shapes, *more]) if more else self.base
         self._check_shapes(name, branch, base)
+        for lateral in branch.config.laterals:
+            self[lateral].pinned = True
+        self._tensors.update({id(tensor): name for tensor in _tensors(branch)})
         self.base = base
         self.branches[name] = branch
         return branch
+
+    def _owner(self, branch: Branch) -> str | None:
+        """Who else holds a tensor of this branch: another task, or the base. Its time does not grow with the tasks."""
+        own = {id(tensor) for tensor in _tensors(branch)}
+        if self._base_tensors is None or self._base_tensors[0] is not self.base.net:
+            self._base_tensors = self.base.net, {id(t) for net in modules_of(self.base.net) for t in _tensors(net)}
+        if own & self._base_tensors[1]:
+            return "the base"
+        # A tensor that was replaced, by `.to()` for example, leaves its number to others.
+        tasks = {self._tensors[number] for number in own if number in self._tensors}
+        held = (task for task in tasks if task in self and own & {id(tensor) for tensor in _tensors(self[task])})
+        return next((f"task '{task}'" for task in held), None)
 
     def _check_name(self, name: str) -> None:
         if name in self.branches:
@@ -167,7 +181,11 @@ class SideTuner(nn.Module):
         self[name]
         if users := self.users(name):
             raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
+        laterals = self[name].config.laterals
         del self.branches[name]
+        self._tensors = {number: task for number, task in self._tensors.items() if task != name}
+        for lateral in laterals:
+            self[lateral].pinned = bool(self.users(lateral))
 
     def users(self, name: str) -> list[str]:
         """The tasks that have this one as a lateral."""
@@ -234,13 +252,17 @@ class SideTuner(nn.Module):
 
     def _run(self, tasks: list[str], inputs: Input, features: Features) -> dict[str, Tensor]:
         """Outputs of tasks on the same samples; a side that is also a lateral runs once."""
+        # Another thread may remove a task meanwhile.
+        branches = {task: self[task] for task in tasks}
+        users = [lateral for branch in branches.values() for lateral in branch.config.laterals]
+        branches |= {lateral: self[lateral] for lateral in users if lateral not in branches}
         sides: dict[str, Tensor | None] = {}
-        for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in self[task].config.laterals)]):
+        for name, branch in branches.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in tasks):
-                sides[name] = self[name].side_output(inputs, features)
+                sides[name] = branch.side_output(inputs, features)
         outputs = {}
         for task in tasks:
-            branch = self[task]
+            branch = branches[task]
             laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
             outputs[task] = branch.output(inputs, features, sides[task], laterals)
         return outputs
@@ -312,3 +334,7 @@ class SideTuner(nn.Module):
         """Parameters and memory of the base and of every task; `print` it."""
         tasks = [summarise(name, self[name]) for name in self.tasks]
         return Summary(self.base.parameter_count(), tasks)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -175,7 +175,7 @@ def folder_of(root: str | Path, base: Base, taps: Mapping[str, tuple[int, ...]],
     """
     identity = base.identity()
     norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
-    newer = [identity.digest(taps), *content]
+    newer = [identity.digest(), base.structure(), taps, *content]
     older = [identity.sha256, norm, identity.preparation["output"], identity.output_shape, taps, *content]
     folder, old = (Path(root) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in (newer, older))
     return old if old.exists() and not folder.exists() and not base.select.channels_last else folder

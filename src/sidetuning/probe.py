@@ -1,0 +1,132 @@
+"""What is assumed of every base, tried once when it is built: a pure function of each sample, batch first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidetuning.errors import ShapeError
+
+Input = Tensor | Mapping[str, Any]
+# Entries of a mapping that say where there is input, and are no input themselves.
+MASKS = ("attention_mask", "mask", "position_ids", "token_type_ids", "bool_masked_pos")
+# Relative differences that rounding explains: of float32, and of types with fewer bits.
+FINE, COARSE = 1e-3, 5e-2
+
+
+def probe_input(example: Input) -> Input:
+    """Two samples like the example's first, the same on every machine: its values shuffled, or noise where it is constant."""
+    if isinstance(example, Tensor):
+        return _like(example)
+    return {
+        key: value if not isinstance(value, Tensor) else _repeat(value) if key in MASKS else _like(value)
+        for key, value in example.items()
+    }
+
+
+def _repeat(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor[:1], tensor[:1]]) if tensor.ndim else tensor
+
+
+def _like(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 0 or tensor[:1].numel() == 0:
+        return tensor
+    generator = torch.Generator().manual_seed(0)
+    shape, first = (2, *tensor.shape[1:]), tensor[0].detach().cpu().flatten()
+    if bool((first != first[0]).any()):
+        rows = [first[torch.randperm(len(first), generator=generator)] for _ in range(2)]
+        values = torch.stack(rows).view(shape)
+    elif tensor.dtype == torch.uint8:
+        values = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    elif tensor.is_floating_point():
+        # Images lie in [0, 1]; vectors may have both signs.
+        values = (torch.rand if tensor.ndim > 2 else torch.randn)(shape, generator=generator)
+    else:
+        values = _repeat(tensor.detach().cpu())
+    return values.to(tensor.device, tensor.dtype)
+
+
+def check_base(run: Callable[[Input], Tensor], example: Input) -> tuple[Tensor, bool]:
+    """Run two samples together, alone and again.
+
+    Args:
+        run: gives the code of raw inputs.
+        example: one input.
+
+    Returns:
+        The code of the two samples (2, …), and whether the network writes into its input.
+
+    Raises:
+        ShapeError: the network is not batch first, mixes the samples of a batch, or gives other outputs for the same input.
+    """
+    both = probe_input(example)
+    before = copy.deepcopy(both)
+    try:
+        together = run(both)
+    except ShapeError:
+        raise
+    except Exception as error:
+        raise ShapeError(
+            f"the base does not take two samples at once ({error}); side-tuning needs batches: export or wrap it with an open "
+            "first dimension"
+        ) from error
+    writes = not _equal(both, before)
+    if together.ndim == 0 or len(together) != 2:
+        raise ShapeError(
+            f"the base returns {tuple(together.shape)} for a batch of two samples; its first dimension must be the batch"
+        )
+    if not _close(together, run(copy.deepcopy(before))):
+        raise ShapeError(
+            "the base gives other outputs for the same input: it draws random numbers, or keeps a state; side-tuning needs a "
+            "function of the input"
+        )
+    alone = torch.cat([run(_row(before, i)) for i in range(2)])
+    if not _close(together, alone):
+        raise ShapeError(
+            "the base gives other outputs for a sample when another one is in its batch; side-tuning needs each sample on its own"
+        )
+    return together, writes
+
+
+def summary_of(code: Tensor) -> list[float]:
+    """Numbers that tell a code (2, …) from others: of each sample mean, spread and six sums with fixed random signs."""
+    rows = code.detach().cpu().double().flatten(1)
+    signs = torch.randint(0, 2, (rows.shape[1], 6), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    numbers = torch.cat(
+        [rows.mean(1, True), rows.std(1, keepdim=True, correction=0), rows @ signs / len(signs) ** 0.5], 1
+    )
+    return [float(f"{value:.6g}") for value in numbers.flatten().tolist()]
+
+
+def same_summary(one: list[float], other: list[float]) -> bool:
+    """Whether two summaries are of one function, up to the rounding of other hardware."""
+    if len(one) != len(other):
+        return False
+    a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
+    scale = torch.maximum(a.abs().max(), b.abs().max())
+    return bool((a - b).abs().max() <= 5e-3 * scale) or bool(scale == 0)
+
+
+def _row(x: Input, i: int) -> Input:
+    if isinstance(x, Tensor):
+        return x[i : i + 1]
+    return {key: value[i : i + 1] if isinstance(value, Tensor) and value.ndim else value for key, value in x.items()}
+
+
+def _equal(x: Input, y: Input) -> bool:
+    if isinstance(x, Tensor):
+        return isinstance(y, Tensor) and torch.equal(x, y)
+    return all(torch.equal(x[key], y[key]) for key in x if isinstance(x[key], Tensor))  # type: ignore[call-overload, index]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    tolerance = FINE if a.dtype in (torch.float32, torch.float64) else COARSE
+    a, b = a.double(), b.double()
+    scale = a.abs().max()
+    return bool((a - b).abs().max() <= tolerance * scale + 1e-8) or bool(scale.isnan())

@@ -1,0 +1,225 @@
+"""A base is a frozen, pure function of each sample; what is not is refused, and every input is right or refused."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sidetuning as st
+from conftest import BASES, TAPS, conv_net, inputs
+
+NORM: dict[str, Any] = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+
+
+def image_base(**options: Any) -> st.Base:
+    with st.seeded(0):
+        return st.Base(conv_net(), example=torch.zeros(1, 3, 32, 32), **{**NORM, **options})
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_every_thread_gets_its_own_answers(kind: str) -> None:
+    model = st.SideTuner(BASES[kind]())
+    model.add_task("t", side="ladder", head=3, taps=TAPS[kind])
+    batches = [inputs(kind, 4, seed=seed) for seed in range(4)]
+    expected = [model(x, "t").detach() for x in batches]
+    wrong, stop = [0] * 4, threading.Event()
+
+    def serve(i: int) -> None:
+        for _ in range(25):
+            wrong[i] += not torch.allclose(model(batches[i], "t").detach(), expected[i], atol=1e-5)
+            wrong[i] += not torch.allclose(model.forward_all(batches[i])["t"].detach(), expected[i], atol=1e-5)
+
+    def change() -> None:
+        while not stop.is_set():
+            model.add_task("passing", side="ladder", head=2, taps=TAPS[kind][:1])
+            model.remove_task("passing")
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+    changing = threading.Thread(target=change)
+    for thread in (changing, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    changing.join()
+    assert wrong == [0] * 4
+
+
+class Function(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.function(self.linear(x))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda x: F.dropout(x, 0.5, training=True), "other outputs for the same input"),
+        (lambda x: x + torch.randn(len(x), 1), "other outputs for the same input"),
+        (lambda x: x - x.mean(0), "when another one is in its batch"),
+        (lambda x: F.batch_norm(x, None, None, training=True) if len(x) > 1 else x, "when another one is in its batch"),
+        (lambda x: x.T, "first dimension must be the batch"),
+        (lambda x: x.mean(0, keepdim=True), "first dimension must be the batch"),
+        (lambda x: x.view(1, 4), "does not take two samples at once"),
+    ],
+)
+def test_what_is_no_function_of_each_sample_is_refused(function: Any, sentence: str) -> None:
+    with pytest.raises(st.ShapeError, match=sentence):
+        st.Base(Function(function), example=torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    "write", [nn.ReLU(inplace=True), lambda x: x.sub_(x.mean(1, keepdim=True)), lambda x: x.mul_(2)]
+)
+def test_a_base_that_writes_into_its_input_changes_nobody_elses(write: Any) -> None:
+    def net(x: Tensor) -> Tensor:
+        out: Tensor = write(x)
+        return out + 1
+
+    base = st.Base(net, example=torch.randn(1, 4))
+    model = st.SideTuner(base)
+    with st.seeded(0):
+        model.add_task("t", side="mlp", merge="side-only", head="identity")
+    x = torch.randn(3, 4)
+    before = x.clone()
+    assert torch.equal(model(x, "t"), model["t"].side_output(before, base(before))) and torch.equal(x, before)
+
+
+class Renamed(nn.Module):
+    """One module under two names: tracing folds it once for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.again = self.conv
+        self.norm.running_mean.fill_(0.3)
+        self.norm.running_var.fill_(4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(self.conv(x)) + F.conv2d(x, self.again.weight)).mean((2, 3))
+
+
+def hooked() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net[1].running_mean.fill_(0.3)  # type: ignore[union-attr, operator]
+    net[0].register_forward_hook(lambda *call: 3 * call[2])
+    return net
+
+
+class Replaced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.forward = self.other  # type: ignore[method-assign]
+
+    def other(self, x: Tensor) -> Tensor:
+        return (-self.norm(self.conv(x))).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("build", [Renamed, hooked, Replaced])
+def test_folded_features_are_those_of_the_base(build: Any) -> None:
+    base = st.Base(build(), example=torch.zeros(1, 3, 8, 8))
+    x = torch.rand(3, 3, 8, 8)
+    assert torch.allclose(base.folded()(x).out, base(x).out, rtol=1e-3, atol=1e-5)
+
+
+def test_images_are_right_or_refused_in_tensors_and_mappings_alike() -> None:
+    base = image_base()
+    whole = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    share = whole.float() / 255
+    expected = base(whole).out
+    for x in (whole, share, share.double(), share.half().float()):
+        for given in (x, {"x": x}):
+            assert torch.allclose(base(given).out, expected, atol=1e-2 if x is not whole else 1e-5)
+    mean, std = (torch.tensor(NORM[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    for wrong in ((share - mean) / std, whole.float(), whole.long(), whole.int()):
+        for given in (wrong, {"x": wrong}):
+            with pytest.raises(st.ShapeError, match=r"as uint8, or as floats in \[0, 1\]"):
+                base(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_type_takes_every_image(dtype: torch.dtype) -> None:
+    model = st.SideTuner(image_base())
+    model.add_task("t", side="fcn4", merge="mlp2", head=3)
+    whole = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    expected = model(whole, "t")
+    model.to(dtype)
+    for x in (whole, whole.float() / 255, whole.double() / 255):
+        out = model(x, "t")
+        assert out.dtype == dtype and torch.allclose(out.float(), expected, atol=0.1)
+
+
+@pytest.mark.parametrize("merge", ["fixed", "mlp2", "base-only"])
+def test_the_gradient_of_the_input_is_the_true_one(merge: str) -> None:
+    base = image_base()
+    model = st.SideTuner(base)
+    model.add_task("t", side="fcn4", merge=merge, head=3)
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x, "t").sum(), x)
+    prepared = base.prepare(x)
+    whole = model["t"](prepared, st.Features(base.net(prepared)))
+    (expected,) = torch.autograd.grad(whole.sum(), x)
+    assert torch.allclose(gradient, expected, atol=1e-6)
+    assert not base(torch.rand(2, 3, 32, 32)).out.requires_grad
+
+
+def test_frozen_tasks_laterals_and_parts_do_not_move() -> None:
+    x = inputs("conv", 8)
+    model = st.SideTuner(BASES["conv"](TAPS["conv"]))
+    for name in ("frozen", "lateral", "part"):
+        model.add_task(name, side="fusion", head=3)
+    model.add_task("new", side="fusion", head=3, laterals=["lateral"])
+    model.freeze_task("frozen")
+    side = model["part"].side
+    assert side is not None
+    side.requires_grad_(False)
+    before = {name: model(x, name).detach() for name in model.tasks}
+    statistics = {k: v.clone() for k, v in side.state_dict().items()}
+    for mode in (model.train, model["frozen"].train, model["lateral"].train, nn.Sequential(model).train):
+        mode()
+        model(x, "new").sum().backward()
+        model.forward_all(x)["part"].sum().backward()
+    model.eval()
+    assert torch.equal(model(x, "frozen"), before["frozen"]) and torch.equal(model(x, "lateral"), before["lateral"])
+    assert all(torch.equal(v, side.state_dict()[k]) for k, v in statistics.items())
+    assert not torch.equal(model(x, "new"), before["new"])
+    model.remove_task("new")
+    model.train()
+    assert model["lateral"].training and not model["frozen"].training
+
+
+def test_a_task_costs_the_same_however_many_there_are() -> None:
+    model = st.SideTuner(image_base())
+    passes: list[int] = []
+    model.base.net.register_forward_hook(lambda *_: passes.append(1))  # type: ignore[attr-defined]
+    counted: list[int] = []
+    for i in range(60):
+        visited = 0
+
+        def count(module: nn.Module, *_: Any) -> None:
+            nonlocal visited
+            visited += 1
+
+        handle = torch.nn.modules.module.register_module_forward_hook(count)
+        model.add_task(f"t{i}", side="mlp", head=2, side_options={"hidden": 2})
+        handle.remove()
+        counted.append(visited)
+    assert not passes and len(set(counted)) == 1
+    shared = nn.Linear(16, 2)
+    model.add_task("a", side="mlp", head=shared)
+    with pytest.raises(st.TaskError, match="also that of task 'a'"):
+        model.add_task("b", side="mlp", head=shared)
+    model.remove_task("a")
+    model.add_task("b", side="mlp", head=shared)
+    with pytest.raises(st.TaskError, match="also that of the base"):
+        model.add_task("c", side=model.base.net, head=2)  # type: ignore[arg-type]
