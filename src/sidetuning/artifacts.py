@@ -1,11 +1,13 @@
-"""A task on disk: `side.json` says what it is and which base it belongs to, `side.safetensors` holds its tensors.
+"""A task on disk: `side.safetensors` holds its tensors and, in its header, what it is and which base it belongs to.
 
-Writes are atomic, reads are strict, and no pickle is ever read or written.
+`side.json` says the same for people and for other programs. One file that is replaced whole cannot disagree with itself,
+wherever a save is cut short; the text's own checksum tells that nobody changed it. No pickle is ever read or written.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -13,24 +15,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as parse
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
-from sidetuning.files import atomic_write, json_text, read_json
+from sidetuning.files import atomic_write, json_text, parse_json, read_json
 from sidetuning.sides.initialise import mismatch
 
-FORMAT_VERSION = 1
+# Version 1 had the text in `side.json` alone, without a checksum.
+FORMAT_VERSION = 2
+MEND = "fetch or save the task again"
 CONFIG, TENSORS = "side.json", "side.safetensors"
 # A downloaded file may hold anything. A part is its name and its options.
 PART = (str, dict)
 SCHEMA = {
     "task": str,
     "tensors_sha256": str,
+    "sha256?": str,
     "labels?": [str],
     "laterals_sha256?": dict,
     "parts": {
@@ -46,6 +51,7 @@ SCHEMA = {
         "taps?": [str],
         "output_shape?": [int],
         "preparation?": dict,
+        "probe?": [float],
         "spec?": {"name": str, "options": dict, "revision?": str},
     },
 }
@@ -61,9 +67,6 @@ def write_task(
 ) -> None:
     """Write a task to the folder `path`, with the identity of the base it belongs to.
 
-    Both files are whole before either takes its place, and `side.json`, which names the sha256 of the tensors, takes it
-    last: a folder is a task only when whole.
-
     Args:
         path: the folder.
         name: name of the task.
@@ -75,7 +78,7 @@ def write_task(
     Raises:
         TaskError: an option of a part, or another value, that JSON does not have.
     """
-    path, data = Path(path), _tensor_bytes(branch)
+    tensors = _tensors(branch)
     spec = None if base.spec is None else asdict(base.spec)
     config = {
         "format_version": FORMAT_VERSION,
@@ -87,60 +90,93 @@ def write_task(
         "metrics": {key: float(value) for key, value in metrics.items()},
         "laterals_sha256": dict(laterals),
         "base": {"spec": spec, **base.identity().record(), "taps": list(branch.taps)},
-        "tensors_sha256": hashlib.sha256(data).hexdigest(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     try:
-        text = json_text(config)
+        write_files(path, config, tensors)
     except TypeError as error:
         raise TaskError(
             f"task '{name}' cannot be saved: {error}; give its options as plain numbers and texts"
         ) from error
+
+
+def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a task's two files, the tensors' with the text in it first.
+
+    Raises:
+        TypeError: a value that JSON does not have.
+    """
+    path = Path(path)
+    config = {**config, "format_version": FORMAT_VERSION, "tensors_sha256": _sha256(tensors)}
+    config["sha256"] = _checksum(config)
+    text = json_text(config)
+    data = save(tensors, metadata={"format": "pt", "sidetuning": text})
     with atomic_write(path / CONFIG) as config_file, atomic_write(path / TENSORS) as tensors_file:
         config_file.write_text(text, encoding="utf-8")
         tensors_file.write_bytes(data)
+
+
+def _checksum(config: Mapping[str, Any]) -> str:
+    """sha256 over a task's text, but for the checksum itself."""
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
     """Whether the folder `path` holds this task with the weights that it has now."""
     try:
         config = read_config(path)
-        content = (Path(path) / TENSORS).read_bytes()
+        read_tensors(path, config)
     except (ArtifactError, OSError):
         return False
-    sha256 = tensors_sha256(branch)
-    return config["task"] == name and config["tensors_sha256"] == sha256 == hashlib.sha256(content).hexdigest()
+    return config["task"] == name and config["tensors_sha256"] == tensors_sha256(branch)
 
 
 def tensors_sha256(module: nn.Module | None) -> str:
     """sha256 over a module's tensors, as they are saved."""
-    return hashlib.sha256(_tensor_bytes(module) if module is not None else b"").hexdigest()
+    return hashlib.sha256(b"").hexdigest() if module is None else _sha256(_tensors(module))
 
 
-def _tensor_bytes(module: nn.Module) -> bytes:
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
     # A clone each: safetensors refuses tensors that share memory.
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
-    return save(tensors, metadata={"format": "pt"})
+    return {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """`side.json` of the task at `path`, checked for its format.
+    """What the task at `path` is, checked for its format.
 
     Raises:
-        ArtifactError: no task there, not JSON, an unknown format version, or a field missing.
+        ArtifactError: no task there, an unknown format version, or a text that is damaged or was changed.
     """
-    file, mend = Path(path) / CONFIG, "fetch or save the task again"
+    file, tensors = Path(path) / CONFIG, Path(path) / TENSORS
     try:
-        found = read_json(file, {}, mend).get("format_version")
+        found = read_json(file, {}, MEND).get("format_version")
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} holds no task: {CONFIG} is missing") from error
-    if found != FORMAT_VERSION:
+    if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
         raise ArtifactError(
-            f"{file} has format_version {found!r} and this library reads {FORMAT_VERSION}; "
+            f"{file} has format_version {found!r} and this library reads 1 to {FORMAT_VERSION}; "
             "install the version of sidetuning that wrote it, or a newer one"
         )
-    config: dict[str, Any] = read_json(file, SCHEMA, mend)
-    return config
+    config: dict[str, Any] = read_json(file, SCHEMA, MEND)
+    if found == 1:
+        return config
+    try:
+        with safe_open(tensors, "pt") as opened:
+            text = (opened.metadata() or {}).get("sidetuning", "")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{tensors} is missing; {MEND}") from error
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{tensors} is truncated or not a safetensors file ({error}); {MEND}") from error
+    inner: dict[str, Any] = parse_json(text, str(tensors), SCHEMA, MEND)
+    for name, content in ((file, config), (tensors, inner)):
+        if content.get("sha256") != _checksum(content):
+            raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {MEND}")
+    return inner
 
 
 def read_branch(
@@ -187,7 +223,7 @@ def read_branch(
         # Options of the wrong type or value, which each part meets in its own way.
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
     branch.labels = config.get("labels")
-    tensors = _read_tensors(path / TENSORS, config["tensors_sha256"])
+    tensors = read_tensors(path, config)
     problem = mismatch(branch.state_dict(), tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
@@ -208,19 +244,20 @@ def _part(path: Path, kind: str, recorded: Any, module: nn.Module | None) -> tup
     return module, None
 
 
-def _read_tensors(file: Path, sha256: str) -> dict[str, Any]:
+def read_tensors(path: str | Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the task at `path`, which must be those that its text tells of."""
+    file = Path(path) / TENSORS
     try:
         data = file.read_bytes()
+        tensors = parse(data)
     except FileNotFoundError as error:
-        raise ArtifactError(f"{file} is missing; fetch or save the task again") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ArtifactError(
-            f"{file} is truncated or was changed: its sha256 is not the one in {CONFIG}; fetch it again"
-        )
-    try:
-        return parse(data)
-    except SafetensorError as error:
-        raise ArtifactError(f"{file} is not a safetensors file ({error}); fetch or save the task again") from error
+        raise ArtifactError(f"{file} is missing; {MEND}") from error
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{file} is truncated or not a safetensors file ({error}); {MEND}") from error
+    sha256 = hashlib.sha256(data).hexdigest() if config.get("format_version") == 1 else _sha256(tensors)
+    if sha256 != config["tensors_sha256"]:
+        raise ArtifactError(f"{file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")
+    return tensors
 
 
 def _spec_text(config: dict[str, Any]) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import platform
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +18,49 @@ from sidetuning.errors import ArtifactError
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, and put it in its place, synced, when the block ends well."""
-    path = Path(path)
+    """Give a temporary path, and put what is written there in place of `path`, synced, when the block ends well.
+
+    A link stays one, and its target is replaced. What is no file, such as a device, is written to.
+    """
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            yield (temporary := Path(folder) / path.name)
+            path.write_bytes(temporary.read_bytes())
+        return
+    prefix = f".{path.name}.{platform.node()}."
+    temporary = path.with_name(f"{prefix}{os.getpid()}.{threading.get_ident()}.tmp")
+    _remove_leftovers(path.parent, prefix)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove the temporary files of this machine's writers that were killed."""
+    for left in folder.glob(f"{glob.escape(prefix)}*.tmp"):
+        try:
+            os.kill(int(left.name.removeprefix(prefix).split(".")[0]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (OSError, ValueError):
+            continue
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename outlive a loss of power, where the system can open folders."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -57,14 +93,23 @@ def read_json(path: str | Path, schema: Any, mend: str) -> Any:
         ArtifactError: not JSON, or a value of another type.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ArtifactError(f"{path} is not JSON ({error}); {mend}") from error
+    return parse_json(text, str(path), schema, mend)
+
+
+def parse_json(text: str, name: str, schema: Any, mend: str) -> Any:
+    """As `read_json`, of a text that is called `name` in errors."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{name} is not JSON ({error}); {mend}") from error
     wrong = _misfit(content, schema, "")
     if wrong is not None:
-        raise ArtifactError(f"{path} has no valid field '{wrong}'; {mend}")
+        raise ArtifactError(f"{name} has no valid field '{wrong}'; {mend}")
     return content
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
-from sidetuning.artifacts import CONFIG, TENSORS, read_config
+from sidetuning.artifacts import CONFIG, TENSORS, read_config, read_tensors, write_files
 from sidetuning.errors import ArtifactError
-from sidetuning.files import write_json, write_text
+from sidetuning.files import write_text
 
 CARD = """
 # {task}
@@ -51,15 +50,14 @@ def push(path: str | Path, repo: str, *, private: bool = False, token: str | Non
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    path = Path(path)
-    config = without_paths(read_config(path))
-    if not (path / TENSORS).exists():
-        raise ArtifactError(f"{path / TENSORS} is missing; save the task again")
+    config = read_config(path)
+    # Only what was checked is sent, wherever a link may point.
+    tensors = read_tensors(path, config)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        copyfile(path / TENSORS, Path(folder) / TENSORS)
-        write_json(Path(folder) / CONFIG, config)
-        write_text(Path(folder) / "README.md", model_card(config, repo, (path / TENSORS).stat().st_size))
+        write_files(folder, without_paths(config), tensors)
+        size = (Path(folder) / TENSORS).stat().st_size
+        write_text(Path(folder) / "README.md", model_card(without_paths(config), repo, size))
         try:
             api.create_repo(repo, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"sidetuning task {config['task']}")
@@ -86,7 +84,7 @@ def pull(repo: str, *, revision: str | None = None, token: str | None = None) ->
         raise ArtifactError(
             f"{repo} could not be read from the Hub ({type(error).__name__}: {error}); check name and network"
         ) from error
-    read_config(folder)
+    read_tensors(folder, read_config(folder))
     return folder
 
 

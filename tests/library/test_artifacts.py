@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,7 @@ from torch import nn
 
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base
-from sidetuning import identity
-
+from sidetuning import artifacts, identity
 
 
 def scrambled(model: st.SideTuner, task: str) -> None:
@@ -40,15 +41,21 @@ def saved(path: Path) -> st.SideTuner:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another text in both files, with its right checksum, as somebody who knows how would write it."""
     config = json.loads((path / "side.json").read_text())
+    tensors = parse((path / "side.safetensors").read_bytes())
     change(config)
-    (path / "side.json").write_text(json.dumps(config))
+    config["sha256"] = artifacts._checksum(config)
+    text = json.dumps(config)
+    (path / "side.json").write_text(text)
+    (path / "side.safetensors").write_bytes(save(tensors, metadata={"format": "pt", "sidetuning": text}))
 
 
-def rewrite(path: Path, data: bytes) -> None:
-    """Other tensors, with their right sha256 in side.json."""
-    (path / "side.safetensors").write_bytes(data)
-    edit(path, lambda c: c.update(tensors_sha256=hashlib.sha256(data).hexdigest()))
+def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other tensors, with their right sha256."""
+    text = (path / "side.json").read_text()
+    (path / "side.safetensors").write_bytes(save(tensors, metadata={"sidetuning": text}))
+    edit(path, lambda c: c.update(tensors_sha256=artifacts._sha256(tensors)))
 
 
 def refused(path: Path, match: str) -> None:
@@ -203,17 +210,43 @@ def test_tampered_bytes_are_refused(place: int, tmp_path: Path) -> None:
     data = bytearray((tmp_path / "side.safetensors").read_bytes())
     data[place] ^= 1
     (tmp_path / "side.safetensors").write_bytes(data)
-    refused(tmp_path, "was changed")
+    refused(tmp_path, r"was changed|is truncated|side\.safetensors is not JSON|no valid field")
 
 
-def test_a_broken_header_is_refused_even_with_its_right_hash(tmp_path: Path) -> None:
+def test_whatever_byte_of_a_task_is_changed_it_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for name in ("side.json", "side.safetensors"):
+        data = (tmp_path / name).read_bytes()
+        for place in range(0, len(data), max(1, len(data) // 150)):
+            changed = bytearray(data)
+            changed[place] ^= 4
+            (tmp_path / name).write_bytes(changed)
+            with contextlib.suppress(ValueError):
+                # A blank between two entries says nothing.
+                if json.loads(bytes(changed)) == json.loads(data):
+                    continue
+            refused(tmp_path, r"side\.(json|safetensors)")
+        (tmp_path / name).write_bytes(data)
+    assert st.SideTuner(mlp_base()).load_task(tmp_path) == "pets"
+
+
+def test_an_edited_text_is_refused(tmp_path: Path) -> None:
+    """Labels turned round, or another merge without parameters, change every answer and no tensor."""
+    saved(tmp_path)
+    text = (tmp_path / "side.json").read_text()
+    for change in ({"labels": ["fish", "dog", "cat"]}, {"alpha": 0.1}, {"metrics": {"accuracy": 1.0}}):
+        (tmp_path / "side.json").write_text(json.dumps({**json.loads(text), **change}))
+        refused(tmp_path, r"side\.json was changed")
+
+
+def test_a_broken_header_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     data = (tmp_path / "side.safetensors").read_bytes()
-    rewrite(tmp_path, b"\xff" * 8 + data[8:])
+    (tmp_path / "side.safetensors").write_bytes(b"\xff" * 8 + data[8:])
     refused(tmp_path, "not a safetensors file")
 
 
-@pytest.mark.parametrize("found", [0, 2, "1", None])
+@pytest.mark.parametrize("found", [0, 3, "1", None, True])
 def test_an_unknown_format_is_refused(found: object, tmp_path: Path) -> None:
     saved(tmp_path)
     edit(tmp_path, lambda c: c.update(format_version=found))
@@ -253,7 +286,7 @@ def test_missing_extra_or_misshapen_tensors_are_refused(tmp_path: Path) -> None:
         ({**tensors, "head.linear.bias": torch.zeros(9)}, "has the shape"),
     ]  # fmt: skip
     for content, match in cases:
-        rewrite(tmp_path, save(content))
+        rewrite(tmp_path, content)
         refused(tmp_path, match)
 
 
@@ -328,6 +361,54 @@ def test_a_task_that_cannot_be_written_leaves_the_one_that_was(tmp_path: Path, m
         model.save_task("pets", tmp_path)
     monkeypatch.setattr(Path, "write_bytes", write)
     assert torch.equal(st.load(tmp_path, base=mlp_base())(inputs("mlp"), "pets"), before)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["side.json", "side.safetensors"]
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_save_that_is_killed_leaves_the_old_task_or_the_new(tmp_path: Path, killed_at: int) -> None:
+    model = saved(tmp_path)
+    before = model(inputs("mlp"), "pets")
+    scrambled(model, "pets")
+    if os.fork() == 0:
+        renames, replace = [], Path.replace
+
+        def replace_or_die(self: Path, target: Path) -> Path:
+            renames.append(target)
+            if len(renames) == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(self, target)
+
+        Path.replace = replace_or_die  # type: ignore[assignment, method-assign]
+        model.save_task("pets", tmp_path)
+    os.wait()
+    after = st.load(tmp_path, base=mlp_base())(inputs("mlp"), "pets")
+    assert any(torch.equal(after, expected) for expected in (before, model(inputs("mlp"), "pets")))
+    model.save_task("pets", tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["side.json", "side.safetensors"]
+
+
+def test_savers_and_readers_side_by_side_meet_whole_tasks(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    other = saved(tmp_path)
+    scrambled(other, "pets")
+    other.save_task("pets", tmp_path)
+    known = [m(inputs("mlp"), "pets") for m in (model, other)]
+    failures: list[BaseException] = []
+
+    def save_often(saver: st.SideTuner) -> None:
+        try:
+            for _ in range(15):
+                saver.save_task("pets", tmp_path)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save_often, args=(saver,)) for saver in (model, other, model, other)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        out = st.load(tmp_path, base=model.base)(inputs("mlp"), "pets")
+        assert any(torch.equal(out, expected) for expected in known)
+    assert not failures
     assert sorted(f.name for f in tmp_path.iterdir()) == ["side.json", "side.safetensors"]
 
 
@@ -462,6 +543,17 @@ def test_a_hub_that_refuses_is_one_sentence(
         st.push(tmp_path / "task", "someone/pets")
     with pytest.raises(st.ArtifactError, match="could not be read from the Hub"):
         st.pull("someone/else")
+
+
+def test_what_is_no_task_is_not_pushed_wherever_a_link_points(hub: type[FakeHub], tmp_path: Path) -> None:
+    saved(tmp_path / "task")
+    secret = tmp_path / "secret"
+    secret.write_text("not for the Hub")
+    (tmp_path / "task" / "side.safetensors").unlink()
+    (tmp_path / "task" / "side.safetensors").symlink_to(secret)
+    with pytest.raises(st.ArtifactError, match="not a safetensors file"):
+        st.push(tmp_path / "task", "someone/pets")
+    assert hub.private == {}
 
 
 def test_half_a_task_is_not_pushed(hub: type[FakeHub], tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Writes are whole, wherever a path leads and whenever they end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sidetuning as st
+from sidetuning.files import atomic_write, read_json, write_json, write_text
+
+
+def test_links_stay_and_devices_are_written_to(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    write_text("/dev/null", "nothing")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_write_that_fails_leaves_what_was(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    write_text(file, "old")
+    with pytest.raises(RuntimeError), atomic_write(file) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_write_stays(tmp_path: Path) -> None:
+    script = "import os, sys; from sidetuning.files import atomic_write\n"
+    script += "with atomic_write(sys.argv[1]) as t: t.write_text('half'); os._exit(9)"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], check=False)
+    (left,) = tmp_path.iterdir()
+    with atomic_write(tmp_path / "a") as mine:
+        mine.write_text("whole")
+        assert not left.exists()
+        with atomic_write(tmp_path / "b") as another:
+            another.write_text("b")
+        assert mine.exists()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("[" * 100_000, "not JSON"),
+        ('{"a": 1}', "'b'"),
+        ('{"a": "1", "b": []}', "'a'"),
+        ('{"a": 1, "b": [1]}', "'b'"),
+        ('{"a": 1, "b": [], "c": ["x", 2]}', "'c'"),
+        ('{"a": true, "b": []}', "'a'"),
+        ('{"a": 1, "b": [], "d": "red"}', "'d'"),
+    ],
+)
+def test_json_of_another_form_is_one_sentence(tmp_path: Path, text: str, place: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    schema = {"a": int, "b": [str], "c?": (str, dict), "d?": {"green", 5}}
+    with pytest.raises(st.ArtifactError, match=f"{place}.*; fetch it again"):
+        read_json(tmp_path / "x.json", schema, "fetch it again")
+    write_json(tmp_path / "x.json", good := {"a": 1, "b": ["x"], "c": ["x", {}], "d": "green", "more": 1})
+    assert read_json(tmp_path / "x.json", schema, "") == good
+    assert os.listdir(tmp_path) == ["x.json"]  # noqa: PTH208
