@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -125,8 +125,7 @@ def _checksum(config: Mapping[str, Any]) -> str:
 def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
     """Whether the folder `path` holds this task with the weights that it has now."""
     try:
-        config = read_config(path)
-        read_tensors(path, config)
+        config, _ = read_task(path)
     except (ArtifactError, OSError):
         return False
     return config["task"] == name and config["tensors_sha256"] == tensors_sha256(branch)
@@ -147,12 +146,17 @@ def _sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """What the task at `path` is, checked for its format.
+    """What the task at `path` is, without its tensors; raises as `read_task`."""
+    return read_task(path, tensors=False)[0]
+
+
+def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the task at `path` is, and its tensors, of one version even while another process saves it anew.
 
     Raises:
-        ArtifactError: no task there, an unknown format version, or a text that is damaged or was changed.
+        ArtifactError: no task there, an unknown format version, or a file that is damaged or was changed.
     """
-    file, tensors = Path(path) / CONFIG, Path(path) / TENSORS
+    file, tensor_file = Path(path) / CONFIG, Path(path) / TENSORS
     try:
         found = read_json(file, {}, MEND).get("format_version")
     except FileNotFoundError as error:
@@ -163,30 +167,43 @@ def read_config(path: str | Path) -> dict[str, Any]:
             "install the version of sidetuning that wrote it, or a newer one"
         )
     config: dict[str, Any] = read_json(file, SCHEMA, MEND)
-    if found == 1:
-        return config
+    if found == 1 and not tensors:
+        return config, {}
     try:
-        with safe_open(tensors, "pt") as opened:
-            text = (opened.metadata() or {}).get("sidetuning", "")
+        data = tensor_file.read_bytes()
+        values = parse(data)
     except FileNotFoundError as error:
-        raise ArtifactError(f"{tensors} is missing; {MEND}") from error
+        raise ArtifactError(f"{tensor_file} is missing; {MEND}") from error
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{tensors} is truncated or not a safetensors file ({error}); {MEND}") from error
-    inner: dict[str, Any] = parse_json(text, str(tensors), SCHEMA, MEND)
-    for name, content in ((file, config), (tensors, inner)):
-        if content.get("sha256") != _checksum(content):
-            raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {MEND}")
-    return inner
+        raise ArtifactError(f"{tensor_file} is truncated or not a safetensors file ({error}); {MEND}") from error
+    if found == 1:
+        sha256 = hashlib.sha256(data).hexdigest()
+    else:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        text = header.get("__metadata__", {}).get("sidetuning", "")
+        inner: dict[str, Any] = parse_json(text, str(tensor_file), SCHEMA, MEND)
+        for name, content in ((file, config), (tensor_file, inner)):
+            if content.get("sha256") != _checksum(content):
+                raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {MEND}")
+        config, sha256 = inner, _sha256(values)
+    if sha256 != config["tensors_sha256"]:
+        raise ArtifactError(f"{tensor_file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")
+    return config, values
 
 
 def read_branch(
-    path: str | Path, config: dict[str, Any], base: Base, own: Mapping[str, nn.Module | None], *, any_base: bool = False
+    path: str | Path,
+    task: tuple[dict[str, Any], dict[str, Tensor]],
+    base: Base,
+    own: Mapping[str, nn.Module | None],
+    *,
+    any_base: bool = False,
 ) -> Branch:
     """Build the branch of the task saved at `path`, with its weights.
 
     Args:
         path: the folder.
-        config: what `read_config` gave of it.
+        task: what `read_task` gave of it.
         base: what it is built on.
         own: instances of the parts "side", "merge" and "head" that were the user's own modules, None for the others.
         any_base: take another base than the one that it was trained on.
@@ -195,7 +212,7 @@ def read_branch(
         ArtifactError: another base, parts that cannot be built, or tensors that are damaged or do not fit.
         TaskError: a part of the user's own is not given, or is given where a registered one was used.
     """
-    path = Path(path)
+    path, (config, tensors) = Path(path), task
     recorded = config["base"]
     difference = base.identity().difference(recorded)
     if difference and not any_base:
@@ -223,7 +240,6 @@ def read_branch(
         # Options of the wrong type or value, which each part meets in its own way.
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
     branch.labels = config.get("labels")
-    tensors = read_tensors(path, config)
     problem = mismatch(branch.state_dict(), tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
@@ -242,22 +258,6 @@ def _part(path: Path, kind: str, recorded: Any, module: nn.Module | None) -> tup
         name = "none" if recorded is None else f"'{recorded[0]}'"
         raise TaskError(f"the {kind} of {path} is {name} and is built from its name; leave {kind}= out")
     return module, None
-
-
-def read_tensors(path: str | Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the task at `path`, which must be those that its text tells of."""
-    file = Path(path) / TENSORS
-    try:
-        data = file.read_bytes()
-        tensors = parse(data)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{file} is missing; {MEND}") from error
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{file} is truncated or not a safetensors file ({error}); {MEND}") from error
-    sha256 = hashlib.sha256(data).hexdigest() if config.get("format_version") == 1 else _sha256(tensors)
-    if sha256 != config["tensors_sha256"]:
-        raise ArtifactError(f"{file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")
-    return tensors
 
 
 def _spec_text(config: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sidetuning.artifacts import CONFIG, TENSORS, read_config, read_tensors, write_files
+from sidetuning.artifacts import CONFIG, TENSORS, read_task, write_files
 from sidetuning.errors import ArtifactError
 from sidetuning.files import write_text
 
@@ -50,9 +50,8 @@ def push(path: str | Path, repo: str, *, private: bool = False, token: str | Non
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    config = read_config(path)
     # Only what was checked is sent, wherever a link may point.
-    tensors = read_tensors(path, config)
+    config, tensors = read_task(path)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         write_files(folder, without_paths(config), tensors)
@@ -84,7 +83,7 @@ def pull(repo: str, *, revision: str | None = None, token: str | None = None) ->
         raise ArtifactError(
             f"{repo} could not be read from the Hub ({type(error).__name__}: {error}); check name and network"
         ) from error
-    read_tensors(folder, read_config(folder))
+    read_task(folder)
     return folder
 
 

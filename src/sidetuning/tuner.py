@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from sidetuning.artifacts import read_branch, read_config, tensors_sha256, write_task
+from sidetuning.artifacts import read_branch, read_task, tensors_sha256, write_task
 from sidetuning.base import Base, Features, Input, modules_of, take_rows
 from sidetuning.branch import Branch, build_branch
 from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, TaskError, UnknownNameError
@@ -314,7 +314,7 @@ class SideTuner(nn.Module):
             ArtifactError: missing, truncated, tampered with, of another base or an unknown format.
             TaskError: the task exists already, or a part of your own must be passed, or is given and not needed.
         """
-        config = read_config(path)
+        config, tensors = read_task(path)
         name = name or str(config["task"])
         self._check_name(name)
         recorded = config.get("laterals_sha256", {})
@@ -327,7 +327,7 @@ class SideTuner(nn.Module):
                     "any_base=True"
                 )
         own = {"side": side, "merge": merge, "head": head}
-        self.add_branch(name, read_branch(path, config, self.base, own, any_base=any_base))
+        self.add_branch(name, read_branch(path, (config, tensors), self.base, own, any_base=any_base))
         return name
 
     def summary(self) -> Summary:
