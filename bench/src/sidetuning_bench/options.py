@@ -27,8 +27,7 @@ import torch
 
 from sidetuning.base import Base
 from sidetuning.errors import SideTuningError
-from sidetuning_bench.methods import METHODS, Method, Recipe
-from sidetuning_bench.methods.method import one_cycle
+from sidetuning_bench.methods import METHODS, Method, Recipe, one_cycle
 
 S = TypeVar("S")
 

@@ -15,7 +15,7 @@ from sidetuning.integrations.transformers import load_tokenizer, tokenizer_finge
 from sidetuning.loading import load_base
 from sidetuning_bench.language import squad
 from sidetuning_bench.language.questions import Prediction, Question, make_windows, n_best
-from sidetuning_bench.methods.method import load_method
+from sidetuning_bench.methods import load_method
 from sidetuning_bench.runs import at_least_one
 
 
