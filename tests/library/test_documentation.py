@@ -60,6 +60,7 @@ def test_every_argument_is_documented(name: str) -> None:
     explained = {
         n.strip() for names in re.findall(r"^ {4}([\w, ]+):", sections, re.MULTILINE) for n in names.split(",")
     }
+    explained |= set(re.findall(r"`(\w+)[`:=]", text))
     wanted = arguments(name)
     if len(wanted) <= 2:
         # A short function may say it in its sentences; one argument is named by its own name.
