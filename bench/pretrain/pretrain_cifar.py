@@ -21,7 +21,7 @@ from sidetuning.base import Base
 from sidetuning.bases import IMAGENET_MEAN, IMAGENET_STD
 from sidetuning.bases.resnet_cifar import resnet44
 from sidetuning.cache import cache_features, loader_over
-from sidetuning.distill import distill
+from sidetuning.distillation import distill
 from sidetuning.errors import SideTuningError
 from sidetuning.files import atomic_write
 from sidetuning.seeding import seeded
