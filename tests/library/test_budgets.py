@@ -56,7 +56,7 @@ def code(file: Path) -> list[tuple[int, str]]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             hidden.update(range(node.lineno, node.body[0].lineno))
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if docstring or isinstance(node, (ast.Import, ast.ImportFrom)):
+        if isinstance(node, ast.stmt) and (docstring or isinstance(node, (ast.Import, ast.ImportFrom))):
             hidden.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     numbered = [(n, " ".join(line.split())) for n, line in enumerate(text.splitlines(), 1) if n not in hidden]
     return [(n, line) for n, line in numbered if line and not line.startswith("#")]
