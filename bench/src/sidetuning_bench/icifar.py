@@ -21,7 +21,7 @@ from sidetuning_bench import options
 from sidetuning_bench.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning_bench.methods import Method, Task
 from sidetuning_bench.options import Count, MethodOptions, Probability, RunOptions, Share, check
-from sidetuning_bench.report_runs import report
+from sidetuning_bench.report_runs import FAMILIES, Family, report
 from sidetuning_bench.results import RunResult
 from sidetuning_bench.runs import Run
 from sidetuning_bench.sequence import Course, Lesson, Score, learn_in_order, print_result, with_recipe
@@ -196,6 +196,9 @@ def task_loader(
     chosen = [(labels == first + c).nonzero().flatten() for c in range(CLASSES_PER_TASK)]
     indices = torch.cat([rows[: max(1, round(share * len(rows)))] for rows in chosen]).sort().values
     return loader_over(data, batch_size=batch, shuffle=shuffle, indices=indices, relabel=lambda y: y - first)  # type: ignore[return-value]
+
+
+FAMILIES["icifar"] = Family("iCIFAR", RunResult.load)
 
 
 def main(settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,11 @@ class Family:
 
 # Scenarios add themselves by the name that their run.json has.
 FAMILIES: dict[str, Family] = {}
+
+
+def scaled(name: str, scale: float = 1.0) -> Callable[[Any], float | None]:
+    """A column's function: a number of a result, where it has one, times a scale."""
+    return lambda result: None if (value := getattr(result, name)) is None else scale * value
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,10 @@ def _runs_in(folder: Path) -> list[Path]:
     """The folder of a run, or those of the finished runs of a comparison."""
     if (folder / "result.json").exists():
         return [folder]
-    if runs := sorted(file.parent for file in folder.glob("*/result.json")):
-        return runs
+    # Numbers in names are sorted as numbers.
+    found = [file.parent for file in folder.glob("*/result.json")]
+    if found:
+        return sorted(found, key=lambda run: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", run.name)])
     _content(folder)
     raise SideTuningError(f"the run in {folder} is not finished; its command resumes it")
 

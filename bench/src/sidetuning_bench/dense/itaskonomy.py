@@ -27,7 +27,7 @@ from sidetuning_bench.dense.tasks import ORDER, DenseTask, Regression, dense_tas
 from sidetuning_bench.domains import domain_of, names
 from sidetuning_bench.methods import Method, Task
 from sidetuning_bench.options import Count, MethodOptions, Names, Natural, Positive, RunOptions, check, with_values
-from sidetuning_bench.report_runs import report
+from sidetuning_bench.report_runs import FAMILIES, Family, report
 from sidetuning_bench.results import RunResult
 from sidetuning_bench.runs import Run
 from sidetuning_bench.sequence import Course, Lesson, Score, learn_in_order, print_result, with_recipe
@@ -315,6 +315,9 @@ def evaluate(method: Method, name: str, data: Labelled, constant: float) -> Scor
         output = method(x, name, features=features).float().cpu()  # sums are in double precision, which MPS has not
         tallies.append(data.task.tally(output, y))
     return data.task.score(torch.stack(tallies).sum(0), constant)
+
+
+FAMILIES["itaskonomy"] = Family("iTaskonomy", RunResult.load)
 
 
 def main(settings: Settings) -> None:

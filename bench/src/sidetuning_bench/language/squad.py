@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ from sidetuning_bench.options import (
     flat,
     with_values,
 )
+from sidetuning_bench.report_runs import FAMILIES, Family, scaled
 from sidetuning_bench.results import number_text
 from sidetuning_bench.runs import Run, peak_memory_mb, read_result
 
@@ -328,6 +330,22 @@ def write_answers(folder: Path, test: Questions, answers: Sequence[Sequence[Pred
     write_json(folder / "null_odds.json", {name: spans[0].null_odds for name, spans in by_id.items()})
     best = {name: [span._asdict() for span in spans] for name, spans in by_id.items()}
     write_json(folder / "nbest_predictions.json", best)
+
+
+FAMILIES["squad"] = Family(
+    "SQuAD v2",
+    partial(read_result, Result),
+    {
+        "F1, %": lambda result: result.scores.get("f1"),
+        "Exact, %": lambda result: result.scores.get("exact"),
+        "F1 with an answer, %": lambda result: result.scores.get("has_answer"),
+        "F1 without, %": lambda result: result.scores.get("no_answer"),
+        "Best F1, %": lambda result: result.scores.get("best_f1"),
+        "Parameters trained": scaled("added"),
+        "Training, s": scaled("seconds"),
+        "1,000 answers, s": scaled("seconds_per_1000"),
+    },
+)
 
 
 def main(settings: Settings) -> None:
