@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from PIL import Image
 from torch import nn
 
 import sidetuning as st
+from text_parts import number_questions, write_encoder
 
 # Outputs of the original authors' code; a larger folder of theirs is optional.
 GOLDEN = Path(__file__).parent / "data/golden.safetensors"
+FAKE_HABITAT = Path(__file__).parent / "bench" / "fake_habitat"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -106,6 +109,16 @@ def tiny_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def habitat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """Name of an environment of the stand-in for Habitat."""
+    monkeypatch.syspath_prepend(str(FAKE_HABITAT))
+    (tmp_path / "nav.yaml").write_text("")
+    yield f"habitat:{tmp_path / 'nav.yaml'}"
+    for name in [n for n in sys.modules if n.partition(".")[0] == "habitat"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Gives a file system of a size such as "256k", really full when it is; a second call resizes it. Needs to be root."""
     folder = tmp_path / "disk"
@@ -128,3 +141,21 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip("the reference material is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with random weights and a tokenizer of its own, as a folder of transformers."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    write_encoder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 questions to train on and 60 to test on, in SQuAD's layout."""
+    folder = tmp_path_factory.mktemp("squad")
+    number_questions(folder / "train.json", 240, 0)
+    number_questions(folder / "dev.json", 60, 1)
+    return folder

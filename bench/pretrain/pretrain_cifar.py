@@ -21,7 +21,7 @@ from sidetuning.base import Base
 from sidetuning.bases import IMAGENET_MEAN, IMAGENET_STD
 from sidetuning.bases.resnet_cifar import resnet44
 from sidetuning.cache import cache_features, loader_over
-from sidetuning.distill import distill
+from sidetuning.distillation import distill
 from sidetuning.errors import SideTuningError
 from sidetuning.files import atomic_write
 from sidetuning.seeding import seeded
@@ -29,7 +29,7 @@ from sidetuning.launch import default_accelerator
 from sidetuning.loop import train
 from sidetuning.tuner import SideTuner
 from sidetuning_bench.cifar import load_images, random_flip_crop
-from sidetuning_bench.methods.method import one_cycle
+from sidetuning_bench.methods.recipe import one_cycle
 from sidetuning_bench.runs import Run
 
 EXAMPLE = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)

@@ -29,7 +29,7 @@ from sidetuning_bench.dense.base import SIDE_OPTIONS
 from sidetuning_bench.dense.resnet_map import ResNetMap
 from sidetuning_bench.dense.targets import target
 from sidetuning_bench.dense.taskonomy import Taskonomy
-from sidetuning_bench.methods.method import one_cycle
+from sidetuning_bench.methods.recipe import one_cycle
 from sidetuning_bench.runs import Run
 
 

@@ -20,7 +20,7 @@ from common import record
 from sidetuning.loading import load_base
 from sidetuning_bench import icifar
 from sidetuning_bench.cifar import load_images
-from sidetuning_bench.methods.method import load_method
+from sidetuning_bench.methods import load_method
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import tyro
 from common import RESULTS, record
 from sidetuning_bench.continual import mean_and_error
 from sidetuning_bench.language import squad
+from sidetuning_bench.options import with_values
 from sidetuning_bench.results import Estimate, number_text
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -101,13 +102,12 @@ def recorded(s: Settings, method: str, seed: int) -> bool:
 
 def one(s: Settings, method: str, seed: int) -> None:
     """Run and record a cell."""
-    given = squad.Settings(
-        data=s.data, base=s.base, seed=seed, epochs=s.epochs, questions=None if s.grid == "all" else s.questions, test_questions=s.test_questions,
-        out=f"{s.out}/{name(s.grid, method, seed)}", cache=s.cache, **METHODS[method],
-    )  # fmt: skip
+    questions, out = None if s.grid == "all" else s.questions, f"{s.out}/{name(s.grid, method, seed)}"
+    shared = {"data": s.data, "base": s.base, "seed": seed, "epochs": s.epochs, "test_questions": s.test_questions}
+    given = squad.settings_of({**shared, "questions": questions, "out": out, "cache": s.cache, **METHODS[method]})
     if s.grid == "seconds":
-        few = squad.run(replace(given, questions=FEW, test_questions=1, out=f"{given.out}-few"))
-        given = replace(given, questions=int(FEW * s.seconds / (few.base_seconds + few.seconds)))
+        few = squad.run(with_values(given, {"questions": FEW, "test_questions": 1, "out": f"{out}-few"}))
+        given = with_values(given, {"questions": int(FEW * s.seconds / (few.base_seconds + few.seconds))})
     result = squad.run(given)
     content = asdict(result)
     content["settings"]["base"] = Path(s.base).name

@@ -21,9 +21,9 @@ import tyro
 from torch import Tensor
 
 from common import RESULTS, record
+from sidetuning.cache import token_loader
 from sidetuning.integrations.transformers import load_tokenizer
 from sidetuning.loading import load_base
-from sidetuning.cache import token_loader
 from sidetuning_bench.language import squad
 from sidetuning_bench.language.questions import Windows, make_windows, read_questions
 from sidetuning_bench.methods import Recipe, Task
@@ -72,7 +72,7 @@ def longest(windows: Windows, count: int) -> Windows:
 
 def one(given: Settings, name: str) -> dict[str, float]:
     """Seconds of a step, and memory in MB."""
-    s = squad.Settings(base=given.base, cache=given.cache, progress=False, **METHODS[name])  # type: ignore[arg-type]
+    s = squad.settings_of({"base": given.base, "cache": given.cache, "progress": False, **METHODS[name]})
     base = load_base(s.base, taps=squad.taps_of(s))
     questions = read_questions(given.data, "train", 3000)
     windows = longest(make_windows(questions.items, load_tokenizer(base)), STEPS * BATCH)
@@ -84,7 +84,7 @@ def one(given: Settings, name: str) -> dict[str, float]:
         return squad.span_loss(scores, labels)
 
     before = peak_memory_mb(anew=True)  # before the method, some of which copy the base when they are made
-    method = squad.build_method(s, base)
+    method = s.method.build(base, s.run.seed)
     method.learn(
         Task("squad", "span", loss), token_loader(data, windows.lengths(), BATCH),
         Recipe(STEPS, 1e-4, optimizer=torch.optim.AdamW), progress=False,

@@ -1,66 +1,24 @@
 """Side-tuning: give a frozen pretrained network new skills, one small side network at a time."""
 
-from sidetuning.base import Base, Features, Input
-from sidetuning.branch import Branch
-from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
-from sidetuning.distill import distill
-from sidetuning.errors import (
-    ArtifactError,
-    CacheError,
-    DataError,
-    ShapeError,
-    SideTuningError,
-    TaskError,
-    TrainingError,
-    UnknownNameError,
-)
-from sidetuning.heads import HEADS, Head
-from sidetuning.hub import pull, push
-from sidetuning.loading import BASES, load, load_base
-from sidetuning.loop import TrainResult, train
-from sidetuning.merges import MERGES, Merge
-from sidetuning.objective import accuracy
-from sidetuning.seeding import seeded
-from sidetuning.sides import SIDES, Side
-from sidetuning.training import evaluate, fit
-from sidetuning.tuner import SideTuner
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BASES",
-    "HEADS",
-    "MERGES",
-    "SIDES",
-    "ArtifactError",
-    "Base",
-    "Branch",
-    "CacheError",
-    "CachedFeatures",
-    "DataError",
-    "Features",
-    "Head",
-    "Input",
-    "Merge",
-    "ShapeError",
-    "Side",
-    "SideTuner",
-    "SideTuningError",
-    "TaskError",
-    "TrainResult",
-    "TrainingError",
-    "UnknownNameError",
-    "accuracy",
-    "cache_bytes",
-    "cache_features",
-    "distill",
-    "evaluate",
-    "fit",
-    "load",
-    "load_base",
-    "loader_over",
-    "pull",
-    "push",
-    "seeded",
-    "train",
-]
+if TYPE_CHECKING:
+    from sidetuning.api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """A submodule or a public name, imported when it is first used: the command line does not wait for torch."""
+        if name == "__all__" or not name.startswith("_"):
+            if find_spec(f"sidetuning.{name}"):
+                return import_module(f"sidetuning.{name}")
+            api = import_module("sidetuning.api")
+            if name in ("__all__", *api.__all__):
+                return getattr(api, name)
+        raise AttributeError(f"module 'sidetuning' has no attribute '{name}'")
+
+    def __dir__() -> list[str]:
+        return [*import_module("sidetuning.api").__all__, "__version__"]

@@ -644,7 +644,7 @@ def test_a_clone_beats_chance(tmp_path):
     from sidetuning_bench.agents import collect, imitation
     from sidetuning_bench.agents.trajectories import read_steps
     from sidetuning_bench.agents.worlds import TEST_SEED, at_random, drawing, episodes, make_world, map_base
-    from sidetuning_bench.methods.method import load_method
+    from sidetuning_bench.methods import load_method
 
     data = str(tmp_path / "t-v0")
     collect.run(collect.Settings(out=data, episodes=100, progress=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import random
 import re
 import shutil
@@ -17,7 +18,9 @@ import pytest
 from PIL import Image
 
 from sidetuning.errors import ArtifactError, SideTuningError
+from sidetuning_bench import commands
 from sidetuning_bench.report import SIDE, write_report
+from sidetuning_bench.report_runs import FAMILIES, report
 from sidetuning_bench.results import RunResult, gaps_table, markdown, measures_table, summary_table
 
 HOSTILE = '<img src=x onerror="alert(1)">|</script><b>'
@@ -25,11 +28,11 @@ HOSTILE = '<img src=x onerror="alert(1)">|</script><b>'
 
 def result(method: str = "sidetune", **changes: Any) -> RunResult:
     """Two tasks; nothing is forgotten."""
-    values: dict[str, Any] = {
-        "method": method, "variant": "", "seed": 0, "tasks": ["cats", "dogs"], "accuracy": [[0.8], [0.8, 0.6]],
-        "alone": None, "alphas": [0.5, 0.25], "parameters": [100, 300], "shared_parameters": 5000, "seconds": [2.0, 4.0],
-        "base_seconds": 10.0, "peak_memory_mb": 256.0, "settings": {"lr": 0.001, "versions": {"torch": "2.4"}},
-    }  # fmt: skip
+    settings = {"lr": 0.001, "versions": {"torch": "2.4"}}
+    values: dict[str, Any] = {"method": method, "variant": "", "seed": 0, "settings": settings}
+    values |= {"tasks": ["cats", "dogs"], "accuracy": [[0.8], [0.8, 0.6]], "alone": None, "alphas": [0.5, 0.25]}
+    values |= {"parameters": [100, 300], "shared_parameters": 5000}
+    values |= {"seconds": [2.0, 4.0], "base_seconds": 10.0, "peak_memory_mb": 256.0}
     return RunResult(**{**values, **changes})
 
 
@@ -43,27 +46,28 @@ def comparison(methods: int = 12, seeds: int = 3, tasks: int = 10) -> list[RunRe
             start = [0.85 - 0.01 * m + draw.uniform(-0.03, 0.03) for _ in names]
             loss = 0.03 * (m % 2)
             rows = [[max(0.1, start[j] - loss * (i - j)) for j in range(i + 1)] for i in range(tasks)]
-            run = RunResult(
-                method=f"method-{m // 2}", variant=f"merge={m % 2}", seed=seed, tasks=names, accuracy=rows,
-                alone=start if m % 3 else None, alphas=[None if m % 3 else draw.random() for _ in names],
-                parameters=[10 ** (2 + m % 5)] * tasks, shared_parameters=669_400,
-                seconds=[draw.uniform(5, 50) for _ in names], base_seconds=30.0 * (m % 2 == 0),
-                peak_memory_mb=draw.uniform(200, 2000) if m % 4 else None,
-                settings={"lr": 1e-3, "seed": seed, "versions": {"torch": "2.4"}},
-            )  # fmt: skip
+            changes = {"variant": f"merge={m % 2}", "seed": seed, "tasks": names, "accuracy": rows}
+            changes |= {"alone": start if m % 3 else None, "alphas": [None if m % 3 else draw.random() for _ in names]}
+            changes |= {"parameters": [10 ** (2 + m % 5)] * tasks, "shared_parameters": 669_400}
+            changes |= {"seconds": [draw.uniform(5, 50) for _ in names], "base_seconds": 30.0 * (m % 2 == 0)}
+            changes |= {"peak_memory_mb": draw.uniform(200, 2000) if m % 4 else None}
+            changes |= {"settings": {"lr": 1e-3, "seed": seed, "versions": {"torch": "2.4"}}}
+            run = result(f"method-{m // 2}", **changes)
             results.append(run)
     return results
 
 
 def dense(*methods: str) -> list[RunResult]:
     """Two dense tasks; every method but the first one forgets the first task."""
-    return [
-        result(
-            m, tasks=["normal", "depth"], accuracy=[[0.7], [0.7 - 0.3 * (i > 0), 0.6]], seed=0, parameters=[100 * (i + 1)] * 2,
-            values=[[20.0], [20.0 + 25 * (i > 0), 3.25 - i]], measures=["mean angle, °", "mean error, m"],
-        )
-        for i, m in enumerate(methods)
-    ]  # fmt: skip
+    measures = ["mean angle, °", "mean error, m"]
+    runs = []
+    for i, method in enumerate(methods):
+        accuracy = [[0.7], [0.7 - 0.3 * (i > 0), 0.6]]
+        values = [[20.0], [20.0 + 25 * (i > 0), 3.25 - i]]
+        parameters = [100 * (i + 1)] * 2
+        own = {"tasks": ["normal", "depth"], "measures": measures.copy(), "values": values}
+        runs.append(result(method, accuracy=accuracy, parameters=parameters, **own))
+    return runs
 
 
 def seconds() -> list[RunResult]:
@@ -87,63 +91,71 @@ def gallery(folder: Path, shade: int) -> Path:
 
 def test_summary_by_hand() -> None:
     forgets = {"accuracy": [[0.9], [0.5, 0.7]], "alone": [0.9, 0.85], "peak_memory_mb": None, "alphas": [None, None]}
-    rows = summary_table(
+    table = summary_table(
         [
-            result(),  # final 0.8 0.6
-            result("finetune", **forgets),  # final 0.5 0.7
+            # final accuracies: 0.8 and 0.6, then 0.5 and 0.7
+            result(),
+            result("finetune", **forgets),
             result(seed=1, accuracy=[[0.6], [0.6, 0.4]], base_seconds=0.5, peak_memory_mb=300.0),
             result("finetune", seed=2, **forgets),
         ]
     )
-    assert [(r.method, r.seeds) for r in rows] == [("sidetune", 2), ("finetune", 2)]
-    ours, other = rows
-    assert ours.accuracy == pytest.approx((0.6, 0.1))  # 0.7 and 0.5: deviation 0.1 · √2, over √2
-    assert ours.forgetting == (0, 0) and other.forgetting == pytest.approx((0.4, 0))  # the last task cannot forget
-    assert ours.rigidity is None and other.rigidity == pytest.approx(
-        (0.693147, 0), abs=1e-6
-    )  # the second error doubles
-    assert ours.rank == (1.5, 0) and other.rank == (
-        1.5,
-        0,
-    )  # of seed 0 alone, which both have: first and second, once each
-    assert (ours.parameters, ours.shared_parameters, ours.seconds) == (200, 5000, 3)
-    assert (ours.base_seconds, ours.peak_memory_mb, other.peak_memory_mb) == (10, 300, None)
+    assert [*zip(table["Method"], table["Seeds"], strict=True)] == [("sidetune", 2), ("finetune", 2)]
+    ours, other = table.to_dict("records")
+    # 0.7 and 0.5: deviation 0.1 · √2, over √2
+    assert ours["Accuracy, %"] == pytest.approx((60, 10))
+    # the last task cannot forget
+    assert ours["Forgetting, points"] == (0, 0) and other["Forgetting, points"] == pytest.approx((40, 0))
+    # the second error doubles
+    assert ours["Rigidity, log ratio"] is None
+    assert other["Rigidity, log ratio"] == pytest.approx((0.693147, 0), abs=1e-6)
+    # of seed 0 alone, which both have: first and second, once each
+    assert ours["Rank, average"] == (1.5, 0) and other["Rank, average"] == (1.5, 0)
+    numbers = (
+        "Parameters, per task",
+        "Parameters, shared",
+        "Training, s per task",
+        "Base, s, once",
+        "Memory, peak, MB",
+    )
+    assert [ours[name] for name in numbers] == [200, 5000, 3, 10, 300]
+    assert math.isnan(other["Memory, peak, MB"])
 
 
 def test_dense_rigidity_is_of_the_errors_that_were_scored() -> None:
     """Scores f / (f + e) of 1/2 and 2/3 are errors of f and f / 2: learned in the sequence it is twice as large."""
     (run,) = dense("psp")
-    (row,) = summary_table([replace(run, accuracy=[[0.7], [0.7, 1 / 2]], alone=[0.7, 2 / 3])])
-    assert row.rigidity == pytest.approx((0.693147, 0), abs=1e-6)
+    table = summary_table([replace(run, accuracy=[[0.7], [0.7, 1 / 2]], alone=[0.7, 2 / 3])])
+    assert table["Rigidity, log ratio"][0] == pytest.approx((0.693147, 0), abs=1e-6)
 
 
 def test_rank_among_those_that_add_little() -> None:
     """Rows by accuracy: a large one, then one that adds a tenth of the 5,000 shared, then one that adds less."""
-    rows = summary_table(
+    table = summary_table(
         [
             result("large", accuracy=[[0.9], [0.9, 0.9]], parameters=[100, 501]),
             result("tenth", accuracy=[[0.8], [0.8, 0.8]], parameters=[500, 500]),
             result("small", accuracy=[[0.7], [0.7, 0.7]], parameters=[1, 1]),
         ]
     )
-    assert [r.rank for r in rows] == [(1, 0), (2, 0), (3, 0)]
-    assert [r.small_rank for r in rows] == [None, (1, 0), (2, 0)]
-    assert "Rank, of small" in markdown(rows) and "Rank, of small" not in markdown(
-        summary_table([result(), result("b")])
-    )
+    assert list(table["Rank, average"]) == [(1, 0), (2, 0), (3, 0)]
+    assert list(table["Rank, of small"]) == [None, (1, 0), (2, 0)]
+    assert "Rank, of small" in markdown(table)
+    assert "Rank, of small" not in markdown(summary_table([result(), result("b")]))
 
 
 def test_a_task_that_other_work_held_up_does_not_move_its_time() -> None:
-    (row,) = summary_table([result(seconds=[2.0, 700.0]), result(seed=1, seconds=[2.0, 2.5])])
-    assert row.seconds == 2.25
+    table = summary_table([result(seconds=[2.0, 700.0]), result(seed=1, seconds=[2.0, 2.5])])
+    assert list(table["Training, s per task"]) == [2.25]
 
 
 def test_variants_are_rows_of_their_own_and_ranks_need_company() -> None:
-    assert summary_table([result()])[0].rank is None
-    rows = summary_table([result(variant="merge=alpha"), result(variant="merge=sum")])
-    assert [r.label for r in rows] == ["sidetune · merge=alpha", "sidetune · merge=sum"]
-    assert all(r.rank == (1.5, 0) for r in rows)
-    assert all(r.rank is None for r in summary_table([result(), result("ewc", seed=1)]))  # no seed in common
+    assert "Rank, average" not in summary_table([result()])
+    table = summary_table([result(variant="merge=alpha"), result(variant="merge=sum")])
+    assert list(table["Method"]) == ["sidetune · merge=alpha", "sidetune · merge=sum"]
+    assert list(table["Rank, average"]) == [(1.5, 0)] * 2
+    # no seed in common
+    assert "Rank, average" not in summary_table([result(), result("ewc", seed=1)])
 
 
 def test_markdown() -> None:
@@ -161,7 +173,7 @@ def test_markdown() -> None:
 def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(SideTuningError, match="no results"):
         write_report([], tmp_path / "r.html", title="none")
-    with pytest.raises(SideTuningError, match="ewc learned cats, cows and sidetune cats, dogs"):
+    with pytest.raises(SideTuningError, match="ewc learned cats, cows and sidetune learned cats, dogs"):
         summary_table([result(), result("ewc", tasks=["cats", "cows"])])
     with pytest.raises(SideTuningError, match="two results of seed 0"):
         summary_table([result(), result()])
@@ -181,8 +193,8 @@ def test_result_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda c: c.pop("alphas"), "lacks 'alphas'"),
-        (lambda c: c.update(extra=1), "unknown 'extra'"),
+        (lambda c: c.pop("alphas"), "missing 1 required positional argument: 'alphas'"),
+        (lambda c: c.update(extra=1), "unexpected keyword argument 'extra'"),
         (lambda c: c.update(tasks=["cats"]), "'accuracy' has 2 entries for 1 tasks"),
         (lambda c: c.update(tasks="ab"), "'tasks' is 'ab'"),
         (lambda c: c["accuracy"][1].pop(), "row 1 of 'accuracy' has 1 numbers, not 2"),
@@ -191,10 +203,10 @@ def test_result_survives_its_file(tmp_path: Path) -> None:
         (lambda c: c["accuracy"][1].__setitem__(0, "0.8"), "is damaged"),
         (lambda c: c.update(seconds=[1.0, -1.0]), "negative"),
         (lambda c: c.update(seed="0"), "'seed' is '0'"),
-        (lambda c: c.update(method=3), "a name is not a text"),
-        (lambda c: c.update(tasks=[], accuracy=[], alphas=[], parameters=[], seconds=[]), "no tasks"),
+        (lambda c: c.update(method=3), "'method' is 3"),
+        (lambda c: c.update(tasks=[], accuracy=[], alphas=[], parameters=[], seconds=[]), "there are no tasks"),
     ],
-)  # fmt: skip
+)
 def test_damaged_results_say_so(tmp_path: Path, damage: Any, words: str) -> None:
     content = asdict(result())
     damage(content)
@@ -222,15 +234,14 @@ def page(results: list[RunResult], folder: Path, **options: Any) -> str:
     return write_report(results, folder / "report.html", title=options.pop("title", "Report"), **options).read_text()
 
 
-def test_page_is_complete_small_and_reproducible(tmp_path: Path) -> None:
-    html = page(comparison(), tmp_path)
+def test_page_is_complete_small_and_reproducible(reports: dict[str, Path], tmp_path: Path) -> None:
+    html = reports["comparison"].read_text()
     assert html.startswith("<!doctype html>")
     assert len(html.encode()) < 400_000
     assert not re.search(r"https?://|//[a-z]+\.|url\(|@import|\bsrc=|<link", html)
-    assert page(comparison(), tmp_path) == html
-    assert (
-        html.count("<svg class=") == 2 and html.count('aria-labelledby="curve') == 2 * 12
-    )  # a panel and its chart each
+    assert page(comparison(), tmp_path, title="comparison" * 20, notes=["n" * 300]) == html
+    assert html.count("<svg class=") == 2 + 12 and html.count('aria-labelledby="curve') == 12
+    assert not re.search(r"#[0-9a-f]{6}", html[html.index("<body>") :]), "a colour does not follow the page's"
 
 
 @pytest.mark.parametrize("field", ["method", "variant", "tasks", "settings", "title", "notes"])
@@ -248,9 +259,10 @@ def test_single_run_in_words(tmp_path: Path) -> None:
     html = page([result()], tmp_path)
     text = " ".join(re.sub(r"<[^>]+>", "", html.split('class="lead">')[1].split("</p>")[0]).split())
     assert text == (
-        "sidetune learned 2 tasks one after another, with seed 0. At the end it is right on 70.0 % of the test examples, on "
-        "average over the tasks, and it forgot nothing: every earlier task is as accurate as when it was learned. A task adds "
-        "200 parameters to the 5,000 that all tasks share, and trains in 3.0 s, after 10.0 s for the features of the base, once."
+        "sidetune learned 2 tasks one after another, with seed 0. At the end it is right on 70.0 % of the test "
+        "examples, on average over the tasks, and it forgot nothing: every earlier task is as accurate as when it was "
+        "learned. A task adds 200 parameters to the 5,000 that all tasks share, and trains in 3.0 s, after 10.0 s for "
+        "the features of the base, once."
     )
     assert 'id="parameters"' not in html and "±" not in html and "over seeds" not in html
     lost = page([result(accuracy=[[0.8], [0.7, 0.6]])], tmp_path)
@@ -291,8 +303,10 @@ def test_extreme_results_make_a_page(tmp_path: Path, value: float) -> None:
     }
     html = page([result(**one), result("m" * 300, **one, variant="v" * 300)], tmp_path)
     assert "nan" not in html.replace("–", "") and "0 drawn at 1" in html
-    many = comparison(methods=20, seeds=1, tasks=25)
-    assert len(page(many, tmp_path).encode()) < 1_000_000
+
+
+def test_large_results_make_a_small_page(tmp_path: Path) -> None:
+    assert len(page(comparison(methods=20, seeds=1, tasks=25), tmp_path).encode()) < 1_000_000
 
 
 # ---- in a browser
@@ -411,7 +425,8 @@ def test_contrast(browser: Any, reports: dict[str, Path], name: str, scheme: str
 
 def test_tables_show_the_numbers_and_sort(browser: Any, reports: dict[str, Path]) -> None:
     show(browser, reports["comparison"], 1280)
-    cells = "return [...document.querySelectorAll('#summary tbody tr')].map((r) => [...r.cells].map((c) => c.textContent.trim()))"
+    texts = "(r) => [...r.cells].map((c) => c.textContent.trim())"
+    cells = f"return [...document.querySelectorAll('#summary tbody tr')].map({texts})"
     rows = browser.execute_script(cells)
     expected = [
         [c.strip() for c in line.split("|")[1:-1]] for line in markdown(summary_table(comparison())).splitlines()[2:]
@@ -439,10 +454,10 @@ def test_measures_show_the_numbers_of_the_table_in_markdown(browser: Any, report
     table = measures_table([*dense("sidetune", "finetune", "ewc"), *seconds()]).splitlines()[2:]
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in table]
     expected = [
-        [f"{task} {measure}", *(v[:2] * v.startswith("**") + v.strip("*") for v in values)]
+        [task, measure, *(v[:2] * v.startswith("**") + v.strip("*") for v in values)]
         for task, measure, *values in cells
     ]
-    assert rows == expected and "±" in rows[0][1] and sum(v.startswith("**") for v in rows[0]) == 1
+    assert rows == expected and "±" in rows[0][2] and sum(v.startswith("**") for v in rows[0]) == 1
     star = "return getComputedStyle(document.querySelector('#measures strong'), '::before').content"
     assert "★" in browser.execute_script(star)  # not by weight or colour alone
 
@@ -473,7 +488,13 @@ def test_policy_lets_embedded_pictures_in_and_nothing_else(browser: Any, reports
         assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in reports[name].read_text()
     show(browser, reports["dense"], 1280)
     beside = (reports["dense"].parent / "gallery-0" / "input.png").as_uri()
-    load = "const [uri, done] = arguments; const i = new Image(); i.onload = () => done(true); i.onerror = () => done(false); i.src = uri"
+    load = """
+    const [uri, done] = arguments;
+    const picture = new Image();
+    picture.onload = () => done(true);
+    picture.onerror = () => done(false);
+    picture.src = uri;
+    """
     assert browser.execute_async_script(load, browser.execute_script("return document.images[0].src"))
     assert not browser.execute_async_script(load, beside)
     assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
@@ -604,11 +625,17 @@ def test_what_became_of_a_task_in_words(tmp_path: Path) -> None:
     html = page(runs, tmp_path, galleries=[gallery(tmp_path / str(i), i) for i in range(4)])
     said = [" ".join(re.sub("<[^>]+>", " ", p).split()) for p in re.findall(r'class="method">.*?<p>(.*?)</p>', html)]
     assert said == [
-        "mean angle 20.0° → 20.0° unchanged", "mean angle 20.0° → 45.0° worse", "mean angle 20.0° → 15.0° better", "mean angle 20.0° → 20.0°",
-        "mean error 3.25 m → 3.25 m learned last", "mean error 2.25 m → 2.25 m learned last", *["mean error 1.00 m → 1.00 m learned last"] * 2,
-    ]  # fmt: skip
-    for run in runs:
-        run.measures[0] = "mean IoU"  # now higher is better
+        "mean angle 20.0° → 20.0° unchanged",
+        "mean angle 20.0° → 45.0° worse",
+        "mean angle 20.0° → 15.0° better",
+        "mean angle 20.0° → 20.0°",
+        "mean error 3.25 m → 3.25 m learned last",
+        "mean error 2.25 m → 2.25 m learned last",
+        "mean error 1.00 m → 1.00 m learned last",
+        "mean error 1.00 m → 1.00 m learned last",
+    ]
+    # Now higher is better.
+    runs = [replace(run, measures=["mean IoU", "mean error, m"]) for run in runs]
     html = page(runs, tmp_path, galleries=[tmp_path / str(i) for i in range(4)])
     assert re.findall(r'class="verdict">(.*?)<', html)[:3] == ["unchanged", "better", "worse"]
 
@@ -655,3 +682,88 @@ def test_names_of_tasks_lead_out_of_no_folder(tmp_path: Path) -> None:
     html = page([run], tmp_path, galleries=[folder])
     assert "<img" not in html and "img-src" not in html and "data:" not in html
     assert "&lt;img src=x onerror=" in html and html.count("</script>") == 1
+
+
+# ---- finished runs of any scenario
+
+
+RECORDS = Path(__file__).parents[2] / "bench/records/results"
+ADDED = ("command", "machine", "threads", "versions", "date", "protocol")
+
+
+def finished(folder: Path, scenario: str, *names: str) -> list[Path]:
+    """Folders as a scenario leaves them, of recorded results."""
+    folders = []
+    for name in names:
+        content = json.loads((RECORDS / f"{name}.json").read_text())
+        run = folder / name
+        run.mkdir(parents=True)
+        (run / "run.json").write_text(json.dumps({"scenario": scenario, "settings": content["settings"]}))
+        result = {"memory_mb": None} if scenario == "squad" else {}
+        result |= {key: value for key, value in content.items() if key not in ADDED}
+        (run / "result.json").write_text(json.dumps(result))
+        folders.append(run)
+    return folders
+
+
+def table_of(html: str) -> list[list[str]]:
+    """The texts of the first table's rows."""
+    rows = re.findall(r"<tr>(.*?)</tr>", html.split("</table>")[0], re.DOTALL)
+    return [[" ".join(re.sub("<[^>]+>", " ", c).split()) for c in re.findall(r"<t[hd].*?</t[hd]>", r)] for r in rows]
+
+
+def test_every_scenario_has_a_family() -> None:
+    assert commands.report_runs.FAMILIES is FAMILIES
+    assert set(FAMILIES) == {"icifar", "itaskonomy", "imitation-run", "rl-run", "squad"}
+
+
+def test_curves_of_finished_agents(tmp_path: Path) -> None:
+    names = [f"rl-doom-home-{method}-{seed}" for method in ("features", "sidetune") for seed in range(2)]
+    finished(tmp_path / "rl", "rl-run", *names)
+    html = report([tmp_path / "rl"]).read_text()
+    head, features, sidetune = table_of(html)
+    assert head == ["Method", "Success %", "SPL %", "Reward", "Parameters trained", "Steps per second", "Seeds"]
+    assert (features[0], features[4], features[6]) == ("features", "83,525", "2") and "±" in features[1]
+    assert sidetune[:2] == ["sidetune", "100.0"]
+    assert (
+        html.count('<svg class="wide-chart"') == 2 and 'class="band-1"' in html and "steps of the environments" in html
+    )
+
+
+def test_scores_of_finished_clones_over_trajectories(tmp_path: Path) -> None:
+    names = [f"imitation-sidetune-{count}-{seed}" for count in (5, 20, 100) for seed in range(2)]
+    html = report(finished(tmp_path, "imitation-run", *names), tmp_path / "page.html").read_text()
+    rows = table_of(html)
+    assert [row[0] for row in rows[1:]] == [f"sidetune trajectories={count}" for count in (5, 20, 100)]
+    assert "<h1>Imitation: 6 runs</h1>" in html and 'class="line-0"' in html and 'class="line-1"' not in html
+
+
+def test_scores_of_finished_readers(tmp_path: Path) -> None:
+    names = [*(f"squad-epochs-sidetune-match-{seed}" for seed in range(3)), "squad-epochs-sidetune-slim-0"]
+    html = report(finished(tmp_path, "squad", *names), tmp_path / "page.html").read_text()
+    rows = table_of(html)
+    assert rows[0][:3] == ["Method", "F1 %", "Exact %"] and rows[0][-1] == "Seeds" and "<svg" not in html
+    assert [(row[0].split()[0], row[-1]) for row in rows[1:]] == [("sidetune", "3"), ("sidetune", "1")]
+    assert "side=match" in rows[1][0] and rows[1][1] == "43.6 ± 0.8"
+
+
+def test_runs_that_fit_on_no_page(tmp_path: Path) -> None:
+    (first,) = finished(tmp_path, "rl-run", "rl-doom-home-features-0")
+    (other,) = finished(tmp_path, "squad", "squad-epochs-sidetune-slim-0")
+    shutil.copytree(first, again := tmp_path / "again")
+    for folders, message in (
+        ([first, other], "another scenario than the others"),
+        ([first, again], "two results of seed 0"),
+        ([tmp_path / "nowhere"], "holds no run"),
+        ([], "at least one run"),
+    ):
+        with pytest.raises(SideTuningError, match=message):
+            report(folders, tmp_path / "page.html")
+    (again / "result.json").unlink()
+    with pytest.raises(SideTuningError, match="is not finished"):
+        report([again])
+    run = json.loads((again / "run.json").read_text())
+    (again / "run.json").write_text(json.dumps({**run, "scenario": "walking"}))
+    with pytest.raises(SideTuningError, match="a run of walking; pages are of icifar"):
+        report([again])
+    assert not (tmp_path / "page.html").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import architecture
@@ -42,7 +44,7 @@ def test_the_picture_is_drawn_from_the_source() -> None:
 def test_the_document_names_files_that_exist() -> None:
     text = (architecture.ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     assert "architecture.svg" in text
-    names = architecture.re.findall(r"`((?:src|bench|tests)/[^`*<]+)`", text)
+    names = re.findall(r"`((?:src|bench|tests)/[^`*<]+)`", text)
     assert len(names) >= 15
     assert not [name for name in names if not (architecture.ROOT / name).exists()]
 

@@ -49,12 +49,14 @@ def functions(file: Path) -> Iterator[tuple[str, int]]:
 
 
 def code(file: Path) -> list[tuple[int, str]]:
-    """The numbered lines of a file without blank lines, comments, docstrings and imports, without their indentation."""
+    """The numbered lines of a file that say what is done: no blank lines, comments, docstrings, imports or signatures."""
     text = file.read_text(encoding="utf-8")
     hidden: set[int] = set()
     for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            hidden.update(range(node.lineno, node.body[0].lineno))
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if docstring or isinstance(node, (ast.Import, ast.ImportFrom)):
+        if isinstance(node, ast.stmt) and (docstring or isinstance(node, (ast.Import, ast.ImportFrom))):
             hidden.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     numbered = [(n, " ".join(line.split())) for n, line in enumerate(text.splitlines(), 1) if n not in hidden]
     return [(n, line) for n, line in numbered if line and not line.startswith("#")]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import sidetuning as st
+from sidetuning import api
 
 # Methods that every `nn.Module` has.
 MODULE = ("extra_repr", "train", "to", "apply")
@@ -17,7 +18,7 @@ MODULE = ("extra_repr", "train", "to", "apply")
 
 def public() -> Iterator[tuple[str, Any]]:
     """Functions and classes of the public API, the classes' own methods and properties, and all registered parts."""
-    for name in st.__all__:
+    for name in api.__all__:
         thing = getattr(st, name)
         if inspect.isclass(thing) or inspect.isfunction(thing):
             yield name, thing
@@ -48,7 +49,7 @@ def test_the_api_is_found() -> None:
 def test_every_public_name_is_documented(name: str) -> None:
     text = inspect.cleandoc(PUBLIC[name].__doc__ or "")
     first = text.partition("\n\n")[0]
-    # A sentence, or a phrase with its noun. The signature that a dataclass without a docstring has for one does not count.
+    # A sentence, or a phrase with its noun; not the signature that a dataclass has where it has no docstring.
     assert re.match(r"[A-Z0-9`\"][^\n]", first) and first.endswith((".", ":")), f"{name}: {first!r}"
     assert not re.match(r"(Of|As|For|That|Which|And|By|In) ", first), f"{name}: {first!r} is a fragment"
 
@@ -60,6 +61,7 @@ def test_every_argument_is_documented(name: str) -> None:
     explained = {
         n.strip() for names in re.findall(r"^ {4}([\w, ]+):", sections, re.MULTILINE) for n in names.split(",")
     }
+    explained |= set(re.findall(r"`(\w+)[`:=]", text))
     wanted = arguments(name)
     if len(wanted) <= 2:
         # A short function may say it in its sentences; one argument is named by its own name.

@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def own_parts(entry: About) -> dict[str, nn.Module]:
+def own_parts(entry: About) -> dict[str, Any]:
     """The user's own modules, which are given again."""
     return {kind: eval(text, dict(vars(nn))) for kind, text in entry.get("own", {}).items()}
 

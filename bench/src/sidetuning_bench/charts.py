@@ -1,25 +1,45 @@
 """Line charts with error bars, and their numbers as tables: one HTML file that needs no network.
 
-The charts are plain SVG, coloured by CSS, so that one file serves light, dark, print and phone.
+Matplotlib draws them as SVG with text as text, and colours become variables of the style sheet, for light and dark.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from markupsafe import Markup, escape
 
 from sidetuning.errors import SideTuningError
 from sidetuning_bench.pages import write_page
+from sidetuning_bench.results import Estimate, number_text
 
-SIZES = ((720, 380), (350, 300))  # of the charts for wide and for narrow screens, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 46  # margins of the frame
-COLOURS = 6  # that the style sheet has
-BANDS = 16  # from so many points, errors are a band instead of bars
-COLUMNS = 8  # of a table, at most
+# Matplotlib and pandas take a second each to import, and `sidetuning bench --help` needs neither.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+TEMPLATES = Path(__file__).parent / "templates"
+# Width and height of a chart for wide windows and for phones, in CSS pixels, by the class that shows it there.
+SIZES = {"wide-chart": (720, 400), "narrow": (350, 350)}
+DASHES = ("-", "--", ":", "-.", (0, (6, 2)), (0, (2, 2)))
+# Colour, mark and dashes tell lines apart; colours are variables of report.css.
+STYLES = tuple(zip(["blue", "orange", "green", "pink", "gold", "muted"], "os^Dvd", DASHES, strict=True))
+COLOURS = len(STYLES)
+# From this many points on, errors are a band instead of bars.
+BANDS = 16
+# Most columns of a table.
+COLUMNS = 8
+# What matplotlib writes and a page does not need: its own style sheet and font, clipping, and names that repeat.
+NOISE = r"""<style.*?</style>| font-family:[^;"]*;| clip-path="[^"]*"| id="[\w.]+_\d+"| transform="rotate\(-0[^"]*\""""
 
 
 class Point(NamedTuple):
@@ -44,13 +64,13 @@ class Chart:
     """Lines over one axis.
 
     Attributes:
-        title: what is shown.
-        x: name of the horizontal axis.
-        y: name of the vertical axis, with its unit.
-        lines: at most six, told apart by colour, mark and dashes.
-        log_x: the horizontal axis is logarithmic.
-        decimals: of the values in the table.
-        note: a sentence under the title.
+        title: Finding or quantity that the chart shows.
+        x: Name of the horizontal axis.
+        y: Name of the vertical axis, with its unit.
+        lines: At most `COLOURS` lines.
+        log_x: Whether the horizontal axis is logarithmic.
+        decimals: Decimals of the values in the table.
+        note: Sentence under the title.
     """
 
     title: str
@@ -63,39 +83,11 @@ class Chart:
 
 
 class Film(NamedTuple):
-    """A film with words: an MP4 file that the page takes into itself."""
+    """An MP4 file that the page takes into itself, with words."""
 
     title: str
     caption: str
     path: Path
-
-
-class Drawn(NamedTuple):
-    """A line in SVG units: its path, its marks (x, y, half height of the error) and the band of its errors, if it has one."""
-
-    path: str
-    marks: list[tuple[float, float, float]]
-    band: str
-
-
-class Drawing(NamedTuple):
-    """A chart in SVG units; ticks are (position, text)."""
-
-    width: int
-    height: int
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    lines: list[Drawn]
-
-
-class Figure(NamedTuple):
-    """What the page shows of a chart."""
-
-    chart: Chart
-    drawings: list[Drawing]
-    columns: list[float]
-    rows: list[tuple[str, list[Point | None]]]
-    runs: int
 
 
 def write_charts(
@@ -106,18 +98,26 @@ def write_charts(
     lead: str = "",
     notes: Sequence[str] = (),
     films: Sequence[Film] = (),
+    table: DataFrame | None = None,
 ) -> Path:
-    """Write a page of charts, and of films below them, atomically; the same charts give the same bytes.
+    """Write a page of a table of texts, charts and films, atomically; the same contents give the same bytes.
 
     Raises:
-        SideTuningError: nothing to show, a film that cannot be read, a chart without points or with more than six lines, a value that is not finite, or an
-            x below or at 0 on a logarithmic axis.
+        SideTuningError: Nothing to show, a film that cannot be read, a chart without points or with too many lines, a
+            value that is not finite, or an x below or at 0 on a logarithmic axis.
     """
-    if not charts and not films:
+    if not charts and not films and table is None:
         raise SideTuningError("there are no charts to write")
-    figures = [_figure(chart) for chart in charts]
+    figures = []
+    for chart in charts:
+        _check(chart)
+        words = f"{chart.title}: {chart.y} over {chart.x}; the numbers are in the table below"
+        drawings = [draw(partial(_plot, chart), kind, size, words) for kind, size in SIZES.items()]
+        runs = max(p.runs for line in chart.lines for p in line.points)
+        figures.append((chart, drawings, _numbers(chart), runs))
     shown = [(film, _embedded(film.path)) for film in films]
-    return write_page("charts.html.j2", path, title=title, lead=lead, notes=notes, figures=figures, films=shown)
+    values = {"title": title, "lead": lead, "notes": notes, "figures": figures, "films": shown, "table": table}
+    return write_page("charts.html.j2", path, values)
 
 
 def _embedded(path: Path) -> str:
@@ -127,73 +127,87 @@ def _embedded(path: Path) -> str:
         raise SideTuningError(f"the film {path} cannot be read ({error.strerror}); make it again") from error
 
 
-def _figure(chart: Chart) -> Figure:
+def _numbers(chart: Chart) -> DataFrame:
+    """The values of a chart as a table of texts: a row per line, a column for some x, always for the last one."""
+    import pandas as pd
+
+    xs = sorted({p.x for line in chart.lines for p in line.points})
+    columns = xs[:: -math.ceil(len(xs) / COLUMNS)][::-1]
+    rows = []
+    for line in chart.lines:
+        at = {p.x: Estimate(p.y, p.error) for p in line.points}
+        rows.append([line.name, *(number_text(at.get(x), chart.decimals) for x in columns)])
+    return pd.DataFrame(rows, columns=[chart.x, *(number_text(x, 0) for x in columns)])
+
+
+def _check(chart: Chart) -> None:
     points = [p for line in chart.lines for p in line.points]
     if not points or len(chart.lines) > COLOURS:
-        raise SideTuningError(
-            f"a chart needs points and at most {COLOURS} lines; '{chart.title}' has {len(chart.lines)} lines"
-        )
+        wrong = f"'{chart.title}' has {len(chart.lines)} lines"
+        raise SideTuningError(f"a chart needs points and at most {COLOURS} lines; {wrong}")
     if not all(math.isfinite(v) for p in points for v in p) or (chart.log_x and min(p.x for p in points) <= 0):
         raise SideTuningError(f"a value of the chart '{chart.title}' cannot be drawn: it is not finite, or not above 0")
-    xs = sorted({p.x for p in points})
-    step = math.ceil(len(xs) / COLUMNS)
-    columns = xs[::-step][::-1]  # the last one always
-    rows: list[tuple[str, list[Point | None]]] = []
-    for line in chart.lines:
-        at = {p.x: p for p in line.points}
-        rows.append((line.name, [at.get(x) for x in columns]))
-    return Figure(chart, [_draw(chart, xs, *size) for size in SIZES], columns, rows, max(p.runs for p in points))
 
 
-def _draw(chart: Chart, xs: Sequence[float], width: int, height: int) -> Drawing:
-    """Place the points of a chart; the axes start and end at ticks, but x ends with the lines."""
+def _plot(chart: Chart, figure: Figure) -> None:
+    """Draw a chart; the vertical axis starts and ends at ticks."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
+
+    figure.set_layout_engine("constrained")
+    axes, colour, width = figure.subplots(), colours(), 72 * figure.get_figwidth()
+    for i, (line, (name, marker, dashes)) in enumerate(zip(chart.lines, STYLES, strict=False)):
+        x, y, error = (np.array([p[k] for p in line.points]) for k in range(3))
+        style: Any = {
+            "color": colour[name],
+            "linestyle": dashes,
+            "label": line.name,
+            "zorder": 10 - i,
+            "gid": f"line-{i}",
+        }
+        if len(x) < BANDS:
+            axes.errorbar(x, y, error, marker=marker, elinewidth=1.2, **style)
+        else:
+            axes.plot(x, y, **style)
+            axes.fill_between(x, y - error, y + error, color=colour[name], alpha=0.16, linewidth=0, gid=f"band-{i}")
     points = [p for line in chart.lines for p in line.points]
-    y_ticks = ticks(min(p.y - p.error for p in points), max(p.y + p.error for p in points), 6)
-    scale = math.log if chart.log_x else float
-    x_ticks = list(xs) if chart.log_x else ticks(xs[0], xs[-1], 4 if width < 400 else 8)
-    if xs[-1] > xs[0]:
-        x_ticks = [tick for tick in x_ticks if tick <= xs[-1]]
-        left, right = scale(x_ticks[0]), scale(xs[-1])
+    ends = min(p.y - p.error for p in points), max(p.y + p.error for p in points)
+    axes.set_yticks(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(*ends))
+    axes.margins(x=0.02)
+    axes.set_title(chart.y)
+    axes.set_xlabel(chart.x)
+    if chart.log_x:
+        axes.set_xscale("log")
+        axes.set_xticks(sorted({p.x for p in points}))
+        axes.xaxis.set_minor_locator(NullLocator())
     else:
-        left, right = scale(xs[0]) - 1, scale(xs[0]) + 1
-        x_ticks = list(xs)
-
-    def x(value: float) -> float:
-        return round(LEFT + (scale(value) - left) / (right - left) * (width - LEFT - RIGHT), 1)
-
-    def y(value: float) -> float:
-        share = (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return round(height - BOTTOM - share * (height - TOP - BOTTOM), 1)
-
-    lines = []
-    for line in chart.lines:
-        marks = [(x(p.x), y(p.y), round(y(p.y) - y(p.y + p.error), 1)) for p in line.points]
-        path = "M" + "L".join(f"{a} {b}" for a, b, _ in marks) if marks else ""
-        band = ""
-        if len(marks) >= BANDS:
-            outline = [(a, b - e) for a, b, e in marks] + [(a, b + e) for a, b, e in reversed(marks)]
-            band = "M" + "L".join(f"{a} {round(b, 1)}" for a, b in outline) + "Z"
-        lines.append(Drawn(path, marks, band))
-    return Drawing(
-        width, height, [(x(v), number(v)) for v in x_ticks], [(y(v), number(v, y_ticks[1] - y_ticks[0])) for v in y_ticks], lines
-    )  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(int(width // 90), steps=[1, 2, 5, 10]))
+    short = EngFormatter(sep="")
+    axes.xaxis.set_major_formatter(lambda x, _: short(x) if x >= 1000 else f"{x:g}")
+    longest = max(len(line.name) for line in chart.lines)
+    figure.legend(loc="outside upper left", ncols=max(1, int(width / (7 * longest + 50))))
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers that reach from below `low` to above `high`, `most` or fewer."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal but for rounding
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    exponent = math.floor(math.log10((high - low) / most))
-    for step in (m * 10.0**e for e in (exponent, exponent + 1, exponent + 2) for m in (1, 2, 5)):
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        if last - first < most:
-            return [round(k * step, 12) for k in range(first, last + 1)]
-    raise AssertionError("a step of a hundred times the range is enough")
+def colours() -> dict[str, str]:
+    """Variables of report.css and their colours on light pages."""
+    light = (TEMPLATES / "report.css").read_text(encoding="utf-8").partition("@media")[0]
+    return dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", light))
 
 
-def number(value: float, step: float = 1.0) -> str:
-    """A tick: with as many decimals as its step has; 20,000 as 20k."""
-    if step >= 1 and value and value % 1000 == 0:
-        return f"{value / 1e6:g}M" if value % 1_000_000 == 0 else f"{value / 1000:g}k"
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if value % 1 or step < 1 else 0
-    return f"{value:.{decimals}f}".replace("-", "−")
+def draw(plot: Callable[[Figure], None], kind: str, size: tuple[int, int], description: str) -> Markup:
+    """SVG of a class and a size in CSS pixels, with words for screen readers; the same plot gives the same bytes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # The salt makes names of parts that are unique in a page.
+    with rc_context({"svg.hashsalt": f"{kind} {description}"}, TEMPLATES / "chart.mplstyle"):
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
+        plot(figure)
+        buffer = StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = re.sub(NOISE, "", buffer.getvalue().partition("<svg ")[2].partition(">")[2], flags=re.DOTALL)
+    text = re.sub(r' id="((?:line|band)-\d)"', r' class="\1"', text)
+    for name, colour in colours().items():
+        text = text.replace(colour, f"var(--{name})")
+    start = f'<svg class="{kind}" viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(description)}">'
+    return Markup(start + " ".join(text.replace("xlink:", "").split()))

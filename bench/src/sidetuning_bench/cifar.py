@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from sidetuning_bench.from_hub import local_folder
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
@@ -27,7 +26,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         labels: (n,) int64.
-        names: of the classes, by label.
+        names: names of the classes, by label.
     """
 
     def __init__(self, cells: list[bytes], labels: Sequence[int], names: list[str], where: str) -> None:
@@ -80,15 +79,50 @@ def load_images(source: str | Path, split: str) -> ImageSet:
         DataError: nothing there, a missing column, an image that cannot be decoded, a label out of range.
     """
     root = local_folder(source, "uoft-cs/cifar100")
-    files = sorted(root.rglob(f"{split}*.parquet"))
+    files = sorted(map(str, root.rglob(f"{split}*.parquet")))
+    folder = root / split
     if files:
-        return _from_parquet(files)
-    if (root / split).is_dir():
-        return _from_folders(root / split)
+        return _read(files[0] if len(files) == 1 else str(Path(files[0]).parent), "parquet", {"data_files": files})
+    if folder.is_dir():
+        return _read(str(folder), "imagefolder", {"data_dir": str(folder), "drop_labels": False})
     raise DataError(
         f"{root} holds neither {split}*.parquet nor a folder {split}/<class>/; give the folder of a CIFAR data set "
         "or a name on the Hub such as uoft-cs/cifar100"
     )
+
+
+def _read(where: str, kind: str, options: dict[str, Any]) -> ImageSet:
+    """Read encoded images and labels by a builder of `datasets`; streaming spares it a copy of the data on the disk."""
+    import datasets  # type: ignore[import-untyped]
+    import pyarrow
+
+    # Its errors are told below.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    rows: list[tuple[Any, Any]] = []
+    try:
+        data = datasets.load_dataset(kind, split="train", streaming=True, **options)
+        columns = [_column(where, list(data.features), wanted) for wanted in (IMAGE_COLUMNS, LABEL_COLUMNS)]
+        for table in data.with_format("arrow").iter(batch_size=2000):
+            rows += zip(*(table[column].to_pylist() for column in columns), strict=True)
+    except datasets.data_files.EmptyDatasetError as error:
+        raise DataError(f"{where} holds no image") from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f"{where} is no readable {kind} data ({error}); download it again") from error
+    if kind == "imagefolder":
+        rows.sort(key=lambda row: (row[1], row[0]["path"]))
+        cells = [Path(cell["path"]).read_bytes() for cell, _ in rows]
+    else:
+        cells = [cell["bytes"] if isinstance(cell, dict) else cell for cell, _ in rows]
+    labels = [label for _, label in rows]
+    names = getattr(data.features[columns[1]], "names", None)
+    return ImageSet(cells, labels, names or [str(i) for i in range(max(filter(None, labels), default=0) + 1)], where)
+
+
+def _column(where: str, present: list[str], wanted: tuple[str, ...]) -> str:
+    for name in wanted:
+        if name in present:
+            return name
+    raise DataError(f"{where} has the columns {', '.join(present)}; it needs one of {', '.join(wanted)}")
 
 
 def random_flip_crop(images: Tensor, padding: int, generator: torch.Generator | None = None) -> Tensor:
@@ -105,47 +139,3 @@ def random_flip_crop(images: Tensor, padding: int, generator: torch.Generator | 
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     sample = torch.arange(b)[:, None, None]
     return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _from_parquet(files: list[Path]) -> ImageSet:
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    cells: list[bytes] = []
-    labels: list[int] = []
-    names: list[str] = []
-    for file in files:
-        try:
-            parquet = pq.ParquetFile(file)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{file} is no readable parquet file ({error}); download it again") from error
-        columns = parquet.schema_arrow.names
-        image_column, label_column = _column(file, columns, IMAGE_COLUMNS), _column(file, columns, LABEL_COLUMNS)
-        names = names or _class_names(parquet.schema_arrow, label_column)
-        for batch in parquet.iter_batches(2000, columns=[image_column, label_column]):  # a whole table is large twice
-            cells += [row["bytes"] if isinstance(row, dict) else row for row in batch[image_column].to_pylist()]
-            labels += batch[label_column].to_pylist()
-    if not names:
-        names = [str(i) for i in range(max(filter(None, labels), default=0) + 1)]
-    return ImageSet(cells, labels, names, str(files[0] if len(files) == 1 else files[0].parent))
-
-
-def _column(file: Path, present: list[str], wanted: tuple[str, ...]) -> str:
-    for name in wanted:
-        if name in present:
-            return name
-    raise DataError(f"{file} has the columns {', '.join(present)}; it needs one of {', '.join(wanted)}")
-
-
-def _class_names(schema: Any, column: str) -> list[str]:
-    """The Hub keeps the names of the classes in the schema's metadata."""
-    meta = (schema.metadata or {}).get(b"huggingface")
-    feature = json.loads(meta)["info"]["features"].get(column, {}) if meta else {}
-    return list(feature.get("names", []))
-
-
-def _from_folders(root: Path) -> ImageSet:
-    names = sorted(p.name for p in root.iterdir() if p.is_dir())
-    found = [(file, label) for label, name in enumerate(names) for file in sorted((root / name).iterdir())]
-    found = [(file, label) for file, label in found if file.suffix.lower() in IMAGE_SUFFIXES]
-    return ImageSet([file.read_bytes() for file, _ in found], [label for _, label in found], names, str(root))

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         prog="sidetuning bench",
         description="Run the side-tuning paper's experiments, and compare methods.",
         args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
     if isinstance(settings, Methods):
         print(f"method: {', '.join(METHODS.names())}")

@@ -1,252 +1,226 @@
-"""`sidetuning compare icifar` and `compare itaskonomy`: methods, or variants of one, on the same data with the same budget, and a report of them."""
+"""`sidetuning bench compare icifar|itaskonomy`: methods, or variants of one, on the same data at the same budget."""
 
 from __future__ import annotations
 
-import multiprocessing
-import re
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
-from tqdm import tqdm
 
 from sidetuning.base import Base
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.files import write_text
 from sidetuning.loading import load_base
 from sidetuning.registry import unknown
-from sidetuning_bench import icifar
+from sidetuning_bench import grid, icifar
 from sidetuning_bench.dense import itaskonomy
+from sidetuning_bench.dense.itaskonomy import FrameOptions
 from sidetuning_bench.dense.tasks import ORDER
+from sidetuning_bench.grid import Cell, cell_name
 from sidetuning_bench.methods import METHODS, Task
+from sidetuning_bench.options import Count, GridOptions, Once, Positive, Share, SideOptions, check, with_values
 from sidetuning_bench.report import write_report
 from sidetuning_bench.results import RunResult, gaps_table, markdown, measures_table, summary_table
-from sidetuning_bench.runs import Run, at_least_one, end_with_parent
+from sidetuning_bench.runs import Run
 
-Grid = Literal["methods", "merge", "init", "side", "order", "dense", "base", "data", "boosting"]
+Given = icifar.Settings | itaskonomy.Settings
+G = TypeVar("G", bound=Given)
+# A cell's variant, its method, and what else its settings change, by flat name.
+Variant = tuple[str, str, dict[str, Any]]
+SCENARIOS: dict[type, Any] = {icifar.Settings: icifar, itaskonomy.Settings: itaskonomy}
+# Settings that may differ when a grid resumes.
+FREE = ("data", "out", "cache", "progress", "seeds", "methods", "shares")
 MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", "mlp", "mlp2", "res-mlp", "concat")
 DENSE_GRIDS = ("methods", "merge", "init", "side", "order", "dense", "base")
-Given = icifar.Settings | itaskonomy.Settings
-SCENARIOS: dict[str, Any] = {"icifar": icifar, "itaskonomy": itaskonomy}
-OTHERS = {  # settings of the other scenario
-    "icifar": ("frames", "subset", "test_frames", "size", "epochs"), "itaskonomy": ("samples", "shares"),
-}  # fmt: skip
-ALONE = "alone"  # the variant in which every task is learned first, of methods where only a run of its own tells that
-ALL = (
-    "sidetune", "features", "independent", "finetune", "ewc", "psp", "pnn", "scratch", "residual-adapter", "lora", "piggyback",
-    "boosting",
-)  # fmt: skip
+DENSE = ", dense"
+# The variant in which every task is learned first, of methods where only a run of its own tells that.
+ALONE = "alone"
 FIRST = {"finetune": ("independent", ""), "ewc": ("independent", ""), "psp": ("psp", ALONE), "pnn": ("pnn", ALONE)}
+MAIN = ("sidetune", "features", "independent", "finetune")
+ALL = (*MAIN, "ewc", "psp", "pnn", "scratch", "residual-adapter", "lora", "piggyback", "boosting")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Compare methods on one scenario, cell by cell; the same command again goes on where it stopped."""
+class OnIcifar:
+    """Compare on iCIFAR: ten tasks of ten classes."""
 
-    scenario: Annotated[Literal["icifar", "itaskonomy"], tyro.conf.Positional]
-    """What is learned."""
-    grid: Grid = "methods"
-    """What varies: the method, or for an ablation of side-tuning its merge, initialisation (init), side, the order of tasks,
-    dense laterals, what is heard (base, side, or both), the share of the training data, or boosting against bigger sides."""
-    methods: tuple[str, ...] = ()
-    """Methods of the grids methods, order and data; by default those that the grid is about."""
-    shares: tuple[float, ...] = (0.01, 0.1, 1.0)
+    scenario: ClassVar[Any] = icifar
+    data: str = icifar.Settings.data
+    """A folder with train*.parquet and test*.parquet in the Hub's layout, or a data set on the Hub."""
+    samples: Count = 20_000
+    """Training images per task, repetitions included."""
+    shares: Annotated[tuple[Share, ...], Once] = (0.01, 0.1, 1.0)
     """Parts of the training data, of the grid data."""
-    seeds: int = 3
-    """Runs of every cell, with seeds 0, 1, …"""
-    data: str | None = None
-    """As the scenario's own --data; by default the scenario's."""
-    out: str = "runs/compare"
-    """Folder of the cells' runs, the table and the report."""
+
+    def settings(self, tasks: int | None) -> icifar.Settings:
+        """The settings of a run on this data."""
+        return icifar.Settings(data=self.data, samples=self.samples, tasks=tasks or icifar.Settings.tasks)
+
+
+@dataclass(frozen=True)
+class OnITaskonomy:
+    """Compare on iTaskonomy: twelve dense tasks."""
+
+    scenario: ClassVar[Any] = itaskonomy
+    source: FrameOptions = field(default=FrameOptions())
+    frames: Count | None = None
+    """Number of training frames; None for all."""
+    epochs: Positive = 3.0
+    """Passes over the training frames, per task."""
+
+    def settings(self, tasks: int | None) -> itaskonomy.Settings:
+        """The settings of a run on this data."""
+        return itaskonomy.Settings(source=self.source, tasks=ORDER[:tasks], frames=self.frames, epochs=self.epochs)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all runs of a grid share."""
+
     base_weights: str | None = None
     """A safetensors file of the base's weights to use instead of the packaged ones."""
     init: str | None = "distilled"
     """How sides start, where the grid does not say."""
     merge: str | None = None
     """How sides and base are fused, where the grid does not say; by default the scenario's."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Learning rate of all methods; by default the scenario's for each."""
-    batch: int | None = None
+    batch: Count | None = None
     """Images or frames per step; by default the scenario's."""
-    ewc_coefficient: float | None = None
-    """Of the penalty of ewc; by default the scenario's."""
-    samples: int = 20_000
-    """Training images per task, repetitions included (icifar)."""
-    frames: int | None = None
-    """Training frames, None for all (itaskonomy)."""
-    subset: str | None = None
-    """Which buildings train and test, as itaskonomy's own --subset."""
-    test_frames: int | None = 300
-    """Test frames, None for all (itaskonomy)."""
-    size: int | None = None
-    """Resize frames to this width and height; None keeps them (itaskonomy)."""
-    epochs: float = 3.0
-    """Passes over them, per task (itaskonomy)."""
-    tasks: int | None = None
-    """Learn the first so many tasks alone."""
     precision: Literal["no", "bf16"] = "no"
-    """Mixed precision of methods that train whole networks, and of decoders; fast where the processor knows bfloat16."""
+    """Mixed precision of methods that train whole networks, and of decoders; fast where the processor knows it."""
     cache: str = "~/.cache/sidetuning"
     """Folder of base features, shared by all runs."""
 
+    def applied(self, plain: G, values: dict[str, Any]) -> G:
+        """A scenario's settings with these, and then `values`, by flat name; the method is among them."""
+        given: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
+        if isinstance(values["method"], SideOptions):
+            given["init"] = self.init
+        else:
+            given = {name: value for name, value in given.items() if name not in ("init", "merge")}
+        whole = with_values(plain, {**given, "progress": False, **values})
+        return (
+            with_values(whole, {"lr": itaskonomy.rate_of(whole)}) if isinstance(whole, itaskonomy.Settings) else whole
+        )
+
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of the grid."""
+class Settings:
+    """Compare methods on one scenario, cell by cell; the same command resumes."""
 
-    variant: str
-    settings: Given
-
-    @property
-    def folder(self) -> Path:
-        """Where it runs."""
-        return Path(self.settings.out)
-
-    @property
-    def tasks(self) -> int:
-        """How many tasks it learns."""
-        tasks = self.settings.tasks
-        return tasks if isinstance(tasks, int) else len(tasks)
-
-    @property
-    def scenario(self) -> Any:
-        """The module that runs it."""
-        return scenario_of(self.settings)
+    on: (
+        Annotated[OnIcifar, tyro.conf.subcommand("icifar")]
+        | Annotated[OnITaskonomy, tyro.conf.subcommand("itaskonomy")]
+    )
+    grid: Literal["methods", "merge", "init", "side", "order", "dense", "base", "data", "boosting"] = "methods"
+    """What varies: the method, or for an ablation of side-tuning its merge, initialisation (init), side, the order of
+    tasks, dense laterals, what is merged (base, side, or both), the share of the data, or boosting and bigger sides."""
+    methods: tuple[str, ...] = ()
+    """Methods of the grids methods, order and data; by default those that the grid is about."""
+    ewc_coefficient: Positive | None = None
+    """Coefficient of the penalty of ewc; by default the scenario's."""
+    tasks: Count | None = None
+    """Number of tasks to learn; by default all."""
+    shared: Shared = Shared()
+    run: GridOptions = field(default=GridOptions(out="runs/compare"))
 
 
-def scenario_of(settings: Given) -> Any:
-    """The module whose settings these are."""
-    return SCENARIOS["icifar" if isinstance(settings, icifar.Settings) else "itaskonomy"]
-
-
-def cells(s: Settings) -> Iterator[Cell]:
+def cells(settings: Settings) -> Iterator[Cell[Given]]:
     """The runs of the grid, seed by seed, so that an interrupted grid has whole seeds."""
-    for seed in range(s.seeds):
-        for variant, settings in GRIDS[s.grid](common(s, seed), s):
-            whole = not METHODS[settings.method].uses_features  # type: ignore[attr-defined]
-            name = folder_name(settings.method, variant, seed)
-            precision = s.precision if whole or s.scenario == "itaskonomy" else "no"
-            cell = replace(settings, out=str(Path(s.out) / name), precision=precision)
-            yield Cell(variant, itaskonomy.with_rate(cell) if isinstance(cell, itaskonomy.Settings) else cell)
+    if isinstance(settings.on, OnITaskonomy) and settings.grid not in DENSE_GRIDS:
+        raise SideTuningError(f"--grid {settings.grid} is one of icifar's; itaskonomy has {', '.join(DENSE_GRIDS)}")
+    plain: Given = settings.on.settings(settings.tasks)
+    for seed in range(settings.run.seeds):
+        for variant, method, changes in GRIDS[settings.grid](settings):
+            name = cell_name(method, variant, seed)
+            folder = Path(settings.run.out) / name
+            values = {"method": settings.on.scenario.METHODS[method], "seed": seed, "out": str(folder), **changes}
+            if method == "ewc" and settings.ewc_coefficient is not None:
+                values["coefficient"] = settings.ewc_coefficient
+            # Mixed precision is slower for what trains a side or a head on cached features of small images.
+            if isinstance(plain, icifar.Settings) and METHODS[method].uses_features:  # type: ignore[attr-defined]
+                values["precision"] = "no"
+            given = settings.shared.applied(plain, values)
+            yield Cell(name, folder, given, variant, given.tasks if isinstance(given.tasks, int) else len(given.tasks))
 
 
-def common(s: Settings, seed: int) -> Given:
-    """What all cells of a seed share."""
-    plain: Given
-    if s.scenario == "icifar":
-        plain = icifar.Settings(samples=s.samples, tasks=s.tasks or icifar.Settings.tasks)
-    elif s.grid in DENSE_GRIDS:
-        plain = itaskonomy.Settings(
-            frames=s.frames, epochs=s.epochs, tasks=ORDER[: s.tasks], subset=s.subset, test_frames=s.test_frames, size=s.size
-        )  # fmt: skip
-    else:
-        raise SideTuningError(f"--grid {s.grid} is one of icifar's; itaskonomy has {', '.join(DENSE_GRIDS)}")
-    return replace(
-        plain, data=s.data or plain.data, base_weights=s.base_weights, init=s.init, seed=seed, cache=s.cache, progress=False,
-        **{name: value for name in ("merge", "lr", "batch", "ewc_coefficient") if (value := getattr(s, name)) is not None},
-    )  # fmt: skip
-
-
-def of_method(common: Any, method: str, **other: Any) -> Any:
-    """The settings for a method: those that it does not read as they are by default."""
-    readers = scenario_of(common).READERS
-    unread = {f.name: f.default for f in fields(common) if method not in readers.get(f.name, (method,))}
-    return replace(common, method=method, **(unread | other))
-
-
-def folder_name(*parts: object) -> str:
-    """A cell's name, of what tells it from the others."""
-    return re.sub(r"[^\w.]+", "-", " ".join(map(str, parts)).replace("%", ""))
-
-
-Variants = Iterator[tuple[str, Any]]
-
-
-def methods_grid(common: Any, s: Settings) -> Variants:
+def methods_grid(settings: Settings) -> Iterator[Variant]:
     """Every method at the same budget."""
-    for method in s.methods or ALL:
-        yield "", of_method(common, method)
-        if method == "sidetune" and isinstance(common, itaskonomy.Settings):
-            yield "recipe=best", replace(of_method(common, method), recipe="best", **itaskonomy.BEST)
-        if FIRST.get(method) == (method, ALONE) and isinstance(common, icifar.Settings):
-            yield ALONE, of_method(common, method, alone=True)
+    dense = isinstance(settings.on, OnITaskonomy)
+    for method in settings.methods or ALL:
+        yield "", method, {}
+        if method == "sidetune" and dense:
+            yield "recipe=best", method, {"recipe": "best", **itaskonomy.BEST}
+        if FIRST.get(method) == (method, ALONE) and not dense:
+            yield ALONE, method, {"alone": True}
 
 
-def merge_grid(common: Any, s: Settings) -> Variants:
+def merge_grid(settings: Settings) -> Iterator[Variant]:
     """Every merge operator."""
     for merge in MERGES:
-        yield f"merge={merge}", replace(common, merge=merge)
+        yield f"merge={merge}", "sidetune", {"merge": merge}
 
 
-def init_grid(common: Any, s: Settings) -> Variants:
+def init_grid(settings: Settings) -> Iterator[Variant]:
     """How the side starts; "copy" is a copy of the base, slimmed to a quarter of its width, as the side."""
     for init in ("distilled", "low-energy", "zero", "xavier"):
-        yield f"init={init}", replace(common, init=common.init if init == "distilled" else init)
-    yield "init=copy", replace(common, side="copy", side_width=0.25, init=None)
+        yield f"init={init}", "sidetune", {"init": settings.shared.init if init == "distilled" else init}
+    yield "init=copy", "sidetune", {"side": "copy", "side_width": 0.25, "init": None}
 
 
-def side_grid(common: Any, s: Settings) -> Variants:
-    """Sides of growing size, all from random weights, since distilled ones ship for fcn4 alone."""
-    common = replace(common, init="xavier")
+def side_grid(settings: Settings) -> Iterator[Variant]:
+    """Sides of growing size, all from random weights, since distilled ones are packaged for fcn4 alone."""
     for side in ("fcn4", "fcn5", "fcn8"):
-        yield f"side={side}", replace(common, side=side)
+        yield f"side={side}", "sidetune", {"side": side, "init": "xavier"}
     for width in (0.25, 0.5):
-        yield f"side=copy, width={width}", replace(common, side="copy", side_width=width)
+        yield f"side=copy, width={width}", "sidetune", {"side": "copy", "side_width": width, "init": "xavier"}
 
 
-def order_grid(common: Any, s: Settings) -> Variants:
+def order_grid(settings: Settings) -> Iterator[Variant]:
     """Label order and two random orders of the tasks."""
-    for method in s.methods or ("sidetune", "finetune"):
+    for method in settings.methods or ("sidetune", "finetune"):
         for order in (None, 1, 2):
-            yield (
-                f"order={'label' if order is None else f'random {order}'}",
-                of_method(common, method, order=order),
-            )
+            yield f"order={'label' if order is None else f'random {order}'}", method, {"order": order}
 
 
-DENSE = ", dense"
-
-
-def dense_grid(common: Any, s: Settings) -> Variants:
+def dense_grid(settings: Settings) -> Iterator[Variant]:
     """With and without the sides of earlier tasks."""
     for merge in ("alpha", "mlp2"):
         for dense in (False, True):
-            yield f"merge={merge}{DENSE if dense else ''}", replace(common, merge=merge, dense=dense)
+            yield f"merge={merge}{DENSE if dense else ''}", "sidetune", {"merge": merge, "dense": dense}
 
 
-def base_grid(common: Any, s: Settings) -> Variants:
+def base_grid(settings: Settings) -> Iterator[Variant]:
     """The base alone, the side alone, and both."""
     for name, merge in (("base alone", "base-only"), ("side alone", "side-only"), ("base and side", "mlp2")):
-        yield name, replace(common, merge=merge)
+        yield name, "sidetune", {"merge": merge}
 
 
-def data_grid(common: Any, s: Settings) -> Variants:
+def data_grid(settings: Settings) -> Iterator[Variant]:
     """A part of each task's images, 1, 10 and 100 %, at the same number of steps: who overfits?"""
-    for method in s.methods or ("sidetune", "features", "independent", "finetune"):
-        for share in s.shares:
-            yield f"data={100 * share:g}%", of_method(common, method, share=share)
+    assert isinstance(settings.on, OnIcifar)
+    for method in settings.methods or MAIN:
+        for share in settings.on.shares:
+            yield f"data={100 * share:g}%", method, {"share": share}
 
 
-def boosting_grid(common: Any, s: Settings) -> Variants:
+def boosting_grid(settings: Settings) -> Iterator[Variant]:
     """Several small sides, one after another, against one side with as many parameters, all from random weights."""
-    common = replace(common, init="xavier")
     for stages in (1, 2, 3):
-        yield f"stages={stages}", of_method(common, "boosting", stages=stages)
-    for width in (1.875, 2.625):  # within 3 % of two and of three stages, merges included
-        yield f"side=fcn4, width={width}", replace(common, side_width=width)
+        yield f"stages={stages}", "boosting", {"stages": stages, "init": "xavier"}
+    # Within 3 % of two and of three stages, merges included.
+    for width in (1.875, 2.625):
+        yield f"side=fcn4, width={width}", "sidetune", {"side_width": width, "init": "xavier"}
 
 
-GRIDS: dict[str, Callable[[Any, Settings], Variants]] = {
-    "methods": methods_grid, "merge": merge_grid, "init": init_grid, "side": side_grid, "order": order_grid,
-    "dense": dense_grid, "base": base_grid, "data": data_grid, "boosting": boosting_grid,
-}  # fmt: skip
+ABLATIONS = (merge_grid, init_grid, side_grid, order_grid, dense_grid, base_grid, data_grid, boosting_grid)
+GRIDS: dict[str, Callable[[Settings], Iterator[Variant]]] = {
+    function.__name__.removesuffix("_grid"): function for function in (methods_grid, *ABLATIONS)
+}
 
 
 def run(settings: Settings) -> list[RunResult]:
@@ -258,136 +232,95 @@ def run(settings: Settings) -> list[RunResult]:
     Raises:
         SideTuningError: a cell failed; the others' results stay.
     """
-    s = settings
-    for method in s.methods:
+    for method in settings.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
-    defaults = Settings(s.scenario)
-    for name in OTHERS[s.scenario]:
-        if getattr(s, name) != getattr(defaults, name):
-            raise SideTuningError(f"--{name.replace('_', '-')} is not read by {s.scenario}; leave it out")
-    at_least_one(s, "seeds", "batch", "samples", "frames", "test_frames", "size", "tasks")
-    if len(set(s.methods)) < len(s.methods) or len(set(s.shares)) < len(s.shares):
-        raise SideTuningError("--methods or --shares names one twice")
-    if not all(0 < share <= 1 for share in s.shares):
-        raise SideTuningError(f"--shares are parts of the data, above 0 and up to 1, not {s.shares}")
-    todo = list(cells(s))
+    check(settings)
+    if problem := Once.problem(settings.methods or ALL):
+        raise SideTuningError(f"--methods {problem}")
+    scenario = settings.on.scenario
+    todo = list(cells(settings))
     base = dry_run(todo)
-    folder = Run(s.out, f"compare {s.scenario}", s, free=("data", "out", "cache", "seeds", "methods", "shares"))
-    first = todo[0].settings
-    if isinstance(first, itaskonomy.Settings):
-        frames = itaskonomy.frames_of(first)
-        itaskonomy.tell_absent(*frames)
-        data = itaskonomy.fingerprint(*frames)
-    else:
-        data = icifar.fingerprint_of(first)
-    folder.belongs(data=data, base=base.identity().sha256)
+    folder = Run(settings.run.out, f"compare {scenario_name(scenario)}", settings, free=FREE)
+    folder.belongs(data=scenario.fingerprint_of(todo[0].settings), base=base.identity().sha256)
     results: list[RunResult] = []
-    bar = tqdm(total=sum(cell.tasks for cell in todo), unit="task", dynamic_ncols=True)
-    with bar:
-        for cell in todo:
-            bar.set_description(cell.folder.name)
-            result = one(cell, bar)
-            results.append(replace(result, variant=cell.variant))
-            galleries = [c.folder / "gallery" for c in todo[: len(results)] if c.variant != ALONE]
-            if galleries:
-                finish(s, results, galleries)
+    galleries: list[Path] = []
+    for cell, result in grid.run(todo, scenario.run, finished, unit="task", progress=settings.run.progress):
+        results.append(replace(result, variant=cell.variant))
+        galleries += [] if cell.variant == ALONE else [cell.folder / "gallery"]
+        if galleries:
+            finish(settings, results, galleries)
     return results
 
 
-def dry_run(todo: Sequence[Cell]) -> Base:
-    """Build the parts of every kind of cell, so that one that is missing is said before hours of work; returns the base, without taps."""
+def dry_run(todo: Sequence[Cell[Given]]) -> Base:
+    """Build the parts of every kind of cell before hours of work, so that a missing part is an error now.
+
+    Returns:
+        The base, without taps.
+    """
     first = todo[0].settings
     tapped = cache(partial(load_base, first.base, weights=first.base_weights))
-    parts = ("method", "side", "side_width", "merge", "init", "stages", "taps")
-    kinds = {tuple(getattr(c.settings, part, None) for part in parts): c for c in todo}
-    for cell in kinds.values():
-        base = tapped(taps=cell.settings.taps)
-        cell.scenario.build_method(cell.settings, base).add(Task("dry-run", "identity"))
+    for method in dict.fromkeys(cell.settings.method for cell in todo):
+        method.build(tapped(taps=method.tapped), seed=0).add(Task("dry-run", "identity"))
     return tapped(taps=())
 
 
-def one(cell: Cell, bar: tqdm[Any]) -> RunResult:
-    """The result of a cell: read where it is there, else run; a process of its own makes its peak memory its own."""
-    file, metrics, start = cell.folder / "result.json", cell.folder / "metrics.jsonl", bar.n
-    if file.exists():
-        name = cell.scenario.__name__.rpartition(".")[2]
-        Run(cell.folder, name, cell.settings, free=cell.scenario.FREE)  # refuses a run with other settings
-        bar.update(cell.tasks)
-        return RunResult.load(file)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        future = pool.submit(run_cell, cell)
-        try:
-            while not future.done():
-                time.sleep(0.5)
-                learned = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-                bar.update(start + learned - bar.n)
-            bar.update(start + cell.tasks - bar.n)
-            return future.result()
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():  # where the interrupt was sent to this process alone
-                process.terminate()
-            raise
-        except BrokenProcessPool as error:
-            raise SideTuningError(
-                f"the run in {cell.folder} was killed, perhaps for want of memory; the same command goes on from there"
-            ) from error
+def scenario_name(scenario: Any) -> str:
+    """The name of a scenario's module, which its runs record."""
+    return str(scenario.__name__.rpartition(".")[2])
 
 
-def run_cell(cell: Cell) -> RunResult:
-    """What the cell's process does; it ends with its parent, so that a killed grid leaves nothing running."""
-    end_with_parent()
-    result: RunResult = cell.scenario.run(cell.settings)
-    return result
+def finished(cell: Cell[Given]) -> RunResult | None:
+    """The result of a cell, where it is done; a run with other settings is refused."""
+    file = cell.folder / "result.json"
+    if not file.exists():
+        return None
+    Run(cell.folder, scenario_name(SCENARIOS[type(cell.settings)]), cell.settings)
+    return RunResult.load(file)
 
 
 def finish(settings: Settings, results: Sequence[RunResult], galleries: Sequence[Path] = ()) -> None:
     """Write `table.md` and `report.html` of the results so far, with the pictures of dense tasks."""
-    with_first = add_alone(results)
-    table = markdown(summary_table(with_first))
-    if with_first[0].measures is not None:
-        table += "\n" + measures_table(with_first) + "\n" + gaps_table(with_first)
-    out = Path(settings.out)
-    write_text(out / "table.md", table)
+    with_first, out = add_alone(results), Path(settings.run.out)
+    write_text(out / "table.md", tables(with_first))
     pictures = [folder if folder.is_dir() else None for folder in galleries]
     write_report(with_first, out / "report.html", title=title(settings), galleries=pictures if any(pictures) else ())
 
 
+def tables(results: Sequence[RunResult]) -> str:
+    """All tables of a comparison, in Markdown."""
+    table = markdown(summary_table(results))
+    return table if results[0].measures is None else f"{table}\n{measures_table(results)}\n{gaps_table(results)}"
+
+
 def title(settings: Settings) -> str:
-    """Of the report."""
-    name = "iCIFAR" if settings.scenario == "icifar" else "iTaskonomy"
+    """Title of the report."""
+    name = "iCIFAR" if isinstance(settings.on, OnIcifar) else "iTaskonomy"
     return f"{name}: {'methods compared' if settings.grid == 'methods' else settings.grid}"
 
 
 def add_alone(results: Sequence[RunResult]) -> list[RunResult]:
     """Fill in how well each task is learned first, and leave out the runs that tell nothing else.
 
-    For methods whose tasks do not touch that is what it got in the sequence. The first task of fine-tuning and EWC is a
-    fine-tuned copy of the base, so theirs is the run of `independent` with the same seed; that of PSP and PNN is in runs
-    with every task "alone"; that of dense laterals is the run without them. None where there is no such run.
+    For methods whose tasks do not touch that is what it got in the sequence. The first task of fine-tuning and EWC is
+    a fine-tuned copy of the base, so theirs is the run of `independent` with the same seed; that of PSP and PNN is in
+    runs with every task "alone"; that of dense laterals is the run without them. None where there is no such run.
     """
     runs = {(r.method, r.variant, r.seed): r for r in results}
     filled = []
-    for r in results:
-        if r.variant == ALONE:
-            continue
-        first: RunResult | None = r
-        if r.method in FIRST:
-            method, variant = FIRST[r.method]
-            first = runs.get((method, variant or r.variant, r.seed))
-        elif r.settings.get("dense"):
-            first = runs.get((r.method, r.variant.removesuffix(DENSE), r.seed))
-        alone = None if first is None else [first.matrix.learned[first.tasks.index(t)] for t in r.tasks]
-        filled.append(replace(r, alone=alone))
+    for result in (r for r in results if r.variant != ALONE):
+        first: RunResult | None = result
+        if result.method in FIRST:
+            method, variant = FIRST[result.method]
+            first = runs.get((method, variant or result.variant, result.seed))
+        elif result.settings.get("dense"):
+            first = runs.get((result.method, result.variant.removesuffix(DENSE), result.seed))
+        alone = None if first is None else [first.matrix.learned[first.tasks.index(t)] for t in result.tasks]
+        filled.append(replace(result, alone=alone))
     return filled
 
 
 def main(settings: Settings) -> None:
     """Run the grid and print its table."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    results = run(settings)
-    console = Console(width=max(120, shutil.get_terminal_size().columns))
-    console.print(Markdown(markdown(summary_table(add_alone(results)))))
-    console.print(f"table: {settings.out}/table.md; report: {settings.out}/report.html", highlight=False)
+    grid.print_tables(markdown(summary_table(add_alone(run(settings)))), settings.run.out)

@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from sidetuning.files import write_json
 
+# The smallest error that a ratio divides by: one mistake in a thousand images.
+FLOOR = 1e-3
+
 
 @dataclass
 class AccuracyMatrix:
     """Accuracy of every task after every task learned.
 
     Attributes:
-        tasks: names, in the order of learning.
+        tasks: Names, in the order of learning.
         rows: `rows[i][j]` is the accuracy of task j after learning task i, j <= i.
     """
 
@@ -27,10 +30,9 @@ class AccuracyMatrix:
 
     def add(self, row: list[float]) -> None:
         """Append the accuracies of all tasks learned so far."""
-        if len(row) != len(self.rows) + 1:
-            raise ValueError(
-                f"row {len(self.rows)} of an accuracy matrix has {len(self.rows) + 1} numbers, not {len(row)}"
-            )
+        count = len(self.rows) + 1
+        if len(row) != count:
+            raise ValueError(f"row {count - 1} of an accuracy matrix has {count} numbers, not {len(row)}")
         self.rows.append(row)
 
     @property
@@ -45,85 +47,74 @@ class AccuracyMatrix:
 
     @property
     def average(self) -> float:
-        """Average accuracy over the tasks at the end.
-
-        Raises:
-            ValueError: nothing is learned yet.
-        """
+        """Average accuracy over the tasks at the end; a ValueError where nothing is learned yet."""
         if not self.rows:
             raise ValueError("an accuracy matrix without rows has no average; learn a task first")
         return sum(self.final) / len(self.final)
 
     @property
     def forgetting(self) -> list[float]:
-        """What each task lost from when it was learned to the end (the paper: the rise of an old task's error)."""
+        """Accuracy that each task lost between when it was learned and the end."""
         return [learned - final for learned, final in zip(self.learned, self.final, strict=True)]
 
     @property
     def backward_transfer(self) -> float:
-        """How much later tasks improved earlier ones: mean of final - learned over all tasks but the last.
+        """Mean of final - learned over all tasks but the last (Lopez-Paz and Ranzato, 2017); 0 for a single task.
 
-        The measure of Lopez-Paz and Ranzato (2017); negative where a method forgets, 0 for a single task.
+        It is negative where a method forgets.
         """
         changes = [-f for f in self.forgetting[:-1]]
         return sum(changes) / len(changes) if changes else 0.0
 
     def save(self, path: str | Path) -> None:
         """Write tasks and rows as JSON."""
-        write_json(
-            path, {"tasks": self.tasks, "accuracy": self.rows, "average": self.average, "forgetting": self.forgetting}
-        )
-
-
-FLOOR = 1e-3  # smallest error that a ratio divides by: one mistake in a thousand images
+        content = {"tasks": self.tasks, "accuracy": self.rows, "average": self.average, "forgetting": self.forgetting}
+        write_json(path, content)
 
 
 def forward_transfer(in_sequence: Sequence[float], first: Sequence[float]) -> float:
-    """What earlier tasks bring to later ones: mean accuracy of tasks learned in sequence, less that of the same learned first.
+    """Mean gain in accuracy of tasks learned in a sequence over the same tasks learned first.
 
-    Over all tasks but the first, which has none before it; 0 for a single task.
+    The first task is left out, because it has none before it; the value of a single task is 0.
 
     Args:
-        in_sequence: accuracy of task k just after it was learned in the sequence.
-        first: its accuracy where it is the first task that the method learns.
+        in_sequence: Accuracy of task k just after it was learned in the sequence.
+        first: Its accuracy where it is the first task that the method learns.
     """
-    _same_length(in_sequence, first)
-    gains = [a - b for a, b in zip(in_sequence[1:], first[1:], strict=True)]
+    gains = [a - b for a, b in _pairs(in_sequence, first)[1:]]
     return sum(gains) / len(gains) if gains else 0.0
 
 
 def rigidity(in_sequence: Sequence[float], first: Sequence[float]) -> float:
-    """How much worse tasks are learned because of earlier ones: mean log ratio of errors, in sequence over first.
+    """Mean log ratio of the errors of tasks learned in a sequence over those of the same tasks learned first.
 
-    Over all tasks but the first, which has none before it. 0 for a method whose tasks do not touch each other and for a
-    single task, log 2 where the error doubles, negative where earlier tasks help.
+    The first task is left out. The value is 0 where tasks do not touch each other and for a single task, log 2 where
+    the error doubles, and negative where earlier tasks help.
 
     Args:
-        in_sequence: error of task k just after it was learned in the sequence: a loss, as in the paper, or 1 - accuracy.
-        first: its error where it is the first task that the method learns.
+        in_sequence: Error of task k just after it was learned in the sequence: a loss, or 1 - accuracy.
+        first: Its error where it is the first task that the method learns.
     """
-    _same_length(in_sequence, first)
-    ratios = [math.log(max(a, FLOOR) / max(b, FLOOR)) for a, b in zip(in_sequence[1:], first[1:], strict=True)]
+    ratios = [math.log(max(a, FLOOR) / max(b, FLOOR)) for a, b in _pairs(in_sequence, first)[1:]]
     return sum(ratios) / len(ratios) if ratios else 0.0
 
 
 def average_rank(table: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The mean rank of every method over tasks, 1 the best; equal values share the mean of their ranks.
+    """Mean rank of every method over tasks, 1 is the best; equal values share the mean of their ranks.
 
     Args:
-        table: method -> value per task, higher is better, all of one length.
+        table: Maps each method to its value per task; higher is better.
 
     Raises:
-        ValueError: none, or of different lengths.
+        ValueError: There are no values, or the methods have different numbers of tasks.
     """
+    import pandas as pd
+
     columns = list(table.values()) or [[]]
     for column in columns:
-        _same_length(columns[0], column)
-    ranks = dict.fromkeys(table, 0.0)
-    for task in zip(*columns, strict=True):
-        for name, value in zip(table, task, strict=True):
-            ranks[name] += sum(other > value for other in task) + (sum(other == value for other in task) + 1) / 2
-    return {name: total / len(columns[0]) for name, total in ranks.items()}
+        _pairs(columns[0], column)
+    ranks: dict[str, float] = pd.DataFrame(table).rank(axis=1, ascending=False).mean().to_dict()
+    return ranks
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -136,9 +127,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float] | NDArray[np.float64], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of a mean, by drawing the values anew with replacement (percentiles; Efron, 1979).
+    """95 % interval of a mean, from resampling the values with replacement (percentiles; Efron, 1979).
 
-    It has no width where all values are equal: of shares near 0 and 1, Wilson's interval says more.
+    It has no width where all values are equal; for shares near 0 and 1 Wilson's interval is better.
     """
     x = np.asarray(values, np.float64)
     rows = np.random.default_rng(seed).integers(len(x), size=(draws, len(x)))
@@ -146,6 +137,8 @@ def bootstrap(values: Sequence[float] | NDArray[np.float64], draws: int = 2000, 
     return float(low), float(high)
 
 
-def _same_length(a: Sequence[float], b: Sequence[float]) -> None:
+def _pairs(a: Sequence[float], b: Sequence[float]) -> list[tuple[float, float]]:
+    """Values of the same tasks, pair by pair."""
     if len(a) != len(b) or not a:
         raise ValueError(f"{len(a)} values cannot be compared with {len(b)}: give one for each task")
+    return list(zip(a, b, strict=True))

@@ -1,4 +1,4 @@
-"""`sidetuning demo --quick`: handwritten digits as five tasks of two, side-tuning beside fine-tuning one network in sequence."""
+"""`sidetuning bench demo --quick`: handwritten digits as five tasks of two, side-tuning beside fine-tuning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Settings:
     epochs: int = 4
     """Passes over the images of each task."""
     seed: int = 0
-    """Of the split, the initial weights and the order of the images."""
+    """Seed for the split, initial weights and data order."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def digits(seed: int) -> list[Split]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the demo needs scikit-learn: pip install 'sidetuning[demo]'") from error
+        raise ImportError("the demo needs scikit-learn: pip install 'sidetuning-bench[demo]'") from error
     images, labels = (torch.tensor(a) for a in load_digits(return_X_y=True))
     small = images.view(-1, 1, 8, 8).float() * (255 / 16)
     large = F.interpolate(small, (32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
@@ -59,27 +59,19 @@ def digits(seed: int) -> list[Split]:
     return splits
 
 
-def learn_all(method: Method, splits: list[Split], s: Settings) -> AccuracyMatrix:
+def learn_all(method: Method, splits: list[Split], settings: Settings) -> AccuracyMatrix:
     """Learn the tasks one after another; every task so far is tested after each."""
-    matrix = AccuracyMatrix([name(pair) for pair in TASKS])
-    for k, (task, pair, split) in enumerate(zip(matrix.tasks, TASKS, splits, strict=True)):
+    matrix = AccuracyMatrix([f"{first}-or-{second}" for first, second in TASKS])
+    folder = Path(settings.out) / ("tasks" if method.name == "sidetune" else method.name)
+    for k, (name, pair, split) in enumerate(zip(matrix.tasks, TASKS, splits, strict=True)):
         loader = DataLoader(split.train, 32, shuffle=True)
-        recipe = Recipe(s.epochs * len(loader), lr=1e-3, optimizer=torch.optim.AdamW, seed=s.seed)
-        method.learn(Task(task, 2, labels=[str(d) for d in pair], seed=s.seed + k), loader, recipe)
-        row = [
-            evaluate(method, t, DataLoader(splits[j].test, 256))["accuracy"]
-            for j, t in enumerate(matrix.tasks[: k + 1])
-        ]
-        matrix.add(row)
-        method.save(
-            Path(s.out) / ("tasks" if method.name == "sidetune" else method.name), metrics={"accuracy": row[-1]}
-        )
+        recipe = Recipe(settings.epochs * len(loader), lr=1e-3, optimizer=torch.optim.AdamW, seed=settings.seed)
+        task = Task(name, 2, labels=[str(digit) for digit in pair], seed=settings.seed + k)
+        method.learn(task, loader, recipe)
+        learned = zip(matrix.tasks[: k + 1], splits, strict=False)
+        matrix.add([evaluate(method, n, DataLoader(other.test, 256))["accuracy"] for n, other in learned])
+        method.save(folder, metrics={"accuracy": matrix.final[-1]})
     return matrix
-
-
-def name(pair: tuple[int, int]) -> str:
-    """The name of a task."""
-    return f"{pair[0]}-or-{pair[1]}"
 
 
 def main(settings: Settings) -> None:
@@ -92,15 +84,14 @@ def main(settings: Settings) -> None:
     side = learn_all(METHODS["sidetune"](base, side="fcn4", merge="mlp2", init="distilled"), splits, settings)
     tuned = learn_all(METHODS["finetune"](base), splits, settings)
     side.save(Path(settings.out) / "matrix.json")
-    for title, matrix in (
-        ("Side-tuning: a frozen base and small sides", side),
-        ("Fine-tuning: one network, task after task", tuned),
-    ):
-        console.print(table(title, matrix))
+    console.print(table("Side-tuning: a frozen base and small sides", side))
+    console.print(table("Fine-tuning: one network, task after task", tuned))
     lost = [100 * (0.0 - m.backward_transfer) for m in (side, tuned)]
     console.print(
-        f"Accuracy lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points, fine-tuning {lost[1]:.1f} points.\n"
-        f"The five tasks are in {settings.out}/tasks; ask them all about an image: sidetuning predict {settings.out} IMAGE",
+        f"Accuracy lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points, "
+        f"fine-tuning {lost[1]:.1f} points.\n"
+        f"The five tasks are in {settings.out}/tasks; ask them all about an image: "
+        f"sidetuning predict {settings.out} IMAGE",
         highlight=False,
     )
 

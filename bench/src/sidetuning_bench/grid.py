@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,11 +29,12 @@ from sidetuning.errors import SideTuningError
 from sidetuning_bench.runs import end_with_parent
 
 S = TypeVar("S")
+S_co = TypeVar("S_co", covariant=True)
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Cell(Generic[S]):
+class Cell(Generic[S_co]):
     """One run of a grid.
 
     Attributes:
@@ -45,7 +47,7 @@ class Cell(Generic[S]):
 
     name: str
     folder: Path
-    settings: S
+    settings: S_co
     variant: str = ""
     size: int = 1
 
@@ -108,3 +110,13 @@ def run_apart(cell: Cell[S], work: Callable[[S], R], bar: tqdm[Any]) -> R:
             raise SideTuningError(
                 f"the run in {cell.folder} was killed, perhaps for want of memory; the same command resumes it"
             ) from error
+
+
+def print_tables(text: str, folder: str) -> None:
+    """Print the tables of a grid, which are in Markdown, and where they lie with the report."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console(width=max(120, shutil.get_terminal_size().columns))
+    console.print(Markdown(text))
+    console.print(f"table: {folder}/table.md; report: {folder}/report.html", highlight=False)

@@ -1,14 +1,15 @@
 """Groups of settings that scenarios share, as nested frozen dataclasses; tyro flattens them on the command line.
 
 METHODS = {"sidetune": SideTuneOptions(merge="alpha"), "psp": PSPOptions()}
-Method = MethodOptions if TYPE_CHECKING else tyro.extras.subcommand_type_from_defaults(METHODS, prefix_names=False)
 
 @dataclass(frozen=True)
 class Settings:                                  # sidetuning bench pets --batch 8 psp --statistics task
     data: str = "runs/pets"                      # the scenario's own settings
-    method: Method = METHODS["sidetune"]         # a dataclass per method, with the settings that this method reads
-    training: Training = Training(batch=16)      # groups, with the scenario's own defaults
-    run: RunOptions = RunOptions(out="runs/pets")
+    # A dataclass per method, with the settings that this method reads.
+    method: Annotated[MethodOptions, choice(METHODS)] = METHODS["sidetune"]
+    # Groups, with the scenario's own defaults; ruff wants a call here inside `field`.
+    training: Training = field(default=Training(batch=16))
+    run: RunOptions = field(default=RunOptions(out="runs/pets"))
 
 check(settings)                                  # raises where a value breaks a rule of its type (Count, Names, …)
 flat(settings)                                   # {"data": …, "method": "psp", "statistics": "task", "batch": 8, …}
@@ -18,17 +19,18 @@ translated(old, flat(settings))                  # what version 0.1.0 wrote, by 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+import tyro
 
 from sidetuning.base import Base
 from sidetuning.errors import SideTuningError
-from sidetuning_bench.methods import METHODS, Method, Recipe
-from sidetuning_bench.methods.method import one_cycle
+from sidetuning_bench.methods import METHODS, Method, Recipe, one_cycle
 
 S = TypeVar("S")
 
@@ -45,20 +47,19 @@ class Rule:
     problem: Callable[[Any], str | None]
 
 
-def named_once(values: Collection[Any]) -> str | None:
-    """What is wrong with a list that is empty, or names something twice."""
-    twice = next((value for value in values if list(values).count(value) > 1), None)
-    return "names nothing" if not values else None if twice is None else f"names {twice} twice"
+def must(words: str, holds: Callable[[Any], bool]) -> Rule:
+    """A rule that is told in words."""
+    return Rule(lambda value: None if holds(value) else f"must {words}, not {value}")
 
 
 # NaN breaks each of these rules, too.
-Count = Annotated[int, Rule(lambda n: None if n >= 1 else f"must be 1 or more, not {n}")]
-Natural = Annotated[int, Rule(lambda n: None if n >= 0 else f"must be 0 or more, not {n}")]
-Positive = Annotated[float, Rule(lambda x: None if x > 0 else f"must be above 0, not {x}")]
-NotNegative = Annotated[float, Rule(lambda x: None if x >= 0 else f"must be 0 or more, not {x}")]
-Share = Annotated[float, Rule(lambda x: None if 0 < x <= 1 else f"must be above 0 and at most 1, not {x}")]
-Probability = Annotated[float, Rule(lambda x: None if 0 <= x <= 1 else f"must be from 0 to 1, not {x}")]
-Once = Rule(named_once)
+Count = Annotated[int, must("be 1 or more", lambda n: n >= 1)]
+Natural = Annotated[int, must("be 0 or more", lambda n: n >= 0)]
+Positive = Annotated[float, must("be above 0", lambda x: x > 0)]
+NotNegative = Annotated[float, must("be 0 or more", lambda x: x >= 0)]
+Share = Annotated[float, must("be above 0 and at most 1", lambda x: 0 < x <= 1)]
+Probability = Annotated[float, must("be from 0 to 1", lambda x: 0 <= x <= 1)]
+Once = must("name something, and nothing twice", lambda values: 0 < len(values) == len(set(values)))
 Names = Annotated[tuple[str, ...], Once]
 
 
@@ -309,6 +310,13 @@ def image_methods(sidetune: SideTuneOptions, boosting: BoostingOptions, ewc: EWC
     return {method.name: method for method in (sidetune, boosting, ewc, *(kind() for kind in (*others, *more)))}
 
 
+def choice(methods: Mapping[str, MethodOptions]) -> Any:
+    """The annotation of a setting that chooses one of several methods, as a subcommand of the command line."""
+    descriptions = {name: inspect.cleandoc(method.__doc__ or "") for name, method in methods.items()}
+    union = tyro.extras.subcommand_type_from_defaults(methods, descriptions, prefix_names=False)
+    return tyro.conf.arg(constructor=union)
+
+
 def leaves(settings: Any) -> Iterator[tuple[type, Field[Any], Any]]:
     """Every setting of nested groups: the class that declares it, its field, its value."""
     for field in fields(settings):
@@ -373,16 +381,15 @@ def check(settings: Any) -> None:
 
 def problems(hint: Any, value: Any) -> Iterator[str]:
     """What the rules inside a type say of a value; None breaks none of them."""
-    origin = get_origin(hint)
+    origin, arms = get_origin(hint), get_args(hint)
     if value is None:
         return
     if origin is Annotated:
-        found = [rule.problem(value) for rule in hint.__metadata__ if isinstance(rule, Rule)]
-        yield from filter(None, found)
-        yield from problems(hint.__origin__, value)
+        yield from filter(None, (rule.problem(value) for rule in arms[1:] if isinstance(rule, Rule)))
+        yield from problems(arms[0], value)
     elif origin is tuple:
         for item in value:
-            yield from problems(get_args(hint)[0], item)
+            yield from problems(arms[0], item)
     elif origin in (Union, UnionType):
-        for arm in get_args(hint):
+        for arm in arms:
             yield from problems(arm, value)

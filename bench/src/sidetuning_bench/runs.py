@@ -10,16 +10,15 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sidetuning.errors import SideTuningError
 from sidetuning.files import write_json, write_text
+from sidetuning_bench.options import FREE, defaults, flat, translated
 
-S = TypeVar("S")  # settings of a scenario, a frozen dataclass
-
+FORMAT_VERSION = 1
 WITH_SIDES = ("sidetune", "boosting")  # methods that read settings of sides and merges
 
 
@@ -28,47 +27,55 @@ class Run:
 
     Args:
         folder: made where it does not exist.
-        scenario: the name of the scenario.
-        settings: its frozen dataclass.
-        free: names of settings that may differ when a run goes on (paths, not science).
+        scenario: name of the scenario.
+        settings: its frozen dataclass, with its groups.
+        free: names of settings that may differ when a run resumes (paths, not science).
 
     Raises:
         SideTuningError: the folder cannot be written, or holds a run with other settings.
     """
 
-    def __init__(self, folder: str | Path, scenario: str, settings: Any, free: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: str | Path, scenario: str, settings: Any, free: tuple[str, ...] = FREE) -> None:
         self.folder = Path(folder)
-        defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
-        self._free, self._defaults = free, json.loads(json.dumps({k: v for k, v in defaults.items() if k not in free}))
-        wanted = {k: v for k, v in asdict(settings).items() if k not in free}
-        wanted = json.loads(json.dumps(wanted))  # as it will be read: tuples are lists
+        wanted = {name: value for name, value in flat(settings).items() if name not in free}
         writable(self.folder)
         file = self.folder / "run.json"
+        # What failed before it began, by a mistake in its settings, may begin again with others.
         if file.exists() and any(other != file for other in self.folder.iterdir()):
-            self._check(file, scenario, wanted)
-        else:  # what failed before it began, by a mistake in its settings, may be begun again with others
-            versions = {name: version(name) for name in ("sidetuning", "torch", "numpy", "accelerate")}
-            versions["python"] = platform.python_version()
-            content = {"scenario": scenario, "settings": wanted, "versions": versions, "command": sys.argv}
-            try:
-                write_json(file, content)
-            except OSError as error:
-                raise SideTuningError(
-                    f"{folder} cannot be written to ({error.strerror}); choose another with --out"
-                ) from error
+            self._check(file, scenario, settings, as_json(wanted), free)
+            return
+        versions = {name: version(name) for name in ("sidetuning", "torch", "numpy", "accelerate")}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "scenario": scenario,
+            "settings": wanted,
+            "versions": versions | {"python": platform.python_version()},
+            "command": sys.argv,
+        }
+        try:
+            write_json(file, content)
+        except OSError as error:
+            raise SideTuningError(
+                f"{folder} cannot be written to ({error.strerror}); choose another with --out"
+            ) from error
 
-    def _check(self, file: Path, scenario: str, wanted: Mapping[str, Any]) -> None:
+    def _check(
+        self, file: Path, scenario: str, settings: Any, wanted: Mapping[str, Any], free: tuple[str, ...]
+    ) -> None:
         try:
             found = json.loads(file.read_text())
-            settings, was = {**self._defaults, **found["settings"]}, found["scenario"]
-        except (ValueError, KeyError, TypeError) as error:
+            known = {k: v for k, v in as_json(defaults(settings)).items() if k in wanted}
+            # Version 0.1.0 wrote no format_version.
+            own = found["settings"] if "format_version" in found else translated(found["settings"], wanted)
+            saved, was = {**known, **own}, found["scenario"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SideTuningError(
                 f"{file} is damaged ({error}); choose another folder with --out, or delete this one"
             ) from error
         if was != scenario:
             raise SideTuningError(f"{self.folder} holds a run of {was}; choose another folder with --out")
-        names = [*wanted, *(k for k in settings if k not in wanted and k not in self._free)]
-        other = [f"{k} {settings.get(k)!r} (now {wanted.get(k)!r})" for k in names if settings.get(k) != wanted.get(k)]
+        names = [*wanted, *(name for name in saved if name not in wanted and name not in free)]
+        other = [f"{n} {saved.get(n)!r} (now {wanted.get(n)!r})" for n in names if saved.get(n) != wanted.get(n)]
         if other:
             raise SideTuningError(
                 f"{self.folder} holds a run with other settings: {', '.join(other)}; choose another folder with --out, "
@@ -136,6 +143,11 @@ class Run:
             os.fsync(out.fileno())  # what is saved after it must not outlive it
 
 
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they are read from JSON: tuples are lists."""
+    return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+
 def writable(folder: Path) -> None:
     """Make a folder where there is none.
 
@@ -191,48 +203,9 @@ def read_result(kind: Callable[..., Any], file: Path) -> Any:
         raise SideTuningError(f"{file} cannot be read ({error}); delete it, and run the same command again") from error
 
 
-def read_by_method(settings: Any, readers: Mapping[str, tuple[str, ...]]) -> None:
-    """Settings that the method does not read must be as they are by default, or None: who gives one believes that it matters.
-
-    Args:
-        settings: a frozen dataclass with the method's name as `method`.
-        readers: for such a setting the methods that read it.
-
-    Raises:
-        SideTuningError: one is not.
-    """
-    defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
-    for name, methods in readers.items():
-        if settings.method not in methods and getattr(settings, name) not in (defaults[name], None):
-            flag = name.replace("_", "-")
-            raise SideTuningError(
-                f"--{flag} is not read by {settings.method}, but by {' and '.join(methods)}; leave it out"
-            )
-
-
 def side_options(side: str, width: float) -> dict[str, Any]:
     """Options of a side for a base that returns a map with both signs."""
     return {"fcn5": {"width": width, "signed": True}, "copy": {"width": width}}.get(side, {})
-
-
-def with_recipe(settings: S, best: Mapping[str, Any]) -> S:
-    """The settings with those that their recipe sets, where it is "best".
-
-    Raises:
-        SideTuningError: one of these is neither what the recipe sets nor as it is by default, or the method is another.
-    """
-    given: Any = settings
-    if given.recipe == "paper":
-        return settings
-    if given.method != "sidetune":
-        raise SideTuningError(f"--recipe best is side-tuning's; leave out it or --method {given.method}")
-    defaults = {f.name: f.default for f in fields(given)}
-    for name, value in best.items():
-        if getattr(given, name) not in (value, defaults[name]):
-            flag = name.replace("_", "-")
-            raise SideTuningError(f"--recipe best sets --{flag} itself, to {value}; leave one of them out")
-    recipe: S = replace(given, **best)
-    return recipe
 
 
 def not_twice(settings: Any, *names: str) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
-from sidetuning.errors import ArtifactError
-from sidetuning_bench.continual import AccuracyMatrix
+from sidetuning.errors import ArtifactError, SideTuningError
 from sidetuning_bench.methods import Method, Recipe, Task, saved_tasks
-from sidetuning_bench.results import RunResult
+from sidetuning_bench.options import FREE, flat, with_values
+from sidetuning_bench.results import RunResult, own_values
 from sidetuning_bench.runs import Run, peak_memory_mb
+
+S = TypeVar("S")
+Row = dict[str, Any]
 
 
 class Score(NamedTuple):
@@ -27,7 +30,7 @@ class Lesson:
     Attributes:
         task: the task.
         loader: makes the loader of its training batches.
-        evaluate: how well a method does it, on frames that it was not trained on.
+        evaluate: how well a method does it, on images that it was not trained on.
     """
 
     task: Task
@@ -35,109 +38,206 @@ class Lesson:
     evaluate: Callable[[Method], Score]
 
 
-def learn_in_order(
-    folder: Run,
-    build: Callable[[], Method],
-    lessons: Sequence[Lesson],
-    recipe: Recipe,
-    *,
-    settings: Mapping[str, Any],
-    method_name: str,
-    seed: int,
-    base_seconds: float,
-    alone: bool = False,
-    save_every: float = 10.0,
-    progress: bool = True,
-    learned: Callable[[Method, str], None] = lambda method, name: None,
-    measures: Mapping[str, str] | None = None,
-) -> RunResult:
+@dataclass(frozen=True)
+class Course:
+    """The lessons of a run, and how they are learned.
+
+    Attributes:
+        settings: of the scenario, with its groups `method` and `run`.
+        build: makes the method without tasks.
+        lessons: the tasks, in order.
+        recipe: how each is trained.
+        base_seconds: time of computing the base's features.
+        alone: learn every task as if it were the first, with a method of its own.
+        learned: called with the method and a task's name after each task, before it is saved; after a kill it may be
+            called again.
+        measures: name of each task's own measure, where that is not the accuracy.
+        fingerprints: of what the run is of, recorded with the settings.
+    """
+
+    settings: Any
+    build: Callable[[], Method]
+    lessons: Sequence[Lesson]
+    recipe: Recipe
+    base_seconds: float
+    alone: bool = False
+    learned: Callable[[Method, str], None] = lambda method, name: None
+    measures: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks."""
+        return [lesson.task.name for lesson in self.lessons]
+
+
+def learn_in_order(folder: Run, course: Course) -> RunResult:
     """Learn the lessons in order in a run's folder, saving after each; evaluate every task so far after every task.
 
-    Of a method that is not `sequential` a task is evaluated when it is learned and after the last one; in between the former stands.
+    Of a method that is not `sequential` a task is evaluated when it is learned and after the last one; in between the
+    former stands. What the folder holds already is not learned again.
 
-    Args:
-        folder: the run; what it holds already is not learned again.
-        build: makes a method without tasks.
-        lessons: the tasks.
-        recipe: how each is trained.
-        settings, method_name, seed, base_seconds: recorded in the result.
-        alone: learn every task as if it were the first, with a method of its own.
-        save_every: seconds between two resume files.
-        progress: show bars.
-        learned: called with the method and the task's name after each task, before it is saved; it may be called again after a kill.
-        measures: the name of each task's own measure, where it is not the accuracy.
+    Raises:
+        ArtifactError: a task is saved, and its row of metrics is lost.
     """
-    names = [lesson.task.name for lesson in lessons]
+    done = saved_rows(folder, course)
+    methods = [course.build() for _ in done] if course.alone and done else [course.build()]
+    for method, name in zip(methods, done, strict=False):
+        method.load(folder.tasks(name if course.alone else ""))
+    file = folder.folder / "result.json"
+    if len(done) == len(course.lessons) and file.exists():
+        return RunResult.load(file)
+    for i, name in enumerate(course.names):
+        if name not in done:
+            if course.alone and i:
+                methods.append(course.build())
+            learn_lesson(folder, course, methods[-1], i, done)
+        folder.done(name)
+    result = result_of(course, [done[name] for name in course.names], methods[0].uses_features)
+    result.matrix.save(folder.folder / "matrix.json")
+    result.save(file)
+    return result
+
+
+def saved_rows(folder: Run, course: Course) -> dict[str, Row]:
+    """The rows of the tasks that are learned and saved, by name."""
     rows = {row["task"]: row for row in folder.metrics()}
-    saved = [n for n in names if n in saved_tasks(folder.tasks(n if alone else ""))]
-    if lost := [name for name in saved if name not in rows]:  # a task is saved after its row is written
+    saved = [n for n in course.names if n in saved_tasks(folder.tasks(n if course.alone else ""))]
+    # A task is saved after its row is written.
+    if lost := [name for name in saved if name not in rows]:
         raise ArtifactError(
             f"{folder.folder}/metrics.jsonl is damaged: {lost[0]} is learned, and its row is not there; delete "
             f"{folder.folder} and run again"
         )
-    done = {name: rows[name] for name in saved}
-    matrix = AccuracyMatrix(names)
-    methods = [build() for _ in done] if alone and done else [build()]
-    for method, name in zip(methods, done, strict=False):
-        method.load(folder.tasks(name if alone else ""))
-    file = folder.folder / "result.json"
-    if len(done) == len(names) and file.exists():
-        return RunResult.load(file)
-    for i, (lesson, name) in enumerate(zip(lessons, names, strict=True)):
-        if name in done:
-            folder.done(name)
-            matrix.add(done[name]["accuracy"])
-            continue
-        if alone and i:
-            methods.append(build())
-        method = methods[-1]
-        held = peak_memory_mb()
-        peak_memory_mb(anew=True)
-        result = method.learn(
-            lesson.task, lesson.loader(), recipe, resume=folder.resume(name), save_every=save_every, progress=progress
-        )
-        # Tasks that do not touch each other are measured when they are learned, and again at the end.
-        kept = alone or (not method.sequential and i + 1 < len(names))
-        scores = [
-            Score(done[n]["accuracy"][-1], done[n]["values"][-1]) if kept and n != name else other.evaluate(method)
-            for n, other in zip(names[: i + 1], lessons, strict=False)
-        ]
-        memory = peak_memory_mb()
-        row: dict[str, Any] = {
-            "task": name, "accuracy": [s.score for s in scores], "values": [s.value for s in scores], "seconds": result.seconds,
-            "loss": result.losses[-1], "added": method.added(name), "shared": method.shared(), "alpha": method.alpha(name),
-            "base_seconds": base_seconds, "memory_mb": memory, "peak_memory_mb": max(filter(None, (held, memory)), default=None),
-        }  # fmt: skip
-        matrix.add(row["accuracy"])
-        if name in rows:  # killed between the next lines; its resume file has brought back what it had learned
-            row = rows[name]
-        else:
-            folder.append(row)
-        learned(method, name)
-        method.save(folder.tasks(name if alone else ""), metrics={"accuracy": scores[-1].score})
-        folder.done(name)
-        done[name] = row
-    matrix.save(folder.folder / "matrix.json")
-    learned_rows = [done[name] for name in names]
-    final = RunResult(
-        method=method_name, variant="", seed=seed, tasks=names, accuracy=matrix.rows, alone=None,
-        alphas=[row["alpha"] for row in learned_rows], parameters=[row["added"] for row in learned_rows],
-        shared_parameters=learned_rows[-1]["shared"], seconds=[row["seconds"] for row in learned_rows],
-        base_seconds=max(row["base_seconds"] for row in learned_rows) if methods[0].uses_features else 0.0,
-        peak_memory_mb=max((m for row in learned_rows if (m := row["peak_memory_mb"]) is not None), default=None), settings=dict(settings),
-        memory_mb=[row["memory_mb"] for row in learned_rows] if all("memory_mb" in row for row in learned_rows) else None,
-        values=[row["values"] for row in learned_rows] if measures else None,
-        measures=[measures[name] for name in names] if measures else None,
-    )  # fmt: skip
-    final.save(file)
-    return final
+    return {name: rows[name] for name in saved}
 
 
-def costs(result: RunResult, folder: str) -> str:
-    """What a run took, for people: parameters, times, where it lies."""
+def learn_lesson(folder: Run, course: Course, method: Method, index: int, done: dict[str, Row]) -> None:
+    """Learn one task, evaluate all so far, save the method, and add the row to `done`."""
+    lesson, options = course.lessons[index], course.settings.run
+    name = lesson.task.name
+    held = peak_memory_mb(anew=True)
+    resume = folder.resume(name)
+    trained = method.learn(
+        lesson.task,
+        lesson.loader(),
+        course.recipe,
+        resume=resume,
+        save_every=options.save_every,
+        progress=options.progress,
+    )
+    # Tasks that do not touch each other are measured when they are learned, and again at the end.
+    stands = course.alone or (not method.sequential and index + 1 < len(course.lessons))
+    scores = [
+        Score(done[n]["accuracy"][-1], done[n]["values"][-1]) if stands and n != name else other.evaluate(method)
+        for n, other in zip(course.names[: index + 1], course.lessons, strict=False)
+    ]
+    memory = peak_memory_mb()
+    row: Row = {
+        "task": name,
+        "accuracy": [s.score for s in scores],
+        "values": [s.value for s in scores],
+        "seconds": trained.seconds,
+        "loss": trained.losses[-1],
+        "added": method.added(name),
+        "shared": method.shared(),
+        "alpha": method.alpha(name),
+        "base_seconds": course.base_seconds,
+        "memory_mb": memory,
+        "peak_memory_mb": max(filter(None, (held, memory)), default=None),
+    }
+    rows = {row["task"]: row for row in folder.metrics()}
+    # Killed between the next lines; the resume file has brought back what was learned.
+    if name in rows:
+        row = rows[name]
+    else:
+        folder.append(row)
+    course.learned(method, name)
+    method.save(folder.tasks(name if course.alone else ""), metrics={"accuracy": scores[-1].score})
+    done[name] = row
+
+
+def result_of(course: Course, rows: Sequence[Row], uses_features: bool) -> RunResult:
+    """The result of a finished run."""
+    settings, memory = course.settings, [row.get("memory_mb") for row in rows]
+    recorded = {name: value for name, value in flat(settings).items() if name not in FREE}
+    if course.fingerprints:
+        recorded["fingerprints"] = dict(course.fingerprints)
+    return RunResult(
+        method=settings.method.name,
+        variant="",
+        seed=settings.run.seed,
+        tasks=course.names,
+        accuracy=[row["accuracy"] for row in rows],
+        alone=None,
+        alphas=[row["alpha"] for row in rows],
+        parameters=[row["added"] for row in rows],
+        shared_parameters=rows[-1]["shared"],
+        seconds=[row["seconds"] for row in rows],
+        base_seconds=max(row["base_seconds"] for row in rows) if uses_features else 0.0,
+        peak_memory_mb=max((m for row in rows if (m := row["peak_memory_mb"]) is not None), default=None),
+        settings=recorded,
+        values=[row["values"] for row in rows] if course.measures else None,
+        measures=[course.measures[name] for name in course.names] if course.measures else None,
+        memory_mb=memory if all("memory_mb" in row for row in rows) else None,
+    )
+
+
+def with_recipe(settings: S, best: Mapping[str, Any]) -> S:
+    """The settings with those that their recipe sets, where it is "best".
+
+    Args:
+        settings: of a scenario, with a `recipe`.
+        best: what that recipe sets, by flat name.
+
+    Raises:
+        SideTuningError: one of these is neither what the recipe sets nor its default, or the method is another.
+    """
+    given, default = flat(settings), flat(type(settings)())
+    if given["recipe"] == "paper":
+        return settings
+    if given["method"] != "sidetune":
+        raise SideTuningError(f"--recipe best is side-tuning's; leave out it or {given['method']}")
+    for name, value in best.items():
+        if given[name] not in (value, default[name]):
+            flag = name.replace("_", "-")
+            raise SideTuningError(f"--recipe best sets --{flag} itself, to {value}; leave one of them out")
+    return with_values(settings, best)
+
+
+def print_result(result: RunResult, title: str, folder: str) -> None:
+    """Print the table of a run, and what it took."""
+    from rich.console import Console
+    from rich.table import Table
+
+    matrix = result.matrix
+    table = Table(title=f"{title}, {result.method}, seed {result.seed}", caption_justify="left")
+    # Where the measure is the accuracy, the score says the same.
+    hidden = ("measure", "score") if result.measures is None else ("forgotten",)
+    for i, name in enumerate(result.tasks):
+        measure, learned, end = own_values(result, name)
+        row = {
+            "task": name,
+            "measure": measure,
+            "when learned": f"{learned:.4g}",
+            "at the end": f"{end:.4g}",
+            "score": f"{100 * matrix.final[i]:.1f}",
+            "forgotten": f"{100 * matrix.forgetting[i]:.1f}",
+            "alpha": "–" if result.alphas[i] is None else f"{result.alphas[i]:.3f}",
+            "seconds": f"{result.seconds[i]:.1f}",
+        }
+        shown = {column: value for column, value in row.items() if column not in hidden}
+        for column in shown if not i else ():
+            table.add_column(column, justify="left" if column in ("task", "measure") else "right")
+        table.add_row(*shown.values())
+    average, lost = 100 * matrix.average, 100 * (0.0 - matrix.backward_transfer)
     added, shared = max(result.parameters), result.shared_parameters
     share = f" ({added / shared:.1%})" if shared else ""
-    return (
+    console = Console()
+    console.print(table)
+    console.print(
+        f"average score at the end: {average:.1f}; lost on earlier tasks, on average: {lost:.1f} points.\n"
         f"shared by all tasks: {shared:,} parameters; each task adds at most {added:,}{share}.\n"
-        f"base features: {result.base_seconds:.1f} s; training: {sum(result.seconds):.1f} s. Run folder: {folder}"
+        f"base features: {result.base_seconds:.1f} s; training: {sum(result.seconds):.1f} s. Run folder: {folder}",
+        highlight=False,
     )

@@ -38,7 +38,7 @@ from sidetuning_bench.agents.worlds import (
 from sidetuning_bench.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning_bench.continual import mean_and_error
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task
-from sidetuning_bench.methods.method import one_cycle
+from sidetuning_bench.methods.recipe import one_cycle
 from sidetuning_bench.runs import (
     WITH_SIDES,
     Run,

@@ -80,7 +80,7 @@ def load_player(folder: str | Path) -> Player:
         ) from error
     if scenario == "imitation-run":
         from sidetuning_bench.agents import imitation
-        from sidetuning_bench.methods.method import load_method
+        from sidetuning_bench.methods import load_method
 
         method = load_method(folder / "tasks", map_base(settings["base"], settings["base_weights"], settings["size"]))
         policy = imitation.policy_of(method)

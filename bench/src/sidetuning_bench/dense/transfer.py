@@ -3,90 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-from tqdm import tqdm
+from typing import Annotated, Any, NamedTuple
 
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.files import write_json, write_text
 from sidetuning.registry import unknown
-from sidetuning_bench import compare
+from sidetuning_bench import compare, grid
 from sidetuning_bench.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning_bench.continual import mean_and_error
 from sidetuning_bench.dense import itaskonomy
-from sidetuning_bench.methods import METHODS
+from sidetuning_bench.grid import Cell, cell_name
+from sidetuning_bench.options import Count, GridOptions, Names, Once, SideOptions, check
 from sidetuning_bench.results import Estimate, MeasureRow, RunResult, measure_rows, number_text
-from sidetuning_bench.runs import WITH_SIDES, Run, above_zero, at_least_one, not_twice
+from sidetuning_bench.runs import Run
+
+COPY = "sidetune-copy"
+BEST = "sidetune-best"
+SIDES: dict[str, dict[str, Any]] = {
+    COPY: {"side": "copy", "side_width": 1.0, "init": None},
+    BEST: {"recipe": "best", **itaskonomy.BEST},
+}
+# What other methods are compared with, seed by seed.
+REFERENCE = "sidetune"
+FREE = (*compare.FREE, "frames", "targets")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Learn single dense tasks from so many frames, by side-tuning, fine-tuning, fixed features and from scratch."""
+    """Learn single dense tasks from few to many frames: side-tuning, fine-tuning, fixed features, from scratch."""
 
-    data: str = "runs/doom"
-    """A folder in Taskonomy's layout."""
-    subset: str | None = None
-    """As of itaskonomy."""
-    out: str = "runs/transfer"
-    """Folder of the runs; the same command run again goes on where it stopped."""
-    targets: tuple[str, ...] = ("normal", "class_object")
+    targets: Names = ("normal", "class_object")
     """The tasks."""
-    frames: tuple[int, ...] = (20, 100, 500, 2000, 5000)
-    """How many training frames; fewer ones are among the more."""
-    methods: tuple[str, ...] = ("sidetune", "sidetune-best", "sidetune-copy", "finetune", "features", "scratch")
-    """Methods; sidetune-best has itaskonomy's best recipe, sidetune-copy the paper's side of this experiment, a copy of the base."""
-    merge: str = "alpha"
-    """How base and side are fused; the best recipe has its own way."""
-    steps: int = 400
+    frames: Annotated[tuple[Count, ...], Once] = (20, 100, 500, 2000, 5000)
+    """Numbers of training frames; fewer frames are among the more."""
+    methods: Names = ("sidetune", BEST, COPY, "finetune", "features", "scratch")
+    """Methods; sidetune-best has itaskonomy's best recipe, sidetune-copy the paper's side of this experiment, a copy of
+    the base."""
+    steps: Count = 400
     """Optimiser steps of every run, so that few frames are seen often."""
-    batch: int = 16
-    """Frames per step."""
-    lr: float | None = None
-    """Learning rate of all methods; by default itaskonomy's for each."""
-    size: int | None = None
-    """Resize frames to this width and height; None keeps them."""
-    test_frames: int | None = 300
-    """Test on at most so many frames; None for all."""
-    seeds: int = 3
-    """Runs of every cell, with seeds 0, 1, …, each on frames that are drawn anew."""
-    base_weights: str | None = None
-    """A safetensors file of the base's weights to use instead of the packaged ones."""
-    init: str | None = "distilled"
-    """How sides start."""
-    precision: Literal["no", "bf16"] = "no"
-    """Mixed precision."""
-    cache: str = "~/.cache/sidetuning"
-    """Folder of base features, shared by all runs."""
+    source: itaskonomy.FrameOptions = field(default=itaskonomy.FrameOptions())
+    shared: compare.Shared = field(default=compare.Shared(merge="alpha", batch=16))
+    run: GridOptions = field(default=GridOptions(out="runs/transfer"))
+    """Every seed draws its frames anew."""
 
 
-COPY = "sidetune-copy"
-BEST = "sidetune-best"
-REFERENCE = "sidetune"  # what other methods are compared with, seed by seed
-
-
-def cells(settings: Settings) -> Iterator[compare.Cell]:
+def cells(settings: Settings) -> Iterator[Cell[itaskonomy.Settings]]:
     """The runs, seed by seed; a variant is a target with a number of frames."""
-    s = settings
-    for seed in range(s.seeds):
-        for target in s.targets:
-            for frames in s.frames:
-                for method in s.methods:
-                    name = compare.folder_name(target, frames, method, seed)
-                    plain = itaskonomy.Settings(
-                        tasks=(target,), frames=frames, draw=seed, method=method, seed=seed, init=s.init, data=s.data, subset=s.subset,
-                        size=s.size, test_frames=s.test_frames, epochs=s.steps * s.batch / frames, batch=s.batch,
-                        lr=s.lr, base_weights=s.base_weights, precision=s.precision, out=str(Path(s.out) / name), cache=s.cache,
-                        progress=False,
-                    )  # fmt: skip
-                    if method in (*WITH_SIDES, COPY):
-                        plain = replace(plain, merge=s.merge)
-                    if method == COPY:
-                        plain = replace(plain, method="sidetune", side="copy", side_width=1.0, init=None)
-                    if method == BEST:
-                        plain = replace(plain, method="sidetune", recipe="best", **itaskonomy.BEST)
-                    yield compare.Cell(variant(target, frames), itaskonomy.with_rate(plain))
+    every = product(range(settings.run.seeds), settings.targets, settings.frames, settings.methods)
+    for seed, target, frames, method in every:
+        name = cell_name(target, frames, method, seed)
+        folder = Path(settings.run.out) / name
+        plain = itaskonomy.Settings(source=settings.source, tasks=(target,), frames=frames, draw=seed)
+        values: dict[str, Any] = {
+            "method": itaskonomy.METHODS["sidetune" if method in SIDES else method],
+            "epochs": settings.steps * (settings.shared.batch or plain.training.batch) / frames,
+            **SIDES.get(method, {}),
+            "seed": seed,
+            "out": str(folder),
+        }
+        yield Cell(name, folder, settings.shared.applied(plain, values), variant(target, frames))
 
 
 def variant(target: str, frames: int) -> str:
@@ -95,59 +73,54 @@ def variant(target: str, frames: int) -> str:
 
 
 def run(settings: Settings) -> list[RunResult]:
-    """Run the cells that have no result yet, each in a process of its own, and write `table.md`, `curves.json` and `report.html`.
+    """Run the cells that have no result yet, and write `table.md`, `curves.json` and `report.html`.
 
     Raises:
         SideTuningError: a cell failed; the others' results stay.
     """
-    s = settings
-    at_least_one(s, "steps", "batch", "size", "test_frames", "seeds")
-    above_zero(s, "lr")
-    not_twice(s, "targets", "frames", "methods")
-    for method in s.methods:
-        if method not in (*METHODS.names(), COPY, BEST):
-            raise UnknownNameError(unknown("method", method, [*METHODS.names(), COPY, BEST], verb="registered"))
-    if len(s.methods) > COLOURS:
+    names = [*itaskonomy.METHODS, *SIDES]
+    check(settings)
+    for method in settings.methods:
+        if method not in names:
+            raise UnknownNameError(unknown("method", method, names, verb="registered"))
+    if len(settings.methods) > COLOURS:
         raise SideTuningError(f"--methods: at most {COLOURS} fit into one comparison")
-    if min(s.frames) < 1:
-        raise SideTuningError(f"--frames must be 1 or more, not {min(s.frames)}")
-    todo = list(cells(s))
-    given = itaskonomy.Settings(data=s.data, subset=s.subset, size=s.size, test_frames=s.test_frames)
-    for seed in range(s.seeds):  # what is missing is found now, not after hours
-        train, test = itaskonomy.frames_of(replace(given, tasks=s.targets, frames=max(s.frames), draw=seed))
+    todo = list(cells(settings))
+    # What is missing is found now, not after hours.
+    most = replace(todo[0].settings, tasks=settings.targets, frames=max(settings.frames))
+    for seed in range(settings.run.seeds):
+        train, test = itaskonomy.frames_of(replace(most, draw=seed))
     itaskonomy.tell_absent(train, test)
     compare.dry_run(todo)
-    folder = Run(s.out, "transfer", s, free=("data", "out", "cache", "seeds", "methods", "frames", "targets"))
-    for target in s.targets:  # of what all numbers of frames share
-        folder.belongs(**{f"data of {target}": itaskonomy.fingerprint_of(replace(given, tasks=(target,), frames=1))})
-    out = Path(s.out)
-    results = []
-    with tqdm(total=len(todo), unit="run", dynamic_ncols=True) as bar:
-        for cell in todo:
-            bar.set_description(cell.folder.name)
-            results.append(one(cell, bar))
-            write_text(out / "table.md", tables(results, s.targets, s.frames))
-    write_json(out / "curves.json", {t: curves(results, t, s.frames) for t in s.targets})
-    write_charts(
-        list(charts(results, s.targets, s.frames)), out / "report.html", title="Transfer from curvature",
-        lead=lead(s.steps),
-    )  # fmt: skip
+    folder = Run(settings.run.out, "transfer", settings, free=FREE)
+    for target in settings.targets:
+        # One frame for training: the fingerprint is of what all numbers of frames share.
+        few = itaskonomy.frames_of(replace(most, tasks=(target,), frames=1, draw=0))
+        folder.belongs(**{f"data of {target}": itaskonomy.fingerprint(*few)})
+    results, out = [], folder.folder
+    for cell, result in grid.run(todo, itaskonomy.run, compare.finished, progress=settings.run.progress):
+        results.append(named(cell, result))
+        write_text(out / "table.md", tables(results, settings.targets, settings.frames))
+    write_json(out / "curves.json", {t: curves(results, t, settings.frames) for t in settings.targets})
+    shown = list(charts(results, settings.targets, settings.frames))
+    write_charts(shown, out / "report.html", title="Transfer from curvature", lead=lead(settings.steps))
     return results
 
 
 def lead(steps: int) -> str:
-    """What the report says first."""
+    """First sentence of the report."""
     return (
-        f"Single tasks, learned from few and from many frames, each in {steps:,} optimiser steps, and measured on buildings that no "
-        "training frame shows."
+        f"Single tasks, learned from few and from many frames, each in {steps:,} optimiser steps, and measured on "
+        "buildings that no training frame shows."
     )
 
 
-def one(cell: compare.Cell, bar: tqdm[Any]) -> RunResult:
-    """The result of a cell, read where it is there, else run, under the names of a comparison."""
-    s = cell.settings
-    method = BEST if s.recipe == "best" else COPY if s.side == "copy" else s.method
-    return replace(compare.one(cell, bar), variant=cell.variant, method=method)
+def named(cell: Cell[itaskonomy.Settings], result: RunResult) -> RunResult:
+    """A cell's result, under the names of the comparison."""
+    options = cell.settings.method
+    copied = isinstance(options, SideOptions) and options.side == "copy"
+    method = BEST if cell.settings.recipe == "best" else COPY if copied else options.name
+    return replace(result, variant=cell.variant, method=method)
 
 
 def measure_of(results: Sequence[RunResult], target: str) -> MeasureRow | None:
@@ -187,7 +160,7 @@ def curves(results: Sequence[RunResult], target: str, frames: Sequence[int]) -> 
 
 
 def tables(results: Sequence[RunResult], targets: Sequence[str], frames: Sequence[int]) -> str:
-    """A table in Markdown per target: methods, and their differences from side-tuning, as rows, numbers of frames as columns."""
+    """A table in Markdown per target: methods and their differences from side-tuning by numbers of frames."""
     text = ""
     for target in targets:
         if row := measure_of(results, target):
@@ -205,7 +178,10 @@ def tables(results: Sequence[RunResult], targets: Sequence[str], frames: Sequenc
 
 
 def differences(results: Sequence[RunResult], target: str, frames: Sequence[int], method: str) -> list[Estimate | None]:
-    """For each number of frames a method's value less side-tuning's, over the seeds that both have: each on the same frames."""
+    """For each number of frames a method's value less side-tuning's, over the seeds that both have.
+
+    A seed draws the same frames for all methods.
+    """
     found: list[Estimate | None] = []
     for n in frames:
         ours, other = (
@@ -219,10 +195,4 @@ def differences(results: Sequence[RunResult], target: str, frames: Sequence[int]
 
 def main(settings: Settings) -> None:
     """Run and print the tables."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    results = run(settings)
-    console = Console()
-    console.print(Markdown(tables(results, settings.targets, settings.frames)))
-    console.print(f"tables: {settings.out}/table.md; report: {settings.out}/report.html", highlight=False)
+    grid.print_tables(tables(run(settings), settings.targets, settings.frames), settings.run.out)

@@ -189,15 +189,14 @@ def frames(
                 found += 1
 
 
-def render_map(root: Path, name: str, count: int, size: int, seed: int, written: Callable[[], None]) -> int:
-    """Write the frames of one map in Taskonomy's layout; calls `written` after each and returns how many there are."""
+def render_map(root: Path, name: str, count: int, size: int, seed: int) -> int:
+    """Write the frames of one map in Taskonomy's layout; returns how many there are."""
     cv2.setNumThreads(1)  # a process per core renders
     total = 0
     for place, view, frame in frames(name, count, size, seed):
         for domain, values in frame.labels().items():
             domains.write(domains.path_of(root, domain, name, place, view), domain, values)
         total += 1
-        written()
     return total
 
 

@@ -1,4 +1,4 @@
-"""`sidetuning answer RUN --context FILE "question"`: the answer of a trained reader, with its score and where it stands."""
+"""`sidetuning bench answer RUN --context FILE "question"`: the answer of a trained reader, its score and its place."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sidetuning.integrations.transformers import load_tokenizer, tokenizer_finge
 from sidetuning.loading import load_base
 from sidetuning_bench.language import squad
 from sidetuning_bench.language.questions import Prediction, Question, make_windows, n_best
-from sidetuning_bench.methods.method import load_method
-from sidetuning_bench.runs import at_least_one
+from sidetuning_bench.methods import load_method
+from sidetuning_bench.options import Count, check
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Settings:
     """The question."""
     context: str
     """A text file."""
-    best: int = 1
-    """Give so many answers, best first."""
+    best: Count = 1
+    """Number of answers, best first."""
     threshold: float | None = None
-    """Where the score of there being no answer exceeds that of the best span by more than this, there is none; by default as in the run."""
+    """There is no answer where its score exceeds that of the best span by more than this; by default as in the run."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Answers:
 
     Attributes:
         best: the best spans, best first.
-        threshold: on their `null_odds`.
-        problems: what was met in text and question, and how often.
+        threshold: largest `null_odds` of an answer.
+        problems: what was met in text and question, with its count.
     """
 
     best: list[Prediction]
@@ -61,29 +61,31 @@ def answer(settings: Settings) -> Answers:
     Raises:
         SideTuningError: no run of squad, one with another tokenizer, no text, or no question.
     """
-    s = settings
-    at_least_one(s, "best")
+    check(settings)
     try:
-        content = json.loads((Path(s.run) / "run.json").read_text())
-        given = squad.Settings(**{**content["settings"], "progress": False})
+        content = json.loads((Path(settings.run) / "run.json").read_text())
         if content["scenario"] != "squad":
             raise KeyError(content["scenario"])
+        given = squad.settings_of(content["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SideTuningError(f"{s.run} holds no run of squad ({error}); give the folder that --out named") from error
+        raise SideTuningError(f"{settings.run} holds no run of squad ({error}); give the folder of --out") from error
     try:
-        text = Path(s.context).read_text(encoding="utf-8")
+        text = Path(settings.context).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{s.context} cannot be read as text ({error}); give the path of a text file") from error
-    if not text.strip() or not s.question.strip():
+        raise DataError(f"{settings.context} cannot be read as text ({error}); give a text file") from error
+    if not text.strip() or not settings.question.strip():
         raise DataError("the text or the question is empty; give both")
     base = load_base(given.base, taps=squad.taps_of(given))
-    method, tokenizer = load_method(Path(s.run) / "tasks", base), load_tokenizer(base)
-    if content.get("fingerprints", {}).get("tokenizer", found := tokenizer_fingerprint(tokenizer)) != found:
-        raise SideTuningError(f"{given.base} has another tokenizer than {s.run} was trained with; put the old one back")
-    asked = [Question("0", s.question, text, ())]
+    method, tokenizer = load_method(Path(settings.run) / "tasks", base), load_tokenizer(base)
+    found = tokenizer_fingerprint(tokenizer)
+    if content.get("fingerprints", {}).get("tokenizer", found) != found:
+        raise SideTuningError(
+            f"{given.base} has another tokenizer than {settings.run} was trained with; put the old one back"
+        )
+    asked = [Question("0", settings.question, text, ())]
     windows = make_windows(asked, tokenizer, given.length, given.stride)
-    (best,) = n_best(asked, windows, squad.scores_of(method, windows), s.best)
-    return Answers(best, given.threshold if s.threshold is None else s.threshold, windows.problems)
+    (best,) = n_best(asked, windows, squad.scores_of(method, windows), settings.best)
+    return Answers(best, given.threshold if settings.threshold is None else settings.threshold, windows.problems)
 
 
 def main(settings: Settings) -> None:
@@ -91,7 +93,7 @@ def main(settings: Settings) -> None:
     found = answer(settings)
     for problem in found.problems:
         print(f"note: {problem}", file=sys.stderr)
-    for k, p in enumerate(found.best):
-        guess = f"; the best guess would be: {p.text}" if p.text else ""
-        print(f"no answer (score {p.null:.2f}){guess}" if k == 0 and found.none else p.text)
-        print(f"score {p.score:.2f}, {-p.null_odds:.2f} above no answer; characters {p.start} to {p.end}")
+    for k, span in enumerate(found.best):
+        guess = f"; the best guess would be: {span.text}" if span.text else ""
+        print(f"no answer (score {span.null:.2f}){guess}" if k == 0 and found.none else span.text)
+        print(f"score {span.score:.2f}, {-span.null_odds:.2f} above no answer; characters {span.start} to {span.end}")

@@ -1,4 +1,4 @@
-"""The official metric of SQuAD v2: exact match and F1 of words, over all questions, those with and those without an answer."""
+"""The official metric of SQuAD v2: exact match and F1 of words, over questions with and without an answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-PUNCTUATION = set(string.punctuation)
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Scores(NamedTuple):
@@ -17,9 +17,9 @@ class Scores(NamedTuple):
     Attributes:
         exact, f1: over all questions, with the predictions as they are.
         has_answer, no_answer: F1 of the questions with and without an answer (for these F1 is the exact match).
-        has_answer_exact: exact match of those with an answer.
         best_exact, best_f1: with the best threshold on the odds of there being no answer.
         best_threshold: that of best_f1.
+        has_answer_exact: exact match of the questions with an answer.
     """
 
     exact: float
@@ -34,13 +34,7 @@ class Scores(NamedTuple):
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous space."""
-    text = "".join(c for c in text.lower() if c not in PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def exact(gold: str, given: str) -> float:
-    """Whether they are the same, once normalised."""
-    return float(normalise(gold) == normalise(given))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split())
 
 
 def f1(gold: str, given: str) -> float:
@@ -53,42 +47,42 @@ def f1(gold: str, given: str) -> float:
 
 
 def against(golds: Sequence[str], given: str) -> tuple[float, float]:
-    """Exact match and F1 against the best of several answers; answers that normalise to nothing do not count, none at all means ""."""
-    wanted = [g for g in golds if normalise(g)] or [""]
-    return max(exact(g, given) for g in wanted), max(f1(g, given) for g in wanted)
+    """Exact match and F1 against the best of several answers.
+
+    Answers that normalise to nothing do not count; where none counts, the right answer is "".
+    """
+    wanted = [gold for gold in golds if normalise(gold)] or [""]
+    return float(normalise(given) in map(normalise, wanted)), max(f1(gold, given) for gold in wanted)
 
 
 def score(
     golds: Sequence[Sequence[str]], given: Sequence[str], null_odds: Sequence[float], threshold: float = 0.0
 ) -> Scores:
-    """The metric.
+    """Compute the metric.
 
     Args:
         golds: for each question its answers, none where there is none.
         given: for each question the answer that a system would give if it had to.
-        null_odds: how likely each system thinks that there is no answer; above `threshold` the answer counts as none.
+        null_odds: for each question how likely it is that there is no answer; above `threshold` the system gives none.
     """
-    spans = [against(g, a) for g, a in zip(golds, given, strict=True)]
-    values = [  # not to answer is right where there is no answer, whatever the answers normalise to
-        (float(not g), float(not g)) if odds > threshold else span
-        for g, span, odds in zip(golds, spans, null_odds, strict=True)
+    rows = list(zip(golds, given, null_odds, strict=True))
+    spans = [against(gold, text) for gold, text, _ in rows]
+    # No answer is right where there is none, whatever the answers normalise to.
+    values = [
+        (float(not gold),) * 2 if odds > threshold else span for (gold, _, odds), span in zip(rows, spans, strict=True)
     ]
-    has = [v[1] for v, g in zip(values, golds, strict=True) if g]
-    none = [v[1] for v, g in zip(values, golds, strict=True) if not g]
-    # what answering instead of staying silent gains or loses: where there is no answer, any text loses
-    gains = [
-        [span[i] if g else -float(bool(a)) for span, g, a in zip(spans, golds, given, strict=True)] for i in (0, 1)
-    ]
-    best_exact, _ = _best(gains[0], len(none), null_odds)
-    best_f1, at = _best(gains[1], len(none), null_odds)
-    return Scores(
-        _percent([v[0] for v in values]), _percent([v[1] for v in values]), _percent(has), _percent(none), best_exact, best_f1, at,
-        _percent([v[0] for v, g in zip(values, golds, strict=True) if g]),
-    )  # fmt: skip
-
-
-def _percent(values: Sequence[float]) -> float:
-    return 100 * sum(values) / len(values) if values else float("nan")
+    has = [value for value, gold in zip(values, golds, strict=True) if gold]
+    none = [value for value, gold in zip(values, golds, strict=True) if not gold]
+    # What an answer gains over none: where there is no answer, any text loses.
+    gains = [span if gold else (-float(bool(text)),) * 2 for (gold, text, _), span in zip(rows, spans, strict=True)]
+    best_exact, _ = _best([gain[0] for gain in gains], len(none), null_odds)
+    best_f1, at = _best([gain[1] for gain in gains], len(none), null_odds)
+    exact_all, f1_all, exact_has, f1_has, _, f1_none = (
+        100 * sum(part) / len(part) if part else float("nan")
+        for group in (values, has, none)
+        for part in ([value[0] for value in group], [value[1] for value in group])
+    )
+    return Scores(exact_all, f1_all, f1_has, f1_none, best_exact, best_f1, at, exact_has)
 
 
 def _best(gains: Sequence[float], silent: float, odds: Sequence[float]) -> tuple[float, float]:

@@ -171,7 +171,7 @@ class Match(Side):
         return self.fit(self.norm(x), mask)
 
     def compared(self, x: Tensor, ids: Tensor, first: Tensor) -> Tensor:
-        """Mix into each token (b, t, width) how it compares with the first text's tokens, which `first` (b, t) marks."""
+        """Mix into each token (b, t, width) how it compares with the tokens of the first text, (b, t)."""
         # The first text alone is gathered, (b, q, …): it is short.
         place = first.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(first.sum(1).max()))]
         # (b, 1, q): 1 for its tokens.

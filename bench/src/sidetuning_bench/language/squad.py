@@ -1,35 +1,33 @@
-"""Question answering (paper, section 4.2): SQuAD v2 on any encoder of transformers, by side-tuning and what it is compared with."""
+"""Question answering (paper, section 4.2): SQuAD v2 on any encoder of transformers, by side-tuning and others."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sidetuning.base import Base
-from sidetuning.distill import distill
+import sidetuning as st
+from sidetuning.cache import CachedTokens, cache_tokens, token_loader
+from sidetuning.cache.tokens import ByLength
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.files import atomic_write, write_json
 from sidetuning.integrations.transformers import load_tokenizer, tokenizer_fingerprint
-from sidetuning.loading import load_base
-from sidetuning.seeding import seeded
-from sidetuning.sides.top import EMBEDDINGS, layers_of
-from sidetuning.cache import CachedTokens, cache_tokens, token_loader
-from sidetuning.cache.tokens import ByLength
 from sidetuning.launch import default_accelerator
-from sidetuning.tuner import SideTuner
-from sidetuning_bench.language import metric as squad_metric
+from sidetuning.sides.top import layers_of
+from sidetuning_bench.language import metric
+from sidetuning_bench.language.methods import METHODS, BranchOptions, TextOptions
 from sidetuning_bench.language.questions import (
     Prediction,
     Questions,
@@ -39,14 +37,27 @@ from sidetuning_bench.language.questions import (
     n_best,
     read_questions,
 )
-from sidetuning_bench.methods import METHODS, Method, Recipe, Task
+from sidetuning_bench.methods import Method, Recipe, Task
+from sidetuning_bench.options import (
+    FREE,
+    Count,
+    Natural,
+    Positive,
+    RunOptions,
+    Training,
+    check,
+    flat,
+    with_values,
+)
+from sidetuning_bench.report_runs import FAMILIES, Family, scaled
 from sidetuning_bench.results import number_text
-from sidetuning_bench.runs import Run, above_zero, at_least_one, peak_memory_mb
+from sidetuning_bench.runs import Run, peak_memory_mb, read_result
 
 TASK = "squad"
-Name = Literal["sidetune", "ladder", "features", "finetune", "scratch", "lora"]
-FREE = ("data", "out", "cache", "save_every", "progress")  # of the data a fingerprint is kept instead
-CACHED = ("sidetune", "ladder", "features")  # those that never train the base: its features are computed once
+if TYPE_CHECKING:
+    MethodChoice = TextOptions
+else:
+    MethodChoice = tyro.extras.subcommand_type_from_defaults(METHODS, prefix_names=False)
 
 
 @dataclass(frozen=True)
@@ -55,59 +66,25 @@ class Settings:
 
     data: str = "rajpurkar/squad_v2"
     """A SQuAD folder (train*.json, dev*.json), or a data set on the Hub in the layout of squad_v2."""
-    out: str = "runs/squad"
-    """Folder of the run; the same command run again goes on where it stopped."""
     base: str = "hf:google-bert/bert-base-uncased"
     """An encoder of transformers: hf:NAME or hf:FOLDER; its tokenizer comes with it."""
-    method: Name = "sidetune"
-    """sidetune (a side that --side names), ladder (a block per tapped layer), features (the head alone), finetune, scratch, lora."""
-    side: str = "match"
-    """Of sidetune: match (compares the text with the question), slim (a transformer on the embeddings), convolutional, or top (a copy of
-    the base's last --layers layers)."""
-    width: int = 96
-    """Of the side."""
-    layers: int | None = None
-    """Of the side; by default 2 of match, 1 of top, 4 of slim and convolutional."""
-    rungs: int = 3
-    """Of the ladder: how many layers of the base it reads, spread evenly, the embeddings not counted."""
-    merge: str = "alpha"
-    """How base and side are fused."""
-    init: Literal["as-built", "xavier", "low-energy", "zero", "distilled"] = "as-built"
-    """How the side starts; distilled: it imitates the base on the training windows first."""
-    distill_epochs: float = 1.0
-    """Passes of that imitation."""
-    rank: int = 8
-    """Of lora."""
-    epochs: float = 2.0
+    epochs: Positive = 2.0
     """Passes over the training windows."""
-    batch: int = 16
-    """Windows per step."""
-    lr: float | None = None
-    """Learning rate at its peak; by default 1e-3 for sides and heads, 2e-4 for lora, 3e-5 for finetune, 1e-4 for scratch."""
-    weight_decay: float = 0.01
-    """Of matrices; merges, norms and biases have none."""
-    length: int = 384
+    length: Count = 384
     """Tokens of a window."""
-    stride: int = 128
-    """Tokens that two windows of a context share."""
+    stride: Natural = 128
+    """Tokens that two successive windows of a context share."""
     threshold: float = 0.0
-    """Where the score of there being no answer exceeds that of the best span by more than this, there is none."""
-    n_best: int = 5
-    """Write so many answers to each question into nbest_predictions.json."""
-    questions: int | None = None
-    """Train on so many questions, spread evenly; None for all."""
-    test_questions: int | None = None
-    """Test on so many questions, spread evenly; None for all."""
-    precision: Literal["no", "bf16"] = "no"
-    """Mixed precision of training."""
-    seed: int = 0
-    """Of initial weights and of the order of the windows."""
-    cache: str = "~/.cache/sidetuning"
-    """Folder of base features, shared by all runs."""
-    save_every: float = 30.0
-    """Seconds between two resume files."""
-    progress: bool = True
-    """Show progress bars."""
+    """There is no answer where its score exceeds that of the best span by more than this."""
+    n_best: Count = 5
+    """Number of answers to each question in nbest_predictions.json."""
+    questions: Count | None = None
+    """Number of training questions, spread evenly; None for all."""
+    test_questions: Count | None = None
+    """Number of test questions, spread evenly; None for all."""
+    method: MethodChoice = METHODS["sidetune"]
+    training: Training = field(default=Training(batch=16, weight_decay=0.01))
+    run: RunOptions = field(default=RunOptions(out="runs/squad", save_every=30.0))
 
 
 @dataclass(frozen=True)
@@ -115,15 +92,18 @@ class Result:
     """What a run came to.
 
     Attributes:
-        scores: the official metric on the test questions, in %; see `data.squad_metric.Scores`.
+        scores: the official metric on the test questions, in %; see `metric.Scores`.
         added: parameters that were trained.
         shared: parameters of the base.
-        steps, seconds: of training; the seconds include those of distilling the side, and not the base's features.
-        base_seconds: of the base's features of the training windows, whichever run computed them; 0 where none are used.
-        seconds_per_1000: of answering 1,000 test questions, base included where it is run.
-        memory_mb: the most memory while training above what there was before, in MB; None where the system does not tell, and where
-            training went on after a stop.
-        problems: what was met in the data, and how often.
+        alpha: weight of the base in the merge; None where there is none.
+        steps: optimiser steps.
+        seconds: time of training, and of distilling the side; without the base's features.
+        base_seconds: time of the base's features of the training windows, whichever run computed them.
+        seconds_per_1000: time of answering 1,000 test questions, base included.
+        memory_mb: peak memory while training above what there was before, in MB; None where the system does not tell,
+            and where training was resumed.
+        problems: what was met in the data, with its count.
+        settings: settings by flat names.
     """
 
     method: str
@@ -156,168 +136,167 @@ class Reading(Dataset[Any]):
         return self.windows.batch(rows), None, self.labels[list(rows)]
 
 
-def span_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the first and the last token. Scores (b, t, 2), labels (b, 2)."""
-    return (F.cross_entropy(scores[..., 0], labels[:, 0]) + F.cross_entropy(scores[..., 1], labels[:, 1])) / 2
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Settings from flat names, as run.json and results have them; what the method does not read is left out."""
+    method = METHODS[values["method"]]
+    default = replace(Settings(), method=method)
+    return with_values(default, {name: values[name] for name in flat(default) if name in values and name != "method"})
 
 
 def run(settings: Settings) -> Result:
-    """Learn, answer the test questions, and write `result.json`, `predictions.json` and `null_odds.json` (the official formats), and
-    `nbest_predictions.json`.
+    """Learn, answer the test questions, and write the result and the predictions.
 
-    The predictions are the best spans; where the odds of there being none are above the threshold, no answer is what counts.
+    `predictions.json` and `null_odds.json` have the official formats: the best span of each question, and how much
+    higher no answer scores. Where that is above the threshold, there is no answer. `nbest_predictions.json` has more.
     """
-    s = settings
-    check(s)
-    train, test = read_questions(s.data, "train", s.questions), read_questions(s.data, "dev", s.test_questions)
-    folder = Run(s.out, "squad", s, free=FREE)
+    check_settings(settings)
+    train = read_questions(settings.data, "train", settings.questions)
+    test = read_questions(settings.data, "dev", settings.test_questions)
+    folder = Run(settings.run.out, "squad", settings)
     folder.belongs(data=fingerprint(train, test))
     file = folder.folder / "result.json"
     if file.exists():
-        return Result(**json.loads(file.read_text()))
-    base = load_base(s.base, taps=taps_of(s))
-    tokenizer = load_tokenizer(base, s.length)
+        return read_result(Result, file)
+    base = st.load_base(settings.base, taps=taps_of(settings))
+    tokenizer = load_tokenizer(base, settings.length)
     folder.belongs(tokenizer=tokenizer_fingerprint(tokenizer))
-    method = build_method(s, base)
-    build_method(s, base).add(Task("dry-run", "span"))  # an unknown part is found before the long work
-    lessons = [q for q in train.items if q.teaches]
-    if not lessons:
-        raise DataError(f"no question of {s.data} has its answer in its context; check answer_start and the contexts")
-    windows = make_windows(lessons, tokenizer, s.length, s.stride)
-    problems = {f"train: {k}": v for k, v in {**train.problems, **windows.problems}.items()}
-    if len(lessons) < len(train):
-        problems["train: questions whose answers are not in their context, not learned"] = len(train) - len(lessons)
+    # An unknown part is found before the long work.
+    settings.method.build(base, settings.run.seed).add(Task("dry-run", "span"))
+    windows, problems = lessons(settings, train, tokenizer)
     base.to(default_accelerator().device)
-    data = prepare(s, base, windows)
-    base_seconds = data.seconds if isinstance(data, CachedTokens) else 0.0
-    steps = max(1, round(s.epochs * len(windows) / s.batch))
-    recipe = Recipe(
-        steps, s.lr or rate_of(s.method), s.weight_decay, 1.0, optimizer=torch.optim.AdamW, scheduler=linear_decay, seed=s.seed,
-        precision=s.precision,
-    )  # fmt: skip
-    imitated = 0.0
-    if s.init == "distilled":
-        weights, imitated = imitate(s, base, data, windows, folder)
-        method = build_method(s, base, weights)
-    afresh = not folder.resume(TASK).exists()
-    before = peak_memory_mb(anew=True)
-    learned = method.learn(
-        Task(TASK, "span", span_loss, seed=s.seed), token_loader(data, windows.lengths(), s.batch), recipe,
-        resume=folder.resume(TASK), save_every=s.save_every, progress=s.progress,
-    )  # fmt: skip
-    after = peak_memory_mb()
-    above = after - before if afresh and before is not None and after is not None else None
+    method, costs = learn(settings, base, windows, folder)
     method.save(folder.tasks())
-    result, answers = test_on(s, method, tokenizer, test)
-    answered = [(q.id, a) for q, a in zip(test.items, answers, strict=True)]
-    write_json(folder.folder / "predictions.json", {i: a[0].text for i, a in answered})
-    write_json(folder.folder / "null_odds.json", {i: a[0].null_odds for i, a in answered})
-    write_json(folder.folder / "nbest_predictions.json", {i: [p._asdict() for p in a] for i, a in answered})
-    final = Result(
-        s.method, s.seed, {k: v for k, v in result["scores"].items() if v == v}, len(train), len(test), method.added(TASK), base.parameter_count(),
-        method.alpha(TASK), steps, learned.seconds + imitated, base_seconds, result["seconds"] / len(test) * 1000, above,
-        {**problems, **result["problems"]}, {k: v for k, v in asdict(s).items() if k not in FREE},
-    )  # fmt: skip
-    write_json(file, asdict(final))
+    started = time.perf_counter()
+    asked = make_windows(test.items, tokenizer, settings.length, settings.stride)
+    scores = scores_of(method, asked, progress=settings.run.progress)
+    answers = n_best(test.items, asked, scores, settings.n_best)
+    costs["seconds_per_1000"] = (time.perf_counter() - started) / len(test) * 1000
+    write_answers(folder.folder, test, answers)
+    golds, best = [question.golds for question in test.items], [spans[0] for spans in answers]
+    official = metric.score(golds, [p.text for p in best], [p.null_odds for p in best], settings.threshold)
+    result = Result(
+        method=settings.method.name,
+        seed=settings.run.seed,
+        # NaN, where there are no such questions, is left out.
+        scores={name: value for name, value in official._asdict().items() if value == value},
+        questions=len(train),
+        test_questions=len(test),
+        added=method.added(TASK),
+        shared=base.parameter_count(),
+        alpha=method.alpha(TASK),
+        problems={**problems, **{f"test: {k}": n for k, n in {**test.problems, **asked.problems}.items()}},
+        settings={name: value for name, value in flat(settings).items() if name not in FREE},
+        **costs,
+    )
+    write_json(file, asdict(result))
     folder.done(TASK)
     folder.done("imitation")
-    return final
+    return result
 
 
-def check(settings: Settings) -> None:
-    """Settings that cannot be meant, before anything is read.
+def check_settings(settings: Settings) -> None:
+    """Check the settings before anything is read.
 
     Raises:
-        SideTuningError: there is one.
+        SideTuningError: one cannot be meant.
     """
-    s = settings
-    at_least_one(s, "batch", "length", "questions", "test_questions", "width", "layers", "rungs", "rank", "n_best")
-    if s.stride < 0:
-        raise SideTuningError(f"--stride must be 0 or more, not {s.stride}")
-    above_zero(s, "epochs", "lr", "distill_epochs")
-    if s.init != "as-built" and s.method not in ("sidetune", "ladder"):
-        raise SideTuningError(f"--init {s.init} is about how a side starts, and {s.method} has none")
-    if Path(s.data).is_file():
-        raise SideTuningError(f"{s.data} is one file; give the folder with train*.json and dev*.json")
-    if not s.base.startswith("hf:"):
-        raise SideTuningError(f"texts need an encoder of transformers as base, hf:NAME or hf:FOLDER, not {s.base}")
+    check(settings)
+    if Path(settings.data).is_file():
+        raise SideTuningError(f"{settings.data} is one file; give the folder with train*.json and dev*.json")
+    if not settings.base.startswith("hf:"):
+        raise SideTuningError(
+            f"texts need an encoder of transformers as base, hf:NAME or hf:FOLDER, not {settings.base}"
+        )
 
 
 def taps_of(settings: Settings) -> list[str]:
-    """The inner activations that the side reads: the base's embeddings, for match and the ladder some of its layers too; for the top the layer
-    below it."""
-    s = settings
-    if s.method not in ("sidetune", "ladder"):
-        return []
-    if s.method == "sidetune" and s.side not in ("top", "match"):
-        return [EMBEDDINGS]
-    _, layers = layers_of(load_base(s.base))
-    if s.method == "sidetune" and s.side == "match":
-        return [EMBEDDINGS, *dict.fromkeys((layers[(len(layers) - 1) // 2], layers[-2:][0]))]
-    wanted, option = (s.rungs, "rungs") if s.method == "ladder" else (depth(s), "layers")
-    if not 1 <= wanted <= len(layers):
-        raise SideTuningError(f"--{option} {wanted}: the base has {len(layers)} layers")
-    if s.method == "sidetune":
-        return [[EMBEDDINGS, *layers][-1 - wanted]]
-    return [EMBEDDINGS, *(layers[(k + 1) * len(layers) // s.rungs - 1] for k in range(s.rungs))]
+    """The inner activations of the base that the method reads."""
+    return settings.method.taps(layers_of(st.load_base(settings.base))[1])
 
 
-def build_method(settings: Settings, base: Base, weights: Path | None = None) -> Method:
-    """The method that the settings name, without its task; `weights` are those that its side starts with."""
-    s = settings
-    if s.method in ("sidetune", "ladder"):
-        side, side_options = side_of(s)
-        init = str(weights) if weights else s.init if s.init in ("xavier", "low-energy", "zero") else None
-        options: dict[str, Any] = {"side": side, "merge": s.merge, "side_options": side_options, "init": init}
-    else:
-        options = {"rank": s.rank} if s.method == "lora" else {}
-    name = {"ladder": "sidetune", "finetune": "independent"}.get(s.method, s.method)
-    return METHODS.build(name, base, options=options)
+def lessons(settings: Settings, train: Questions, tokenizer: Any) -> tuple[Windows, dict[str, int]]:
+    """The training windows, and what was met in the data."""
+    known = [question for question in train.items if question.teaches]
+    if not known:
+        raise DataError(
+            f"no question of {settings.data} has its answer in its context; check answer_start and the contexts"
+        )
+    windows = make_windows(known, tokenizer, settings.length, settings.stride)
+    problems = {f"train: {name}": count for name, count in {**train.problems, **windows.problems}.items()}
+    if len(known) < len(train):
+        problems["train: questions whose answers are not in their context, not learned"] = len(train) - len(known)
+    return windows, problems
 
 
-def side_of(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """Name and options of the side."""
-    s = settings
-    if s.method == "ladder":
-        return "ladder", {"width": s.width}
-    if s.side == "top":
-        return "top", {}
-    return s.side, {"width": s.width, "layers": depth(s)}
+def prepare(settings: Settings, base: st.Base, windows: Windows) -> Any:
+    """Windows, with cached base features where the method never trains the base."""
+    if not settings.method.cached:
+        return Reading(windows)
+    folder = Path(settings.run.cache).expanduser()
+    return cache_tokens(base, windows, torch.from_numpy(windows.labels), folder, progress=settings.run.progress)
 
 
-def depth(settings: Settings) -> int:
-    """Layers of the side of sidetune."""
-    return settings.layers or {"match": 2, "top": 1}.get(settings.side, 4)
+def learn(settings: Settings, base: st.Base, windows: Windows, folder: Run) -> tuple[Method, dict[str, Any]]:
+    """Train the method; with it, what training cost."""
+    options, run, training = settings.method, settings.run, settings.training
+    data = prepare(settings, base, windows)
+    resumable: dict[str, Any] = {"resume": folder.resume(TASK), "save_every": run.save_every, "progress": run.progress}
+    imitated = 0.0
+    if isinstance(options, BranchOptions) and options.init == "distilled":
+        file = folder.folder / "side.safetensors"
+        steps = max(1, round(options.distill_epochs * len(windows) / training.batch))
+        loader = token_loader(data, windows.lengths(), training.batch)
+        imitated = imitate(
+            options, base, loader, steps, run.seed, file, {**resumable, "resume": folder.resume("imitation")}
+        )
+        options = with_values(options, {"init": str(file)})
+    method = options.build(base, run.seed)
+    steps = max(1, round(settings.epochs * len(windows) / training.batch))
+    recipe = Recipe(
+        steps,
+        training.lr or options.rate,
+        training.weight_decay,
+        optimizer=torch.optim.AdamW,
+        scheduler=linear_decay,
+        seed=run.seed,
+        precision=training.precision,
+    )
+    resumed, before = folder.resume(TASK).exists(), peak_memory_mb(anew=True)
+    loader = token_loader(data, windows.lengths(), training.batch)
+    learned = method.learn(Task(TASK, "span", span_loss, seed=run.seed), loader, recipe, **resumable)
+    after = peak_memory_mb()
+    return method, {
+        "steps": steps,
+        "seconds": learned.seconds + imitated,
+        "base_seconds": data.seconds if isinstance(data, CachedTokens) else 0.0,
+        "memory_mb": None if resumed or before is None or after is None else after - before,
+    }
 
 
-def imitate(settings: Settings, base: Base, data: Any, windows: Windows, folder: Run) -> tuple[Path, float]:
-    """Train a side to return the base's own code (the paper's initialisation); the file of its weights, and the seconds."""
-    s = settings
-    side, options = side_of(s)
-    model = SideTuner(base)
-    with seeded(s.seed):
-        branch = model.add_task("imitation", side=side, side_options=options, head="identity")
-    steps = max(1, round(s.distill_epochs * len(windows) / s.batch))
-    found = distill(
-        model, "imitation", token_loader(data, windows.lengths(), s.batch), steps=steps, loss=code_distance, seed=s.seed,
-        resume=folder.resume("imitation"), save_every=s.save_every, progress=s.progress,
-    )  # fmt: skip
-    file = folder.folder / "side.safetensors"
+def imitate(
+    options: BranchOptions, base: st.Base, loader: Any, steps: int, seed: int, file: Path, resumable: dict[str, Any]
+) -> float:
+    """Train a side to return the base's own code (the paper's initialisation), into a file; the seconds it took."""
+    side, side_options = options.network()
+    model = st.SideTuner(base)
+    with st.seeded(seed):
+        branch = model.add_task("imitation", side=side, side_options=side_options, head="identity")
+    found = st.distill(model, "imitation", loader, steps=steps, loss=code_distance, seed=seed, **resumable)
     assert branch.side is not None
     with atomic_write(file) as temporary:
         save_file(branch.side.state_dict(), temporary)
-    return file, found.seconds
+    return found.seconds
+
+
+def span_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the first and the last token. Scores (b, t, 2), labels (b, 2)."""
+    return (F.cross_entropy(scores[..., 0], labels[:, 0]) + F.cross_entropy(scores[..., 1], labels[:, 1])) / 2
 
 
 def code_distance(side: Tensor, base: Tensor) -> Tensor:
     """Mean square over the real tokens: cached features of padding are 0."""
     real = base.abs().sum(-1) > 0
     return (side - base).square().mean(-1)[real].mean()
-
-
-def rate_of(method: str) -> float:
-    """The learning rate where none is given."""
-    return {"lora": 2e-4, "finetune": 3e-5, "scratch": 1e-4}.get(method, 1e-3)
 
 
 def linear_decay(optimizer: Any, steps: int) -> Any:
@@ -328,37 +307,11 @@ def linear_decay(optimizer: Any, steps: int) -> Any:
     )
 
 
-def prepare(settings: Settings, base: Base, windows: Windows) -> Any:
-    """Windows with cached base features where the method uses them."""
-    s = settings
-    if s.method not in CACHED:
-        return Reading(windows)
-    labels = torch.from_numpy(windows.labels)
-    return cache_tokens(base, windows, labels, Path(s.cache).expanduser(), progress=s.progress)
-
-
-def test_on(
-    settings: Settings, method: Method, tokenizer: Any, test: Questions
-) -> tuple[dict[str, Any], list[list[Prediction]]]:
-    """Answer questions with nothing cached, and score the answers; the best ones of each."""
-    s = settings
-    windows = make_windows(test.items, tokenizer, s.length, s.stride)
-    started = time.perf_counter()
-    answers = n_best(test.items, windows, scores_of(method, windows, progress=s.progress), s.n_best)
-    seconds = time.perf_counter() - started
-    best = [a[0] for a in answers]
-    scores = squad_metric.score(
-        [q.golds for q in test.items], [p.text for p in best], [p.null_odds for p in best], s.threshold
-    )
-    problems = {f"test: {k}": v for k, v in {**test.problems, **windows.problems}.items()}
-    return {"scores": scores._asdict(), "seconds": seconds, "problems": problems}, answers
-
-
 @torch.no_grad()
 def scores_of(
     method: Method, windows: Windows, batch: int = 32, progress: bool = False
 ) -> dict[int, NDArray[np.float32]]:
-    """Scores of every window's tokens, (t, 2) each."""
+    """Scores of every window's tokens, (t, 2) each; nothing is cached."""
     from tqdm import tqdm
 
     found = {}
@@ -370,6 +323,31 @@ def scores_of(
     return found
 
 
+def write_answers(folder: Path, test: Questions, answers: Sequence[Sequence[Prediction]]) -> None:
+    """Write the predictions."""
+    by_id = {question.id: spans for question, spans in zip(test.items, answers, strict=True)}
+    write_json(folder / "predictions.json", {name: spans[0].text for name, spans in by_id.items()})
+    write_json(folder / "null_odds.json", {name: spans[0].null_odds for name, spans in by_id.items()})
+    best = {name: [span._asdict() for span in spans] for name, spans in by_id.items()}
+    write_json(folder / "nbest_predictions.json", best)
+
+
+FAMILIES["squad"] = Family(
+    "SQuAD v2",
+    partial(read_result, Result),
+    {
+        "F1, %": lambda result: result.scores.get("f1"),
+        "Exact, %": lambda result: result.scores.get("exact"),
+        "F1 with an answer, %": lambda result: result.scores.get("has_answer"),
+        "F1 without, %": lambda result: result.scores.get("no_answer"),
+        "Best F1, %": lambda result: result.scores.get("best_f1"),
+        "Parameters trained": scaled("added"),
+        "Training, s": scaled("seconds"),
+        "1,000 answers, s": scaled("seconds_per_1000"),
+    },
+)
+
+
 def main(settings: Settings) -> None:
     """Run and print the scores."""
     from rich.console import Console
@@ -377,17 +355,17 @@ def main(settings: Settings) -> None:
 
     result = run(settings)
     table = Table(title=f"SQuAD, {result.method}, seed {result.seed}, {result.test_questions:,} questions")
+    names = ("exact", "f1", "has_answer", "no_answer", "best_f1")
     for column in ("exact", "F1", "F1 with an answer", "F1 without", "best F1"):
         table.add_column(column, justify="right")
-    names = ("exact", "f1", "has_answer", "no_answer", "best_f1")
-    table.add_row(*(f"{result.scores[n]:.1f}" if n in result.scores else "–" for n in names))
-    console = Console()
+    table.add_row(*(number_text(result.scores.get(name)) for name in names))
+    console = Console(highlight=False)
     console.print(table)
     for problem, count in result.problems.items():
-        console.print(f"{problem}: {count}", highlight=False)
+        console.print(f"{problem}: {count}")
+    out, memory = settings.run.out, number_text(result.memory_mb, 0)
     console.print(
         f"trained {result.added:,} parameters beside the base's {result.shared:,} in {result.seconds:.0f} s, "
-        f"{number_text(result.memory_mb, 0)} MB above the start; 1,000 questions take {result.seconds_per_1000:.0f} s.\n"
-        f"predictions: {settings.out}/predictions.json; ask it: sidetuning answer {settings.out} --context FILE \"question\"",
-        highlight=False,
-    )  # fmt: skip
+        f"{memory} MB above the start; 1,000 questions take {result.seconds_per_1000:.0f} s.\n"
+        f'predictions: {out}/predictions.json; ask it: sidetuning bench answer {out} --context FILE "question"'
+    )

@@ -6,17 +6,21 @@ logits = method(x, "pets")
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
+from sidetuning.base import Base
 from sidetuning.registry import Registry
-from sidetuning_bench.methods.method import Method, Recipe, Task, load_method, saved_tasks
+from sidetuning_bench.methods.checkpoint import read_config, saved_tasks
+from sidetuning_bench.methods.method import Method
+from sidetuning_bench.methods.recipe import Recipe, Task, one_cycle
 
 METHODS: Registry[Callable[..., Method]] = Registry(
     "method",
     {
         "sidetune": "sidetuning_bench.methods.sidetune:SideTune",
-        "features": "sidetuning_bench.methods.features:FixedFeatures",
+        "features": "sidetuning_bench.methods.sidetune:FixedFeatures",
         "finetune": "sidetuning_bench.methods.finetune:FineTune",
-        "scratch": "sidetuning_bench.methods.scratch:Scratch",
+        "scratch": "sidetuning_bench.methods.independent:Scratch",
         "independent": "sidetuning_bench.methods.independent:Independent",
         "ewc": "sidetuning_bench.methods.ewc:EWC",
         "psp": "sidetuning_bench.methods.psp:PSP",
@@ -28,4 +32,13 @@ METHODS: Registry[Callable[..., Method]] = Registry(
     },
 )
 
-__all__ = ["METHODS", "Method", "Recipe", "Task", "load_method", "saved_tasks"]
+
+def load_method(folder: str | Path, base: Base) -> Method:
+    """Build the method saved in `folder`, with all its tasks, on `base`."""
+    config = read_config(Path(folder))
+    method: Method = METHODS.build(config["method"], base, options=config["options"])
+    method.load(folder)
+    return method
+
+
+__all__ = ["METHODS", "Method", "Recipe", "Task", "load_method", "one_cycle", "saved_tasks"]

@@ -9,28 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sidetuning.base import Base, Input
+from sidetuning.base import Base, Input, take_rows
 from sidetuning.errors import TrainingError
 from sidetuning.objective import unpack
-from sidetuning.base import take_rows
 from sidetuning_bench.methods.finetune import FineTune
-from sidetuning_bench.methods.method import Task
+from sidetuning_bench.methods.recipe import Task
 
 
 class EWC(FineTune):
     """Fine-tuning that pays for moving weights that earlier tasks need.
 
-    After task k: F_k = mean over samples of (d log p(y|x) / d w)^2, the diagonal Fisher from per-sample gradients; for tasks
-    that are no classification, the task's own loss with the data's labels stands for -log p. The loss of later tasks has `coefficient` * sum_k F_k (w - w_k)^2, without the paper's 1/2. That sum of N penalties is, up to a
-    constant, the one quadratic F (w - c)^2 with F = sum_k F_k and c = sum_k F_k w_k / F, so two vectors are kept, however many the tasks.
+    After task k: F_k = mean over samples of (d log p(y|x) / d w)^2, the diagonal Fisher from per-sample gradients; in
+    tasks other than classification, the task's own loss stands for -log p. The loss of later tasks has `coefficient`
+    * sum_k F_k (w - w_k)^2, without the paper's 1/2. Up to a constant that sum is the one quadratic F (w - c)^2 with
+    F = sum_k F_k and c = sum_k F_k w_k / F, so two vectors are stored, however many tasks there are.
 
     Args:
         base: the base; its copy is tuned.
-        coefficient: of the penalty; the balance between forgetting and rigidity. (The original has 1e4, of another, smaller F.)
-        samples: how many samples the Fisher is estimated from.
-        labels: y of the Fisher of a classifier: drawn from the model's own answer (the Fisher information), or the data's (the
-            empirical one).
-        running: None sums the penalties; a number g keeps one, F = g F + F_k around the newest weights.
+        coefficient: factor of the penalty: small ones forget, large ones stop learning. (The original has 1e4, for a
+            smaller F.)
+        samples: number of samples from which the Fisher is estimated.
+        labels: y of a classifier's Fisher: drawn from the model's own answer (the Fisher information), or the data's
+            (the empirical one).
+        running: None sums the penalties; a number g has one, F = g F + F_k around the newest weights.
     """
 
     name: ClassVar[str] = "ewc"
@@ -52,7 +53,8 @@ class EWC(FineTune):
         self.register_buffer("centre", torch.zeros(size))
 
     def penalty(self) -> Tensor | float:
-        if len(self.tasks) < 2:  # the first task has none to keep
+        # The first task has no earlier weights to stay at.
+        if len(self.tasks) < 2:
             return 0.0
         distance = flat(self.trunk.parameters()) - self.centre
         return float(self.options["coefficient"]) * (self.precision * distance**2).sum()
@@ -70,7 +72,7 @@ class EWC(FineTune):
         self.precision.copy_(total)
 
     def fisher(self, task: Task, loader: Iterable[Any]) -> Tensor:
-        """The diagonal Fisher of the network's weights at their present values, as one vector."""
+        """The diagonal Fisher of the network's current weights, as one vector."""
         parameters = list(self.trunk.parameters())
         total = torch.zeros_like(self.precision)
         self.eval()
@@ -83,18 +85,14 @@ class EWC(FineTune):
                 loss = F.cross_entropy(output, drawn)
             else:
                 loss = task.loss(output, y)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            known = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-            total += flat(known) ** 2
+            total += flat(torch.autograd.grad(loss, parameters, materialize_grads=True)) ** 2
             n += 1
         if n == 0:
-            raise TrainingError(
-                "EWC's Fisher saw no sample: give a loader that can be read more than once, and samples > 0"
-            )
+            raise TrainingError("EWC's Fisher saw no sample: give a loader that can be read again, and samples > 0")
         return total / n
 
     def _samples(self, loader: Iterable[Any]) -> Iterator[tuple[Input, Tensor]]:
-        """Single samples: the square of a batch's mean gradient would be another number."""
+        """Single samples: the square of a batch's mean gradient would be another quantity."""
         from accelerate.utils import send_to_device
 
         left = int(self.options["samples"])

@@ -1,4 +1,4 @@
-"""Independent networks: a fine-tuned copy of the base per task, the ceiling that costs a whole network each time."""
+"""Independent networks: a whole network per task, fine-tuned from the base or learned from scratch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input
-from sidetuning.heads import run_head
-from sidetuning_bench.methods.method import Method, Task, count
+from sidetuning.base import Base, Input
+from sidetuning_bench.methods.method import Method
+from sidetuning_bench.methods.recipe import Task
 from sidetuning_bench.methods.trunk import Trunk
 
 
 class Independent(Method):
-    """Every task has its own copy of the network and its own head."""
+    """Every task fine-tunes its own copy of the base and its own head: nothing is forgotten, at the highest cost."""
 
     name: ClassVar[str] = "independent"
     pretrained: ClassVar[bool] = True
@@ -21,20 +21,24 @@ class Independent(Method):
     def __init__(self, base: Base) -> None:
         super().__init__(base)
         self.trunks = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
 
     def add(self, task: Task) -> None:
-        self.heads[task.name] = self.head(task)  # before the trunk: the same head as fine-tuning draws
+        # The head first: so it is the same head as fine-tuning draws.
+        super().add(task)
         self.trunks[task.name] = Trunk(self.base, pretrained=self.pretrained)
 
-    def part(self, task: str) -> nn.Module:
-        return nn.ModuleList([self.trunks[task], self.heads[task]])
+    def tuned(self, task: str) -> nn.Module:
+        return self.trunks[task]
 
-    def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
-        return run_head(self.heads[task], self.trunks[task](inputs), inputs)
-
-    def added(self, task: str) -> int:
-        return count(self.part(task))
+    def code(self, inputs: Input, task: str) -> Tensor:
+        return self.trunks[task](inputs)
 
     def shared(self) -> int:
         return 0
+
+
+class Scratch(Independent):
+    """Independent networks of the base's shape, trained from random weights."""
+
+    name: ClassVar[str] = "scratch"
+    pretrained: ClassVar[bool] = False

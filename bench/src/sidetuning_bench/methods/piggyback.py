@@ -7,22 +7,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from sidetuning.base import Base, Features, Input
-from sidetuning.heads import run_head
-from sidetuning_bench.methods.method import Method, Task, count
+from sidetuning.base import Base, Input
+from sidetuning_bench.methods.method import Method, count
+from sidetuning_bench.methods.recipe import Task
 from sidetuning_bench.methods.trunk import Trunk
 
-# The paper starts masks at 0.01, cuts at 0.005 and trains them with Adam at 1e-4. Adam's step does not know the size of
-# what it moves, so ten times all three is the same training, at the learning rate that the other methods have.
+# The paper starts masks at 0.01, cuts at 0.005 and trains them with Adam at 1e-4. Adam does not see the size
+# of the gradient, so ten times all three is the same training, at the learning rate of the other methods.
 START, THRESHOLD = 0.1, 0.05
 
 
 class Piggyback(Method):
     """Every convolution and linear layer is used as W * (m > 0.05); m is trained by the straight-through gradient.
 
-    Only the bits of m are kept once a task is learned. Batch norms are the base's.
+    Only the bits of m are stored once a task is learned. Batch norms are the base's.
 
     Args:
         base: the base; a frozen copy of it is masked.
@@ -34,34 +33,30 @@ class Piggyback(Method):
         super().__init__(base)
         self.trunk = Trunk(base, frozen=True)
         self.masks = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
 
     def add(self, task: Task) -> None:
-        self.heads[task.name] = self.head(task)
+        super().add(task)
         self.masks[task.name] = Masks({f"net.{n}.weight": m.weight for n, m in self.trunk.layers().items()})
 
-    def part(self, task: str) -> nn.Module:
-        return nn.ModuleList([self.masks[task], self.heads[task]])
-
-    def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
+    def tuned(self, task: str) -> Masks:
         masks = self.masks[task]
         assert isinstance(masks, Masks)
-        masked = {name: self.trunk.get_parameter(name) * mask for name, mask in masks.binary().items()}
-        return run_head(self.heads[task], functional_call(self.trunk, masked, (inputs,), tie_weights=False), inputs)
+        return masks
+
+    def code(self, inputs: Input, task: str) -> Tensor:
+        masks = self.tuned(task).binary()
+        return self.trunk.view({name: self.trunk.get_parameter(name) * mask for name, mask in masks.items()})(inputs)
 
     def learned(self, task: Task, loader: Iterable[Any]) -> None:
-        masks = self.masks[task.name]
-        assert isinstance(masks, Masks)
-        masks.settle()
+        self.tuned(task.name).settle()
 
     def rebuild(self, task: Task) -> None:
         self.add(task)
         self.learned(task, ())
 
     def added(self, task: str) -> int:
-        masks = self.masks[task]
-        assert isinstance(masks, Masks)
-        return count(self.heads[task]) + -(-masks.bits // 32)
+        """The head, and the bits of the masks, 32 to a number."""
+        return count(self.heads[task]) + -(-self.tuned(task).bits // 32)
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for k, v in super().tensors().items() if not k.startswith("trunk.")}
@@ -72,6 +67,7 @@ class Masks(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
+        # Names of parameters hold no dots.
         self.names = {name.replace(".", "/"): name for name in weights}
         self.bits = sum(w.numel() for w in weights.values())
         for key, name in self.names.items():
@@ -86,7 +82,7 @@ class Masks(nn.Module):
         return masks
 
     def settle(self) -> None:
-        """Keep only the bits."""
+        """Replace the real numbers by their bits."""
         for key in self.names:
             bits = getattr(self, key).detach() > THRESHOLD
             delattr(self, key)

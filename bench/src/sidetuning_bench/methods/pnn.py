@@ -1,4 +1,4 @@
-"""Progressive networks (Rusu et al., 2016): a new column per task that hears the base and all earlier columns."""
+"""Progressive networks (Rusu et al., 2016): a new column per task, which reads from the base and all columns."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from sidetuning.base import KINDS, Base, Features, Input
 from sidetuning.errors import TaskError
-from sidetuning.heads import run_head
 from sidetuning.merges import pointwise
-from sidetuning_bench.methods.method import Method, Task, count
+from sidetuning_bench.methods.method import Method
+from sidetuning_bench.methods.recipe import Task
 from sidetuning_bench.methods.trunk import Trunk
 
 
 class PNN(Method):
-    """Column k: h_i = layer_i(h_{i-1}) + U_i relu(V_i [s_1 g_1, …, s_k g_k]); g_j are the same taps of base and earlier columns.
+    """Column k: h_i = layer_i(h_{i-1}) + U_i relu(V_i [s_1 g_1, …, s_k g_k]).
 
-    A column has the base's shape and random weights; what came before it is frozen. The cost of an answer grows with
-    the number of tasks.
+    g_j are the same taps of the base and of earlier columns. A column has the base's shape and random weights;
+    everything before it is frozen. The cost of an answer grows with the number of tasks.
 
     Args:
         base: the base, the first column.
@@ -35,7 +35,6 @@ class PNN(Method):
     name: ClassVar[str] = "pnn"
 
     def __init__(self, base: Base, taps: Sequence[str] = ()) -> None:
-        super().__init__(base)
         if not taps:
             children = base.net.named_children() if isinstance(base.net, nn.Module) else ()
             taps = list(base.tap_shapes) or [n for n, m in children if isinstance(m, nn.Sequential)]
@@ -43,30 +42,25 @@ class PNN(Method):
             raise TaskError(
                 "progressive networks join columns at taps, and this base has none: name submodules, taps=[…]"
             )
-        self.options = {"taps": list(taps)}
+        super().__init__(base, {"taps": list(taps)})
         self.first = base.with_taps(taps)
         self.columns = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
 
     def add(self, task: Task) -> None:
-        self.heads[task.name] = self.head(task)
+        super().add(task)
         self.columns[task.name] = Column(self.first, sources=len(self.tasks) + 1)
 
-    def part(self, task: str) -> nn.Module:
-        return nn.ModuleList([self.columns[task], self.heads[task]])
+    def tuned(self, task: str) -> nn.Module:
+        return self.columns[task]
 
-    def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
-        known = [self.first.encode(inputs).taps]
+    def code(self, inputs: Input, task: str) -> Tensor:
+        earlier = [self.first.encode(inputs).taps]
         for name, column in self.columns.items():
             if name == task:
                 break
             with torch.no_grad():
-                known.append(column(inputs, known).taps)
-        code = self.columns[task](inputs, known).out
-        return run_head(self.heads[task], code, inputs)
-
-    def added(self, task: str) -> int:
-        return count(self.part(task))
+                earlier.append(column(inputs, earlier).taps)
+        return self.columns[task](inputs, earlier).out
 
 
 class Column(nn.Module):
@@ -75,22 +69,19 @@ class Column(nn.Module):
     def __init__(self, base: Base, sources: int) -> None:
         super().__init__()
         self.trunk = Trunk(base, pretrained=False)
+        # Names of modules hold no dots.
         self.laterals = nn.ModuleDict(
             {name.replace(".", "/"): Lateral(shape, sources) for name, shape in base.tap_shapes.items()}
         )
 
-    def forward(self, inputs: Input, known: Sequence[dict[str, Tensor]]) -> Features:
+    def forward(self, inputs: Input, earlier: Sequence[dict[str, Tensor]]) -> Features:
         taps: dict[str, Tensor] = {}
-        hooks = []
+        view = self.trunk.view({})
         for key, lateral in self.laterals.items():
             name = key.replace("/", ".")
-            hook = self._join(lateral, [source[name] for source in known], taps, name)
-            hooks.append(self.trunk.net.get_submodule(name).register_forward_hook(hook))
-        try:
-            return Features(self.trunk(inputs), taps)
-        finally:
-            for handle in hooks:
-                handle.remove()
+            hook = self._join(lateral, [column[name] for column in earlier], taps, name)
+            view.net.get_submodule(name).register_forward_hook(hook)
+        return Features(view(inputs), taps)
 
     def _join(
         self, lateral: nn.Module, sources: list[Tensor], taps: dict[str, Tensor], name: str
@@ -98,12 +89,12 @@ class Column(nn.Module):
         select = self.trunk.select
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            own = output[0] if isinstance(output, (tuple, list)) else output  # transformers' layers return tuples
-            joined = select.channels_first(own) + lateral(sources)
-            taps[name] = joined
+            # The layers of transformers return tuples.
+            several = isinstance(output, (tuple, list))
+            taps[name] = joined = select.channels_first(output[0] if several else output) + lateral(sources)
             if select.channels_last and joined.ndim == 4:
                 joined = joined.permute(0, 2, 3, 1)
-            return (joined, *output[1:]) if isinstance(output, (tuple, list)) else joined
+            return (joined, *output[1:]) if several else joined
 
         return hook
 
@@ -112,8 +103,8 @@ class Lateral(nn.Module):
     """U relu(V [s_1 g_1, …]): the sources, each with a learned scale, reduced to the width of one and mapped on.
 
     Args:
-        shape: of a tap, without the batch.
-        sources: how many columns are heard.
+        shape: shape of a tap, without the batch.
+        sources: how many columns it reads from.
     """
 
     def __init__(self, shape: tuple[int, ...], sources: int) -> None:

@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sidetuning.artifacts import is_saved
 from sidetuning.base import Base, Features, Input
+from sidetuning.branch import Branch
 from sidetuning.objective import parameter_groups
 from sidetuning.tuner import SideTuner
-from sidetuning_bench.methods.method import Method, Task, count
+from sidetuning_bench.methods.method import Method
+from sidetuning_bench.methods.recipe import Task
 
 
-class SideTune(Method):
+class Branches(Method):
+    """A method whose tasks are branches of one `SideTuner`.
+
+    Args:
+        base: the base.
+        parts: the arguments of `SideTuner.add_task` that all tasks share.
+        options: the method's arguments.
+    """
+
+    uses_features: ClassVar[bool] = True
+
+    def __init__(self, base: Base, parts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        super().__init__(base, options)
+        self.parts = dict(parts)
+        self.model = SideTuner(base)
+
+    def add_branch(self, name: str, task: Task, laterals: Sequence[str], init: str | None) -> None:
+        """Add a branch with the task's head."""
+        parts = {**self.parts, "head": task.head, "head_options": task.head_options, "init": init}
+        self.model.add_task(name, laterals=laterals, labels=task.labels, **parts)
+
+    def branch(self, task: str) -> Branch:
+        """The branch that answers for a task."""
+        return self.model[task]
+
+    def part(self, task: str) -> Branch:
+        return self.branch(task)
+
+    def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
+        assert features is not None
+        branch = self.branch(task)
+        return branch(inputs, features, self.model.lateral_outputs(branch, inputs, features))
+
+    def groups(self, task: str, weight_decay: float) -> list[dict[str, Any]]:
+        branch = self.branch(task)
+        return parameter_groups(branch.parameters(), weight_decay, branch.merge.parameters())
+
+    def remove(self, task: str) -> None:
+        if task in self.model:
+            self.model.remove_task(task)
+
+    def alpha(self, task: str) -> float | None:
+        return self.branch(task).alpha
+
+
+class SideTune(Branches):
     """A branch per task on one frozen base.
 
     Args:
@@ -25,7 +72,6 @@ class SideTune(Method):
     """
 
     name: ClassVar[str] = "sidetune"
-    uses_features: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -37,51 +83,40 @@ class SideTune(Method):
         dense: bool = False,
         side_options: Mapping[str, Any] | None = None,
     ) -> None:
-        options = {"side": side, "merge": merge, "init": init, "prenorm": prenorm, "dense": dense}
-        super().__init__(base, {**options, "side_options": dict(side_options or {})})
-        self._branch = dict(self.options)
-        self.model = SideTuner(base)
+        parts = {
+            "side": side,
+            "merge": merge,
+            "init": init,
+            "prenorm": prenorm,
+            "side_options": dict(side_options or {}),
+        }
+        super().__init__(base, parts, {**parts, "dense": dense})
+        self.dense = dense
 
     def add(self, task: Task) -> None:
-        given = self._branch
-        laterals = self.model.tasks if given["dense"] else []
-        self.model.add_task(
-            task.name, side=given["side"], merge=given["merge"], head=task.head, head_options=task.head_options, init=given["init"],
-            prenorm=given["prenorm"], laterals=laterals, labels=task.labels, side_options=given["side_options"],
-        )  # fmt: skip
-
-    def part(self, task: str) -> nn.Module:
-        return self.model[task]
-
-    def output(self, inputs: Input, features: Features | None, task: str) -> Tensor:
-        assert features is not None
-        branch = self.model[task]
-        return branch(inputs, features, self.model.lateral_outputs(branch, inputs, features))
-
-    def groups(self, task: str, weight_decay: float) -> list[dict[str, Any]]:
-        branch = self.model[task]
-        return parameter_groups(branch.parameters(), weight_decay, branch.merge.parameters())
-
-    def added(self, task: str) -> int:
-        return count(self.model[task])
-
-    def remove(self, task: str) -> None:
-        if task in self.model:
-            self.model.remove_task(task)
+        self.add_branch(task.name, task, self.model.tasks if self.dense else [], self.parts["init"])
 
     def rebuild(self, task: Task) -> None:
-        """Nothing: `read_tensors` builds each task from its own folder."""
-
-    def alpha(self, task: str) -> float | None:
-        return self.model[task].alpha
+        """Build nothing: `read_tensors` builds each task from its own folder."""
 
     def write_tensors(self, folder: Path, metrics: Mapping[str, float] | None) -> str:
-        """Write each task to a folder of its own under `folder`, as `SideTuner.save_task` does; what is there already stays."""
+        """Write each new task to its own folder under `folder`, by `SideTuner.save_task`; no file holds them all."""
+        last = list(self.tasks)[-1:]
         for task in self.tasks:
             if not is_saved(folder / task, task, self.model[task]):
-                self.model.save_task(task, folder / task, metrics=metrics if task == list(self.tasks)[-1] else None)
+                self.model.save_task(task, folder / task, metrics=metrics if task in last else None)
         return ""
 
     def read_tensors(self, folder: Path, name: str) -> None:
         for task in self.tasks:
             self.model.load_task(folder / task)
+
+
+class FixedFeatures(SideTune):
+    """Side-tuning without a side (a = 1): a head per task on the frozen base's code."""
+
+    name: ClassVar[str] = "features"
+
+    def __init__(self, base: Base, prenorm: bool = False) -> None:
+        super().__init__(base, side=None, merge="base-only", prenorm=prenorm)
+        self.options = {"prenorm": prenorm}

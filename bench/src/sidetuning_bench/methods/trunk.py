@@ -1,13 +1,17 @@
-"""A copy of a base's network that a method may train, or thread its own parameters through."""
+"""A copy of a base's network that a method may train, or run with tensors of its own."""
 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Input, call
+from sidetuning.base import Base, Input, Tap, call
 from sidetuning.errors import TaskError
 
 
@@ -31,15 +35,20 @@ class Trunk(nn.Module):
                 "sidetune, features and boosting need none"
             )
         net = copy.deepcopy(base.net).requires_grad_(not frozen)
-        bare = isinstance(net, (nn.Conv2d, nn.Linear))
-        self.net = nn.Sequential(net) if bare else net  # so that each layer has a name
+        for module in net.modules():
+            # The base's taps: nobody reads them here, and any hook keeps torch from its fused layers.
+            for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Tap)]:
+                del module._forward_hooks[key]
+        # A bare layer is wrapped, so that each layer has a name.
+        self.net = nn.Sequential(net) if isinstance(net, (nn.Conv2d, nn.Linear)) else net
         self.frozen = frozen
         self.select = base.select
         self.images = any(isinstance(m, nn.Conv2d) for m in self.net.modules())
         if not pretrained:
             reinitialise(self.net)
         if self.images:
-            self.net.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs and tensor cores alike
+            # Faster convolutions, on CPUs and tensor cores alike.
+            self.net.to(memory_format=torch.channels_last)
         self.train(not frozen)
 
     def forward(self, inputs: Input) -> Tensor:
@@ -50,20 +59,53 @@ class Trunk(nn.Module):
         return self.select(call(self.net, inputs))
 
     def train(self, mode: bool = True) -> Trunk:
-        """A frozen trunk stays in evaluation mode."""
+        """Set the mode; a frozen trunk stays in evaluation mode."""
         return super().train(mode and not self.frozen)
 
     def layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
-        """The convolutions and linear layers, by name in `net`; not the joint input projection of `nn.MultiheadAttention`."""
+        """The convolutions and linear layers, by name in `net`.
+
+        The joint input projection of `nn.MultiheadAttention` is a parameter, and none of them.
+        """
         return {n: m for n, m in self.net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+    def view(self, tensors: Mapping[str, Tensor]) -> Trunk:
+        """A copy for one pass that shares all tensors but those given, by name; it takes about 20 µs a module.
+
+        The trunk does not see hooks, modes and tensors that are put into a view, so every thread can have its own.
+        """
+        view: Trunk = _shallow(self, {})
+        for name, tensor in tensors.items():
+            owner, _, key = name.rpartition(".")
+            module = view.get_submodule(owner)
+            (module._parameters if key in module._parameters else module._buffers)[key] = tensor  # type: ignore[assignment]
+        return view
+
+
+def _shallow(value: Any, copies: dict[nn.Module, nn.Module]) -> Any:
+    """Copies of modules and their containers, each module once; all else, tensors included, is shared."""
+    if isinstance(value, nn.Module):
+        if value not in copies:
+            copies[value] = twin = object.__new__(type(value))
+            for key, item in vars(value).items():
+                twin.__dict__[key] = _shallow(item, copies)
+            twin._forward_hooks = OrderedDict(value._forward_hooks)
+        return copies[value]
+    if type(value) in (dict, OrderedDict) and value:
+        return type(value)((key, _shallow(item, copies)) for key, item in value.items())
+    if type(value) in (list, tuple) and value:
+        return type(value)(_shallow(item, copies) for item in value)
+    if type(value) is MethodType:
+        return MethodType(value.__func__, _shallow(value.__self__, copies))
+    return value
 
 
 @torch.no_grad()
 def reinitialise(net: nn.Module) -> None:
-    """Draw all weights anew, by each module's own `reset_parameters`: as torch builds them, not as the net's author may have.
+    """Draw all weights anew, by each module's own `reset_parameters`: torch's initial weights, not the author's.
 
-    A parameter that no module knows how to draw (a class token, a position embedding, a layer scale) is shuffled: that keeps
-    its size and forgets what it learned.
+    A parameter that no module knows how to draw (a class token, a position embedding, a layer scale) is shuffled: that
+    keeps its size and forgets what it learned.
     """
     for module in net.modules():
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)

@@ -1,0 +1,64 @@
+"""The public names, as `import sidetuning as st` gives them."""
+
+from sidetuning.base import Base, Features, Input
+from sidetuning.branch import Branch
+from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
+from sidetuning.distillation import distill
+from sidetuning.errors import (
+    ArtifactError,
+    CacheError,
+    DataError,
+    ShapeError,
+    SideTuningError,
+    TaskError,
+    TrainingError,
+    UnknownNameError,
+)
+from sidetuning.heads import HEADS, Head
+from sidetuning.hub import pull, push
+from sidetuning.loading import BASES, load, load_base
+from sidetuning.loop import TrainResult, train
+from sidetuning.merges import MERGES, Merge
+from sidetuning.objective import accuracy
+from sidetuning.seeding import seeded
+from sidetuning.sides import SIDES, Side
+from sidetuning.training import evaluate, fit
+from sidetuning.tuner import SideTuner
+
+__all__ = [
+    "BASES",
+    "HEADS",
+    "MERGES",
+    "SIDES",
+    "ArtifactError",
+    "Base",
+    "Branch",
+    "CacheError",
+    "CachedFeatures",
+    "DataError",
+    "Features",
+    "Head",
+    "Input",
+    "Merge",
+    "ShapeError",
+    "Side",
+    "SideTuner",
+    "SideTuningError",
+    "TaskError",
+    "TrainResult",
+    "TrainingError",
+    "UnknownNameError",
+    "accuracy",
+    "cache_bytes",
+    "cache_features",
+    "distill",
+    "evaluate",
+    "fit",
+    "load",
+    "load_base",
+    "loader_over",
+    "pull",
+    "push",
+    "seeded",
+    "train",
+]

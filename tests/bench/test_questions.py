@@ -1,0 +1,243 @@
+"""Questions with all faults of their files, windows of their contexts, and the best answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sidetuning as st
+from sidetuning.cache import cache_tokens
+from sidetuning.errors import DataError
+from sidetuning.integrations.transformers import load_tokenizer
+from sidetuning_bench.language.questions import Answer, Question, make_windows, n_best, read_questions
+from text_parts import entry, squad_file
+
+transformers = pytest.importorskip("transformers")
+
+LEGACY = Path(__file__).parents[1] / "legacy/0.1.0"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(encoder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(encoder)
+
+
+def read_answer(context: str, text: str) -> Answer:
+    return Answer(text, context.index(text))
+
+
+def test_faults_of_the_data_are_mended_and_counted(tmp_path: Path) -> None:
+    file = squad_file(
+        tmp_path / "train-v2.0.json",
+        entry("good"),
+        entry("shifted", answers=[("1822", 3)]),
+        entry("nearest", context="1822 or 1822 or 1822", answers=[("1822", 9)]),
+        entry("nowhere", answers=[("1999", 15)]),
+        entry("none", answers=[], is_impossible=True),
+        entry("plausible", answers=[("1822", 15)], is_impossible=True, plausible_answers=[{"text": "made", "answer_start": 7}]),
+        entry("empty context", context="  "),
+        entry("empty question", question=""),
+        entry("empty answer", answers=[("", 0), ("1822", 15)]),
+        entry("unicode", context="né à Zürich — 🗼 1822", answers=[("Zürich", 5)]),
+        entry("spaces", answers=[(" 1822 ", 14)]),
+        entry("before the start", answers=[("1822", -6)]),
+    )  # fmt: skip
+    found = read_questions(tmp_path, "train")
+    answers = {q.id: q.answers for q in found.items}
+    assert list(answers) == [
+        "good",
+        "shifted",
+        "nearest",
+        "nowhere",
+        "none",
+        "plausible",
+        "empty answer",
+        "unicode",
+        "spaces",
+        "before the start",
+    ]
+    assert answers["shifted"] == (("1822", 15),) and answers["nearest"] == (("1822", 8),)
+    assert answers["nowhere"] == answers["none"] == answers["plausible"] == ()
+    kinds = {q.id: (q.golds, q.teaches) for q in found.items}
+    assert kinds["nowhere"] == (["1999"], False) and kinds["none"] == ([], True)  # not taught as having no answer
+    assert answers["spaces"] == (("1822", 15),) and answers["before the start"] == (("1822", 15),)
+    assert found.problems == {
+        "answers that start elsewhere, found again": 3, "answers that are not in their context, kept for the metric alone": 1,
+        "questions or contexts without text, left out": 2, "answers without text, left out": 1,
+    }  # fmt: skip
+    assert [q.id for q in read_questions(file, limit=3).items] == ["good", "nowhere", "empty answer"]
+
+    with pytest.raises(DataError, match="two questions with the id a"):
+        read_questions(squad_file(tmp_path / "twice.json", entry("a"), entry("a")))
+    with pytest.raises(DataError, match="no dev"):
+        read_questions(tmp_path, "dev")
+    for content in ("{}", "[1]", '{"data": [{"paragraphs": [{"qas": [{"id": "1"}]}]}]}', "x"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(DataError, match="no SQuAD file"):
+            read_questions(tmp_path / "bad.json")
+    (tmp_path / "none.json").write_text('{"data": []}')
+    with pytest.raises(DataError, match="holds no question"):
+        read_questions(tmp_path / "none.json")
+    with pytest.raises(DataError, match="has no text"):
+        read_questions(squad_file(tmp_path / "types.json", entry("a", answers=[("x", "1")])))
+    with pytest.raises(DataError, match="has no text"):
+        read_questions(squad_file(tmp_path / "types.json", entry("a", answers=[(1822, 1)])))
+    squad_file(tmp_path / "train-v1.1.json", entry("a"))
+    with pytest.raises(DataError, match=r"several files of train \(train-v1.1.json, train-v2.0.json\)"):
+        read_questions(tmp_path, "train")
+    with pytest.raises(DataError, match="does not exist"):
+        read_questions(tmp_path / "nothing")
+
+
+def test_the_hubs_layout(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "id": ["a", "b"], "title": ["t", "t"], "context": ["it was made in 1822 ."] * 2, "question": ["what ?", "who ?"],
+        "answers": [{"text": ["1822"], "answer_start": [15]}, {"text": [], "answer_start": []}],
+    }  # fmt: skip
+    (tmp_path / "squad_v2").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "squad_v2" / "validation-00000-of-00001.parquet")
+    found = read_questions(tmp_path, "dev")
+    assert [q.answers for q in found.items] == [(("1822", 15),), ()] and not found.problems
+    (tmp_path / "squad_v2" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="no parquet file of SQuAD"):
+        read_questions(tmp_path, "train")
+
+
+def test_windows_cover_the_context_and_know_the_answer(tokenizer: Any) -> None:
+    context = " ".join([*(["old river"] * 20), "1822", *(["new tower"] * 20)])
+    questions = [
+        Question("a", "what is the number ?", context, ((("1822"), context.index("1822")),)),
+        Question("b", "who ?", "it was made .", ()),
+    ]
+    questions[0] = Question("a", questions[0].question, context, (read_answer(context, "1822"),))
+    windows = make_windows(questions, tokenizer, length=40, stride=12)
+    assert max(windows.lengths()) == 40 and set(windows.question) == {0, 1} and not windows.problems
+    covered, before = set(), None
+    for w in np.flatnonzero(windows.question == 0):
+        place = windows.offsets[w]
+        known = place[place[:, 0] >= 0]
+        words = {context[a:b] for a, b in known}
+        assert words <= {"old", "river", "1822", "new", "tower"}  # the question is not among the offsets
+        covered |= {tuple(p) for p in known}
+        if before is not None:
+            assert len({tuple(p) for p in known} & before) == 12  # the stride is what two windows share
+        before = {tuple(p) for p in known}
+        start, end = windows.labels[w]
+        holds = [i for i, p in enumerate(place) if context[p[0] : p[1]] == "1822" and p[0] >= 0]
+        assert [start, end] == (holds * 2 if holds else [0, 0])
+        types = windows.types[w]
+        assert list(types) == sorted(types) and types[0] == 0 and types[-1] == 1
+    assert len(covered) == 81
+    batch = windows.batch([0, len(windows) - 1])
+    assert batch["input_ids"].shape == (2, 40) and batch["attention_mask"].sum(1).tolist() == [
+        40,
+        windows.lengths()[-1],
+    ]
+    same = tokenizer("who ?", "it was made .")
+    assert windows.ids[-1].tolist() == same["input_ids"] and windows.types[-1].tolist() == same["token_type_ids"]
+
+
+def test_long_questions_and_answers_are_counted(tokenizer: Any) -> None:
+    context = " ".join(["old river"] * 30)
+    long = Question("q", " ".join(["what"] * 60), context, (read_answer(context, "river old"),))
+    windows = make_windows([long], tokenizer, length=40, stride=12)
+    assert windows.problems == {"questions longer than their window, cut": 1} and max(windows.lengths()) <= 40
+    assert (windows.labels.sum(1) > 0).any()
+    wide = Question("w", "what ?", context, (read_answer(context, context),))
+    assert make_windows([wide], tokenizer, length=40, stride=12).problems == {
+        "answers longer than their window, learned as none": 1
+    }
+    with pytest.raises(DataError, match="no room for a question"):
+        make_windows([long], tokenizer, length=40, stride=20)
+    with pytest.raises(DataError, match="fast tokenizers"):
+        make_windows([long], SimpleNamespace(is_fast=False))
+
+
+def test_the_best_answer_of_all_windows(tokenizer: Any) -> None:
+    context = " ".join(["old"] * 30 + ["1822", "1823"] + ["new"] * 30)
+    question = Question("a", "what ?", context, (read_answer(context, "1822 1823"),))
+    windows = make_windows([question], tokenizer, length=40, stride=12)
+    assert len(windows) == 3 or len(windows) == 2
+    scores = {w: np.zeros((len(windows.ids[w]), 2), np.float32) for w in range(len(windows))}
+    w = int(np.flatnonzero(windows.labels.sum(1) > 0)[0])
+    start, end = windows.labels[w]
+    for v in scores.values():
+        v[0] = 1.5  # no answer scores 3
+        v[1:3] = 50  # tokens of the question never answer
+    scores[w][0] = 1.0  # but 2 here, and the smallest counts
+    scores[w][start, 0], scores[w][end, 1] = 3.0, 2.5
+    ((best,),) = n_best([question], windows, scores, 1)
+    assert best.text == "1822 1823" == context[best.start : best.end] and best.score == 5.5
+    assert best.null == 2.0 and best.null_odds == -3.5
+    scores[w][end, 0], scores[w][start, 1] = 9.0, 9.0  # an end before its start would score 18
+    assert n_best([question], windows, scores, 1)[0][0][:4] == ("1822", best.start, best.start + 4, 12.0)
+
+    (window,) = make_windows([question], tokenizer, length=80, stride=12).ids
+    one = make_windows([question], tokenizer, length=80, stride=12)
+    n = len(window)
+    crossed = np.zeros((n, 2), np.float32)
+    crossed[n // 2 :, 0], crossed[: n // 2, 1] = 5, 5  # the likely starts lie after the likely ends
+    crossed[n // 2, 1] = 1
+    ((best,),) = n_best([question], one, {0: crossed}, 1)
+    assert best.score == 6 and best.text == context[best.start : best.end] != ""
+
+
+def test_the_n_best_answers_are_different_spans(tokenizer: Any) -> None:
+    context = " ".join(["old"] * 30 + ["1822", "1823"] + ["new"] * 30)
+    question = Question("a", "what ?", context, ())
+    windows = make_windows([question], tokenizer, length=40, stride=12)
+    scores = {w: np.zeros((len(windows.ids[w]), 2), np.float32) for w in range(len(windows))}
+    seen = 0
+    for w, place in enumerate(windows.offsets):
+        for i in np.flatnonzero(place[:, 0] >= 0):
+            word = context[place[i, 0] : place[i, 1]]
+            seen += word == "1822"
+            scores[w][i] = {"1822": (4 + w, 1), "1823": (2, 3)}.get(word, (-9, -9))
+    assert seen > 1  # two windows hold the same span
+    (best,) = n_best([question], windows, scores, 3)
+    assert [p.text for p in best] == ["1822 1823", "1822", "1823"]
+    assert [p.score for p in best] == sorted((p.score for p in best), reverse=True)
+    assert [best[:1]] == n_best([question], windows, scores, 1)
+    silent = [Question("a", "what ?", " ", ())]
+    (empty,) = n_best(silent, make_windows(silent, tokenizer, 40, 10), {0: np.ones((5, 2), np.float32)}, 3)
+    assert [p.text for p in empty] == [""]
+
+
+def test_special_tokens_that_somebody_wrote_are_text(tokenizer: Any) -> None:
+    (plain,) = make_windows([Question("a", "what ?", "it was made", ())], tokenizer, 40, 10).ids
+    (window,) = make_windows([Question("a", "what [SEP] ?", "it [CLS] was made", ())], tokenizer, 40, 10).ids
+    for token in (tokenizer.sep_token_id, tokenizer.cls_token_id):
+        assert (window == token).sum() == (plain == token).sum()
+
+
+@pytest.mark.parametrize("name", ["tokens-float16", "tokens-float32"])
+def test_token_caches_of_version_0_1_0_are_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same questions make the same windows, and these the name of the same cache."""
+    monkeypatch.chdir(LEGACY)
+    about = json.loads((LEGACY / "caches" / name / "about.json").read_text())
+    expected = load_file(LEGACY / "caches" / name / "expected.safetensors")
+    base = st.load_base(**about["base"]["load_base"])
+    windows = make_windows(read_questions("data/squad", "train").items, load_tokenizer(base, 40), 40, 8)
+    assert windows.fingerprint() == about["texts_fingerprint"]
+    shutil.copytree(LEGACY / "caches" / name, tmp_path / "caches")
+    monkeypatch.setattr(st.Base, "encode", lambda *_: pytest.fail("the base ran again"))
+    labels = torch.from_numpy(windows.labels)
+    cached = cache_tokens(base, windows, labels, tmp_path / "caches", progress=False, **about["arguments"])
+    assert cached.folder.name == about["key"]
+    inputs, features, y = cached.__getitems__(about["rows"])
+    found = {**{f"x.{k}": v for k, v in inputs.items()}, "out": features.out, "y": y}
+    found.update({f"tap.{tap}": value for tap, value in features.taps.items()})
+    assert set(found) == set(expected)
+    for field, value in found.items():
+        assert torch.allclose(value, expected[field], atol=1e-6), field
