@@ -38,6 +38,7 @@ SCHEMA = {
     "sha256?": str,
     "labels?": [str],
     "laterals_sha256?": dict,
+    "passes?": int,
     "parts": {
         "side?": PART,
         "merge": PART,
@@ -45,6 +46,7 @@ SCHEMA = {
         "laterals": [str],
         "prenorm": bool,
         "init?": {"zero", "low-energy"},
+        "problem?": str,
     },
     "base": {
         "sha256": str,
@@ -87,6 +89,7 @@ def write_task(
         "parts": asdict(branch.config),
         "labels": branch.labels,
         "alpha": branch.alpha,
+        "passes": branch.passes,
         "metrics": {key: float(value) for key, value in metrics.items()},
         "laterals_sha256": dict(laterals),
         "base": {"spec": spec, **base.identity().record(), "taps": list(branch.taps)},
@@ -230,7 +233,7 @@ def read_branch(
     for kind, module in own.items():
         chosen[kind], options = _part(path, kind, getattr(parts, kind), module)
         chosen[f"{kind}_options"] = options
-    shared: dict[str, Any] = {"laterals": parts.laterals, "prenorm": parts.prenorm, "init": parts.init}
+    shared = {key: getattr(parts, key) for key in ("laterals", "prenorm", "init", "problem")}
     try:
         tapped = base.with_taps(recorded["taps"]) if recorded.get("taps") else base
         branch = build_branch(tapped, **chosen, **shared)
@@ -239,7 +242,7 @@ def read_branch(
     except Exception as error:
         # Options of the wrong type or value, which each part meets in its own way.
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
-    branch.labels = config.get("labels")
+    branch.labels, branch.passes = config.get("labels"), config.get("passes") or 0
     problem = mismatch(branch.state_dict(), tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")

@@ -10,12 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input
-from sidetuning.errors import ShapeError, TaskError
+from sidetuning.errors import ShapeError, TaskError, UnknownNameError
 from sidetuning.heads import HEADS, named_head, run_head
 from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm, Merge
+from sidetuning.problems import PROBLEMS, Problem
+from sidetuning.registry import unknown
 from sidetuning.sides import SIDES, Side, run_side
 from sidetuning.sides.initialise import LowEnergy, distilled_weights, load_weights, xavier
 
+# The problem that goes with a head; with others it is "classes".
+BY_HEAD = {"span": "span"}
 # The recorded name of a part that the user built.
 CUSTOM = "custom"
 Options = dict[str, Any]
@@ -31,6 +35,7 @@ class BranchConfig:
     laterals: list[str] = field(default_factory=list)
     prenorm: bool = False
     init: str | None = None
+    problem: str | None = None
 
 
 class Branch(nn.Module):
@@ -50,6 +55,18 @@ class Branch(nn.Module):
         self.labels: list[str] | None = None
         # A lateral of another task, which must not move.
         self.pinned = False
+        # Passes over data that it was trained for: the next ones draw other orders.
+        self.passes = 0
+
+    @property
+    def problem(self) -> Problem:
+        """What its targets mean: as given, or what goes with the head."""
+        return PROBLEMS[self.config.problem or BY_HEAD.get(self.config.head[0], "classes")]()
+
+    @property
+    def own_problem(self) -> Problem | None:
+        """What its targets mean where that was given."""
+        return self.problem if self.config.problem else None
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -111,6 +128,7 @@ def build_branch(
     laterals: Sequence[str] = (),
     prenorm: bool = False,
     init: str | Path | None = None,
+    problem: str | None = None,
     side_options: Mapping[str, Any] | None = None,
     merge_options: Mapping[str, Any] | None = None,
     head_options: Mapping[str, Any] | None = None,
@@ -134,7 +152,9 @@ def build_branch(
     elif init is not None and side_module is not None:
         _initialise(base, side_module, side_name or (CUSTOM, {}), init)
     norm = GroupNorm(base.kind, base.width) if prenorm else nn.Identity()
-    config = BranchConfig(side_name, merge_name, head_name, list(laterals), prenorm, recorded)
+    if problem is not None and problem not in PROBLEMS:
+        raise UnknownNameError(unknown("problem", problem, PROBLEMS.names(), verb="registered"))
+    config = BranchConfig(side_name, merge_name, head_name, list(laterals), prenorm, recorded, problem)
     return Branch(side_module, merge_module, head_module, norm, config).eval()
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sidetuning.errors import TaskError, TrainingError
 from sidetuning.files import atomic_write
@@ -39,12 +40,14 @@ class TrainResult:
         seconds: time of training, that of interrupted calls included.
         losses: loss of every step.
         validation: numbers of every validation, with its step.
+        passes: passes over the loader, with those before this run.
     """
 
     steps: int
     seconds: float
     losses: list[float] = field(repr=False)
     validation: list[dict[str, float]] = field(default_factory=list)
+    passes: int = 0
 
 
 def train(
@@ -62,6 +65,7 @@ def train(
     validate: Callable[[], Mapping[str, float]] | None = None,
     progress: str | None = None,
     label: str = "",
+    first_epoch: int = 0,
 ) -> TrainResult:
     """Minimise `objective(batch)` over the batches of `loader` for `steps` optimiser steps.
 
@@ -78,6 +82,7 @@ def train(
         accelerator: how to place and spread the work; by default one that splits each batch over the processes.
         progress: text of the progress bar; None shows none.
         label: what is trained; a resume file of something else is refused.
+        first_epoch: passes that were made before; each pass has an order of its own.
 
     Raises:
         TaskError: an accelerator that accumulates gradients.
@@ -90,7 +95,11 @@ def train(
         raise TaskError(
             "gradients are not accumulated: give a loader with larger batches, and an accelerator without accumulation"
         )
-    position = Position(seed=seed, steps=steps, label=label, optimizer=_description(optimizer, scheduler))
+    if isinstance(scheduler, ReduceLROnPlateau) and validate is None:
+        raise TaskError("ReduceLROnPlateau follows the loss of a validation: give validate=")
+    position = Position(
+        seed=seed, steps=steps, label=label, optimizer=_description(optimizer, scheduler), epoch=first_epoch
+    )
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     state = State(None if resume is None else Path(resume), position, objective, optimizer, scheduler)
     run = _Run(wrapped, state, clip, accelerator, validate, _bar(progress, steps, position.step, accelerator))
@@ -100,7 +109,8 @@ def train(
     finally:
         run.bar.close()
         objective.eval()
-    return TrainResult(position.step, position.seconds, position.losses, position.validation)
+    passes = position.epoch + (position.batch > 0)
+    return TrainResult(position.step, position.seconds, position.losses, position.validation, passes)
 
 
 class _Run:
@@ -179,7 +189,7 @@ class _Run:
         if accelerator.scaler is None and norm is not None:
             self.finite("norm of the gradient", float(norm), buffers)
         optimizer.step()
-        if scheduler is not None:
+        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
         self.at.losses.append(value)
         self.at.step, self.at.batch = self.at.step + 1, self.at.batch + 1
@@ -217,6 +227,8 @@ class _Run:
         row = {"step": float(at.step), **self.validate()}
         self.state.objective.train()
         at.validation.append(row)
+        if isinstance(self.state.scheduler, ReduceLROnPlateau):
+            self.state.scheduler.step(row["loss"])
         if not self.bar.disable:
             self.bar.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
 

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidetuning.base import Features, Input
 from sidetuning.errors import DataError
+from sidetuning.problems import IGNORED, Classes, Problem
 
 # (output, target) -> scalar
 Loss = Callable[[Any, Tensor], Tensor]
+# Losses of torch that compare number with number.
+ELEMENTWISE = (
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+)
 
 
 class TaskModel(Protocol):
@@ -33,7 +47,8 @@ class Objective(nn.Module):
         part: the module that learning the task changes: a branch, a network.
         model: the model that answers for the task; the rest of it is no part of the objective.
         task: the task.
-        loss: `loss(output, target)`.
+        loss: `loss(output, target)`; None takes the problem's. A module's parameters are trained too.
+        problem: what the targets mean; None does not check the targets of a loss of one's own.
         penalty: a term that is added to the loss.
         precision: "bf16" runs the forward pass under bfloat16 autocast, and the loss in float32.
     """
@@ -43,13 +58,15 @@ class Objective(nn.Module):
         part: nn.Module,
         model: TaskModel,
         task: str,
-        loss: Loss,
+        loss: Loss | None,
+        problem: Problem | None = None,
         *,
         penalty: Callable[[], Tensor | float] = lambda: 0.0,
         precision: Literal["no", "bf16"] = "no",
     ) -> None:
         super().__init__()
-        self.part, self.loss, self.penalty, self.precision = part, loss, penalty, precision
+        self.part, self.loss, self.problem = part, loss, problem
+        self.penalty, self.precision = penalty, precision
         # A tuple: torch would register the model.
         self._task = (model, task)
 
@@ -60,12 +77,61 @@ class Objective(nn.Module):
         with torch.autocast(y.device.type, torch.bfloat16) if low else contextlib.nullcontext():
             output = model(x, task, features=features)
         output = output.float() if low else output
-        check_labels(output, y)
-        return self.loss(output, y) + self.penalty()
+        return loss_of(output, y, self.loss, self.problem)[0] + self.penalty()
+
+
+def loss_of(
+    output: Any, target: Any, loss: Loss | None, problem: Problem | None
+) -> tuple[Tensor, tuple[Any, Any], Tensor]:
+    """The mean loss of a batch, output and target as metrics take them, and which targets count, as booleans.
+
+    Raises:
+        DataError: targets that the problem or the loss does not take.
+    """
+    if loss is None:
+        given = (problem or Classes()).prepare(output, target)
+        return (problem or Classes()).loss(*given), given, (problem or Classes()).counts(given[1])
+    if problem is not None:
+        problem.prepare(output, target)
+    ignored = getattr(loss, "ignore_index", IGNORED)
+    if _of_classes(loss):
+        check_labels(output, target, ignored)
+    if _is(loss, ELEMENTWISE) and target.shape != output.shape:
+        # Torch would spread one over the other, with a warning at most.
+        raise DataError(
+            f"the loss compares an output {tuple(output.shape)} with a target {tuple(target.shape)}; they differ"
+        )
+    try:
+        value = torch.as_tensor(loss(output, target))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise DataError(
+            f"the loss does not take an output {_kind(output)} with a target {_kind(target)}: {error}; convert the targets, or "
+            "choose problem= and leave loss= out"
+        ) from error
+    if value.numel() != 1:
+        raise DataError(f"the loss returns {tuple(value.shape)}, not one number: take its mean, reduction='mean'")
+    whole = not target.is_floating_point()
+    counts = target != ignored if whole and _of_classes(loss) else torch.ones(len(target), dtype=torch.bool)
+    return value.squeeze(), (output, target), counts.to(target.device)
+
+
+def _is(loss: Loss, kinds: tuple[Any, ...]) -> bool:
+    """Whether a loss is one of these functions or classes, perhaps with some arguments given."""
+    inner = loss.func if isinstance(loss, partial) else loss
+    return inner in kinds or type(inner) in kinds
+
+
+def _of_classes(loss: Loss) -> bool:
+    """Whether a loss is torch's cross-entropy, which kills a process on a GPU at a label out of range."""
+    return _is(loss, (F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss))
+
+
+def _kind(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def parameter_groups(
-    trained: Iterable[nn.Parameter], weight_decay: float, exempt: Iterable[nn.Parameter] = ()
+    trained: Iterable[nn.Parameter], weight_decay: float | None, exempt: Iterable[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser; vectors, scalars and those in `exempt` do not decay (original code)."""
     spared = {id(p) for p in exempt}
@@ -73,7 +139,9 @@ def parameter_groups(
     for p in trained:
         if p.requires_grad:
             groups[p.ndim > 1 and id(p) not in spared].append(p)
-    return [{"params": ps, "weight_decay": weight_decay if decays else 0.0} for decays, ps in groups.items() if ps]
+    # Without a value, the optimiser's own holds.
+    decay = {True: {} if weight_decay is None else {"weight_decay": weight_decay}, False: {"weight_decay": 0.0}}
+    return [{"params": ps, **decay[decays]} for decays, ps in groups.items() if ps]
 
 
 def unpack(batch: Any) -> tuple[Input, Features | None, Tensor]:
@@ -81,21 +149,43 @@ def unpack(batch: Any) -> tuple[Input, Features | None, Tensor]:
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise DataError(f"a batch that is a mapping needs the key 'labels'; it has {', '.join(batch)}")
-        return {k: v for k, v in batch.items() if k != "labels"}, None, batch["labels"]
+        return {k: v for k, v in batch.items() if k != "labels"}, None, _tensor(batch["labels"], "labels")
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-        raise DataError("a batch is (x, y), (x, features, y) or a mapping with 'labels'")
+        raise DataError(f"a batch is (x, y), (x, features, y) or a mapping with 'labels', not {_form(batch)}")
     features = batch[1] if len(batch) == 3 else None
     if features is not None:
         features = Features(features) if isinstance(features, Tensor) else Features(*features)
-    return batch[0], features, batch[-1]
+    x = batch[0] if isinstance(batch[0], Mapping) else _tensor(batch[0], "inputs")
+    return x, features, _tensor(batch[-1], "targets")
 
 
-def check_labels(output: Any, target: Tensor) -> None:
+def _tensor(value: Any, what: str) -> Tensor:
+    """A batch of numbers as a tensor: numpy arrays and lists of numbers are taken too."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"the {what} of a batch are {_form(value)}, not a tensor ({error}); convert them") from error
+
+
+def _form(value: Any) -> str:
+    items = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"a {type(value).__name__}{items}"
+
+
+def check_loader(loader: Any) -> None:
+    """A loader gives batches; a data set gives samples, which would be taken for batches."""
+    package = type(loader).__module__.partition(".")[0]
+    if isinstance(loader, torch.utils.data.Dataset) or package == "datasets":
+        raise DataError(
+            f"a {type(loader).__name__} is a data set, and batches are wanted: DataLoader(data, batch_size=32, shuffle=True)"
+        )
+
+
+def check_labels(output: Any, target: Tensor, ignored: int = IGNORED) -> None:
     """Class labels must have an output; on a GPU the loss itself would kill the process."""
     if isinstance(output, Tensor) and output.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64:
         outputs = output.shape[1]
-        # Cross-entropy ignores -100.
-        wrong = target[((target < 0) | (target >= outputs)) & (target != -100)]
+        wrong = target[((target < 0) | (target >= outputs)) & (target != ignored)]
         if len(wrong):
             label = int(wrong.max())
             raise DataError(f"the label {label} is out of range: the head has {outputs} outputs, 0 … {outputs - 1}")

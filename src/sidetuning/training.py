@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from sidetuning.branch import Branch
 from sidetuning.errors import DataError, TaskError
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
-from sidetuning.objective import Loss, Objective, TaskModel, accuracy, check_labels, parameter_groups, unpack
+from sidetuning.objective import (
+    Loss,
+    Objective,
+    TaskModel,
+    accuracy,
+    check_loader,
+    loss_of,
+    parameter_groups,
+    unpack,
+)
+from sidetuning.problems import Problem
 from sidetuning.tuner import SideTuner
 
 if TYPE_CHECKING:
@@ -32,13 +41,13 @@ def fit(
     epochs: int | None = None,
     steps: int | None = None,
     lr: float = 1e-3,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-    loss: Loss = F.cross_entropy,
+    loss: Loss | None = None,
     clip: float | None = 1.0,
     validate: Iterable[Any] | None = None,
-    metrics: Mapping[str, Loss] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     seed: int = 0,
     resume: str | Path | None = None,
     save_every: float = 60.0,
@@ -54,14 +63,16 @@ def fit(
         epochs: passes over the loader; 1 where neither this nor `steps` is given.
         steps: optimiser steps instead.
         lr: learning rate.
-        weight_decay: weight decay of sides and heads; merges, norms, biases and scalars get none.
+        weight_decay: weight decay of sides and heads; merges, norms, biases and scalars get none. By default none, or
+            that of an optimizer of one's own.
         optimizer: called as `optimizer(groups, lr=lr)`.
         scheduler: called with the optimiser; stepped after every optimiser step.
-        loss: `loss(output, target)`.
+        loss: `loss(output, target)`, by default that of the task's problem; parameters of its own are trained too.
         clip: largest norm of the gradient; None does not clip.
         validate: a loader to evaluate after every pass.
         metrics: metrics of the validation, as in `evaluate`.
-        seed: seed for the order of the batches; the same seed gives bitwise the same weights on the same machine.
+        seed: seed for the order of the batches; the same seed gives bitwise the same weights on the same machine. A
+            task that is fitted again draws other orders than before.
         resume: file of the run's state: an interrupted call resumes from it, a finished one returns at once.
         save_every: seconds between two writes of it.
         accelerator: accelerate's; by default one that splits each batch over the launched processes.
@@ -70,9 +81,10 @@ def fit(
     Raises:
         TaskError: the task is frozen, has nothing to train, or is a lateral of another.
         TrainingError: the loss or its gradient is not finite, or `resume` belongs to another run.
-        DataError: a label that the head has no output for.
+        DataError: targets that the problem does not take, or no batches.
     """
     branch = model[task]
+    check_loader(loader)
     if branch.frozen:
         raise TaskError(
             f"task '{task}' has nothing to train: it is frozen, or without parameters; freeze_task('{task}', False)"
@@ -85,10 +97,14 @@ def fit(
     if accelerator is None:
         accelerator = default_accelerator()
     model.to(accelerator.device)
-    built = optimizer(parameter_groups(branch.parameters(), weight_decay, branch.merge.parameters()), lr=lr)
+    if weight_decay is None and optimizer is torch.optim.AdamW:
+        weight_decay = 0.0
+    own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
+    groups = parameter_groups([*branch.parameters(), *own], weight_decay, branch.merge.parameters())
+    built = optimizer(groups, lr=lr)
     score = functools.partial(evaluate, model, task, loss=loss, metrics=metrics, accelerator=accelerator)
-    return train(
-        Objective(branch, model, task, loss),
+    result = train(
+        Objective(branch, model, task, loss, branch.problem if loss is None else branch.own_problem),
         loader,
         built,
         steps=steps,
@@ -101,7 +117,10 @@ def fit(
         accelerator=accelerator,
         progress=task if progress else None,
         label=f"task {task}",
+        first_epoch=branch.passes,
     )
+    branch.passes = result.passes
+    return result
 
 
 def _steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int:
@@ -126,53 +145,106 @@ def evaluate(
     task: str,
     loader: Iterable[Any],
     *,
-    loss: Loss = F.cross_entropy,
-    metrics: Mapping[str, Loss] | None = None,
+    loss: Loss | None = None,
+    metrics: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
-    """Average the loss and metrics of a task over a loader.
+    """Average the loss and metrics of a task over what counts of a loader's targets.
 
     Args:
         model: a `SideTuner`, or a method.
         task: the task.
         loader: as in `fit`; a `DataLoader` is sharded over the launched processes.
-        loss: `loss(output, target)`, averaged over samples.
-        metrics: name -> function of (output, target) that returns one number per sample; by default accuracy, where
-            targets are classes.
+        loss: `loss(output, target)`, the mean of a batch; by default that of the task's problem.
+        metrics: name -> metric of torchmetrics, or a function of (output, target) that returns a number per target, per
+            sample, or the mean of the batch; by default those of the problem.
         accelerator: as in `fit`.
 
     Returns:
         {"loss": …, every metric, "samples": how many}.
+
+    Raises:
+        DataError: targets that the problem does not take, no batches, or a metric of another shape.
     """
+    from accelerate.data_loader import prepare_data_loader
     from accelerate.utils import send_to_device
 
+    check_loader(loader)
     if accelerator is None:
         accelerator = default_accelerator()
     model.to(accelerator.device)
     branch = model[task]
+    problem = branch.problem if isinstance(branch, Branch) else None
     modes = [(module, module.training) for module in branch.modules()]
     branch.eval()
-    sums: dict[str, float] = defaultdict(float)
-    samples = 0
-    batches = accelerator.prepare(loader) if isinstance(loader, torch.utils.data.DataLoader) else loader
+    batches: Any = loader
+    if isinstance(loader, torch.utils.data.DataLoader) and accelerator.num_processes > 1:
+        # Batches are not filled up with samples of others, which would count twice.
+        batches = prepare_data_loader(loader, put_on_device=False, split_batches=True, even_batches=False)
+    scores = Scores(metrics)
     try:
         for batch in batches:
             x, features, y = unpack(send_to_device(batch, accelerator.device))
             output = model(x, task, features=features)
-            check_labels(output, y)
-            if metrics is None:
-                classes = isinstance(output, Tensor) and y.dtype == torch.int64 and output.ndim == y.ndim + 1
-                metrics = {"accuracy": accuracy} if classes else {}
-            each = {name: metric(output, y) for name, metric in metrics.items()}
-            each["loss"] = loss(output, y).expand(len(y))
-            for name, values in each.items():
-                gathered = accelerator.gather_for_metrics(values.contiguous())
-                sums[name] += float(gathered.sum())
-            samples += len(gathered)
+            value, given, counts = loss_of(output, y, loss, problem if loss is None else None)
+            scores.add(value, given, counts, problem if loss is None else None)
     finally:
         for module, training in modes:
             module.training = training
-    if samples == 0:
-        raise DataError("the loader gave no batch: its data set is empty, or its iterator was used up")
-    averages = {name: sums[name] / samples for name in ("loss", *(metrics or {}))}
-    return {**averages, "samples": float(samples)}
+    return scores.result(accelerator)
+
+
+class Scores:
+    """Sums of a loss and of metrics over batches, each with the weight of what counts in it."""
+
+    def __init__(self, metrics: Mapping[str, Any] | None) -> None:
+        self.metrics = None if metrics is None else dict(metrics)
+        self.sums: dict[str, float] = {"loss": 0.0, "samples": 0.0}
+        self.weights: dict[str, float] = {"loss": 0.0}
+
+    def add(self, loss: Tensor, given: tuple[Any, Tensor], counts: Tensor, problem: Problem | None) -> None:
+        """Add a batch: its mean loss, its output and target, and which targets count."""
+        output, target = given
+        if self.metrics is None:
+            classes = isinstance(output, Tensor) and target.dtype == torch.int64 and output.ndim == target.ndim + 1
+            self.metrics = problem.metrics() if problem is not None else {"accuracy": accuracy} if classes else {}
+        self.sums["samples"] += len(target)
+        self._count("loss", loss, counts)
+        for name, metric in self.metrics.items():
+            if hasattr(metric, "update") and hasattr(metric, "compute"):
+                metric.update(output, target)
+            else:
+                self._count(name, metric(output, target), counts)
+
+    def _count(self, name: str, value: Any, counts: Tensor) -> None:
+        value = torch.as_tensor(value, device=counts.device).float()
+        if value.numel() == 1:
+            weights = counts.sum().reshape(1)
+        elif value.shape == counts.shape:
+            weights = counts
+        elif value.ndim and len(value) == len(counts):
+            value, weights = value.flatten(1).mean(1) if value.ndim > 1 else value, counts.flatten(1).any(1)
+        else:
+            raise DataError(
+                f"the metric '{name}' returns {tuple(value.shape)} for {len(counts)} samples; return one number for each, or "
+                "the mean of the batch"
+            )
+        value = value.reshape(weights.shape)
+        self.sums[name] = self.sums.get(name, 0.0) + float(
+            torch.where(weights > 0, value * weights, 0.0).double().sum()
+        )
+        self.weights[name] = self.weights.get(name, 0.0) + float(weights.sum())
+
+    def result(self, accelerator: Accelerator) -> dict[str, float]:
+        """The averages over all processes."""
+        names = list(self.weights)
+        rows = [[self.sums[name], self.weights[name]] for name in names] + [[self.sums["samples"], 0.0]]
+        totals = accelerator.reduce(torch.tensor(rows, dtype=torch.float64, device=accelerator.device), "sum").tolist()
+        if totals[-1][0] == 0:
+            raise DataError("the loader gave no batch: its data set is empty, or its iterator was used up")
+        averages = {name: total / max(weight, 1.0) for name, (total, weight) in zip(names, totals, strict=False)}
+        found = {name: m for name, m in (self.metrics or {}).items() if hasattr(m, "update") and hasattr(m, "compute")}
+        for name, metric in found.items():
+            averages[name] = float(metric.compute())
+            metric.reset()
+        return {**averages, "samples": totals[-1][0]}

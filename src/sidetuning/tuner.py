@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from sidetuning.base import Base, Features, Input, modules_of, take_rows
 from sidetuning.branch import Branch, build_branch
 from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, TaskError, UnknownNameError
 from sidetuning.registry import unknown
+from sidetuning.seeding import seeded
 from sidetuning.summary import Summary, summarise
 
 
@@ -75,6 +77,8 @@ class SideTuner(nn.Module):
         merge_options: Mapping[str, Any] | None = None,
         head_options: Mapping[str, Any] | None = None,
         labels: Sequence[str] | None = None,
+        problem: str | None = None,
+        seed: int | None = None,
     ) -> Branch:
         """Add a task; the others do not change.
 
@@ -91,6 +95,9 @@ class SideTuner(nn.Module):
                 this base and side. A path: a safetensors file of the side's weights.
             side_options, merge_options, head_options: keyword arguments of registered parts.
             labels: names of the classes, one per output, saved with the task.
+            problem: what targets mean: "classes", "labels" (several may be right), "numbers", "tokens", "span" or
+                "pixels"; by default what goes with the head.
+            seed: seed for the initial weights; by default torch's generator is used as it is.
 
         Returns:
             The new branch, in evaluation mode, on the base's device.
@@ -104,18 +111,20 @@ class SideTuner(nn.Module):
         for lateral in laterals:
             # Raises, with near names.
             self[lateral]
-        branch = build_branch(
-            self.base if taps is None else self.base.with_taps(taps),
-            side=side,
-            head=head,
-            merge=merge,
-            laterals=laterals,
-            prenorm=prenorm,
-            init=init,
-            side_options=side_options,
-            merge_options=merge_options,
-            head_options=head_options,
-        )
+        with contextlib.nullcontext() if seed is None else seeded(seed):
+            branch = build_branch(
+                self.base if taps is None else self.base.with_taps(taps),
+                side=side,
+                head=head,
+                merge=merge,
+                laterals=laterals,
+                prenorm=prenorm,
+                init=init,
+                problem=problem,
+                side_options=side_options,
+                merge_options=merge_options,
+                head_options=head_options,
+            )
         if taps and not branch.taps:
             raise TaskError(f"the side of task '{name}' reads no taps; leave taps= out, or use a side that does")
         branch.labels = None if labels is None else [str(label) for label in labels]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
 from sidetuning.errors import ArtifactError, DataError
 from sidetuning.loading import load
+from sidetuning.problems import Classes
 from sidetuning.sides.fit import resize
 from sidetuning.transforms import decode_image
 
@@ -30,12 +30,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """A task's most probable class for an image."""
+    """What a task says of an image: its most probable class, or each of its labels or numbers.
+
+    Attributes:
+        value: the probability, or the number itself where the task's problem is "numbers".
+    """
 
     image: str
     task: str
     label: str
-    probability: float
+    value: float
 
 
 def predict(settings: Settings) -> list[Answer]:
@@ -51,18 +55,22 @@ def predict(settings: Settings) -> list[Answer]:
     views = [batch, batch.flip(-1)] if averages_mirror_images(Path(settings.run)) else [batch]
     with torch.no_grad():
         each = [model.forward_all(view) for view in views]
-    if others := [task for task, out in each[0].items() if out.ndim != 2 or out.shape[1] < 2]:
+    if others := [task for task, out in each[0].items() if out.ndim != 2]:
         raise DataError(
-            f"the task {others[0]} of {settings.run} does not classify images; the run's report has pictures of dense "
-            "tasks"
+            f"the task {others[0]} of {settings.run} gives no answer to a whole image; the run's report has pictures of "
+            "dense tasks"
         )
-    outputs = {task: torch.stack([F.softmax(o[task], 1) for o in each]).mean(0) for task in model.tasks}
     answers = []
     for i, image in enumerate(settings.images):
-        for task, output in outputs.items():
-            probability, best = output[i].max(0)
-            labels = model[task].labels
-            answers.append(Answer(image, task, labels[int(best)] if labels else str(int(best)), float(probability)))
+        for task in model.tasks:
+            branch, seen = model[task], torch.stack([outputs[task][i] for outputs in each])
+            # Probabilities of classes are averaged over the views, other outputs as they are.
+            output = seen.softmax(1).mean(0).log() if type(branch.problem) is Classes else seen.mean(0)
+            shown = branch.problem.answers(output, branch.labels)
+            # Of classes one is right, of labels any number.
+            answers += [
+                Answer(image, task, *answer) for answer in (shown[:1] if type(branch.problem) is Classes else shown)
+            ]
     return answers
 
 
@@ -95,13 +103,13 @@ def main(settings: Settings) -> None:
     from rich.table import Table
 
     table = Table()
-    for column in ("image", "task", "answer", "probability"):
-        table.add_column(column, justify="right" if column == "probability" else "left")
+    for column in ("image", "task", "answer", "value"):
+        table.add_column(column, justify="right" if column == "value" else "left")
     last = ""
     for answer in predict(settings):
         if last and answer.image != last:
             table.add_section()
         image = "" if answer.image == last else answer.image
-        table.add_row(image, answer.task, answer.label, f"{answer.probability:.2f}")
+        table.add_row(image, answer.task, answer.label, f"{answer.value:.2f}")
         last = answer.image
     Console().print(table)

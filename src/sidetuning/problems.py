@@ -1,0 +1,244 @@
+"""What a task's targets mean: their loss, what of them counts, how a prediction is scored and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sidetuning.errors import DataError
+from sidetuning.registry import Registry
+
+# The target that cross-entropy ignores; numbers that are ignored are NaN.
+IGNORED = -100
+Metric = Callable[[Any, Tensor], Any]
+
+
+class Problem:
+    """One meaning of targets. Averages run over what counts: the targets that are not ignored."""
+
+    def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and target in the form that the loss takes.
+
+        Raises:
+            DataError: targets of another form, or out of range.
+        """
+        raise NotImplementedError
+
+    def counts(self, target: Tensor) -> Tensor:
+        """Which entries of a prepared target count, as booleans of its shape."""
+        raise NotImplementedError
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean loss over the entries of a prepared target that count; 0 where none does."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, Metric]:
+        """The scores that are reported by default, functions of (output, target) that return one number per entry."""
+        raise NotImplementedError
+
+    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
+        """What is shown of one sample's output: names with probabilities, or values; the first first."""
+        raise NotImplementedError
+
+
+PROBLEMS: Registry[Callable[[], Problem]] = Registry("problem")
+
+
+@PROBLEMS.register("classes")
+class Classes(Problem):
+    """One class of several, for a sample (b,) or each place of a map (b, h, w); -100 is ignored.
+
+    Targets are class numbers of any integer type, or probabilities of the output's shape.
+    """
+
+    def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        _check_batch(output, target, 2)
+        if target.is_floating_point():
+            ones = torch.ones(len(target), *target.shape[2:], dtype=target.dtype, device=target.device)
+            sums_to_one = target.shape == output.shape and torch.allclose(target.sum(1), ones, atol=1e-3)
+            if not sums_to_one or bool((target < 0).any()):
+                raise DataError(
+                    f"class numbers must be integers, not {target.dtype} {tuple(target.shape)}: targets.long(), or "
+                    "problem='numbers' (of images, 'pixels') for quantities"
+                )
+            return output, target.to(output.dtype)
+        if target.shape == output.shape and output.ndim == 2:
+            raise DataError(
+                f"targets {tuple(target.shape)} have a number for every class: give class numbers, targets.argmax(1), or "
+                "problem='labels' where several may be right"
+            )
+        target = target.long()
+        if target.shape == (len(output), 1):
+            target = target.squeeze(1)
+        wanted = (len(output), *output.shape[2:])
+        if target.shape != wanted:
+            raise DataError(f"an output {tuple(output.shape)} takes targets {wanted}, not {tuple(target.shape)}")
+        classes = output.shape[1]
+        wrong = target[((target < 0) | (target >= classes)) & (target != IGNORED)]
+        if len(wrong):
+            label = int(wrong.max())
+            raise DataError(f"the label {label} is out of range: the head has {classes} outputs, 0 … {classes - 1}")
+        return output, target
+
+    def counts(self, target: Tensor) -> Tensor:
+        if target.is_floating_point():
+            return torch.ones(len(target), *target.shape[2:], dtype=torch.bool, device=target.device)
+        return target != IGNORED
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point() or bool((target != IGNORED).any()):
+            return F.cross_entropy(output, target)
+        return 0.0 * output.sum()
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"accuracy": _right}
+
+    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
+        probabilities = output.float().softmax(0)
+        order = probabilities.argsort(descending=True).tolist()
+        return [(_name(labels, i), float(probabilities[i])) for i in order]
+
+
+@PROBLEMS.register("labels")
+class Labels(Problem):
+    """Any number of labels, each true or not: targets (b, labels) in 0 … 1; entries of -100 or NaN are ignored."""
+
+    def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        _check_batch(output, target, 2)
+        if output.shape[1] == 1 and target.shape == output.shape[:1]:
+            target = target.unsqueeze(1)
+        if target.shape != output.shape:
+            raise DataError(
+                f"an output {tuple(output.shape)} takes a target of 0 or 1 for each label, not {tuple(target.shape)}"
+            )
+        target = target.to(output.dtype)
+        target = torch.where(target == IGNORED, torch.nan, target)
+        if bool(((target < 0) | (target > 1)).any()):
+            raise DataError(f"labels are between 0 and 1; these go from {_range(target)}")
+        return output, target
+
+    def counts(self, target: Tensor) -> Tensor:
+        return ~target.isnan()
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        each = F.binary_cross_entropy_with_logits(output, target.nan_to_num(), reduction="none")
+        return _mean(each, self.counts(target))
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"accuracy": lambda output, target: (output > 0) == (target > 0.5)}
+
+    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
+        probabilities = output.float().sigmoid().tolist()
+        named = [(_name(labels, i), p) for i, p in enumerate(probabilities)]
+        return sorted(named, key=lambda answer: -answer[1])
+
+
+@PROBLEMS.register("numbers")
+class Numbers(Problem):
+    """Quantities of the output's shape, whole numbers too; NaN is ignored. The loss is the mean square error."""
+
+    def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        _check_batch(output, target, 1)
+        if output.shape == (*target.shape, 1):
+            target = target.unsqueeze(-1)
+        if target.shape != output.shape:
+            raise DataError(f"an output {tuple(output.shape)} takes as many numbers, not {tuple(target.shape)}")
+        return output, target.to(output.dtype)
+
+    def counts(self, target: Tensor) -> Tensor:
+        return ~target.isnan()
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return _mean((output - target.nan_to_num()).square(), self.counts(target))
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"mae": lambda output, target: (output - target).abs()}
+
+    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
+        return [(_name(labels, i), value) for i, value in enumerate(output.float().flatten().tolist())]
+
+
+@PROBLEMS.register("pixels")
+class Pixels(Numbers):
+    """Images of numbers (b, c, h, w), or (b, h, w) of one channel; NaN is ignored. The loss is the mean absolute error."""
+
+    def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if output.ndim == 4 and target.ndim == 3 and output.shape[1] == 1:
+            target = target.unsqueeze(1)
+        return super().prepare(output, target)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return _mean((output - target.nan_to_num()).abs(), self.counts(target))
+
+
+@PROBLEMS.register("tokens")
+class Tokens(Classes):
+    """A class for each token: outputs (b, t, c) or (b, c, t), targets (b, t); -100 is ignored."""
+
+    def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if output.ndim != 3 or target.ndim != 2:
+            raise DataError(
+                f"tokens have outputs (b, t, classes) and targets (b, t), not {tuple(output.shape)} and "
+                f"{tuple(target.shape)}"
+            )
+        last = output.shape[:2] == target.shape
+        return super().prepare(output.transpose(1, 2) if last else output, target)
+
+
+@PROBLEMS.register("span")
+class Span(Problem):
+    """First and last token of an answer: outputs (b, t, 2), targets (b, 2); a pair with -100 is ignored."""
+
+    def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if output.ndim != 3 or output.shape[2] != 2 or target.shape != (len(output), 2) or target.is_floating_point():
+            raise DataError(
+                f"spans have outputs (b, t, 2) and whole numbers (b, 2) as targets, not {tuple(output.shape)} and "
+                f"{tuple(target.shape)} {target.dtype}"
+            )
+        scores, target = Classes().prepare(output.transpose(1, 2).flatten(0, 1), target.long().flatten())
+        return scores.unflatten(0, (-1, 2)).transpose(1, 2), target.unflatten(0, (-1, 2))
+
+    def counts(self, target: Tensor) -> Tensor:
+        return (target != IGNORED).all(1)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        each = F.cross_entropy(output, target, reduction="none", ignore_index=IGNORED)
+        return _mean(each.mean(1), self.counts(target))
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"exact": lambda output, target: (output.argmax(1) == target).all(1)}
+
+    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
+        starts, ends = output.float().softmax(0).max(0)
+        return [(f"tokens {int(ends[0])} to {int(ends[1])}", float(starts.prod()))]
+
+
+def _right(output: Tensor, target: Tensor) -> Tensor:
+    """Where the highest output is the target's; soft targets count by their highest."""
+    right: Tensor = output.argmax(1) == (target.argmax(1) if target.shape == output.shape else target)
+    return right
+
+
+def _check_batch(output: Tensor, target: Tensor, dimensions: int) -> None:
+    if output.ndim < dimensions or target.ndim == 0 or len(target) != len(output):
+        raise DataError(
+            f"an output {tuple(output.shape)} and targets {tuple(target.shape)} do not belong together; choose another head "
+            "or problem"
+        )
+
+
+def _mean(each: Tensor, counts: Tensor) -> Tensor:
+    return (each * counts).sum() / counts.sum().clamp(min=1)
+
+
+def _name(labels: Sequence[str] | None, i: int) -> str:
+    return labels[i] if labels else str(i)
+
+
+def _range(values: Tensor) -> str:
+    seen = values[~values.isnan()]
+    return f"{float(seen.min()):g} to {float(seen.max()):g}"

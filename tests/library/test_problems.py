@@ -1,0 +1,324 @@
+"""What a target means decides its loss, what counts, its metrics and how it is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sidetuning as st
+from conftest import conv_base, inputs, map_base, mlp_base, sequence_base
+
+NAN = float("nan")
+
+
+def model_with(problem: str | None, head: Any = 3, base: st.Base | None = None, **options: Any) -> st.SideTuner:
+    model = st.SideTuner(base or mlp_base())
+    model.add_task("t", side="mlp", head=head, problem=problem, seed=0, **options)
+    return model
+
+
+X = inputs("mlp", 12)
+CLASSES = torch.arange(12) % 3
+
+
+@pytest.mark.parametrize(
+    ("problem", "head", "targets"),
+    [
+        ("classes", 3, CLASSES),
+        ("classes", 3, CLASSES.int()),
+        ("classes", 3, CLASSES.to(torch.uint8)),
+        ("classes", 3, CLASSES[:, None]),
+        ("classes", 3, F.one_hot(CLASSES, 3).float()),
+        ("labels", 3, F.one_hot(CLASSES, 3)),
+        ("labels", 3, F.one_hot(CLASSES, 3).bool()),
+        ("labels", 1, CLASSES % 2),
+        ("labels", 2, torch.where(torch.rand(12, 2) < 0.2, NAN, (torch.rand(12, 2) < 0.5).float())),
+        ("numbers", 1, torch.arange(20, 32)),
+        ("numbers", 1, torch.arange(12.0) * 7),
+        ("numbers", 2, torch.stack([torch.arange(12.0), torch.full((12,), NAN)], 1)),
+    ],
+)
+def test_every_form_of_targets_is_learned(problem: str, head: int, targets: Tensor) -> None:
+    model = model_with(problem, head)
+    loader = [(X, targets)]
+    before = st.evaluate(model, "t", loader)
+    st.fit(model, "t", loader, steps=60, lr=2e-2, progress=False)
+    after = st.evaluate(model, "t", loader)
+    assert after["loss"] < 0.5 * before["loss"] and after["samples"] == 12
+    assert after.keys() - {"loss", "samples"} == {"mae" if problem == "numbers" else "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("problem", "head", "targets", "sentence"),
+    [
+        ("classes", 3, CLASSES.float(), "class numbers must be integers.*'numbers'"),
+        ("classes", 3, F.one_hot(CLASSES, 3), r"argmax\(1\), or problem='labels'"),
+        ("classes", 3, CLASSES + 1, "label 3 is out of range"),
+        ("classes", 3, CLASSES[:5], "do not belong together"),
+        ("classes", 3, torch.zeros(12, 2, dtype=torch.long), r"takes targets \(12,\), not \(12, 2\)"),
+        ("labels", 3, CLASSES, "for each label"),
+        ("labels", 3, torch.randint(0, 5, (12, 3)) + 2, "between 0 and 1"),
+        ("numbers", 2, torch.zeros(12), r"takes as many numbers, not \(12,\)"),
+        ("span", 2, CLASSES, "spans have outputs"),
+        ("tokens", 3, CLASSES, "tokens have outputs"),
+    ],
+)
+def test_targets_of_another_form_are_a_sentence(problem: str, head: int, targets: Tensor, sentence: str) -> None:
+    model = model_with(problem, head)
+    for call in (st.fit, st.evaluate):
+        with pytest.raises(st.DataError, match=sentence):
+            call(model, "t", [(X, targets)], **({"progress": False} if call is st.fit else {}))  # type: ignore[operator]
+
+
+def test_averages_run_over_what_counts_whatever_the_batches_are() -> None:
+    model = model_with("classes")
+    targets = model(X, "t").argmax(1)
+    targets[[0, 1, 2, 3, 7]] = -100
+    numbers = model_with("numbers")
+    wanted = numbers(X, "t").detach() + torch.arange(12.0)[:, None]
+    wanted[:3] = NAN
+    for batch in (12, 5, 1):
+        found = st.evaluate(model, "t", DataLoader(TensorDataset(X, targets), batch_size=batch))  # type: ignore[arg-type]
+        assert found["accuracy"] == 1.0 and found["loss"] == pytest.approx(
+            F.cross_entropy(model(X, "t"), targets).item()
+        )
+        found = st.evaluate(numbers, "t", DataLoader(TensorDataset(X, wanted), batch_size=batch))  # type: ignore[arg-type]
+        assert found["mae"] == pytest.approx(7.0, rel=1e-5) and found["loss"] == pytest.approx(55.6667, rel=1e-4)
+    nothing = torch.full((12,), -100)
+    before = {k: v.clone() for k, v in model["t"].state_dict().items()}
+    st.fit(model, "t", [(X, nothing)], steps=2, progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in model["t"].state_dict().items())
+
+
+@pytest.mark.parametrize("tokens", [3, 5, 6])
+@pytest.mark.parametrize("last", [True, False])
+def test_tokens_have_their_classes_first_or_last(tokens: int, last: bool) -> None:
+    class PerToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 5)
+
+        def forward(self, code: Tensor) -> Tensor:
+            out: Tensor = self.linear(code)
+            return out if last else out.transpose(1, 2)
+
+    model = model_with("tokens", PerToken(), sequence_base())
+    x = {"input_ids": torch.randint(0, 50, (4, tokens)), "attention_mask": torch.ones(4, tokens, dtype=torch.long)}
+    targets = model(x, "t").argmax(2 if last else 1)
+    targets[0, 0] = -100
+    if tokens == 5 and not last:
+        pytest.skip("as many tokens as classes: the classes are taken to be last")
+    assert st.evaluate(model, "t", [{**x, "labels": targets}])["accuracy"] == 1.0
+    st.fit(model, "t", [{**x, "labels": targets}], steps=1, progress=False)
+
+
+def test_spans_and_pixels() -> None:
+    model = model_with(None, "span", sequence_base())
+    x = inputs("sequence")
+    assert isinstance(x, dict)
+    targets = model(x, "t").argmax(1)
+    targets[1, 0] = -100
+    assert st.evaluate(model, "t", [{**x, "labels": targets}])["exact"] == 1.0
+    images = model_with("pixels", "pixels", map_base())
+    depth = images(inputs("map"), "t").detach() + 2
+    depth[:, :, :7] = NAN
+    for given in (depth, depth[:, 0]):
+        assert st.evaluate(images, "t", [(inputs("map"), given)])["mae"] == pytest.approx(2.0, rel=1e-4)
+
+
+def test_metrics_of_every_kind_are_averaged_right() -> None:
+    model = model_with("classes")
+    targets = model(X, "t").argmax(1)
+    mean = lambda output, target: (output.argmax(1) == target).float().mean()  # noqa: E731
+    metrics = {"mean": mean, "number": lambda *given: float(mean(*given)), "each": st.accuracy}
+    for batch in (12, 5):
+        found = st.evaluate(model, "t", DataLoader(TensorDataset(X, targets), batch_size=batch), metrics=metrics)  # type: ignore[arg-type]
+        assert [found[name] for name in metrics] == [1.0, 1.0, 1.0]
+    numbers, wanted = model_with("numbers"), torch.rand(12, 3)
+    expected = (numbers(X, "t") - wanted).abs().mean().item()
+    for each in (lambda o, y: (o - y).abs(), lambda o, y: (o - y).abs().mean(1), lambda o, y: (o - y).abs().mean()):
+        assert st.evaluate(numbers, "t", [(X, wanted)], metrics={"mae": each})["mae"] == pytest.approx(expected)
+    with pytest.raises(st.DataError, match="return one number for each"):
+        st.evaluate(numbers, "t", [(X, wanted)], metrics={"odd": lambda o, y: torch.ones(5)})
+
+
+class Running:
+    """As the metrics of torchmetrics are used."""
+
+    def __init__(self) -> None:
+        self.right, self.total = 0, 0
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        self.right += int((output.argmax(1) == target).sum())
+        self.total += len(target)
+
+    def compute(self) -> float:
+        return self.right / self.total
+
+    def reset(self) -> None:
+        self.right, self.total = 0, 0
+
+
+def test_metrics_that_keep_a_state_are_updated_and_reset() -> None:
+    model = model_with("classes")
+    loader = DataLoader(TensorDataset(X, CLASSES), batch_size=5)  # type: ignore[arg-type]
+    running = Running()
+    expected = st.evaluate(model, "t", loader)["accuracy"]
+    for _ in range(2):
+        assert st.evaluate(model, "t", loader, metrics={"running": running})["running"] == expected
+    assert running.total == 0
+
+
+class Prototypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, code: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(code @ self.points.T, target)
+
+
+def test_a_loss_of_ones_own_replaces_the_problems_and_learns() -> None:
+    model, loss = model_with(None, 8), Prototypes()
+    before = loss.points.detach().clone()
+    result = st.fit(model, "t", [(X, CLASSES)], steps=30, lr=0.05, loss=loss, progress=False)
+    assert not torch.equal(before, loss.points) and result.losses[-1] < 0.5 * result.losses[0]
+    one = model_with(None, 1)
+    bce = lambda o, y: F.binary_cross_entropy_with_logits(o.squeeze(1), y.float())  # noqa: E731
+    st.fit(one, "t", [(X, CLASSES % 2)], steps=1, loss=bce, progress=False)
+    st.fit(
+        one,
+        "t",
+        [(X, CLASSES * 7 + 20)],
+        steps=1,
+        loss=lambda o, y: F.mse_loss(o.squeeze(1), y.float()),
+        progress=False,
+    )
+    checked = model_with("labels", 3)
+    with pytest.raises(st.DataError, match="for each label"):
+        st.fit(checked, "t", [(X, CLASSES)], loss=bce, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "sentence"),
+    [
+        (
+            F.binary_cross_entropy_with_logits,
+            F.one_hot(CLASSES, 3),
+            r"the loss does not take an output \(12, 3\).*int64",
+        ),
+        (nn.CrossEntropyLoss(reduction="none"), CLASSES, "reduction='mean'"),
+        (F.mse_loss, torch.zeros(12, 4), r"compares an output \(12, 3\) with a target \(12, 4\)"),
+        (nn.L1Loss(), torch.zeros(12), r"with a target \(12,\); they differ"),
+        (nn.CrossEntropyLoss(), CLASSES + 3, "label 5 is out of range"),
+        (nn.CrossEntropyLoss(ignore_index=9), CLASSES + 3, "label 5 is out of range"),
+    ],
+)
+def test_what_a_loss_does_not_take_is_a_sentence(loss: Any, targets: Tensor, sentence: str) -> None:
+    with pytest.raises(st.DataError, match=sentence):
+        st.fit(model_with(None), "t", [(X, targets)], loss=loss, progress=False)
+
+
+def test_ignored_classes_of_a_loss_are_its_own() -> None:
+    model, targets = model_with(None), CLASSES.clone()
+    targets[:4] = 255
+    loss = nn.CrossEntropyLoss(ignore_index=255)
+    found = st.evaluate(model, "t", DataLoader(TensorDataset(X, targets), batch_size=5), loss=loss)  # type: ignore[arg-type]
+    assert found["loss"] == pytest.approx(loss(model(X, "t"), targets).item())
+
+
+@pytest.mark.parametrize(
+    ("batches", "sentence"),
+    [
+        (TensorDataset(X, CLASSES), "is a data set, and batches are wanted"),  # type: ignore[arg-type]
+        ([(X, CLASSES, CLASSES * 0)], "features given"),
+        ([(X,)], "a batch is .*not a tuple of 1"),
+        ([X], "a batch is"),
+        ([(["a", "b"], CLASSES)], "inputs of a batch are a list of 2, not a tensor"),
+        ([(X, None)], "targets of a batch are a NoneType"),
+    ],
+)
+def test_what_is_no_batch_is_a_sentence(batches: Any, sentence: str) -> None:
+    for call in (st.fit, st.evaluate):
+        with pytest.raises(st.SideTuningError, match=sentence):
+            call(model_with(None), "t", batches, **({"steps": 1, "progress": False} if call is st.fit else {}))  # type: ignore[operator]
+
+
+def test_numpy_and_double_precision_are_taken() -> None:
+    assert isinstance(X, Tensor)
+    model = model_with(None)
+    for x in (X.numpy(), X.double(), X.double().numpy()):
+        st.fit(model, "t", [(x, CLASSES.numpy())], steps=1, progress=False)
+        st.evaluate(model, "t", [(x, CLASSES.numpy())])
+
+
+def test_the_problem_is_saved_and_unknown_ones_come_with_near_names(tmp_path: Path) -> None:
+    model = model_with("numbers", 2)
+    model.save_task("t", tmp_path)
+    again = st.load(tmp_path, base=mlp_base())
+    assert again["t"].config.problem == "numbers"
+    with pytest.raises(st.DataError, match="takes as many numbers"):
+        st.fit(again, "t", [(X, CLASSES)], progress=False)
+    with pytest.raises(st.UnknownNameError, match=r"problem 'numbrs'.*'numbers'"):
+        model_with("numbrs")
+
+
+def test_an_optimizers_own_weight_decay_is_kept_and_merges_have_none() -> None:
+    seen: list[float] = []
+
+    def adamw(groups: Any, lr: float) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.5)
+        seen.extend(group["weight_decay"] for group in optimizer.param_groups)
+        return optimizer
+
+    model = model_with(None)
+    st.fit(model, "t", [(X, CLASSES)], steps=1, optimizer=adamw, progress=False)
+    st.fit(model, "t", [(X, CLASSES)], steps=1, optimizer=adamw, weight_decay=0.1, progress=False)
+    assert seen == [0.5, 0.0, 0.1, 0.0]
+
+
+def test_a_plateau_follows_the_validation() -> None:
+    plateau = lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1)  # noqa: E731
+    with pytest.raises(st.TaskError, match="give validate="):
+        st.fit(model_with(None), "t", [(X, CLASSES)], scheduler=plateau, progress=False)
+    held: list[torch.optim.lr_scheduler.ReduceLROnPlateau] = []
+    st.fit(
+        model_with(None), "t", [(X, CLASSES)], epochs=12, lr=0.5, validate=[(X, CLASSES.flip(0))], progress=False,
+        scheduler=lambda optimizer: held.append(plateau(optimizer)) or held[0],  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    assert held[0].get_last_lr()[0] < 0.5
+
+
+def test_fitting_again_draws_other_orders_and_a_seed_repeats_the_script() -> None:
+    def script() -> tuple[list[Any], dict[str, Tensor]]:
+        orders: list[Any] = []
+
+        class Data(TensorDataset):
+            def __getitem__(self, i: int) -> Any:
+                orders.append(i)
+                return super().__getitem__(i)
+
+        model = st.SideTuner(mlp_base())
+        model.add_task("t", side="mlp", head=3, seed=5)
+        for _ in range(3):
+            loader = DataLoader(Data(X, CLASSES), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+            st.fit(model, "t", loader, epochs=1, progress=False)
+        return [tuple(orders[i : i + 12]) for i in range(0, 36, 12)], model["t"].state_dict()
+
+    first, weights = script()
+    torch.rand(7)
+    second, again = script()
+    assert len(set(first)) == 3 and first == second and all(torch.equal(v, again[k]) for k, v in weights.items())
+
+
+def test_conv_base_reads_uint8() -> None:
+    model = st.SideTuner(conv_base())
+    model.add_task("t", side="fcn4", head=2, problem="labels")
+    x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    st.fit(model, "t", [{"x": x, "labels": torch.ones(4, 2)}], steps=1, progress=False)
