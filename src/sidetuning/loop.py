@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from sidetuning.errors import TaskError, TrainingError
 from sidetuning.files import atomic_write
 from sidetuning.launch import default_accelerator
+from sidetuning.processes import Shares, add_gradients, weighted, whole_batch_norms
 from sidetuning.seeding import mix, seed_all, seed_loader, seeded
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def train(
     """Minimise `objective(batch)` over the batches of `loader` for `steps` optimiser steps.
 
     Args:
-        objective: a module whose `forward(batch)` returns a scalar loss; what it returns is averaged over processes.
-        loader: gives batches; read from its start again whenever it ends. A `DataLoader` is sharded over processes.
+        objective: a module whose `forward(batch)` returns the mean loss of a batch, or that and its weight in a mean
+            over several, by default its number of rows.
+        loader: gives batches; read from its start again whenever it ends. Processes share the rows of each batch.
         optimizer: already built over the parameters to train.
         steps: optimiser steps in all, those of an interrupted run included.
         scheduler: stepped once per optimiser step.
@@ -100,7 +102,8 @@ def train(
     position = Position(
         seed=seed, steps=steps, label=label, optimizer=_description(optimizer, scheduler), epoch=first_epoch
     )
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    # Gradients are added up below, whatever the objective uses of its parameters.
+    wrapped, optimizer = accelerator.prepare_model(objective, evaluation_mode=True), accelerator.prepare(optimizer)
     state = State(None if resume is None else Path(resume), position, objective, optimizer, scheduler)
     run = _Run(wrapped, state, clip, accelerator, validate, _bar(progress, steps, position.step, accelerator))
     try:
@@ -130,6 +133,8 @@ class _Run:
         # Other parameters may hold gradients of earlier tasks.
         optimised = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
         self.trained = [p for p in wrapped.parameters() if id(p) in optimised]
+        # Whether the rows of this process count in the batch.
+        self.counting = [True]
         self.saved = time.monotonic()
         self.started = self.saved - self.at.seconds
 
@@ -137,16 +142,13 @@ class _Run:
         """Pass over the loader until all steps are done."""
         at, objective = self.at, self.state.objective
         objective.train()
-        # One process reads the loader as it is: accelerate's fetches a batch ahead, so what data and objective draw
-        # would come in another order after an interruption.
-        many = self.accelerator.num_processes > 1 and isinstance(loader, torch.utils.data.DataLoader)
-        batches = self.accelerator.prepare(loader) if many else loader
+        shares = Shares(loader, self.accelerator)
         while at.step < at.steps:
             seed_all(mix(at.seed, at.epoch))
             seed_loader(loader, mix(at.seed, at.epoch))
-            iterator = self.resumed(iter(batches))
+            iterator = self.resumed(shares.read())
             before = at.batch
-            for batch in iterator:
+            for batch, self.counting[0] in iterator:
                 self.step(batch)
                 if at.step == at.steps:
                     break
@@ -178,12 +180,14 @@ class _Run:
         accelerator, optimizer, scheduler = self.accelerator, self.state.optimizer, self.state.scheduler
         # Running statistics, which the forward pass already moves.
         buffers = [(b, b.clone()) for b in self.wrapped.buffers()]
-        with accelerator.autocast():
-            loss = self.wrapped(send_to_device(batch, accelerator.device))
-        value = float(accelerator.reduce(loss.detach(), "mean"))
+        with accelerator.autocast(), whole_batch_norms(self.wrapped, accelerator, self.counting):
+            out = self.wrapped(send_to_device(batch, accelerator.device))
+        loss, weight = out if isinstance(out, tuple) else (out, torch.ones((), device=accelerator.device))
+        loss, value = weighted(loss, weight * self.counting[0], accelerator)
         self.finite("loss", value, buffers)
         optimizer.zero_grad()
         accelerator.backward(loss)
+        add_gradients(self.trained, accelerator)
         norm = accelerator.clip_grad_norm_(self.trained, math.inf if self.clip is None else self.clip)
         # A scaler skips such steps by itself.
         if accelerator.scaler is None and norm is not None:

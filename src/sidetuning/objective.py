@@ -70,14 +70,16 @@ class Objective(nn.Module):
         # A tuple: torch would register the model.
         self._task = (model, task)
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The mean loss of a batch, and its weight in a mean over several."""
         model, task = self._task
         x, features, y = unpack(batch)
         low = self.precision == "bf16"
         with torch.autocast(y.device.type, torch.bfloat16) if low else contextlib.nullcontext():
             output = model(x, task, features=features)
         output = output.float() if low else output
-        return loss_of(output, y, self.loss, self.problem)[0] + self.penalty()
+        value, _, counts = loss_of(output, y, self.loss, self.problem)
+        return value + self.penalty(), weight_of(self.loss, y, counts)
 
 
 def loss_of(
@@ -101,6 +103,11 @@ def loss_of(
         raise DataError(
             f"the loss compares an output {tuple(output.shape)} with a target {tuple(target.shape)}; they differ"
         )
+    whole = not target.is_floating_point()
+    counts = target != ignored if whole and _of_classes(loss) else torch.ones(len(target), dtype=torch.bool)
+    counts = counts.to(target.device)
+    if not bool(counts.any()):
+        return 0.0 * output.sum(), (output, target), counts
     try:
         value = torch.as_tensor(loss(output, target))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -110,9 +117,15 @@ def loss_of(
         ) from error
     if value.numel() != 1:
         raise DataError(f"the loss returns {tuple(value.shape)}, not one number: take its mean, reduction='mean'")
-    whole = not target.is_floating_point()
-    counts = target != ignored if whole and _of_classes(loss) else torch.ones(len(target), dtype=torch.bool)
-    return value.squeeze(), (output, target), counts.to(target.device)
+    return value.squeeze(), (output, target), counts
+
+
+def weight_of(loss: Loss | None, target: Tensor, counts: Tensor) -> Tensor:
+    """What a batch weighs in a mean over several: how many of its targets count, or the sum of their classes' weights."""
+    given = loss.keywords.get("weight") if isinstance(loss, partial) else getattr(loss, "weight", None)
+    if loss is not None and _of_classes(loss) and isinstance(given, Tensor) and not target.is_floating_point():
+        return given.to(target.device)[target[counts]].sum()
+    return counts.sum()
 
 
 def _is(loss: Loss, kinds: tuple[Any, ...]) -> bool:

@@ -23,8 +23,10 @@ from sidetuning.objective import (
     loss_of,
     parameter_groups,
     unpack,
+    weight_of,
 )
 from sidetuning.problems import Problem
+from sidetuning.processes import Shares
 from sidetuning.tuner import SideTuner
 
 if TYPE_CHECKING:
@@ -166,7 +168,6 @@ def evaluate(
     Raises:
         DataError: targets that the problem does not take, no batches, or a metric of another shape.
     """
-    from accelerate.data_loader import prepare_data_loader
     from accelerate.utils import send_to_device
 
     check_loader(loader)
@@ -177,17 +178,14 @@ def evaluate(
     problem = branch.problem if isinstance(branch, Branch) else None
     modes = [(module, module.training) for module in branch.modules()]
     branch.eval()
-    batches: Any = loader
-    if isinstance(loader, torch.utils.data.DataLoader) and accelerator.num_processes > 1:
-        # Batches are not filled up with samples of others, which would count twice.
-        batches = prepare_data_loader(loader, put_on_device=False, split_batches=True, even_batches=False)
     scores = Scores(metrics)
     try:
-        for batch in batches:
+        for batch, counting in Shares(loader, accelerator).read():
             x, features, y = unpack(send_to_device(batch, accelerator.device))
             output = model(x, task, features=features)
             value, given, counts = loss_of(output, y, loss, problem if loss is None else None)
-            scores.add(value, given, counts, problem if loss is None else None)
+            weight = weight_of(loss, y, counts) * counting
+            scores.add(value, weight, given, counts & counting, problem if loss is None else None, counting)
     finally:
         for module, training in modes:
             module.training = training
@@ -202,17 +200,27 @@ class Scores:
         self.sums: dict[str, float] = {"loss": 0.0, "samples": 0.0}
         self.weights: dict[str, float] = {"loss": 0.0}
 
-    def add(self, loss: Tensor, given: tuple[Any, Tensor], counts: Tensor, problem: Problem | None) -> None:
-        """Add a batch: its mean loss, its output and target, and which targets count."""
+    def add(
+        self,
+        loss: Tensor,
+        weight: Tensor,
+        given: tuple[Any, Tensor],
+        counts: Tensor,
+        problem: Problem | None,
+        counting: bool,
+    ) -> None:
+        """Add a batch: its mean loss and its weight, its output and target, which targets count, and whether it does."""
         output, target = given
         if self.metrics is None:
             classes = isinstance(output, Tensor) and target.dtype == torch.int64 and output.ndim == target.ndim + 1
             self.metrics = problem.metrics() if problem is not None else {"accuracy": accuracy} if classes else {}
-        self.sums["samples"] += len(target)
-        self._count("loss", loss, counts)
+        self.sums["samples"] += len(target) * counting
+        self.sums["loss"] += float(loss) * float(weight)
+        self.weights["loss"] += float(weight)
         for name, metric in self.metrics.items():
             if hasattr(metric, "update") and hasattr(metric, "compute"):
-                metric.update(output, target)
+                # A row that stands in for an empty share is no sample.
+                metric.update(*given if counting else (output[:0], target[:0]))
             else:
                 self._count(name, metric(output, target), counts)
 
@@ -242,7 +250,9 @@ class Scores:
         totals = accelerator.reduce(torch.tensor(rows, dtype=torch.float64, device=accelerator.device), "sum").tolist()
         if totals[-1][0] == 0:
             raise DataError("the loader gave no batch: its data set is empty, or its iterator was used up")
-        averages = {name: total / max(weight, 1.0) for name, (total, weight) in zip(names, totals, strict=False)}
+        averages = {
+            name: total / weight if weight else 0.0 for name, (total, weight) in zip(names, totals, strict=False)
+        }
         found = {name: m for name, m in (self.metrics or {}).items() if hasattr(m, "update") and hasattr(m, "compute")}
         for name, metric in found.items():
             averages[name] = float(metric.compute())

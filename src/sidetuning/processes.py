@@ -1,0 +1,163 @@
+"""Several processes learn what one would: they share the rows of each batch, and add up what they find.
+
+Losses are weighted by what counts in each share, so short batches, class weights and ignored targets change nothing;
+gradients are added before the step, and batch norms see the whole batch. There is no wrapper around the network, so
+parameters that a batch does not use stop nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Shares:
+    """A loader's batches, each process with its share of the rows of each; iterates over (batch, whether it counts).
+
+    A batch with fewer rows than there are processes leaves some of them one row that does not count. Loaders that are
+    not over a data set with an index give each process the whole batch, which gives the same means.
+    """
+
+    def __init__(self, loader: Iterable[Any], accelerator: Accelerator) -> None:
+        self.loader, self.counting = loader, deque[bool]()
+        self.process, self.processes = accelerator.process_index, accelerator.num_processes
+        if self.processes > 1 and isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            self.loader = DataLoader(
+                loader.dataset,
+                batch_sampler=self,  # type: ignore[arg-type]
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+                worker_init_fn=loader.worker_init_fn,
+                generator=loader.generator,
+            )
+            self.batches: Any = loader.batch_sampler if loader.batch_sampler is not None else _Singles(loader.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Rows of this process, as a batch sampler gives them. The first process draws the order for all."""
+        drawn = [[list(rows) for rows in self.batches] if self.process == 0 else None]
+        dist.broadcast_object_list(drawn)
+        for rows in drawn[0] or []:
+            mine = rows[self.process :: self.processes]
+            self.counting.append(bool(mine))
+            yield mine or rows[:1]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def read(self) -> Iterator[tuple[Any, bool]]:
+        """The batches of one pass."""
+        self.counting.clear()
+        shared = getattr(self.loader, "batch_sampler", None) is self
+        for batch in self.loader:
+            # Of batches that all processes read, one of them counts.
+            yield batch, self.counting.popleft() if shared else self.process == 0
+
+
+class _Singles:
+    """The rows of a loader without batches."""
+
+    def __init__(self, sampler: Iterable[int]) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([row] for row in self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
+def weighted(loss: Tensor, weight: Tensor, accelerator: Accelerator) -> tuple[Tensor, float]:
+    """This process's part of the mean over all, to go backward from, and the mean itself."""
+    if accelerator.num_processes == 1:
+        return loss, float(loss.detach())
+    weight = weight.to(loss.dtype)
+    both = accelerator.reduce(torch.stack([(loss.detach() * weight), weight]), "sum")
+    return loss * weight / both[1].clamp(min=torch.finfo(loss.dtype).tiny), float(both[0] / both[1].clamp(min=1e-30))
+
+
+@torch.no_grad()
+def add_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Add up the gradients of all processes; a parameter that none of them used keeps none."""
+    if accelerator.num_processes == 1 or not parameters:
+        return
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=accelerator.device)
+    flat = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().double() for p in parameters]
+    total = accelerator.reduce(torch.cat([*flat, used.double()]), "sum")
+    *parts, counts = total.split([*(p.numel() for p in parameters), len(used)])
+    for p, part, count in zip(parameters, parts, counts.tolist(), strict=True):
+        p.grad = part.view_as(p).to(p.dtype) if count else None
+
+
+@contextlib.contextmanager
+def whole_batch_norms(module: nn.Module, accelerator: Accelerator, counting: list[bool]) -> Iterator[None]:
+    """Let batch norms see the batch of all processes inside the block; `counting[0]` says whether this one's rows count."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if accelerator.num_processes > 1:
+        for norm in norms:
+            norm.forward = _Whole(norm, counting)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.__dict__.pop("forward", None)
+
+
+class _Whole:
+    """The forward pass of a batch norm over the rows of all processes."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, counting: list[bool]) -> None:
+        self.norm, self.counting = norm, counting
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if not norm.training:
+            return type(norm).forward(norm, x)
+        rows = x.transpose(0, 1).flatten(1).double()
+        if not self.counting[0]:
+            rows = rows[:, :0]
+        own = torch.stack([rows.new_full((len(rows),), rows.shape[1]), rows.sum(1), rows.square().sum(1)])
+        count, total, squares = _Sum.apply(own).unbind()
+        if float(count[0].detach()) <= 1:
+            return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        mean = total / count
+        variance = squares / count - mean.square()
+        if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
+            with torch.no_grad():
+                norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+                share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)  # type: ignore[arg-type]
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+                unbiased = variance * count / (count - 1)
+                norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        out = (x - mean.view(shape)) / (variance.view(shape) + norm.eps).sqrt()
+        if norm.weight is not None:
+            out = out * norm.weight.view(shape) + norm.bias.view(shape)
+        return out.to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total

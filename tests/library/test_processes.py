@@ -1,0 +1,90 @@
+"""Two processes learn and score what one does, whatever the batches, losses and parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch, torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import sidetuning as st
+from accelerate import PartialState
+from conftest import conv_base, inputs, mlp_base, sequence_base
+
+def data(n, ignored=0):
+    y = torch.arange(n) % 3
+    y[:ignored] = -100
+    return TensorDataset(inputs("mlp", n), y)
+
+def images(n):
+    return TensorDataset(inputs("conv", n), torch.arange(n) % 3)
+
+def texts(n):
+    x = inputs("sequence", n)
+    return [{**{k: v[i] for k, v in x.items()}, "labels": torch.tensor(i % 3)} for i in range(n)]
+
+weights = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 10.0, 100.0]))
+mlp = dict(side="mlp")
+cases = {
+    "short": (mlp_base(), mlp, data(10), {}),
+    "one left": (mlp_base(), mlp, data(9), {}),
+    "weights": (mlp_base(), mlp, data(10), {"loss": weights}),
+    "ignored": (mlp_base(), mlp, data(10, ignored=4), {}),
+    "all of a share ignored": (mlp_base(), mlp, data(6, ignored=5), {}),
+    "own loss": (mlp_base(), mlp, data(10), {"loss": lambda o, y: F.cross_entropy(2 * o, y.clamp(min=0))}),
+    "batch norms": (conv_base(("2", "4")), dict(side="fusion"), images(9), {}),
+    "merge norms": (conv_base(), dict(side="mlp", merge="mlp2"), images(9), {}),
+    "unused gate": (mlp_base(), dict(side="ladder", taps=("0",)), data(10), {}),
+    "copy": (sequence_base(), dict(side="copy"), texts(9), {}),
+    "a list of batches": (conv_base(("2", "4")), dict(side="fusion"), [images(5)[:], images(4)[:]], {}),
+}
+found = {}
+for name, (base, parts, rows, how) in cases.items():
+    model = st.SideTuner(base)
+    model.add_task("t", head=3, seed=0, **parts)
+    loader = rows if name == "a list of batches" else DataLoader(rows, batch_size=4, shuffle=True)
+    # Adam would make whole steps of rounding errors, where a gradient is 0: of a bias before a batch norm, say.
+    optimizer = torch.optim.AdamW if name == "short" else torch.optim.SGD
+    result = st.fit(model, "t", loader, steps=7, lr=1e-2, optimizer=optimizer, progress=False, **how)
+    state = [float(v.double().sum()) for v in model["t"].state_dict().values()]
+    scores = st.evaluate(model, "t", loader, loss=how.get("loss"))
+    found[name] = {"losses": result.losses, "weights": state, "scores": list(scores.values())}
+if PartialState().is_main_process:
+    print("RESULT" + json.dumps([PartialState().num_processes, found]))
+"""
+
+
+def run(folder: Path, *launch: str) -> tuple[int, dict[str, Any]]:
+    (folder / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, *launch, str(folder / "script.py"), str(Path(__file__).parents[1])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert done.returncode == 0 and len(lines) == 1, done.stderr[-3000:]
+    processes, found = json.loads(lines[0].removeprefix("RESULT"))
+    return processes, found
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    one, expected = run(tmp_path)
+    two, found = run(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert (one, two) == (1, 2)
+    for name, numbers in expected.items():
+        for what, values in numbers.items():
+            assert found[name][what] == pytest.approx(values, rel=1e-4, abs=2e-6), (name, what)
