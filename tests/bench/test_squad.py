@@ -48,7 +48,7 @@ def test_a_side_learns_to_answer_and_can_be_asked(
     shown = f"squad --data {questions_folder} --base hf:{encoder} --length 48 --stride 8 --cache cache --no-progress"
     main(["bench", *f"{shown} --epochs 40 --lr 5e-3 --out run sidetune --width 16".split()])
     printed = capfd.readouterr()
-    assert "F1" in printed.out and "Loading" not in printed.err
+    assert "F1, %: " in printed.out and "Loading" not in printed.err
     result = json.loads(Path("run/result.json").read_text())
     # A model that never answers scores 33.
     assert result["scores"]["f1"] > 90 and result["scores"]["no_answer"] > 80

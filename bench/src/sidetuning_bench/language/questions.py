@@ -217,6 +217,10 @@ class Windows:
         """Tokens of each window."""
         return np.array([len(ids) for ids in self.ids])
 
+    def __getitems__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], None, Tensor]:
+        """A batch `(inputs, no features, labels)`."""
+        return self.batch(rows), None, torch.from_numpy(self.labels[list(rows)])
+
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Windows padded to the longest of them, as transformers take them."""
         ids = [torch.from_numpy(self.ids[row]).long() for row in rows]
