@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ import pytest
 
 pytest.importorskip("vizdoom", reason="the Doom engine is an extra")
 
-from sidetuning.errors import DataError, EngineError
+from sidetuning.errors import DataError
 from sidetuning_bench.doom import frames as doom
 from sidetuning_bench.doom import labels as dense_labels
-from sidetuning_bench.doom.engine import engine, freedoom
+from sidetuning_bench.doom.engine import EngineError, engine, freedoom
 from sidetuning_bench.doom.labels import Geometry
 from sidetuning_bench.doom.map import CEILING, FLOOR, LINE, SECTOR, SIDE, SKY, VERTEX, WALL, Camera, DoomMap, load_map
 
@@ -46,7 +47,7 @@ def level(*rooms, sky=False):
     add(2 * len(rooms) + 1, 2 * len(rooms), len(rooms) - 1)
     texture = b"F_SKY1" if sky else b"CEIL1"
     sectors = [(f, c, b"FLOOR1", texture, 160, 0, 0) for _, f, c in rooms]
-    return DoomMap(vertices, np.array(lines, LINE), np.array(sides, SIDE), np.array(sectors, SECTOR))
+    return DoomMap.of(vertices, np.array(lines, LINE), np.array(sides, SIDE), np.array(sectors, SECTOR))
 
 
 def test_a_room_of_known_size():
@@ -357,6 +358,26 @@ def test_an_engine_that_dies_is_told_in_a_sentence(tmp_path, monkeypatch):
             game.make_action([1])
 
 
+def test_the_world_needs_no_torch() -> None:
+    names = ", ".join(
+        f"sidetuning_bench.doom.{name}" for name in ("engine", "frames", "grid", "labels", "map", "nav", "world")
+    )
+    code = f"import sys, {names}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_engines_of_threads_leave_the_working_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def start(level: str) -> tuple[Path, int]:
+        with engine(level) as game:
+            return Path.cwd(), game.get_state().screen_buffer.size
+
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(start, ["map01", "map03", "map05"])) == {(tmp_path, 240 * 320 * 3)}
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_engine_gives_its_state():
-    with engine("map01", variables=("POSITION_X",), depth=True) as game:
+    with engine("map01", variables=("POSITION_X",), buffers=("depth_buffer",)) as game:
         assert game.get_state().depth_buffer.shape == (240, 320)

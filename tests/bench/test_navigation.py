@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidetuning.errors import DataError, EngineError, SideTuningError, UnknownNameError
+from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 
 pytest.importorskip("vizdoom")
 pytest.importorskip("scipy")
@@ -30,8 +30,9 @@ from sidetuning_bench.agents.outcomes import Outcome, Scores, difference_text, m
 from sidetuning_bench.agents.trajectories import COMPASS
 from sidetuning_bench.agents.worlds import SPLITS, at_random, by_compass, drawing, episodes, make_world, stops
 from sidetuning_bench.doom import grid as doom_grid
+from sidetuning_bench.doom.engine import EngineError
 from sidetuning_bench.doom.frames import TEST, TRAIN, VAL
-from sidetuning_bench.doom.nav import FORWARD, LEFT, MAPS, RIGHT, STOP, WINDING, DoomExplore, DoomPointNav, _mark
+from sidetuning_bench.doom.nav import FORWARD, LEFT, MAPS, RIGHT, STOP, WINDING, DoomExplore, DoomPointNav, mark
 
 
 def box(x1, y1, x2, y2, floor=0, ceiling=128, doors=()):
@@ -139,7 +140,7 @@ def test_gymnasium_finds_nothing_wrong(walk, kind):
 
 
 def test_compass_and_actions_are_habitats(walk):
-    env = walk(DoomPointNav, "map01", turn=15)
+    env = walk(DoomPointNav, "map01")
     seen, _info = env.reset(seed=3)
     assert seen["rgb"].shape == (64, 64, 3) and seen["rgb"].dtype == np.uint8 and seen["rgb"].std() > 5
     distance, angle = seen[COMPASS]
@@ -247,7 +248,7 @@ def test_the_same_seeds_give_the_same_steps_and_pictures(cache):
 
 
 def test_home_without_a_compass(walk):
-    env = walk(DoomPointNav, "home", automatic=True, compass=False)
+    env = walk(DoomPointNav, "home", compass=False)
     assert set(env.observation_space.spaces) == {"rgb"}
     for seed in range(5):
         env.reset(seed=seed)
@@ -266,29 +267,29 @@ def test_exploration_pays_for_what_is_seen_first(walk):
     seen = np.zeros((20, 20), bool)
     clearance = np.full((40, 40), 64.0, np.float32)
     clearance[:, :2] = clearance[:, -2:] = clearance[:2] = clearance[-2:] = 0
-    args = (clearance, np.zeros(2), 16.0, 320.0, 320.0)
-    new = _mark(seen, *args, 0.0, 200.0, 32.0)
+    args, east = (clearance, np.zeros(2), 16.0), (320.0, 320.0, 0.0, 200.0)
+    new = mark(seen, *args, east, 32.0)
     assert new == seen.sum() and not seen[:9].any()  # nothing behind an agent that looks east from the middle
     fan = sum(abs(j - 9.5) <= i - 9.5 and np.hypot(i - 9.5, j - 9.5) < 6.25 for i in range(10, 20) for j in range(20))
     assert abs(new - fan) <= 14  # squares at the edge of the fan count where a ray grazes them
-    assert _mark(seen, *args, 0.0, 200.0, 32.0) == 0 and _mark(seen, *args, np.pi / 2, 200.0, 32.0) > 0
+    assert mark(seen, *args, east, 32.0) == 0 and mark(seen, *args, (320.0, 320.0, np.pi / 2, 200.0), 32.0) > 0
     blocked = clearance.copy()
     blocked[24] = 0  # a wall right ahead
     behind = np.zeros((20, 20), bool)
-    _mark(behind, blocked, *args[1:], 0.0, 200.0, 32.0)
+    mark(behind, blocked, *args[1:], east, 32.0)
     assert behind.any() and not behind[13:].any()
 
     for x in range(300, 340, 3):  # a line that no cell's centre is near: nobody sees through it from anywhere
         oblique = clearance.copy()
-        doom_grid._keep_away(oblique, np.zeros(2), 16.0, np.array([[x, 0.0, x + 200.0, 640.0]]), 0.0)
+        doom_grid.keep_away(oblique, np.zeros(2), 16.0, np.array([[x, 0.0, x + 200.0, 640.0]]), 0.0)
         behind = np.zeros((20, 20), bool)
-        _mark(behind, oblique, np.zeros(2), 16.0, 280.0, 320.0, 0.0, 300.0, 32.0)
+        mark(behind, oblique, np.zeros(2), 16.0, (280.0, 320.0, 0.0, 300.0), 32.0)
         far = np.array([[32 * i >= x + 200 * (32 * j + 32) / 640 for j in range(20)] for i in range(20)])
         assert behind.sum() > 3 and not (behind & far).any()
     against = clearance.copy()
     against[20] = 0  # who stands where an obstacle is near sees what is ahead all the same
     ahead = np.zeros((20, 20), bool)
-    assert _mark(ahead, against, *args[1:], 0.0, 200.0, 32.0) > 10
+    assert mark(ahead, against, *args[1:], east, 32.0) > 10
 
     env = walk(DoomExplore, "map01", max_steps=30)
     _, info = env.reset(seed=0)
@@ -400,7 +401,7 @@ def test_moves_are_drawn_and_a_stop_is_taken_where_it_is_the_likeliest():
 
 
 def test_baselines_move_at_random_and_by_the_compass(walk):
-    env, home = walk(DoomPointNav, "map01"), walk(DoomPointNav, "home", automatic=True, compass=False)
+    env, home = walk(DoomPointNav, "map01"), walk(DoomPointNav, "home", compass=False)
     assert stops(env) and not stops(home) and not stops(SimpleNamespace())
     for world, actions in ((env, {1, 2, 3}), (home, {0, 1, 2, 3})):
         act = at_random(world)
