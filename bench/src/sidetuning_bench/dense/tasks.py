@@ -77,7 +77,7 @@ class DenseTask:
         return Score(value, value)
 
     def constant(self, y: Tensor) -> Tensor:
-        """The best output that is the same for all pictures, for labels y: (1, c, 1, 1), or (1, c) where it is no map."""
+        """The best output that is the same for all pictures, given y: (1, c, 1, 1), or (1, c) where it is no map."""
         raise NotImplementedError
 
     def picture(self, output: Tensor) -> Tensor:
