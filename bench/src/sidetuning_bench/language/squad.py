@@ -19,7 +19,6 @@ from torch import Tensor
 
 import sidetuning as st
 from sidetuning.cache import CachedTokens, cache_tokens, token_loader
-from sidetuning.cache.tokens import ByLength
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.files import atomic_write, write_json
 from sidetuning.integrations.transformers import load_tokenizer, tokenizer_fingerprint
@@ -271,8 +270,8 @@ def scores_of(method: Method, windows: Windows, progress: bool = False) -> dict[
     """Scores of every window's tokens, (t, 2) each; nothing is cached."""
     from tqdm import tqdm
 
-    found = {}
-    batches = ByLength(windows.lengths(), 32, shuffle=False)
+    found, order = {}, np.argsort(windows.lengths(), kind="stable").tolist()
+    batches = [order[i : i + 32] for i in range(0, len(order), 32)]
     for rows in tqdm(batches, desc="answers", unit="batch", disable=not progress, leave=False):
         out = method({k: v.to(method.base.device) for k, v in windows.batch(rows).items()}, TASK).float().cpu().numpy()
         found.update({row: out[k, : len(windows.ids[row])] for k, row in enumerate(rows)})
