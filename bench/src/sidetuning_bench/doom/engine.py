@@ -132,7 +132,7 @@ def _watched(folder: Path, game: Any) -> Iterator[None]:
         game.set_vizdoom_path(str(start))
     watcher = None
     if shutil.which("sh") is not None and Path("/proc/self/cmdline").exists():
-        files = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        files: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         watcher = subprocess.Popen(["sh", "-c", WATCH], cwd=folder, start_new_session=True, **files)
     try:
         game.init()

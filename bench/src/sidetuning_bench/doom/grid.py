@@ -252,7 +252,7 @@ def keep_away(clearance: Any, low: Any, cell: float, lines: Any, radius: float) 
 def save(grid: Grid, path: Path) -> None:
     """Write a grid, atomically."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        arrays = {"low": grid.low, "cell": grid.cell, "clearance": grid.clearance, "number": grid.number}
+        arrays: dict[str, Any] = {name: getattr(grid, name) for name in ("low", "cell", "clearance", "number")}
         np.savez_compressed(file, version=VERSION, **arrays)
 
 
