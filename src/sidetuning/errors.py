@@ -29,9 +29,5 @@ class DataError(SideTuningError, ValueError):
     """A data set that is missing, incomplete or damaged."""
 
 
-class EngineError(SideTuningError, RuntimeError):
-    """The Doom engine is not installed, does not start, or died."""
-
-
 class TrainingError(SideTuningError, RuntimeError):
     """Training that cannot go on: a loss that is not finite, or a resume file of another run."""

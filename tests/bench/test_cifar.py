@@ -81,7 +81,11 @@ def test_a_label_outside_the_classes_is_named_by_its_row(tmp_path: Path) -> None
         load_images(tmp_path, "train")
     (file,) = tmp_path.iterdir()
     cells = pq.read_table(file)["img"].to_pylist()
-    about = {"info": {"features": {"fine_label": {"names": ["cat", "dog"]}}}}
+    about = {
+        "info": {
+            "features": {"img": {"_type": "Image"}, "fine_label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+        }
+    }
     schema = {b"huggingface": json.dumps(about).encode()}
     good, bad = ([0, 1, 1], [0, 1, 2])
     pq.write_table(pa.table({"img": cells, "fine_label": good}).replace_schema_metadata(schema), file)

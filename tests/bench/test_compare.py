@@ -19,6 +19,7 @@ from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning_bench import compare, icifar
 from sidetuning_bench.continual import AccuracyMatrix, average_rank, forward_transfer, mean_and_error, rigidity
 from sidetuning_bench.methods import METHODS
+from sidetuning_bench.options import FeaturesOptions, FineTuneOptions, ImageTraining, with_values
 from sidetuning_bench.results import RunResult
 from sidetuning_bench.runs import Run
 
@@ -26,9 +27,19 @@ CLI = [sys.executable, "-m", "sidetuning_bench"]
 
 
 def settings(data: Path, out: Path, *methods: str) -> compare.Settings:
-    return compare.Settings(
-        "icifar", methods=methods, seeds=1, data=str(data), out=str(out), samples=128, tasks=2, cache=str(out / "cache")
-    )
+    given = on_icifar(methods=methods, tasks=2)
+    return with_values(given, {"data": str(data), "samples": 128, "out": str(out), "cache": str(out / "cache")})
+
+
+def on_icifar(**values: object) -> compare.Settings:
+    """A comparison on iCIFAR with one seed, and these settings by flat name."""
+    return with_values(compare.Settings(compare.OnIcifar()), {"seeds": 1, **values})
+
+
+def run_settings(data: Path, out: Path, **values: object) -> icifar.Settings:
+    """A small run on iCIFAR, with these settings by flat name."""
+    given = {"data": str(data), "out": str(out), "tasks": 2, "samples": 64, "batch": 32, "progress": False}
+    return with_values(icifar.Settings(), {**given, **values})
 
 
 def children(group: int) -> list[int]:
@@ -46,10 +57,9 @@ def children(group: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are counted in /proc")
 def test_a_killed_grid_goes_on_and_finished_cells_stay(tiny_cifar: Path, tmp_path: Path) -> None:
     given = settings(tiny_cifar, tmp_path / "grid", "features", "independent", "finetune")
-    command = [
-        *CLI, "compare", "icifar", "--methods", *given.methods, "--seeds", "1", "--data", given.data, "--out", given.out,
-        "--samples", "128", "--tasks", "2", "--cache", given.cache,
-    ]  # fmt: skip
+    command = [*CLI, "compare", "icifar", "--methods", *given.methods, "--seeds", "1", "--samples", "128"]
+    command += ["--tasks", "2", "--data", str(tiny_cifar), "--out", given.run.out, "--cache", given.shared.cache]
+
     first = tmp_path / "grid/features-0/result.json"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and not first.exists():
@@ -84,40 +94,49 @@ def test_a_killed_grid_goes_on_and_finished_cells_stay(tiny_cifar: Path, tmp_pat
 
 def test_what_a_task_learned_first_amounts_to_is_found_in_the_right_run() -> None:
     def run(method: str, variant: str, learned: float, **settings: bool) -> RunResult:
-        return RunResult(
-            method=method, variant=variant, seed=0, tasks=["a"], accuracy=[[learned]], alone=None, alphas=[None], parameters=[1],
-            shared_parameters=1, seconds=[1.0], base_seconds=0.0, peak_memory_mb=None, settings=settings,
-        )  # fmt: skip
+        return RunResult(method, variant, 0, ["a"], [[learned]], None, [None], [1], 1, [1.0], 0.0, None, settings)
 
     runs = [
-        run("independent", "", 0.9), run("ewc", "", 0.5), run("psp", "", 0.6), run("psp", compare.ALONE, 0.8), run("pnn", "", 0.7),
-        run("sidetune", "merge=alpha", 0.4), run("sidetune", "merge=alpha, dense", 0.3, dense=True), run("features", "", 0.2),
-    ]  # fmt: skip
+        run("independent", "", 0.9),
+        run("ewc", "", 0.5),
+        run("psp", "", 0.6),
+        run("psp", compare.ALONE, 0.8),
+        run("pnn", "", 0.7),
+        run("sidetune", "merge=alpha", 0.4),
+        run("sidetune", "merge=alpha, dense", 0.3, dense=True),
+        run("features", "", 0.2),
+    ]
     filled = {(r.method, r.variant): r.alone for r in compare.add_alone(runs)}
     assert filled == {
-        ("independent", ""): [0.9], ("ewc", ""): [0.9], ("psp", ""): [0.8], ("pnn", ""): None, ("sidetune", "merge=alpha"): [0.4],
-        ("sidetune", "merge=alpha, dense"): [0.4], ("features", ""): [0.2],
-    }  # fmt: skip
-    given = compare.Settings("icifar", methods=("psp", "features"), seeds=1)
+        ("independent", ""): [0.9],
+        ("ewc", ""): [0.9],
+        ("psp", ""): [0.8],
+        ("pnn", ""): None,
+        ("sidetune", "merge=alpha"): [0.4],
+        ("sidetune", "merge=alpha, dense"): [0.4],
+        ("features", ""): [0.2],
+    }
+    given = on_icifar(methods=("psp", "features"))
     cells = [(c.folder.name, getattr(c.settings, "alone", None)) for c in compare.cells(given)]
     assert cells == [("psp-0", False), ("psp-alone-0", True), ("features-0", False)]
 
 
 def test_alone_is_the_first_task_of_every_order(tiny_cifar: Path, tmp_path: Path) -> None:
     """A task learned `alone` is learned as in a run in which it comes first."""
-    common = icifar.Settings(
-        data=str(tiny_cifar), tasks=2, samples=64, batch=32, method="finetune", cache=str(tmp_path), progress=False
-    )
-    alone = icifar.run(replace(common, alone=True, out=str(tmp_path / "alone")))
-    seed = next(s for s in range(9) if icifar.task_order(replace(common, order=s)) == [1, 0])
-    other = icifar.run(replace(common, order=seed, out=str(tmp_path / "order")))
-    label = icifar.run(replace(common, out=str(tmp_path / "label")))
+
+    def common(folder: str, **values: object) -> icifar.Settings:
+        return run_settings(tiny_cifar, tmp_path / folder, method=FineTuneOptions(), cache=str(tmp_path), **values)
+
+    alone = icifar.run(common("alone", alone=True))
+    seed = next(s for s in range(9) if icifar.task_order(common("order", order=s)) == [1, 0])
+    other = icifar.run(common("order", order=seed))
+    label = icifar.run(common("label"))
     assert other.tasks == ["classes-10-19", "classes-0-9"]
     assert alone.matrix.learned == [label.matrix.learned[0], other.matrix.learned[0]]
-    again = icifar.run(replace(common, alone=True, out=str(tmp_path / "alone")))
+    again = icifar.run(common("alone", alone=True))
     assert again.accuracy == alone.accuracy
     with pytest.raises(SideTuningError, match="other settings"):
-        icifar.run(replace(common, out=str(tmp_path / "alone")))
+        icifar.run(common("alone"))
 
 
 def test_a_run_goes_on_with_its_own_data_alone(tiny_cifar: Path, tmp_path: Path) -> None:
@@ -127,25 +146,18 @@ def test_a_run_goes_on_with_its_own_data_alone(tiny_cifar: Path, tmp_path: Path)
     for file in other.glob("train*.parquet"):
         table = pq.read_table(file)
         pq.write_table(table.slice(0, len(table) - 1), file)
-    given = icifar.Settings(
-        data=str(tiny_cifar), out=str(tmp_path / "run"), tasks=1, samples=64, method="features", progress=False
-    )
+    given = run_settings(tiny_cifar, tmp_path / "run", tasks=1, method=FeaturesOptions())
     first = icifar.run(given)
     assert icifar.run(replace(given, data=str(moved))).accuracy == first.accuracy
     with pytest.raises(SideTuningError, match="a run of another data; choose another folder"):
         icifar.run(replace(given, data=str(other)))
-    for wrong, message in (
-        ({"clip": -1.0}, "--clip"),
-        ({"weight_decay": -0.1}, "--weight-decay"),
-        ({"share": 2.0}, "share"),
-    ):
-        with pytest.raises(SideTuningError, match=message):
-            icifar.run(replace(given, out=str(tmp_path / "wrong"), **wrong))
-    few = icifar.Settings(schedule="one-cycle", samples=3 * given.batch, batch=given.batch)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
-    assert (
-        icifar.recipe_of(few).scheduler(optimizer, 3) is not None
-    )  # three steps, at which torch's schedule divides by zero
+    for name, value in (("clip", -1.0), ("weight_decay", -0.1), ("share", 2.0)):
+        with pytest.raises(SideTuningError, match=f"--{name.replace('_', '-')}"):
+            icifar.run(with_values(given, {"out": str(tmp_path / "wrong"), name: value}))
+    # Of three steps, at which torch's schedule divides by zero.
+    scheduler = ImageTraining(schedule="one-cycle").recipe(3, seed=0, rise=0.25).scheduler
+    assert scheduler is not None
+    assert scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1), 3) is not None
 
 
 @pytest.mark.parametrize("method", ["ewc", "independent"])
@@ -154,11 +166,10 @@ def test_a_run_that_ends_while_a_task_is_written(
     method: str, moment: str, tiny_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the row of metrics, the saved tasks and the end of the resume file, at the second task."""
-    given = icifar.Settings(
-        data=str(tiny_cifar), out=str(tmp_path / "run"), tasks=2, samples=64, batch=32, method=method, progress=False,
-        alone=method == "independent",
-    )  # fmt: skip
-    whole = icifar.run(replace(given, out=str(tmp_path / "whole")))
+    options = icifar.METHODS[method]
+    few = {"samples": 32, "batch": 8, "share": 0.2}
+    given = run_settings(tiny_cifar, tmp_path / "run", method=options, alone=method == "independent", **few)
+    whole = icifar.run(with_values(given, {"out": str(tmp_path / "whole")}))
     owner = METHODS[method] if moment == "save" else Run
     real, calls = getattr(owner, moment), []
 
@@ -183,19 +194,19 @@ def test_a_run_that_ends_while_a_task_is_written(
 
 def test_every_grid_names_its_cells_apart_and_builds() -> None:
     for grid in compare.GRIDS:
-        cells = list(compare.cells(compare.Settings("icifar", grid=grid, seeds=2)))  # type: ignore[arg-type]
+        cells = list(compare.cells(on_icifar(grid=grid, seeds=2)))
         folders = [cell.folder for cell in cells]
         assert len(cells) > 3 and len(set(folders)) == len(folders), grid
-        keys = {(cell.settings.method, cell.variant, cell.settings.seed) for cell in cells}
+        keys = {(cell.settings.method.name, cell.variant, cell.settings.run.seed) for cell in cells}
         assert len(keys) == len(cells), grid
         compare.dry_run(cells)  # an unknown side, merge or start is an error here
-    every = {cell.settings.method for cell in compare.cells(compare.Settings("icifar", seeds=1))}
+    every = {cell.settings.method.name for cell in compare.cells(on_icifar())}
     assert every == set(METHODS.names())
 
 
 def test_precision_is_for_methods_that_train_whole_networks() -> None:
-    given = compare.Settings("icifar", methods=("sidetune", "finetune"), seeds=1, precision="bf16")
-    assert [cell.settings.precision for cell in compare.cells(given)] == ["no", "bf16"]
+    given = on_icifar(methods=("sidetune", "finetune"), precision="bf16")
+    assert [cell.settings.training.precision for cell in compare.cells(given)] == ["no", "bf16"]
 
 
 def test_an_unknown_method_is_said_at_once(tmp_path: Path) -> None:
@@ -216,9 +227,8 @@ def test_measures_by_hand() -> None:
     # two methods, three tasks: ranks 1 2 1.5 and 2 1 1.5
     assert average_rank({"a": [0.9, 0.5, 0.7], "b": [0.8, 0.6, 0.7]}) == {"a": 1.5, "b": 1.5}
     assert average_rank({"a": [3.0], "b": [2.0], "c": [1.0]}) == {"a": 1.0, "b": 2.0, "c": 3.0}
-    assert rigidity([0.3, 0.2, 0.1], [0.1, 0.1, 0.1]) == pytest.approx(
-        0.5 * 0.6931, abs=1e-4
-    )  # one of the later two doubles
+    # One of the later two doubles.
+    assert rigidity([0.3, 0.2, 0.1], [0.1, 0.1, 0.1]) == pytest.approx(0.5 * 0.6931, abs=1e-4)
     assert rigidity([0.5], [0.1]) == 0.0
     assert forward_transfer([0.9, 0.8, 0.7], [0.7, 0.7, 0.7]) == pytest.approx(0.05)  # of the later two
     assert forward_transfer([0.9], [0.7]) == 0.0
@@ -237,10 +247,20 @@ def test_measures_by_hand() -> None:
 def test_the_report_of_a_grid_needs_no_finished_seed(tmp_path: Path) -> None:
     """Written after every cell, so that an interrupted grid has one."""
     run = RunResult(
-        method="sidetune", variant="", seed=0, tasks=["a", "b"], accuracy=[[0.5], [0.5, 0.6]], alone=None,
-        alphas=[None, None], parameters=[10, 10], shared_parameters=100, seconds=[1.0, 1.0], base_seconds=2.0,
-        peak_memory_mb=None, settings={},
-    )  # fmt: skip
+        method="sidetune",
+        variant="",
+        seed=0,
+        tasks=["a", "b"],
+        accuracy=[[0.5], [0.5, 0.6]],
+        alone=None,
+        alphas=[None, None],
+        parameters=[10, 10],
+        shared_parameters=100,
+        seconds=[1.0, 1.0],
+        base_seconds=2.0,
+        peak_memory_mb=None,
+        settings={},
+    )
     compare.finish(settings(tmp_path, tmp_path, "sidetune"), [run])
     assert "sidetune" in (tmp_path / "table.md").read_text()
     assert json.loads(json.dumps((tmp_path / "report.html").read_text())).startswith("<!doctype html>")

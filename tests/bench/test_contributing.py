@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-STEP = r"(Write|Append to|Insert into `\w+` of) `([^`]+)`:\n\n```python\n(.*?)```"
+STEP = r"(Write|Append to|Insert into `(\w+)` of) `([^`]+)`:\n\n```python\n(.*?)```"
+# The first line of a table of names.
+ROW = r'^ +"[\w-]+": "[\w.:]+",\n'
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def follow(recipe: str, root: Path) -> list[str]:
     (section,) = re.findall(rf"## {recipe}\n(.*?)\n## ", TEXT, re.DOTALL)
     steps = re.findall(STEP, section, re.DOTALL)
     assert steps
-    for verb, name, code in steps:
+    for verb, table, name, code in steps:
         file = root / name
         if verb == "Write":
             assert not file.exists()
@@ -39,25 +41,33 @@ def follow(recipe: str, root: Path) -> list[str]:
         elif verb == "Append to":
             file.write_text(f"{file.read_text()}\n\n{code}")
         else:
-            # A line of a table comes after the first of the same form.
-            first = re.search(r'^ +"[\w-]+": "[\w.:]+",\n', file.read_text(), re.MULTILINE)
-            assert first is not None
-            file.write_text(file.read_text().replace(first[0], first[0] + code, 1))
+            row = re.search(rf"^ +{table} = \(", file.read_text(), re.MULTILINE)
+            addition = code if row is None else f"{code.strip()} "
+            row = row or re.search(ROW, file.read_text(), re.MULTILINE)
+            assert row is not None
+            file.write_text(file.read_text().replace(row[0], row[0] + addition, 1))
     commands = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     assert len(commands) == 1
     return str(commands[0]).split()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "part"), [("Add a merge", "maximum"), ("Add a method", "biases")])
-def test_recipes(recipe: str, part: str, copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "part", "listing"),
+    [("Add a merge", "maximum", ["parts"]), ("Add a method", "biases", ["bench", "icifar", "--help"])],
+)
+def test_recipes(recipe: str, part: str, listing: list[str], copy: Path) -> None:
     command = follow(recipe, copy)
     assert command[:3] == ["python", "-m", "pytest"]
-    environment = {**os.environ, "PYTHONPATH": f"{copy / 'src'}{os.pathsep}{copy / 'bench/src'}", "OMP_NUM_THREADS": "1"}
-    listing = [sys.executable, "-m", "sidetuning.cli", *(["parts"] if part == "maximum" else ["bench", "methods"])]
-    listed = subprocess.run(listing, cwd=copy, env=environment, capture_output=True, text=True, check=True)
-    assert part in listed.stdout
-    tested = [sys.executable, *command[1:], "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(tested, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 4
+    paths = os.pathsep.join(str(copy / folder) for folder in ("src", "bench/src"))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> str:
+        given = [sys.executable, "-m", *arguments]
+        done = subprocess.run(given, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    assert part in run("sidetuning.cli", *listing)
+    tested = run(*command[2:], "-q", "-p", "no:cacheprovider")
+    assert int(re.findall(r"(\d+) passed", tested)[0]) >= 4

@@ -1,11 +1,17 @@
 """The demo, small: it ends with a report that shows pictures, and goes on where it stopped."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import pytest
 
 from sidetuning_bench.__main__ import main
 
 
-def test_the_demo_ends_with_a_report(tmp_path, monkeypatch, capfd):
+def test_the_demo_ends_with_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("vizdoom", reason="the Doom engine is an extra")
     monkeypatch.chdir(tmp_path)
     given = ["demo", "--frames", "58", "--epochs", "0.5"]
@@ -19,7 +25,9 @@ def test_the_demo_ends_with_a_report(tmp_path, monkeypatch, capfd):
     assert (tmp_path / "runs/demo/report.html").read_text() == page
 
 
-def test_the_quick_demo_learns_digits(tmp_path, monkeypatch, capfd):
+def test_the_quick_demo_learns_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     monkeypatch.chdir(tmp_path)
     main(["demo", "--quick", "--epochs", "1"])
@@ -27,14 +35,17 @@ def test_the_quick_demo_learns_digits(tmp_path, monkeypatch, capfd):
     assert (tmp_path / "runs/demo/digits/tasks/0-or-1/side.json").exists()
 
 
-def test_without_the_engine_the_demo_names_the_other_one(tmp_path, monkeypatch, capsys):
-    from sidetuning.errors import EngineError, SideTuningError
+def test_without_the_engine_the_demo_names_the_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sidetuning.errors import SideTuningError
     from sidetuning_bench.dense import render_doom
+    from sidetuning_bench.doom.engine import EngineError
 
     monkeypatch.chdir(tmp_path)
     for error, hint in ((EngineError("rendering needs cv2"), True), (SideTuningError("other settings"), False)):
 
-        def fails(settings, error=error):
+        def fails(settings: render_doom.Settings, error: Exception = error) -> None:
             raise error
 
         monkeypatch.setattr(render_doom, "run", fails)

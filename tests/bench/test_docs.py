@@ -4,69 +4,70 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from run import RECORDS, main
+from sidetuning.errors import UnknownNameError
+
 ROOT = Path(__file__).parents[2]
 
 
-def printed(script: str) -> str:
-    """What a benchmark's --table prints."""
-    command = [sys.executable, *f"bench/records/{script} --table".split()]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Gives what --table prints for a record."""
+
+    def table(record: str) -> str:
+        main([*record.split(), "--table"])
+        return capsys.readouterr().out.strip()
+
+    return table
 
 
-def test_the_icifar_table_is_made_from_the_results() -> None:
-    table = printed("icifar.py")
+def test_the_icifar_table_is_made_from_the_results(printed: Callable[[str], str]) -> None:
+    table = printed("icifar")
     assert table.count("\n") == 5
     assert table in (ROOT / "docs/benchmarks.md").read_text()
 
 
-def test_the_tables_of_grids_are_made_from_the_results() -> None:
+def test_the_tables_of_grids_are_made_from_the_results(printed: Callable[[str], str]) -> None:
     text = (ROOT / "docs/benchmarks.md").read_text()
-    for grid in re.findall(r"compare\.py icifar [^`]*--grid (\w+)|`--grid (\w+)`", text):
+    for grid in re.findall(r"compare icifar [^`]*--grid (\w+)|`--grid (\w+)`", text):
         grid = grid[0] or grid[1]
-        table = printed(f"compare.py icifar --grid {grid}")
+        table = printed(f"compare icifar --grid {grid}")
         assert table.count("\n") > 2 and table in text, grid
 
 
 @pytest.mark.parametrize(
-    ("script", "rows"),
-    [("squad.py", 7), ("squad.py --grid seconds", 7), ("squad.py --grid all", 1), ("squad_cost.py", 9)],
+    ("record", "rows"), [("squad", 7), ("squad --grid seconds", 7), ("squad --grid all", 1), ("squad-cost", 9)]
 )
-def test_the_tables_of_language_are_made_from_the_results(script: str, rows: int) -> None:
-    table = printed(script)
+def test_the_tables_of_language_are_made_from_the_results(
+    record: str, rows: int, printed: Callable[[str], str]
+) -> None:
+    table = printed(record)
     assert table.count("\n") == rows + 1 and table in (ROOT / "docs/benchmarks.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("script", "count"),
-    [
-        ("dense_settings.py", 2),
-        ("dense_constants.py", 1),
-        ("compare.py itaskonomy --grid methods", 4),  # with a sentence on ranks
-        ("transfer.py", 2),
-    ],
+    ("record", "count"),
+    # A comparison has a sentence on ranks, too.
+    [("itaskonomy-settings", 2), ("dense-constants", 1), ("compare itaskonomy --grid methods", 4), ("transfer", 2)],
 )
-def test_the_tables_of_dense_tasks_are_made_from_the_results(script: str, count: int) -> None:
-    tables = printed(script).split("\n\n")
+def test_the_tables_of_dense_tasks_are_made_from_the_results(
+    record: str, count: int, printed: Callable[[str], str]
+) -> None:
+    tables = printed(record).split("\n\n")
     assert len(tables) == count and all(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables)
 
 
 @pytest.mark.parametrize(
-    ("script", "count"),
-    [
-        ("agents.py rl --env doom-home", 1),
-        ("agents.py rl --env doom-pointnav", 1),
-        ("agents.py imitation", 3),
-        ("agents.py speed", 1),
-    ],
+    ("record", "count"),
+    [("rl --env doom-home", 1), ("rl --env doom-pointnav", 1), ("imitation", 3), ("rl-speed", 1)],
 )
-def test_the_tables_of_agents_are_made_from_the_results(script: str, count: int) -> None:
-    tables = [part for part in printed(script).split("\n\n") if part.startswith("|")]
+def test_the_tables_of_agents_are_made_from_the_results(record: str, count: int, printed: Callable[[str], str]) -> None:
+    tables = [part for part in printed(record).split("\n\n") if part.startswith("|")]
     assert sum(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables) == count  # without some measures
 
 
@@ -77,7 +78,8 @@ def test_how_often_clones_of_five_trajectories_stop_elsewhere_is_counted_in_the_
         assert len(files) == 3 and len(ends) == 300
         return sum(not success and steps < 200 for success, _, _, steps in ends) / 3  # in % of the episodes
 
-    few = f"side-tuned clones end {share('sidetune', 5):.0f} % of the episodes by stopping elsewhere, features {share('features', 5):.0f} %"
+    sides, features = share("sidetune", 5), share("features", 5)
+    few = f"side-tuned clones end {sides:.0f} % of the episodes by stopping elsewhere, features {features:.0f} %"
     assert few in (ROOT / "docs/benchmarks.md").read_text()
     assert all(share(method, n) == 0 for method in ("sidetune", "features") for n in (100, 500))
 
@@ -93,8 +95,8 @@ def test_the_numbers_of_levels_are_those_of_the_environments() -> None:
     )
 
 
-def test_the_ranks_over_three_seeds_are_those_of_the_results() -> None:
-    summary = printed("compare.py itaskonomy --methods sidetune features finetune piggyback").split("\n\n")[0]
+def test_the_ranks_over_three_seeds_are_those_of_the_results(printed: Callable[[str], str]) -> None:
+    summary = printed("compare itaskonomy --methods sidetune features finetune piggyback").split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")] for line in summary.splitlines()]
     rank = rows[0].index("Rank, average")
     said = ", ".join(f"{row[1].removeprefix('sidetune · ')} {row[rank]}" for row in rows[2:])
@@ -110,3 +112,18 @@ def test_no_document_names_a_path_of_one_machine() -> None:
     ]
     assert files
     assert not [f for f in files if "/work/" in f.read_text() or "/root/" in f.read_text() or "/tmp/" in f.read_text()]
+
+
+def test_every_record_can_be_named_and_explains_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ("vizdoom", "stable_baselines3", "transformers", "minari"):
+        pytest.importorskip(extra)
+    main([])
+    assert "Records: batch-statistics, compare, " in capsys.readouterr().out
+    for name in RECORDS.names():
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0 and "--table" in capsys.readouterr().out
+    with pytest.raises(UnknownNameError, match="did you mean 'icifar'"):
+        main(["icifarr"])
+    commands = re.findall(r"`python bench/records/run.py ([\w-]+)", (ROOT / "docs/benchmarks.md").read_text())
+    assert len(commands) > 15 and set(commands) <= set(RECORDS.names())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 pytest.importorskip("stable_baselines3")
 
 from gymnasium import spaces
-from stable_baselines3 import PPO
 
 import sidetuning as st
 from agent_parts import PICTURE, check_learning_and_saving, learner, small_base
@@ -26,7 +24,6 @@ from sidetuning_bench.agents.extractor import AgentExtractor
 from sidetuning_bench.agents.trajectories import COMPASS, compass_numbers, extra_of
 
 PARTS: dict[str, Any] = {"base": small_base, "side": "fcn4", "init": None, "hidden": 32}
-LEGACY = Path(__file__).parents[1] / "legacy" / "0.1.0"
 
 
 @pytest.mark.parametrize("method", ["finetune", "scratch"])
@@ -101,18 +98,3 @@ def test_a_compass_goes_with_the_features() -> None:
         AgentExtractor(spaces.Dict({"rgb": PICTURE, COMPASS: spaces.Box(0, 1, (3,))}), **PARTS)
     speed = spaces.Dict({"rgb": PICTURE, "speed": spaces.Box(-1, 1, (2,))})
     assert AgentExtractor(speed, **PARTS).given[0].in_features == 2
-
-
-def test_an_agent_of_version_0_1_0_acts_as_it_did() -> None:
-    """Its file names the library's extractor, which knew a compass then; and it knows the weights of its base alone."""
-    from safetensors.torch import load_file
-
-    from sidetuning_bench.agents.ppo import probabilities
-
-    folder = LEGACY / "policies" / "ppo"
-    parts = json.loads((folder / "about.json").read_text())["extractor"]
-    kwargs = {"features_extractor_class": AgentExtractor, "features_extractor_kwargs": parts, "net_arch": []}
-    agent = PPO.load(folder / "agent.zip", device="cpu", custom_objects={"policy_kwargs": kwargs})
-    expected = load_file(folder / "expected.safetensors")
-    found = probabilities(agent.policy, {"rgb": expected["rgb"].numpy(), COMPASS: expected["compass"].numpy()})
-    assert torch.allclose(found, expected["policy"], atol=1e-5)

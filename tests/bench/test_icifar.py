@@ -1,4 +1,4 @@
-"""The command line, as a user runs it: what it writes, what it says when something is wrong, and that kills do not matter."""
+"""iCIFAR on the command line, as a user runs it: what it writes, its errors, and that kills do not matter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from PIL import Image
 import sidetuning as st
 from sidetuning_bench import compare
 from sidetuning_bench import icifar as scenario
+from sidetuning_bench.options import GridOptions, with_values
 
 CLI = [sys.executable, "-m", "sidetuning_bench"]
 
@@ -31,9 +31,27 @@ def sidetuning(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def icifar(data: Path, out: Path, cache: Path, *more: object) -> list[object]:
     return [
-        "icifar", "--data", data, "--tasks", 2, "--samples", 64, "--batch", 16, "--side", "mlp", "--init", "xavier",
-        "--merge", "alpha", "--out", out, "--cache", cache, *more,
-    ]  # fmt: skip
+        "icifar",
+        "--data",
+        data,
+        "--tasks",
+        2,
+        "--samples",
+        64,
+        "--batch",
+        16,
+        "--side",
+        "mlp",
+        "--init",
+        "xavier",
+        "--merge",
+        "alpha",
+        "--out",
+        out,
+        "--cache",
+        cache,
+        *more,
+    ]
 
 
 def hashes(run: Path) -> dict[str, str]:
@@ -133,17 +151,24 @@ def test_mistakes_are_one_sentence(run: Path, tiny_cifar: Path, tmp_path: Path) 
     one_sentence(sidetuning(*icifar(tmp_path / "nowhere", tmp_path / "a", cache)), "nowhere", "does not exist")
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "b", cache, "--merge", "alhpa")), "'alhpa'", "'alpha'")
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "c", cache, "--tasks", 0)), "--tasks must be 1 or more")
-    for wrong, message in (
-        ({"batch": 0}, "--batch must"),
-        ({"samples": 0}, "--samples must"),
-        ({"lr": -1.0}, "lr > 0"),
+    for name, value, message in (
+        ("batch", 0, "--batch must"),
+        ("samples", 0, "--samples must"),
+        ("lr", -1.0, "--lr must be above 0"),
+        ("smoothing", 2.0, "--smoothing must be from 0 to 1"),
     ):
         with pytest.raises(st.SideTuningError, match=message):
-            scenario.run(replace(scenario.Settings(out=str(tmp_path / "c")), **wrong))
+            scenario.run(with_values(scenario.Settings(), {"out": str(tmp_path / "c"), name: value}))
     with pytest.raises(st.SideTuningError, match="--seeds must be 1 or more"):
-        compare.run(compare.Settings("icifar", seeds=0, out=str(tmp_path / "d")))
+        compare.run(compare.Settings(compare.OnIcifar(), run=GridOptions(str(tmp_path / "d"), seeds=0)))
     (tmp_path / "file").touch()
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "file" / "run", cache)), "cannot be written to")
+
+
+def test_a_setting_that_the_method_does_not_read_cannot_be_given(tiny_cifar: Path, tmp_path: Path) -> None:
+    done = sidetuning("icifar", "psp", "--data", tiny_cifar, "--out", tmp_path / "run", "--merge", "alpha")
+    assert done.returncode == 2 and "--merge" in done.stderr and "icifar sidetune" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_row_that_was_lost_is_said(run: Path, tiny_cifar: Path, tmp_path: Path) -> None:
@@ -189,8 +214,9 @@ def test_ten_kills_at_random_moments_do_not_change_the_result(tiny_cifar: Path, 
         before = newest(watched)
         process = subprocess.Popen(
             [*CLI, *map(str, icifar(tiny_cifar, killed, cache, *more))],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         while process.poll() is None and newest(watched) == before:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))

@@ -3,38 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sidetuning.errors import DataError, EngineError, SideTuningError, UnknownNameError
+from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 
 pytest.importorskip("vizdoom")
 pytest.importorskip("scipy")
 
-import itertools
-
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
-from test_doom import instances, left, linux
+from test_doom import instances, left, linux, spawn
 
 from sidetuning_bench.agents.outcomes import Outcome, Scores, difference_text, mean_text, scores, wilson
 from sidetuning_bench.agents.trajectories import COMPASS
 from sidetuning_bench.agents.worlds import SPLITS, at_random, by_compass, drawing, episodes, make_world, stops
 from sidetuning_bench.doom import grid as doom_grid
+from sidetuning_bench.doom import nav
+from sidetuning_bench.doom.engine import EngineError
 from sidetuning_bench.doom.frames import TEST, TRAIN, VAL
-from sidetuning_bench.doom.nav import FORWARD, LEFT, MAPS, RIGHT, STOP, WINDING, DoomExplore, DoomPointNav, _mark
+from sidetuning_bench.doom.nav import (
+    FORWARD,
+    LEFT,
+    MAPS,
+    RIGHT,
+    STOP,
+    WINDING,
+    DoomExplore,
+    DoomPointNav,
+    DoomWalk,
+    mark,
+)
+
+Build = Callable[..., Any]
 
 
-def box(x1, y1, x2, y2, floor=0, ceiling=128, doors=()):
+def box(x1: int, y1: int, x2: int, y2: int, floor: int = 0, ceiling: int = 128, doors: str = "") -> Any:
     """A sector as the engine tells of it: four lines, those named in `doors` not blocking."""
     corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     lines = [
@@ -44,24 +59,27 @@ def box(x1, y1, x2, y2, floor=0, ceiling=128, doors=()):
     return SimpleNamespace(lines=lines, floor_height=floor, ceiling_height=ceiling)
 
 
-def corner_rooms(step=0, room=128):
+def corner_rooms(step: int = 0, room: int = 128) -> list[Any]:
     """An L: a room, a second one east of it, a third one north of the second, open to each other."""
     first = box(0, 0, 256, 256, doors="e")
     second = box(256, 0, 512, 256, floor=step, ceiling=step + room, doors="n")
     third = box(256, 256, 512, 512, floor=step, ceiling=step + room)
-    second.lines[3] = SimpleNamespace(**vars(first.lines[1]))  # one line for both sides, as in a map
+    # One line for both sides, as in a map.
+    second.lines[3] = SimpleNamespace(**vars(first.lines[1]))
     third.lines[0] = SimpleNamespace(**vars(second.lines[2]))
     return [first, second, third]
 
 
-def test_distances_go_around_corners():
+def test_distances_go_around_corners() -> None:
     grid = doom_grid.build(corner_rooms(), [], cell=8)
     ways = grid.to(384, 480)
-    corner = np.array([256 + 20, 256 - 20]) / 1.0  # a player's middle stays 20 units from the edge at (256, 256)
+    # A player's middle stays 20 units from the edge at (256, 256).
+    corner = np.array([256 + 20, 256 - 20]) / 1.0
     for x, y in ((40, 40), (40, 216), (128, 128)):
         exact = np.hypot(*(corner - (x, y))) + np.hypot(*(np.array([384, 480]) - corner))
         assert ways.distance(x, y) == pytest.approx(exact, rel=0.04), (x, y)
-    assert ways.distance(384, 300) == pytest.approx(180, rel=0.03)  # in sight: a straight line
+    # In sight: a straight line.
+    assert ways.distance(384, 300) == pytest.approx(180, rel=0.03)
     assert ways.distance(384, 480) == 0 and grid.to(384, 480, limit=100).distance(40, 40) == np.inf
     way = [(40.0, 40.0)]
     while way[-1] != (384, 480):
@@ -81,46 +99,48 @@ def test_distances_go_around_corners():
         (corner_rooms(room=55), False),
     ],
 )
-def test_high_steps_and_low_ceilings_stop_a_walk(sectors, reachable):
+def test_high_steps_and_low_ceilings_stop_a_walk(sectors: list[Any], reachable: bool) -> None:
     grid = doom_grid.build(sectors, [], cell=8)
     assert (grid.at(128, 128) >= 0 and grid.at(384, 384) >= 0) == reachable
 
 
-def test_things_stand_in_the_way_and_the_void_is_no_floor():
+def test_things_stand_in_the_way_and_the_void_is_no_floor() -> None:
     post = SimpleNamespace(category="Decoration", position_x=384, position_y=384)
     item = SimpleNamespace(category="Item", position_x=128, position_y=128)
     grid = doom_grid.build(corner_rooms(), [post, item], cell=8)
     columns, rows = ((np.array([384, 384]) - grid.low) // 8).astype(int)
     assert grid.number[columns, rows] < 0 <= grid.at(128, 128)
     assert not grid.straight(384, 300, 384, 480) and grid.straight(128, 40, 128, 216)
-    outside = ((np.array([128, 384]) - grid.low) // 8).astype(int)  # beside the L
+    # Beside the L.
+    outside = ((np.array([128, 384]) - grid.low) // 8).astype(int)
     assert grid.number[tuple(outside)] < 0
     with pytest.raises(DataError, match="nobody can walk to"):
         grid.to(-300, -300)
 
 
-def test_grids_are_kept_and_a_damaged_file_is_built_again(tmp_path):
+def test_grids_are_kept_and_a_damaged_file_is_built_again(tmp_path: Path) -> None:
     grid = doom_grid.build(corner_rooms(), [], cell=8)
     file = tmp_path / "a" / doom_grid.file_name("L", 8)
     doom_grid.save(grid, file)
     again = doom_grid.load(file)
+    assert again is not None
     assert (again.number == grid.number).all() and (again.clearance == grid.clearance).all() and again.cell == 8
     file.write_bytes(file.read_bytes()[:100])
     assert doom_grid.load(file) is None and doom_grid.load(tmp_path / "none") is None
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
-def walk(cache):
+def walk(cache: Path) -> Iterator[Build]:
     """Builds environments, and ends them."""
-    made = []
+    made: list[DoomWalk] = []
 
-    def build(kind=DoomPointNav, *args, **options):
-        made.append(kind(*args, cache=cache, **options))
+    def build(kind: type[DoomWalk], *args: Any, **options: Any) -> Any:
+        made.append(kind(*args, **{"cache": cache, **options}))
         return made[-1]
 
     yield build
@@ -128,24 +148,26 @@ def walk(cache):
         env.close()
 
 
-def test_splits_share_no_map():
+def test_splits_share_no_map() -> None:
     assert not {*TRAIN} & {*VAL, *TEST} and not {*VAL} & {*TEST} and MAPS["test"] == TEST
 
 
 @pytest.mark.filterwarnings("ignore:.*The environment is being initialised with render_mode.*")
 @pytest.mark.parametrize("kind", [DoomPointNav, DoomExplore])
-def test_gymnasium_finds_nothing_wrong(walk, kind):
+def test_gymnasium_finds_nothing_wrong(walk: Build, kind: type[DoomWalk]) -> None:
     check_env(walk(kind, "map01"), skip_render_check=True)
 
 
-def test_compass_and_actions_are_habitats(walk):
-    env = walk(DoomPointNav, "map01", turn=15)
+def test_compass_and_actions_are_habitats(walk: Build) -> None:
+    assert nav.COMPASS == COMPASS
+    env = walk(DoomPointNav, "map01")
     seen, _info = env.reset(seed=3)
     assert seen["rgb"].shape == (64, 64, 3) and seen["rgb"].dtype == np.uint8 and seen["rgb"].std() > 5
     distance, angle = seen[COMPASS]
     world, goal = env.world, env.episode.goal
     assert distance == pytest.approx(np.hypot(goal[0] - world.x, goal[1] - world.y) / 32, abs=1e-3)
-    ahead = np.radians(world.yaw) + angle  # anticlockwise, so positive to the left
+    # Anticlockwise, so positive to the left.
+    ahead = np.radians(world.yaw) + angle
     assert (np.cos(ahead), np.sin(ahead)) == pytest.approx(
         ((goal[0] - world.x) / 32 / distance, (goal[1] - world.y) / 32 / distance), abs=1e-3
     )
@@ -160,12 +182,13 @@ def test_compass_and_actions_are_habitats(walk):
         env.step(FORWARD)
     heading = np.degrees(np.arctan2(world.y - y, world.x - x))
     moved = np.hypot(world.x - x, world.y - y)
-    assert moved == 0 or abs((heading - yaw + 180) % 360 - 180) < 60  # walls are slid along
+    # Walls are slid along.
+    assert moved == 0 or abs((heading - yaw + 180) % 360 - 180) < 60
     with pytest.raises(SideTuningError, match="none of 0 … 3"):
         env.step(4)
 
 
-def test_rewards_and_measures(walk):
+def test_rewards_and_measures(walk: Build) -> None:
     env = walk(DoomPointNav, "map01")
     for seed in range(5):
         _, info = env.reset(seed=seed)
@@ -184,14 +207,16 @@ def test_rewards_and_measures(walk):
         assert info["spl"] == pytest.approx(start / max(start, walked)) and info["spl"] > 0.7
         assert total == pytest.approx(10 + start - info["distance_to_goal"] - 0.01 * env.steps)
     env.reset(seed=0)
-    _, reward, ended, cut, info = env.step(STOP)  # far from the goal
+    # Far from the goal.
+    _, reward, ended, cut, info = env.step(STOP)
     assert ended and not cut and info["success"] == info["spl"] == 0 and reward == pytest.approx(-0.01)
     short = walk(DoomPointNav, "map01", max_steps=3)
     short.reset(seed=0)
     assert [short.step(LEFT)[2:4] for _ in range(3)] == [(False, False), (False, False), (False, True)]
 
 
-def test_the_expert_arrives(walk):
+@pytest.mark.slow
+def test_the_expert_arrives(walk: Build) -> None:
     for split in ("train", "test"):
         env = walk(DoomPointNav, split)
         successes = []
@@ -205,16 +230,18 @@ def test_the_expert_arrives(walk):
         assert np.mean(successes) >= 0.98, split
 
 
-def test_ways_wind(walk):
+def test_ways_wind(walk: Build) -> None:
     env = walk(DoomPointNav, "map01", winding=1.5)
     for seed in range(5):
         observation, _ = env.reset(seed=seed)
-        assert env.shortest >= 1.49 * observation[COMPASS][0]  # the player stands a little off the cell's centre
+        # The player stands a little off the cell's centre.
+        assert env.shortest >= 1.49 * observation[COMPASS][0]
     with pytest.raises(SideTuningError, match=r"map27 has no ways .* that wind 1\.5-fold"):
         walk(DoomPointNav, "map27", winding=1.5).reset(seed=0)
 
 
-def test_every_level_of_pointnav_has_winding_ways():
+@pytest.mark.slow
+def test_every_level_of_pointnav_has_winding_ways() -> None:
     for split in SPLITS:
         world = make_world("doom-pointnav", split, 64)
         try:
@@ -227,10 +254,10 @@ def test_every_level_of_pointnav_has_winding_ways():
             world.close()
 
 
-def test_the_same_seeds_give_the_same_steps_and_pictures(cache):
-    def play():
+def test_the_same_seeds_give_the_same_steps_and_pictures(cache: Path) -> None:
+    def play() -> list[Any]:
         env = DoomPointNav("train", cache=cache)
-        seen = []
+        seen: list[Any] = []
         for seed in (5, 6, 5):
             observation, _ = env.reset(seed=seed)
             episode, rng = env.episode, np.random.default_rng(0)
@@ -243,11 +270,12 @@ def test_the_same_seeds_give_the_same_steps_and_pictures(cache):
 
     first, second = play(), play()
     assert first == second
-    assert first[20] == first[62] != first[41]  # the episode depends on the seed alone
+    # The episode depends on the seed alone.
+    assert first[20] == first[62] != first[41]
 
 
-def test_home_without_a_compass(walk):
-    env = walk(DoomPointNav, "home", automatic=True, compass=False)
+def test_home_without_a_compass(walk: Build) -> None:
+    env = walk(DoomPointNav, "home", compass=False)
     assert set(env.observation_space.spaces) == {"rgb"}
     for seed in range(5):
         env.reset(seed=seed)
@@ -257,38 +285,44 @@ def test_home_without_a_compass(walk):
             done = ended or cut
         assert ended and info["success"] == 1
     env.reset(seed=1)
-    assert env.step(STOP)[2] is False  # does nothing
+    # Does nothing.
+    assert env.step(STOP)[2] is False
     with pytest.raises(SideTuningError, match="without a compass"):
         walk(DoomPointNav, "map01", compass=False)
 
 
-def test_exploration_pays_for_what_is_seen_first(walk):
+def test_exploration_pays_for_what_is_seen_first(walk: Build) -> None:
     seen = np.zeros((20, 20), bool)
     clearance = np.full((40, 40), 64.0, np.float32)
     clearance[:, :2] = clearance[:, -2:] = clearance[:2] = clearance[-2:] = 0
-    args = (clearance, np.zeros(2), 16.0, 320.0, 320.0)
-    new = _mark(seen, *args, 0.0, 200.0, 32.0)
-    assert new == seen.sum() and not seen[:9].any()  # nothing behind an agent that looks east from the middle
+    args, east = (clearance, np.zeros(2), 16.0), (320.0, 320.0, 0.0, 200.0)
+    new = mark(seen, *args, east, 32.0)
+    # Nothing behind an agent that looks east from the middle.
+    assert new == seen.sum() and not seen[:9].any()
     fan = sum(abs(j - 9.5) <= i - 9.5 and np.hypot(i - 9.5, j - 9.5) < 6.25 for i in range(10, 20) for j in range(20))
-    assert abs(new - fan) <= 14  # squares at the edge of the fan count where a ray grazes them
-    assert _mark(seen, *args, 0.0, 200.0, 32.0) == 0 and _mark(seen, *args, np.pi / 2, 200.0, 32.0) > 0
+    # Squares at the edge of the fan count where a ray grazes them.
+    assert abs(new - fan) <= 14
+    assert mark(seen, *args, east, 32.0) == 0 and mark(seen, *args, (320.0, 320.0, np.pi / 2, 200.0), 32.0) > 0
     blocked = clearance.copy()
-    blocked[24] = 0  # a wall right ahead
+    # A wall right ahead.
+    blocked[24] = 0
     behind = np.zeros((20, 20), bool)
-    _mark(behind, blocked, *args[1:], 0.0, 200.0, 32.0)
+    mark(behind, blocked, *args[1:], east, 32.0)
     assert behind.any() and not behind[13:].any()
 
-    for x in range(300, 340, 3):  # a line that no cell's centre is near: nobody sees through it from anywhere
+    # A line that no cell's centre is near: nobody sees through it from anywhere.
+    for x in range(300, 340, 3):
         oblique = clearance.copy()
-        doom_grid._keep_away(oblique, np.zeros(2), 16.0, np.array([[x, 0.0, x + 200.0, 640.0]]), 0.0)
+        doom_grid.keep_away(oblique, np.zeros(2), 16.0, np.array([[x, 0.0, x + 200.0, 640.0]]), 0.0)
         behind = np.zeros((20, 20), bool)
-        _mark(behind, oblique, np.zeros(2), 16.0, 280.0, 320.0, 0.0, 300.0, 32.0)
+        mark(behind, oblique, np.zeros(2), 16.0, (280.0, 320.0, 0.0, 300.0), 32.0)
         far = np.array([[32 * i >= x + 200 * (32 * j + 32) / 640 for j in range(20)] for i in range(20)])
         assert behind.sum() > 3 and not (behind & far).any()
     against = clearance.copy()
-    against[20] = 0  # who stands where an obstacle is near sees what is ahead all the same
+    # Who stands where an obstacle is near sees what is ahead all the same.
+    against[20] = 0
     ahead = np.zeros((20, 20), bool)
-    assert _mark(ahead, against, *args[1:], 0.0, 200.0, 32.0) > 10
+    assert mark(ahead, against, *args[1:], east, 32.0) > 10
 
     env = walk(DoomExplore, "map01", max_steps=30)
     _, info = env.reset(seed=0)
@@ -300,7 +334,7 @@ def test_exploration_pays_for_what_is_seen_first(walk):
     assert cut and count > 30
 
 
-def test_unknown_names_are_said():
+def test_unknown_names_are_said() -> None:
     with pytest.raises(UnknownNameError, match="did you mean"):
         DoomPointNav("map1")
     with pytest.raises(UnknownNameError, match="doom-pointnav"):
@@ -311,7 +345,7 @@ def test_unknown_names_are_said():
         make_world("habitat:pointnav.yaml", "train", 64)
 
 
-def test_what_an_environment_cannot_be_is_said():
+def test_what_an_environment_cannot_be_is_said() -> None:
     with pytest.raises(SideTuningError, match="at least one"):
         DoomPointNav([])
     with pytest.raises(SideTuningError, match="max_steps must be 1 or more, not 0"):
@@ -321,10 +355,10 @@ def test_what_an_environment_cannot_be_is_said():
 
 
 @pytest.mark.parametrize("shape", [(16, 24, 3), (3, 16, 24)])
-def test_pictures_of_another_data_set_may_have_their_channels_first(tmp_path, shape):
+def test_pictures_of_another_data_set_may_have_their_channels_first(tmp_path: Path, shape: tuple[int, ...]) -> None:
     from sidetuning_bench.agents.trajectories import Episode, Writer, read_steps
 
-    def written(name, kind):
+    def written(name: str, kind: Any) -> Any:
         seen = np.random.default_rng(0).integers(0, 255, (4, *shape)).astype(kind)
         space = spaces.Dict({"rgb": spaces.Box(0, 255, shape, kind)})
         writer = Writer(tmp_path / name, space, spaces.Discrete(4), {})
@@ -344,49 +378,57 @@ def test_pictures_of_another_data_set_may_have_their_channels_first(tmp_path, sh
         read_steps(tmp_path / "bytes-v0")
 
 
-def test_wilson_intervals():
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998, by hand
+def test_wilson_intervals() -> None:
+    # Newcombe 1998, by hand.
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 100)[0] == 0 and wilson(0, 100)[1] == pytest.approx(0.037, abs=1e-3)
 
 
-def test_spl_of_a_clone_that_never_arrives_has_an_interval():
+def test_spl_of_a_clone_that_never_arrives_has_an_interval() -> None:
     found = Scores(**scores([Outcome(0.0, 0.0, -0.5, 40)] * 100))
     assert found.spl == 0 and found.intervals["spl"] == pytest.approx((0, 0.037), abs=1e-3)
 
 
-def test_tables_have_the_intervals_of_a_methods_mean():
-    """Of seeds that fail in other episodes the mean is surer than each; of seeds that fail in the same ones it is not."""
+def test_tables_have_the_intervals_of_a_methods_mean() -> None:
+    """The mean of seeds that fail in other episodes is surer than each; of those that fail in the same, it is not."""
 
-    def run(*successes):
+    def run(*successes: int) -> Scores:
         return Scores(**scores([Outcome(float(s), None, 2.0 * s, 10) for s in successes]))
 
-    def ends(text):
+    def ends(text: str) -> list[float]:
         return [float(end) for end in text.partition("[")[2].rstrip("]").split(", ")]
 
     half, other = run(*[1, 0] * 50), run(*[0, 1] * 50)
-    assert mean_text([half], "success", 100) == "50.0 [40.4, 59.6]"  # Wilson's
+    # Wilson's.
+    assert mean_text([half], "success", 100) == "50.0 [40.4, 59.6]"
     low, high = ends(mean_text([half, half], "success", 100))
-    assert 38 < low < 42 and 58 < high < 62  # 50 ± 1.96 * 5
-    assert mean_text([half, half], "success", 100) == mean_text([half, half], "success", 100)  # nothing but the data
+    # 50 ± 1.96 * 5.
+    assert 38 < low < 42 and 58 < high < 62
+    # Nothing but the data.
+    assert mean_text([half, half], "success", 100) == mean_text([half, half], "success", 100)
     assert mean_text([half, other], "success", 100) == "50.0 [50.0, 50.0]" != mean_text([half, half], "success", 100)
     assert mean_text([half], "spl") == mean_text([], "success") == "–"
-    always, never = run(*[1] * 100), run(*[0] * 100)  # a bootstrap of these has no width
+    # A bootstrap of these has no width.
+    always, never = run(*[1] * 100), run(*[0] * 100)
     assert mean_text([always] * 3, "success", 100) == mean_text([always], "success", 100) == "100.0 [96.3, 100.0]"
     assert mean_text([never] * 3, "success", 100) == "0.0 [0.0, 3.7]"
 
-    better = run(*[1, 0] * 45, *[1, 1] * 5)  # in five of a hundred episodes; unpaired, 5 ± 14 points
+    # In five of a hundred episodes; unpaired, 5 ± 14 points.
+    better = run(*[1, 0] * 45, *[1, 1] * 5)
     low, high = ends(difference_text([better, better], [half], "success", 100))
     assert 0 < low < 3 and 8 < high < 11 and difference_text([better], [half], "success", 100).startswith("5.0 [")
     assert difference_text([half], [half, half], "reward") == "0.0 [0.0, 0.0]"
     assert difference_text([better, half], [half, half], "success", 100).startswith(
         "2.5 ± 2.5 ["
-    )  # 5 and 0 of the pairs
-    assert difference_text([better, half, half], [half, half], "success", 100).startswith("1.7 [")  # no pairs
+        # 5 and 0 of the pairs.
+    )
+    # No pairs.
+    assert difference_text([better, half, half], [half, half], "success", 100).startswith("1.7 [")
     assert difference_text([half], [], "success") == difference_text([half], [half], "spl") == "–"
 
 
-def test_moves_are_drawn_and_a_stop_is_taken_where_it_is_the_likeliest():
-    def taken(stops, *probabilities):
+def test_moves_are_drawn_and_a_stop_is_taken_where_it_is_the_likeliest() -> None:
+    def taken(stops: bool, *probabilities: float) -> set[int]:
         world, policy = SimpleNamespace(stops=stops), lambda _: torch.tensor(probabilities)
         act = drawing(world, policy, 0)
         assert [act({}) for _ in range(50)] == [again({}) for again in [drawing(world, policy, 0)] for _ in range(50)]
@@ -396,17 +438,18 @@ def test_moves_are_drawn_and_a_stop_is_taken_where_it_is_the_likeliest():
     assert taken(False, 0.3, 0.4, 0.3, 0.0) == taken(False, 0.4, 0.3, 0.3, 0.0) == {0, 1, 2}
     act = drawing(SimpleNamespace(stops=True), lambda _: torch.tensor([0.1, 0.6, 0.3, 0.0]), 0)
     share = np.mean([act({}) == 1 for _ in range(2000)])
-    assert abs(share - 0.8) < 0.04  # 0.6² to 0.3²; 0.67 would be drawn without sharpening
+    # 0.6² to 0.3²; 0.67 would be drawn without sharpening.
+    assert abs(share - 0.8) < 0.04
 
 
-def test_baselines_move_at_random_and_by_the_compass(walk):
-    env, home = walk(DoomPointNav, "map01"), walk(DoomPointNav, "home", automatic=True, compass=False)
+def test_baselines_move_at_random_and_by_the_compass(walk: Build) -> None:
+    env, home = walk(DoomPointNav, "map01"), walk(DoomPointNav, "home", compass=False)
     assert stops(env) and not stops(home) and not stops(SimpleNamespace())
     for world, actions in ((env, {1, 2, 3}), (home, {0, 1, 2, 3})):
         act = at_random(world)
         assert {act({}) for _ in range(100)} == actions
 
-    def follow(distance, degrees, **more):
+    def follow(distance: float, degrees: float, **more: Any) -> int:
         return by_compass(env, **more)({COMPASS: np.array([distance, np.radians(degrees)], np.float32)})
 
     assert [follow(9, a, wander=0) for a in (7, -7, 9, -9, 179)] == [FORWARD, FORWARD, LEFT, RIGHT, LEFT]
@@ -422,22 +465,17 @@ def test_baselines_move_at_random_and_by_the_compass(walk):
 
 @linux
 @pytest.mark.parametrize("end", ["close", "forget", "kill"])
-def test_no_engine_outlives_its_agents(end, tmp_path, cache):
+def test_no_engine_outlives_its_agents(end: str, tmp_path: Path, cache: Path) -> None:
     """Three environments; they are closed, left to the end of the program, or killed."""
-    last = {
-        "close": "[e.close() for e in envs]", "forget": "pass", "kill": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    }[end]  # fmt: skip
+    last = {"close": "[e.close() for e in envs]", "forget": "pass", "kill": "os.kill(os.getpid(), signal.SIGKILL)"}[end]
     code = (
-        "from sidetuning_bench.doom.nav import DoomPointNav\n"
+        "import os, signal\nfrom sidetuning_bench.doom.nav import DoomPointNav\n"
         f"envs = [DoomPointNav('map01', cache={str(cache)!r}) for _ in range(3)]\n"
         "for k, env in enumerate(envs):\n    env.reset(seed=k)\n    env.step(1)\n"
         f"print('ready', flush=True)\ninput()\n{last}\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)}, cwd=tmp_path.parent,
-    )  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
+    process = spawn("-c", code, folder=tmp_path)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
     names = instances(tmp_path)
     assert len(names) == 3
     _out, err = process.communicate("go\n", timeout=60)
@@ -447,29 +485,19 @@ def test_no_engine_outlives_its_agents(end, tmp_path, cache):
 
 
 @linux
-def test_collecting_goes_on_after_a_kill_and_leaves_nothing(tmp_path):
+@pytest.mark.slow
+def test_collecting_goes_on_after_a_kill_and_leaves_nothing(tmp_path: Path) -> None:
     pytest.importorskip("minari")
     from sidetuning_bench.agents.trajectories import read_steps
 
-    def collect(out, episodes, **more):
-        command = [
-            sys.executable,
-            "-m",
-            "sidetuning_bench",
-            "collect-trajectories",
-            "--episodes",
-            str(episodes),
-            "--out",
-            str(out),
-        ]
-        return subprocess.Popen(
-            [*command, "--workers", "2", "--no-progress"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **more}, cwd=tmp_path,
-        )  # fmt: skip
-
     own = tmp_path / "own"
     own.mkdir()
-    process = collect(tmp_path / "broken-v0", 40, TMPDIR=str(own))
+
+    def collect(out: str, *more: str) -> subprocess.Popen[str]:
+        command = ("-m", "sidetuning_bench", "collect-trajectories", "--out", str(tmp_path / out))
+        return spawn(*command, "--episodes", "40", "--workers", "2", "--no-progress", *more, folder=own)
+
+    process = collect("broken-v0")
     until, names = time.monotonic() + 60, set()
     while len(list((tmp_path / "broken-v0").glob("data/*/*.arrow"))) < 5 and time.monotonic() < until:
         names |= instances(own)
@@ -478,7 +506,7 @@ def test_collecting_goes_on_after_a_kill_and_leaves_nothing(tmp_path):
     process.communicate(timeout=60)
     assert names and left(own, names) == []
     for out in ("broken-v0", "whole-v0"):
-        process = collect(Path(out), 40)
+        process = collect(out)
         _out_text, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
     first, second = read_steps(tmp_path / "broken-v0"), read_steps(tmp_path / "whole-v0")
@@ -490,7 +518,8 @@ def test_collecting_goes_on_after_a_kill_and_leaves_nothing(tmp_path):
 
     import minari
 
-    data = minari.MinariDataset(tmp_path / "whole-v0" / "data")  # as anybody reads it
+    # As anybody reads it.
+    data = minari.MinariDataset(tmp_path / "whole-v0" / "data")
     episode = next(iter(data.iterate_episodes()))
     assert episode.observations["rgb"].shape == (len(episode) + 1, 64, 64, 3) and episode.terminations[-1]
     strayed = np.mean(episode.actions != episode.infos["expert"][: len(episode), 0])
@@ -499,17 +528,13 @@ def test_collecting_goes_on_after_a_kill_and_leaves_nothing(tmp_path):
         read_steps(tmp_path / "whole-v0", 41)
     with pytest.raises(DataError, match="collect-trajectories"):
         read_steps(tmp_path / "nothing-v0")
-    process = collect(tmp_path / "whole-v0", 40)
-    process.communicate(timeout=60)
-    process = subprocess.run(
-        [sys.executable, "-m", "sidetuning_bench", "collect-trajectories", "--out", str(tmp_path / "whole-v0"), "--stray", "0.5"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert process.returncode == 1 and "stray" in process.stderr and "Traceback" not in process.stderr
+    process = collect("whole-v0", "--stray", "0.5")
+    _out_text, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stray" in err and "Traceback" not in err
 
 
 @linux
-def test_an_engine_that_dies_under_an_agent_is_told_in_a_sentence(walk):
+def test_an_engine_that_dies_under_an_agent_raises_a_sentence(walk: Build) -> None:
     env = walk(DoomPointNav, "map01")
     env.reset(seed=0)
     for file in Path("/proc").glob("[0-9]*/status"):

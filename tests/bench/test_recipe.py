@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ from sidetuning.commands import predict
 from sidetuning.errors import SideTuningError
 from sidetuning.sides.fusion import Fusion, random_shift
 from sidetuning_bench import icifar
-from sidetuning_bench.runs import with_recipe
+from sidetuning_bench.options import FeaturesOptions, flat, with_values
+from sidetuning_bench.sequence import with_recipe
 
 
 def test_maps_move_together_and_zeros_come_in() -> None:
@@ -47,22 +47,22 @@ def test_fusion_shifts_in_training_only_and_fits_the_paper_budget() -> None:
 
 
 def test_the_recipe_sets_what_it_needs_and_refuses_what_contradicts_it() -> None:
-    given = with_recipe(icifar.Settings(recipe="best", seed=3), icifar.BEST)
-    assert (given.side, given.merge, given.mirror, given.samples, given.seed) == ("fusion", "sum", True, 140_000, 3)
+    best = icifar.Settings(recipe="best")
+    given = flat(with_recipe(with_values(best, {"seed": 3}), icifar.BEST))
+    told = {"side": "fusion", "merge": "sum", "mirror": True, "samples": 140_000, "seed": 3}
+    assert {name: given[name] for name in told} == told
     assert with_recipe(icifar.Settings(), icifar.BEST) == icifar.Settings()
     with pytest.raises(SideTuningError, match="sets --merge itself, to sum"):
-        with_recipe(icifar.Settings(recipe="best", merge="alpha"), icifar.BEST)
+        with_recipe(with_values(best, {"merge": "alpha"}), icifar.BEST)
     with pytest.raises(SideTuningError, match="--recipe best is side-tuning's"):
-        with_recipe(icifar.Settings(recipe="best", method="features"), icifar.BEST)
-    with pytest.raises(SideTuningError, match="--stages is not read by sidetune, but by boosting"):
-        icifar.run(icifar.Settings(stages=3))
+        with_recipe(with_values(best, {"method": FeaturesOptions()}), icifar.BEST)
+    with pytest.raises(TypeError, match="has no setting stages"):
+        with_values(icifar.Settings(), {"stages": 3})
 
 
 def test_a_run_answers_by_the_mean_over_mirror_images(tiny_cifar: Path, tmp_path: Path) -> None:
-    settings = icifar.Settings(
-        data=str(tiny_cifar), out=str(tmp_path / "run"), cache=str(tmp_path / "cache"), tasks=2, progress=False,
-        **{**icifar.BEST, "samples": 256},
-    )  # fmt: skip
+    values = {"data": str(tiny_cifar), "out": str(tmp_path / "run"), "cache": str(tmp_path / "cache"), "tasks": 2}
+    settings = with_values(icifar.Settings(), {**values, **icifar.BEST, "samples": 256, "progress": False})
     result = icifar.run(settings)
     assert result.matrix.forgetting == [0.0, 0.0]
     model = st.load(tmp_path / "run")
@@ -78,7 +78,7 @@ def test_a_run_answers_by_the_mean_over_mirror_images(tiny_cifar: Path, tmp_path
     Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
     (answer, _) = predict.predict(predict.Settings(str(tmp_path / "run"), (str(tmp_path / "image.png"),)))
     assert answer.probability == pytest.approx(float((views[0] + views[1])[0].max()) / 2, abs=1e-4)
-    again = icifar.run(replace(settings, out=str(tmp_path / "again")))
+    again = icifar.run(with_values(settings, {"out": str(tmp_path / "again")}))
     assert again.accuracy == result.accuracy
 
 

@@ -425,7 +425,7 @@ def test_contrast(browser: Any, reports: dict[str, Path], name: str, scheme: str
 
 def test_tables_show_the_numbers_and_sort(browser: Any, reports: dict[str, Path]) -> None:
     show(browser, reports["comparison"], 1280)
-    texts = "(r) => [...r.cells].map((c) => c.textContent.trim())"
+    texts = r"(r) => [...r.cells].map((c) => c.textContent.replaceAll('\u00a0', ' ').trim())"
     cells = f"return [...document.querySelectorAll('#summary tbody tr')].map({texts})"
     rows = browser.execute_script(cells)
     expected = [

@@ -46,16 +46,16 @@ def test_a_side_learns_to_answer_and_can_be_asked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shown = f"squad --data {questions_folder} --base hf:{encoder} --length 48 --stride 8 --cache cache --no-progress"
-    main(["bench", *f"{shown} --epochs 40 --lr 5e-3 --out run sidetune --width 16".split()])
+    main(["bench", *f"{shown} --epochs 40 --lr 1e-2 --batch 48 --out run sidetune --width 16".split()])
     printed = capfd.readouterr()
-    assert "F1" in printed.out and "Loading" not in printed.err
+    assert "F1, %: " in printed.out and "Loading" not in printed.err
     result = json.loads(Path("run/result.json").read_text())
     # A model that never answers scores 33.
     assert result["scores"]["f1"] > 90 and result["scores"]["no_answer"] > 80
     answers = json.loads(Path("run/predictions.json").read_text())
     odds = json.loads(Path("run/null_odds.json").read_text())
     assert len(answers) == 60 and all(answers.values()) and 15 < sum(v > 0 for v in odds.values()) < 25
-    settings = settings_for(tmp_path, questions_folder, encoder, {"epochs": 40.0, "lr": 5e-3})
+    settings = settings_for(tmp_path, questions_folder, encoder, {"epochs": 40.0, "lr": 1e-2, "batch": 48})
     before = Path("run/result.json").read_bytes()
     squad.run(settings)
     assert Path("run/result.json").read_bytes() == before

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import sidetuning as st
 from sidetuning.cache import CachedTokens, cache_tokens, tokens
 from sidetuning.cache.tokens import ByLength
 from sidetuning.errors import CacheError, ShapeError
+from text_parts import Lines
 
 TAPS = ("embeddings", "first", "second")
-
-
-class Lines:
-    """Texts of different lengths."""
-
-    def __init__(self, count: int = 40) -> None:
-        rng = np.random.default_rng(0)
-        self.ids = [rng.integers(5, 50, int(n)) for n in rng.integers(3, 30, count)]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def lengths(self) -> NDArray[np.int64]:
-        return np.array([len(ids) for ids in self.ids])
-
-    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        longest = max(len(self.ids[row]) for row in rows)
-        ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
-        for k, row in enumerate(rows):
-            ids[k, : len(self.ids[row])], mask[k, : len(self.ids[row])] = torch.from_numpy(self.ids[row]), 1
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def fingerprint(self) -> str:
-        return str(sum(int(ids.sum()) for ids in self.ids))
 
 
 class Embeddings(nn.Embedding):
@@ -162,5 +137,3 @@ def test_batches_of_similar_lengths() -> None:
     with st.seeded(2):
         assert batches != list(sampler)
     assert [lengths[b].max() for b in batches] != sorted(lengths[b].max() for b in batches)
-    ordered = list(ByLength(lengths, 16, shuffle=False))
-    assert [i for b in ordered for i in b] == np.argsort(lengths, kind="stable").tolist()

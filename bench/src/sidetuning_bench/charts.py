@@ -157,13 +157,7 @@ def _plot(chart: Chart, figure: Figure) -> None:
     axes, colour, width = figure.subplots(), colours(), 72 * figure.get_figwidth()
     for i, (line, (name, marker, dashes)) in enumerate(zip(chart.lines, STYLES, strict=False)):
         x, y, error = (np.array([p[k] for p in line.points]) for k in range(3))
-        style: Any = {
-            "color": colour[name],
-            "linestyle": dashes,
-            "label": line.name,
-            "zorder": 10 - i,
-            "gid": f"line-{i}",
-        }
+        style: Any = {"color": colour[name], "ls": dashes, "label": line.name, "zorder": 10 - i, "gid": f"line-{i}"}
         if len(x) < BANDS:
             axes.errorbar(x, y, error, marker=marker, elinewidth=1.2, **style)
         else:

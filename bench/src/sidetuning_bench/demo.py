@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sidetuning.errors import EngineError
 from sidetuning_bench import digits
 from sidetuning_bench.dense import itaskonomy, render_doom
+from sidetuning_bench.doom.engine import EngineError
 from sidetuning_bench.options import Count, FineTuneOptions, Natural, Positive, check, with_values
 from sidetuning_bench.report import write_report
 

@@ -1,4 +1,4 @@
-"""Taskonomy's domains: how the files of each one are named, encoded, written and read. NumPy and Pillow alone, no torch."""
+"""Taskonomy's domains: how their files are named, encoded, written and read. NumPy and Pillow alone, no torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Domain:
     """How the files of one domain are named and encoded.
 
     Attributes:
-        name: of the domain and of its folder.
-        channels: that are kept of a file; 0 for ids and masks, which are planes (h, w); for scores, how many Taskonomy has.
-        bits: of one value in the file: 8 or 16 (.png), 32 for scores (.npy), 0 for text (.json).
-        suffix: of the file names, all that follows `_domain_`.
+        name: name of the domain and of its folder.
+        channels: channels that are kept of a file; 0 for ids and masks, which are planes (h, w); the number of scores.
+        bits: bits of one value in the file: 8 or 16 (.png), 32 for scores (.npy), 0 for text (.json).
+        suffix: end of the file names, all that follows `_domain_`.
         geometric: rendered from the mesh, so that a pixel where `mask_valid` is 0 means nothing.
     """
 
@@ -35,40 +35,42 @@ class Domain:
     channels: int
     bits: int
     suffix: str
-    geometric: bool
+    geometric: bool = False
 
 
 DOMAINS: dict[str, Domain] = {
-    d.name: d
-    for d in (
-        Domain("rgb", 3, 8, "rgb.png", False),
+    domain.name: domain
+    for domain in (
+        Domain("rgb", 3, 8, "rgb.png"),
         Domain("normal", 3, 8, "normal.png", True),
         Domain("principal_curvature", 2, 8, "principal_curvature.png", True),
         Domain("reshading", 1, 8, "reshading.png", True),
         Domain("depth_euclidean", 1, 16, "depth_euclidean.png", True),
         Domain("depth_zbuffer", 1, 16, "depth_zbuffer.png", True),
-        Domain("edge_texture", 1, 16, "edge_texture.png", False),
+        Domain("edge_texture", 1, 16, "edge_texture.png"),
         Domain("edge_occlusion", 1, 16, "edge_occlusion.png", True),
-        Domain("keypoints2d", 1, 16, "keypoints2d.png", False),
+        Domain("keypoints2d", 1, 16, "keypoints2d.png"),
         Domain("keypoints3d", 1, 16, "keypoints3d.png", True),
-        Domain("segment_semantic", 0, 8, "segmentsemantic.png", False),
-        Domain("segment_unsup25d", 3, 8, "segment_unsup25d.png", False),
-        Domain("mask_valid", 0, 8, "depth_zbuffer.png", False),  # so named in Taskonomy
-        Domain("class_object", 1000, 32, "class_object.npy", False),
-        Domain("class_scene", 365, 32, "class_places.npy", False),
-        Domain("point_info", 0, 0, "point_info.json", False),
+        Domain("segment_semantic", 0, 8, "segmentsemantic.png"),
+        Domain("segment_unsup25d", 3, 8, "segment_unsup25d.png"),
+        Domain("mask_valid", 0, 8, "depth_zbuffer.png"),
+        Domain("class_object", 1000, 32, "class_object.npy"),
+        Domain("class_scene", 365, 32, "class_places.npy"),
+        Domain("point_info", 0, 0, "point_info.json"),
     )
 }
 ALIASES = {"curvature": "principal_curvature"}
 DEPTHS = ("depth_euclidean", "depth_zbuffer")
-SIGNED = {"normal": 1.0, "principal_curvature": 2.0}  # 0 is the file's value 127, this bound is 254
-UNBLENDABLE = (*DEPTHS, "segment_semantic", "segment_unsup25d", "mask_valid")  # an average of two values is neither
-METRE = 512  # in units of a depth file
-INVALID = 64500  # depths from here on mean that the mesh has a hole
-SEMANTIC = (
-    "uncertain", "background", "bottle", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv",
-    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase",
-)  # fmt: skip
+# Domains whose value 127 in the file means 0, and 254 this bound.
+SIGNED = {"normal": 1.0, "principal_curvature": 2.0}
+# Domains where the average of two values is neither.
+UNBLENDABLE = (*DEPTHS, "segment_semantic", "segment_unsup25d", "mask_valid")
+# A metre in units of a depth file.
+METRE = 512
+# Depths from here on mean that the mesh has a hole.
+INVALID = 64500
+SEMANTIC = ["uncertain", "background", "bottle", "chair", "couch", "potted plant", "bed", "dining table", "toilet"]
+SEMANTIC += ["tv", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase"]
 
 
 def domain_of(name: str) -> Domain:
@@ -79,20 +81,27 @@ def domain_of(name: str) -> Domain:
     return DOMAINS[name]
 
 
+def tensor_domain(name: str) -> Domain:
+    """As `domain_of`; raises DataError where the files hold text."""
+    domain = domain_of(name)
+    if domain.bits == 0:
+        raise DataError(f"{domain.name} is JSON text, no tensor; read the file that path_of gives with json.loads")
+    return domain
+
+
 def path_of(root: str | Path, domain: str, building: str, point: int, view: int) -> Path:
     """Where the file of a frame lies."""
-    d = domain_of(domain)
-    return Path(root) / d.name / building / f"point_{point}_view_{view}_domain_{d.suffix}"
+    found = domain_of(domain)
+    return Path(root) / found.name / building / f"point_{point}_view_{view}_domain_{found.suffix}"
 
 
 def names(root: str | Path, domain: str) -> list[str]:
     """The names of a domain's classes or channels, by number.
 
-    They come from ROOT/names.json (`{"segment_semantic": ["uncertain", …], "class_object": […]}`) where that names the domain, else
-    they are Taskonomy's 18 for `segment_semantic` and numbers for the others.
+    They come from ROOT/names.json (`{"segment_semantic": ["uncertain", …]}`) where that names the domain. Else they are
+    Taskonomy's 18 for `segment_semantic`, and numbers for the others.
     """
-    d = domain_of(domain)
-    path = Path(root) / "names.json"
+    d, path = domain_of(domain), Path(root) / "names.json"
     table: Any = {}
     if path.exists():
         try:
@@ -102,7 +111,7 @@ def names(root: str | Path, domain: str) -> list[str]:
     found = table.get(d.name) if isinstance(table, dict) else []
     if found is None:
         return list(SEMANTIC) if d.name == "segment_semantic" else [str(i) for i in range(d.channels)]
-    if not isinstance(found, list) or not found or not all(isinstance(n, str) for n in found):
+    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
         raise DataError(f'{path} must read like {{"{d.name}": ["first name", "second name"]}}; mend it or remove it')
     return found
 
@@ -111,8 +120,9 @@ def read(path: str | Path, domain: str) -> npt.NDArray[Any]:
     """The values of one file, as they are in it.
 
     Returns:
-        uint8 (c, h, w) for 8-bit domains, uint8 (h, w) for ids and masks, int32 (1, h, w) in 0 … 65535 for 16-bit domains,
-        float32 (n,) for scores. A transparency is dropped; of a picture with a palette the colours count, of ids the numbers.
+        uint8 (c, h, w) for 8-bit domains, uint8 (h, w) for ids and masks, int32 (1, h, w) in 0 … 65535 for 16-bit
+        domains, float32 (n,) for scores. Transparency is dropped. Of a picture with a palette the colours count, but of
+        ids the numbers.
 
     Raises:
         DataError: the file is missing, damaged, or has other bits or channels than the domain.
@@ -127,56 +137,67 @@ def read(path: str | Path, domain: str) -> npt.NDArray[Any]:
             mode, pixels = image.mode, _pixels(image, d)
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is damaged: no format that Pillow knows; download or render it again") from error
-    except Exception as error:  # Pillow's decoders raise whatever their formats make them
+    except Exception as error:
+        # Pillow's decoders raise errors of all kinds.
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); download or render it again") from error
     if pixels is None:
         needed = "16-bit grey" if d.bits == 16 else "8-bit grey" if d.channels < 2 else "8-bit RGB"
         raise DataError(f"{path} is a picture of mode {mode}; {d.name} needs {needed}: save it again as that")
     if pixels.ndim == 3:
-        pixels = pixels.transpose(2, 0, 1)
-    elif d.channels:
-        pixels = pixels[None]
-    return np.ascontiguousarray(pixels)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if d.channels else pixels
 
 
-def encode(domain: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
-    """What a file of the domain holds for values in the domain's own units; `units(domain, target(domain, …))` undoes it.
+def _pixels(image: Image.Image, d: Domain) -> npt.NDArray[Any] | None:
+    """(h, w) or (h, w, c) of what the domain keeps, None where the picture is of another kind."""
+    if d.bits == 16:
+        # Older versions of Pillow give the mode I for a 16-bit PNG, others I;16 or I;16B.
+        if not image.mode.startswith("I"):
+            return None
+        # Never through int16: values above 32767 would turn negative.
+        pixels = np.array(image).astype(np.int32)
+        return pixels if pixels.min() >= 0 and pixels.max() <= 65535 else None
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+        return None
+    if d.name == "segment_semantic":
+        # Some tools save grey as RGB, but colours are no ids.
+        bands = [np.array(image.getchannel(i)) for i in range(3 if image.mode.startswith("RGB") else 1)]
+        return bands[0] if image.mode != "1" and all((band == bands[0]).all() for band in bands) else None
+    if image.mode in ("P", "PA"):
+        # At once to RGB, Pillow would warn of transparency.
+        image = image.convert("RGBA")
+    if d.channels < 2:
+        # Taskonomy's own are greys in RGB, which this keeps exactly.
+        return np.array(image.convert("L"))
+    return np.array(image.convert("RGB"))[..., : d.channels] if image.mode.startswith("RGB") else None
 
-    Args:
-        domain: its name.
-        values: depths (h, w) in metres, stored to 1/512 m: not finite -> 65535, the rest is clipped to 0 … 64499; normals (h, w, 3) in
-            -1 … 1 and curvatures (h, w, 2), clipped to -2 … 2: 0 is exactly 127, the bound 254, not finite counts as 0; other
-            maps (h, w) or (h, w, 3) in 0 … 1; ids (h, w); masks (h, w), valid where not 0; scores (n,). An array that has the
-            file's type already (uint8 or uint16) passes as it is.
 
-    Raises:
-        ShapeError, DataError: another shape, another type, or values out of range.
-    """
-    d, values = tensor_domain(domain), np.asarray(values)
-    axes = 1 if d.bits == 32 else 2 if d.channels < 2 else 3
-    if values.ndim != axes or (axes == 3 and values.shape[2] not in (d.channels, 3)):
-        shape = ("(n,)", "(h, w)", f"(h, w, {d.channels})")[axes - 1]
-        raise ShapeError(f"{d.name} takes values of the shape {shape}, not {values.shape}")
-    coded = _coded(d, values)
-    if d.channels == 2 and coded.shape[2] == 2:  # the files are RGB, the third channel is not used
-        coded = np.concatenate([coded, np.full_like(coded[..., :1], 127)], axis=2)
-    return coded
+def _scores(path: Path, d: Domain) -> npt.NDArray[np.float32]:
+    try:
+        with path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:
+        # Bytes of any kind make NumPy raise errors of all kinds, pickled objects included.
+        raise DataError(f"{path} is no readable .npy file of numbers ({error}); download or render it again") from error
+    one = array.size == max(array.shape, default=0) > 0
+    if not one or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise DataError(f"{path} must hold one vector of finite numbers for {d.name}; download or render it again")
+    return array.reshape(-1).astype(np.float32)
 
 
 def write(path: str | Path, domain: str, values: npt.ArrayLike | Mapping[str, Any]) -> None:
-    """Encode values, or the mapping of `point_info`, and write them; the file is there whole or not at all. Folders are made.
+    """Encode values, or the mapping of `point_info`, and write them; the file is there whole or not at all.
 
-    Not synced to the disk one by one: rendering many frames would take several times as long.
+    Folders are made. Files are not synced to the disk one by one: that would make rendering several times as slow.
     """
-    d, path = domain_of(domain), Path(path)
-    buffer = io.BytesIO()
+    d, path, buffer = domain_of(domain), Path(path), io.BytesIO()
     if d.bits == 0:
         buffer.write(json.dumps(values).encode())
     elif d.bits == 32:
         np.save(buffer, encode(domain, np.asarray(values)), allow_pickle=False)
     else:
-        image = Image.fromarray(encode(domain, np.asarray(values)))
-        image.save(buffer, "PNG", compress_level=1)  # a third of the time of the default, hardly larger
+        # This level takes a third of the time of the default, and the files are hardly larger.
+        Image.fromarray(encode(domain, np.asarray(values))).save(buffer, "PNG", compress_level=1)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,43 +210,30 @@ def write(path: str | Path, domain: str, values: npt.ArrayLike | Mapping[str, An
             temporary.unlink()
 
 
-def tensor_domain(name: str) -> Domain:
-    """As `domain_of`; raises DataError where the files are no tensors."""
-    d = domain_of(name)
-    if d.bits == 0:
-        raise DataError(f"{d.name} is JSON text, no tensor; read the file that path_of gives with json.loads")
-    return d
+def encode(domain: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """What a file of the domain holds for values in the domain's own units; `targets.units` undoes it.
 
+    Args:
+        domain: name of the domain.
+        values: an array that has the file's type already (uint8, uint16 or float32), or
 
-def _pixels(image: Image.Image, d: Domain) -> npt.NDArray[Any] | None:
-    """(h, w) or (h, w, c) of what the domain keeps, None where the picture is of another kind."""
-    if d.bits == 16:
-        if not image.mode.startswith("I"):  # I;16, I;16B, and I, which older versions of Pillow make of a 16-bit PNG
-            return None
-        pixels = np.array(image).astype(np.int32)  # never through int16: values above 32767 would turn negative
-        return pixels if pixels.min() >= 0 and pixels.max() <= 65535 else None
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-        return None
-    if d.name == "segment_semantic":  # of a palette the numbers; some tools save grey as RGB, but colours are no ids
-        bands = [np.array(image.getchannel(i)) for i in range(3 if image.mode.startswith("RGB") else 1)]
-        return bands[0] if image.mode != "1" and all((band == bands[0]).all() for band in bands) else None
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # at once to RGB, Pillow would warn of transparency
-    if d.channels < 2:
-        return np.array(image.convert("L"))  # Taskonomy's own are greys in RGB, which this keeps exactly
-    return np.array(image.convert("RGB"))[..., : d.channels] if image.mode.startswith("RGB") else None
+            - depths (h, w) in metres: kept to 1/512 m and clipped to 0 … 64499 of these, 65535 where not finite;
+            - normals (h, w, 3) in -1 … 1, curvatures (h, w, 2), clipped to -2 … 2: 127 is 0, also where not finite;
+            - other maps, (h, w) or (h, w, 3), in 0 … 1; ids (h, w); masks (h, w), valid where not 0; scores (n,).
 
-
-def _scores(path: Path, d: Domain) -> npt.NDArray[np.float32]:
-    try:
-        with path.open("rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except Exception as error:  # whatever the bytes make numpy raise, pickled objects included
-        raise DataError(f"{path} is no readable .npy file of numbers ({error}); download or render it again") from error
-    one = array.size == max(array.shape, default=0) > 0
-    if not one or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-        raise DataError(f"{path} must hold one vector of finite numbers for {d.name}; download or render it again")
-    return array.reshape(-1).astype(np.float32)
+    Raises:
+        ShapeError, DataError: another shape, another type, or values out of range.
+    """
+    d, values = tensor_domain(domain), np.asarray(values)
+    axes = 1 if d.bits == 32 else 2 if d.channels < 2 else 3
+    if values.ndim != axes or (axes == 3 and values.shape[2] not in (d.channels, 3)):
+        shape = ("(n,)", "(h, w)", f"(h, w, {d.channels})")[axes - 1]
+        raise ShapeError(f"{d.name} takes values of the shape {shape}, not {values.shape}")
+    coded = _coded(d, values)
+    if d.channels == 2 and coded.shape[2] == 2:
+        # The files are RGB; the third channel is not used.
+        coded = np.concatenate([coded, np.full_like(coded[..., :1], 127)], axis=2)
+    return coded
 
 
 def _coded(d: Domain, values: npt.NDArray[Any]) -> npt.NDArray[Any]:

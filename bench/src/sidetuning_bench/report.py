@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from sidetuning.errors import ArtifactError, SideTuningError
@@ -62,30 +63,24 @@ def write_report(
     """
     groups, summary = groups_of(results), summary_table(results)
     matrices = [_matrix(runs) for runs in groups]
-    low = math.floor(min(m.min(axis=None) for m in matrices) / 10) * 10
-    high = math.ceil(max(m.max(axis=None) for m in matrices) / 10) * 10
-    if low == high:
-        low, high = max(low - 10, 0), min(high + 10, 100)
-    rows = summary.to_dict("records")
+    low, high = _ends(matrices)
+    score, rows = summary.columns[1], summary.to_dict("records")
     sizes = {"curve": (300, 190)} if len(rows) > 1 else SIZES
-    for row, matrix, group in zip(rows, matrices, groups, strict=True):
-        words = f"{summary.columns[1]} over time: {row['Method']}"
-        curves = [draw(partial(_curves, matrix, (low, high)), kind, size, words) for kind, size in sizes.items()]
-        row |= {"matrix": matrix, "curves": curves, "seed": group[0].seed}
-    words, height = f"{summary.columns[1]} and parameters; the numbers are in the summary", 70 + 24 * len(rows)
-    sizes = {kind: (width, height) for kind, (width, _) in SIZES.items() if len(rows) > 1}
-    dots = [draw(partial(_dots, summary), kind, size, words) for kind, size in sizes.items()]
+    for row, matrix, runs in zip(rows, matrices, groups, strict=True):
+        plot, words = partial(_curves, matrix, (low, high)), f"{score} over time: {row['Method']}"
+        curves = [draw(plot, kind, size, words) for kind, size in sizes.items()]
+        row |= {"matrix": matrix, "curves": curves, "seed": runs[0].seed}
     content: dict[str, Any] = {
         "scored": is_scored(results),
         "word": "score" if is_scored(results) else "accuracy",
         "rows": rows,
-        "ranked": sorted(rows, key=lambda row: -row[summary.columns[1]].mean),
+        "ranked": sorted(rows, key=lambda row: -row[score].mean),
         "forgetful": sorted(rows, key=lambda row: -row["Forgetting, points"].mean),
         "by_size": sorted(rows, key=lambda row: row["Parameters, per task"]),
         "summary": as_texts(summary),
         "rank_note": summary.attrs["ranks"],
         "measures": measures_frame(results),
-        "dots": dots,
+        "dots": _dots(summary) if len(rows) > 1 else [],
         "ends": (low, high),
         "alphas": _per_task(groups, "alphas"),
         "seconds": _per_task(groups, "seconds"),
@@ -96,8 +91,7 @@ def write_report(
         "one_order": all(run.tasks == results[0].tasks for run in results),
     }
     shown, content["left_out"] = _pictures(results, galleries)
-    pairs = [(row, [_pair(*run, row) for run in shown if _seen(row.task) & {*run[1]}]) for row in measure_rows(results)]
-    figures = [figure for figure in pairs if figure[1]]
+    figures = [(row, pairs) for row in measure_rows(results) if (pairs := _pairs(row, shown))]
     return write_page("report.html.j2", path, {"title": title, "notes": notes, "figures": figures, **content})
 
 
@@ -105,10 +99,16 @@ def _matrix(runs: Sequence[RunResult]) -> DataFrame:
     """Accuracy in % of every task (columns) after learning each task (rows), mean over seeds."""
     import pandas as pd
 
-    mean = 100 * np.mean([[row + [math.nan] * (len(run.tasks) - len(row)) for row in run.accuracy] for run in runs], 0)
-    return pd.DataFrame(
-        mean, columns=range(1, len(mean) + 1), index=[f"{i} {t}" for i, t in enumerate(runs[0].tasks, 1)]
-    )
+    n, names = len(runs[0].tasks), [f"{i} {task}" for i, task in enumerate(runs[0].tasks, 1)]
+    mean = 100 * np.mean([[row + [math.nan] * (n - len(row)) for row in run.accuracy] for run in runs], axis=0)
+    return pd.DataFrame(mean, columns=range(1, n + 1), index=names)
+
+
+def _ends(matrices: Sequence[DataFrame]) -> tuple[int, int]:
+    """Ends of the axis of all accuracies: multiples of 10 %."""
+    low = 10 * math.floor(min(matrix.min(axis=None) for matrix in matrices) / 10)
+    high = 10 * math.ceil(max(matrix.max(axis=None) for matrix in matrices) / 10)
+    return (low, high) if low < high else (max(low - 10, 0), min(high + 10, 100))
 
 
 def _per_task(groups: Sequence[Sequence[RunResult]], name: str) -> DataFrame:
@@ -129,12 +129,16 @@ def flat_settings(runs: Sequence[Any]) -> DataFrame:
     return pd.json_normalize(content).fillna("null").map(lambda v: v if isinstance(v, str) else json.dumps(v))
 
 
-def _settings(runs: Sequence[RunResult]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Settings that all runs share, and by label those that they do not; those of seeds are joined by commas."""
+def _settings(runs: Sequence[RunResult]) -> tuple[DataFrame, DataFrame]:
+    """Settings that all runs share, and by method those that they do not; those of seeds are joined by commas."""
+    import pandas as pd
+
     table = flat_settings(runs)
     shared = table.nunique() == 1
     own = table.loc[:, ~shared].groupby([run.label for run in runs], sort=False).agg(lambda c: ", ".join(c.unique()))
-    return table.loc[0, shared].to_dict(), own.to_dict("index")
+    texts = ["; ".join(f"{key}={value}" for key, value in row.items()) for _, row in own.iterrows()]
+    common = pd.DataFrame({"Setting": table.columns[shared], "Value": table.loc[0, shared].to_list()})
+    return common, pd.DataFrame({"Method": own.index, "Settings": texts})
 
 
 def _curves(matrix: DataFrame, ends: tuple[float, float], figure: Figure) -> None:
@@ -143,22 +147,14 @@ def _curves(matrix: DataFrame, ends: tuple[float, float], figure: Figure) -> Non
 
     width, height = 72 * figure.get_size_inches()
     axes = figure.add_axes((30 / width, 24 / height, 1 - 36 / width, 1 - 34 / height))
-    colour, n = colours(), len(matrix)
-    for k in reversed(range(n)):
-        style: Any = (
-            {"color": colour["orange"], "linestyle": "--", "linewidth": 2} if k == 0 else {"color": colour["thin"]}
-        )
-        axes.plot(
-            range(k + 1, n + 1),
-            matrix.iloc[k:, k],
-            **{"linewidth": 1, **style},
-            marker="o",
-            markersize=3.5,
-            markevery=n,
-        )
-    axes.plot(range(1, n + 1), matrix.mean(axis=1), color=colour["blue"], linewidth=3)
+    colour, numbers = colours(), matrix.columns
+    axes.plot(numbers, matrix, color=colour["thin"], linewidth=1)
+    axes.plot(numbers, np.diag(matrix), "o", color=colour["thin"], markersize=3.5)
+    axes.plot(numbers, matrix[1], color=colour["orange"], linestyle="--")
+    axes.plot(numbers, matrix.mean(axis=1), color=colour["blue"], linewidth=3)
     axes.set_ylim(*ends)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
 class Picture(NamedTuple):
@@ -206,22 +202,18 @@ class Pair(NamedTuple):
     files: dict[str, Picture]
 
 
-def _seen(task: str) -> set[str]:
-    return {f"{task}.learned.png", f"{task}.end.png"}
-
-
-def _pair(run: RunResult, files: dict[str, Picture], row: MeasureRow) -> Pair:
-    _, learned, end = own_values(run, row.task)
-    if run.tasks[-1] == row.task:
-        verdict = "learned last"
-    elif learned == end:
-        verdict = "unchanged"
-    # Nothing where the numbers look the same.
-    elif row.text(learned) == row.text(end):
-        verdict = ""
-    else:
-        verdict = "worse" if (end > learned) == row.lower_is_better else "better"
-    return Pair(run.label, row.text(learned), row.text(end), verdict, files)
+def _pairs(row: MeasureRow, shown: Sequence[Shown]) -> list[Pair]:
+    """A pair for each method that has pictures of a task."""
+    pairs = []
+    for run, files in shown:
+        _, learned, end = own_values(run, row.task)
+        # Nothing is said where the numbers look the same.
+        same, worse = row.text(learned) == row.text(end), (end > learned) == row.lower_is_better
+        verdict = "unchanged" if learned == end else "" if same else "worse" if worse else "better"
+        verdict = "learned last" if run.tasks[-1] == row.task else verdict
+        if {f"{row.task}.learned.png", f"{row.task}.end.png"} & files.keys():
+            pairs.append(Pair(run.label, row.text(learned), row.text(end), verdict, files))
+    return pairs
 
 
 def _embedded(file: Path) -> Picture:
@@ -247,18 +239,24 @@ def _embedded(file: Path) -> Picture:
     return Picture(min(encoded, key=len), picture.width, picture.height)
 
 
-def _dots(summary: DataFrame, figure: Figure) -> None:
-    """Accuracy at the end beside parameters per task, a line per method; fewer than one parameter are drawn at one."""
+def _dots(summary: DataFrame) -> list[Markup]:
+    """Accuracy at the end beside parameters per task, a line per method, in all sizes."""
+    words, height = f"{summary.columns[1]} and parameters; the numbers are in the summary", 60 + 24 * len(summary)
+    return [draw(partial(_plot_dots, summary), kind, (width, height), words) for kind, (width, _) in SIZES.items()]
+
+
+def _plot_dots(summary: DataFrame, figure: Figure) -> None:
+    """Fewer than one parameter are drawn at one, because the axis is logarithmic."""
     from matplotlib.ticker import EngFormatter, NullLocator
 
     colour, rows, (width, height) = colours(), range(len(summary)), 72 * figure.get_size_inches()
     most = 18 if width < 400 else 30
     names = [name if len(name) <= most else name[: most - 1] + "…" for name in summary["Method"]]
-    edge = (12 + 7.2 * max(map(len, names))) / width
+    edge = (12 + 7 * max(map(len, names))) / width
     left, right = figure.subplots(1, 2, sharey=True)
-    figure.subplots_adjust(edge, 28 / height, 1 - 24 / width, 1 - 28 / height, wspace=0.1)
+    figure.subplots_adjust(edge, 28 / height, 1 - 18 / width, 1 - 28 / height, wspace=0.1)
     mean, error = zip(*summary.iloc[:, 1], strict=True)
-    left.errorbar(mean, rows, xerr=error, fmt="o", color=colour["blue"], markersize=7)
+    left.errorbar(mean, rows, xerr=error, fmt="o", color=colour["blue"], markersize=7, capsize=0)
     left.set_title(summary.columns[1])
     left.set_yticks(rows, names)
     left.tick_params(axis="y", labelcolor=colour["text"])

@@ -125,22 +125,12 @@ class Estimate(NamedTuple):
 
 def estimate(values: Sequence[float], scale: float = 1.0) -> Estimate | None:
     """Mean and standard error of values over seeds, times a scale; None of no values."""
-    if not values:
-        return None
-    mean, error = mean_and_error(values)
-    return Estimate(scale * mean, scale * error)
+    return Estimate(*(scale * number for number in mean_and_error(values))) if values else None
 
 
-# Decimals of the columns of tables; the others have one.
-DECIMALS = {
-    "Rigidity, log ratio": 2,
-    "Parameters, per task": 0,
-    "Parameters, shared": 0,
-    "Memory, peak, MB": 0,
-    "Parameters trained": 0,
-    "Steps per second": 0,
-    "Seeds": 0,
-}
+# Decimals of the columns of tables; others have one.
+WHOLE = ("Parameters, per task", "Parameters, shared", "Parameters trained", "Memory, peak, MB", "Steps per second")
+DECIMALS = {"Rigidity, log ratio": 2, **dict.fromkeys((*WHOLE, "Seeds"), 0)}
 
 
 def summary_table(results: Sequence[RunResult]) -> DataFrame:
@@ -160,13 +150,13 @@ def summary_table(results: Sequence[RunResult]) -> DataFrame:
     small = [g for g in groups if all(max(r.parameters) <= SMALL * r.shared_parameters for r in g)]
     ranks, note = _ranks(groups, "Ranks")
     small_ranks, small_note = _ranks(small, "Ranks of small") if len(small) < len(groups) else ({}, "")
-    rows = []
+    rows, word = [], "Score, %" if is_scored(results) else "Accuracy, %"
     for runs in groups:
         label = runs[0].label
         rigid = [rigidity(_errors(r, r.matrix.learned), _errors(r, r.alone)) for r in runs if r.alone is not None]
-        row = {
+        cells = {
             "Method": label,
-            "Score, %" if is_scored(results) else "Accuracy, %": estimate([r.matrix.average for r in runs], 100),
+            word: estimate([r.matrix.average for r in runs], 100),
             "Forgetting, points": estimate([0.0 - r.matrix.backward_transfer for r in runs], 100),
             "Rigidity, log ratio": estimate(rigid),
             "Rank, average": estimate(ranks.get(label, [])),
@@ -178,7 +168,7 @@ def summary_table(results: Sequence[RunResult]) -> DataFrame:
             "Memory, peak, MB": max((r.peak_memory_mb for r in runs if r.peak_memory_mb is not None), default=None),
             "Seeds": len(runs),
         }
-        rows.append(row)
+        rows.append(cells)
     frame = pd.DataFrame(rows).dropna(axis=1, how="all")
     frame.attrs["ranks"] = f"{note} {small_note}".strip()
     return frame

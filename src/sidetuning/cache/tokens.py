@@ -133,39 +133,33 @@ def _fill(
         yield len(rows)
 
 
-def token_loader(data: Any, lengths: NDArray[np.int64], batch_size: int = 16, shuffle: bool = True) -> DataLoader[Any]:
+def token_loader(data: Any, lengths: NDArray[np.int64], batch_size: int = 16) -> DataLoader[Any]:
     """Make a loader of `(inputs, features, labels)` batches, each read in one go, with texts of similar lengths.
 
     Args:
         data: what `cache_tokens` returned, or another data set that gives whole batches.
         lengths: tokens of each text.
         batch_size: texts per batch; a smaller batch comes last.
-        shuffle: whether to mix the batches otherwise in every pass, or to give the shortest texts first.
     """
     rows: Any = range(len(data))
-    return DataLoader(rows, batch_sampler=ByLength(lengths, batch_size, shuffle), collate_fn=data.__getitems__)
+    return DataLoader(rows, batch_sampler=ByLength(lengths, batch_size), collate_fn=data.__getitems__)
 
 
 class ByLength(Sampler[list[int]]):
-    """Batches of texts of similar lengths, and so with little padding; see `token_loader`."""
+    """Batches of texts of similar lengths, and so with little padding; every pass mixes them otherwise."""
 
-    def __init__(self, lengths: NDArray[np.int64], batch_size: int, shuffle: bool = True) -> None:
-        self.lengths, self.batch_size, self.shuffle = lengths, batch_size, shuffle
+    def __init__(self, lengths: NDArray[np.int64], batch_size: int) -> None:
+        self.lengths, self.batch_size = lengths, batch_size
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        n, size = len(self.lengths), self.batch_size
-        order = torch.randperm(n).numpy() if self.shuffle else np.arange(n)
-        # Shuffled, texts are sorted within random pools of 50 batches.
-        pool = 50 * size if self.shuffle else n
-        batches: list[list[int]] = []
-        for start in range(0, n, pool):
-            rows = order[start : start + pool]
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        size, batches = self.batch_size, []
+        # Texts are sorted within random pools of 50 batches.
+        for pool in torch.randperm(len(self.lengths)).split(50 * size):
+            rows = pool.numpy()[np.argsort(self.lengths[pool.numpy()], kind="stable")]
             batches += [rows[i : i + size].tolist() for i in range(0, len(rows), size)]
-        if self.shuffle:
-            batches = [batches[i] for i in torch.randperm(len(batches)).tolist()]
+        mixed = [batches[i] for i in torch.randperm(len(batches)).tolist()]
         # The smaller one last: accelerate, where it splits batches over processes, drops it on the way.
-        yield from sorted(batches, key=lambda batch: len(batch) < size)
+        yield from sorted(mixed, key=lambda batch: len(batch) < size)

@@ -22,7 +22,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features
+from sidetuning.base import Base, Features, Input
 from sidetuning.branch import build_branch
 from sidetuning.errors import ArtifactError, DataError, ShapeError, UnknownNameError
 from sidetuning.loading import load_base
@@ -154,7 +154,7 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         if cached and self.branch is not None and self.branch.taps:
             raise ShapeError("the side reads taps of the base, which VecBaseFeatures does not keep: leave that out")
 
-    def encode(self, inputs: Tensor, code: Tensor | None) -> Tensor:
+    def encode(self, inputs: Input, code: Tensor | None) -> Tensor:
         """The merged code of prepared pictures (b, c, h, w); `code` is the base's, where the observations hold it."""
         if code is not None:
             features = Features(code)

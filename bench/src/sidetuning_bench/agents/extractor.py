@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from sidetuning.base import Base
+from sidetuning.base import Base, Input
 from sidetuning.branch import build_branch
 from sidetuning.errors import ShapeError, UnknownNameError
 from sidetuning.integrations.sb3 import SideTunedExtractor
@@ -66,10 +66,10 @@ class AgentExtractor(SideTunedExtractor):
             alone = {**parts, "merge": "side-only", "init": None}
             self.trunk = build_branch(self.base, head="identity", **alone).side
 
-    def encode(self, inputs: Tensor, code: Tensor | None) -> Tensor:
+    def encode(self, inputs: Input, code: Tensor | None) -> Tensor:
         if self.trunk is None:
             return super().encode(inputs, code)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             merged: Tensor = self.trunk(inputs)
         return merged.float()
 

@@ -1,8 +1,7 @@
-"""Habitat as an environment of this library: `--env habitat:CONFIG` where habitat-lab is installed.
+"""Habitat as an environment of agents: `--env habitat:CONFIG` where habitat-lab is installed.
 
-Habitat's environments speak old gym (`reset` gives an observation, `step` four values); here they become gymnasium's, with the
-observations and the order of actions that `data.doom_nav` has. Install (Linux, Python 3.10 or later, for which the nightly channel
-has builds):
+Habitat's environments speak old gym (`reset` gives an observation, `step` four values); here they speak gymnasium, with
+the observations and the order of actions of `doom.nav`. Install (Linux, Python 3.10 or later):
 
     conda install habitat-sim headless -c conda-forge -c aihabitat-nightly
     pip install git+https://github.com/facebookresearch/habitat-lab.git#subdirectory=habitat-lab
@@ -15,93 +14,86 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from PIL import Image
 
 from sidetuning.errors import SideTuningError
 from sidetuning_bench.agents.trajectories import COMPASS
 
 ACTIONS = ("stop", "move_forward", "turn_left", "turn_right")
-GOAL_RADIUS = 0.2  # metres, of PointNav's success
-MEASURES = ("distance_to_goal", "success", "spl")
+# Metres, of PointNav's success.
+GOAL_RADIUS = 0.2
 
 
 class HabitatWorld(gym.Env[Any, Any]):
     """A Habitat environment with gymnasium's interface.
 
-    Observation: `rgb` (size, size, 3) uint8, and `pointgoal_with_gps_compass` (2,) float32 where the task has it. Actions are stop,
-    move_forward, turn_left, turn_right, whatever their order in Habitat. Info: Habitat's measures, and `is_success`.
+    Observation: `rgb` (size, size, 3) uint8, and `pointgoal_with_gps_compass` (2,) float32 where the task has it.
+    Actions: stop, move_forward, turn_left, turn_right, whatever their order in Habitat. Info: Habitat's measures, and
+    `is_success`.
 
     Args:
         env: what `habitat.gym.make_gym_from_config` returns.
-        size: of the pictures; others are resized by averaging.
+        size: width and height of the pictures; others are resized by averaging.
 
     Raises:
         SideTuningError: the task has no `rgb` sensor, or not these four actions.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (gymnasium's way)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (as in gymnasium)
     render_mode = "rgb_array"
-    stops = True  # the action stop ends an episode
+    # The action stop ends an episode.
+    stops = True
     radius = GOAL_RADIUS
 
     def __init__(self, env: Any, size: int) -> None:
         self.env, self.size = env, size
-        # A number stands for an action by the order of the task's configuration; the action space is sorted by name.
-        there = list(env.unwrapped.habitat_env.task.actions)
-        missing = [name for name in ACTIONS if name not in there]
-        if missing:
-            raise SideTuningError(f"the task has the actions {', '.join(there)}, and not {', '.join(missing)}")
-        self._actions = [there.index(name) for name in ACTIONS]
+        # A number means an action by the order of the task's configuration; the action space is sorted by name.
+        names = list(env.unwrapped.habitat_env.task.actions)
+        if missing := [name for name in ACTIONS if name not in names]:
+            raise SideTuningError(f"the task has the actions {', '.join(names)}, and not {', '.join(missing)}")
+        self._actions = [names.index(name) for name in ACTIONS]
         sensors = env.observation_space.spaces
         if "rgb" not in sensors:
             raise SideTuningError(f"the task has the sensors {', '.join(sensors)}; add rgb_sensor to its configuration")
-        self.action_space = spaces.Discrete(len(ACTIONS))
         space: dict[str, spaces.Space[Any]] = {"rgb": spaces.Box(0, 255, (size, size, 3), np.uint8)}
         self.compass = COMPASS in sensors
         if self.compass:
             space[COMPASS] = spaces.Box(np.array([0, -np.pi], np.float32), np.array([1e4, np.pi], np.float32))
-        self.observation_space = spaces.Dict(space)
+        self.action_space, self.observation_space = spaces.Discrete(len(ACTIONS)), spaces.Dict(space)
         self._follower: Any = None
         self._image = np.zeros((size, size, 3), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode: the one that the seed gives, or without one another, drawn after it.
+        """Begin an episode: the one that the seed names or, without a seed, a random one.
 
-        Habitat itself goes through its episodes in one order, whatever the seed: copies of an environment would all walk the same.
+        Habitat goes through its episodes in one order, whatever the seed: copies of an environment would all walk the
+        same ways.
         """
         super().reset(seed=seed)
         inner = self.env.unwrapped.habitat_env
         if seed is not None:
             self.env.unwrapped.seed(seed)
         k = seed if seed is not None else int(self.np_random.integers(2**31))
-        count = len(inner.episodes)  # they come scene by scene: successive seeds shall see many
-        place = np.random.default_rng(0).permutation(count)[k % count]
-        inner.current_episode = inner.episodes[place]  # what the next reset takes
+        # Episodes are ordered by scene; successive seeds should see many scenes.
+        order = np.random.default_rng(0).permutation(len(inner.episodes))
+        # The next reset takes this one.
+        inner.current_episode = inner.episodes[order[k % len(order)]]
         return self._observation(self.env.reset()), {}
 
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        observation, reward, done, info = self.env.step(self._actions[int(action)])
+        seen, reward, done, info = self.env.step(self._actions[int(action)])
         stopped = ACTIONS[int(action)] == "stop"
-        measures = {k: float(info[k]) for k in MEASURES if k in info}
-        measures["is_success"] = bool(measures.get("success", 0.0))  # type: ignore[assignment]
-        return (
-            self._observation(observation),
-            float(reward),
-            done and stopped,
-            done and not stopped,
-            {**info, **measures},
-        )
+        measures = {k: float(info[k]) for k in ("distance_to_goal", "success", "spl") if k in info}
+        about = {**info, **measures, "is_success": bool(measures.get("success", 0.0))}
+        return self._observation(seen), float(reward), done and stopped, done and not stopped, about
 
     def _observation(self, seen: Any) -> dict[str, Any]:
-        image = np.asarray(seen["rgb"])[..., :3].astype(np.uint8)
-        if image.shape[:2] != (self.size, self.size):
-            from PIL import Image
-
-            image = np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BOX))
-        self._image = image
-        observation: dict[str, Any] = {"rgb": image}
-        if self.compass:
-            observation[COMPASS] = np.asarray(seen[COMPASS], np.float32)
-        return observation
+        self._image = np.asarray(seen["rgb"])[..., :3].astype(np.uint8)
+        if self._image.shape[:2] != (self.size, self.size):
+            image = Image.fromarray(self._image).resize((self.size, self.size), Image.Resampling.BOX)
+            self._image = np.array(image)
+        compass = {COMPASS: np.asarray(seen[COMPASS], np.float32)} if self.compass else {}
+        return {"rgb": self._image, **compass}
 
     def expert(self) -> int:
         """The action of Habitat's own shortest-path follower."""
@@ -110,8 +102,9 @@ class HabitatWorld(gym.Env[Any, Any]):
             from habitat.tasks.nav.shortest_path_follower import ShortestPathFollower
 
             self._follower = ShortestPathFollower(inner.sim, GOAL_RADIUS, return_one_hot=False)
+        # Habitat numbers the simulator's actions in this order.
         action = self._follower.get_next_action(inner.current_episode.goals[0].position)
-        return 0 if action is None else int(action)  # Habitat numbers the simulator's actions in this order
+        return 0 if action is None else int(action)
 
     def render(self) -> Any:
         return self._image
@@ -131,13 +124,12 @@ def make(config: str, split: str, size: int) -> HabitatWorld:
         import habitat
         from habitat.gym import make_gym_from_config
     except ImportError as error:
-        raise ImportError(
-            "habitat:… needs habitat-sim and habitat-lab, which conda installs; see sidetuning/integrations/habitat.py"
-        ) from error
+        raise ImportError("habitat:… needs habitat-sim and habitat-lab; docs/agents.md says how to install") from error
     try:
         settings = habitat.get_config(config, overrides=[f"habitat.dataset.split={split}"])
         return HabitatWorld(make_gym_from_config(settings), size)
     except SideTuningError:
         raise
-    except Exception as error:  # Habitat raises what hydra, its simulator and its files make it
+    # Habitat, hydra, the simulator and its files raise all kinds of errors.
+    except Exception as error:
         raise SideTuningError(f"habitat:{config} cannot be opened ({type(error).__name__}: {error})") from error

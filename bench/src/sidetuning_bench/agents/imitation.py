@@ -1,471 +1,248 @@
-"""Imitation (paper, section 4.3): visual navigation by behaviour cloning of a shortest-path expert, from few and many trajectories."""
+"""Imitation (paper, section 4.3): behaviour cloning of a navigating expert, from few and many trajectories."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from tqdm import tqdm
-
-from sidetuning.base import Base, Features, Input
-from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.errors import DataError, SideTuningError, UnknownNameError
 from sidetuning.files import write_json, write_text
 from sidetuning.registry import unknown
-from sidetuning.sides.fusion import random_shift
-from sidetuning_bench.agents.outcomes import Scores, difference_text, mean_text, scores
-from sidetuning_bench.agents.play import film, load_player
-from sidetuning_bench.agents.trajectories import COMPASS, Steps, extra_of, read_steps
-from sidetuning_bench.agents.worlds import (
-    HOME,
-    TEST_SEED,
-    Act,
-    Policy,
-    at_random,
-    by_compass,
-    drawing,
-    episodes,
-    expert_of,
-    make_world,
-    map_base,
-)
+from sidetuning_bench import grid
+from sidetuning_bench.agents import cloning
+from sidetuning_bench.agents.cloning import CloneOptions, Result
+from sidetuning_bench.agents.films import film
+from sidetuning_bench.agents.outcomes import MEASURES, difference_text, mean_text, scores
+from sidetuning_bench.agents.policies import load_player
+from sidetuning_bench.agents.trajectories import COMPASS, Steps, read_steps
+from sidetuning_bench.agents.worlds import HOME, TEST_SEED, Act, at_random, by_compass, episodes, expert_of, make_world
 from sidetuning_bench.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning_bench.continual import mean_and_error
-from sidetuning_bench.methods import METHODS, Method, Recipe, Task
-from sidetuning_bench.methods.recipe import one_cycle
-from sidetuning_bench.runs import (
-    WITH_SIDES,
-    Run,
-    above_zero,
-    absolute,
-    at_least_one,
-    not_twice,
-    read_result,
-    side_options,
-)
+from sidetuning_bench.grid import Cell
+from sidetuning_bench.methods import METHODS, Task
+from sidetuning_bench.options import FREE, Count, GridOptions, Names, Once, check, with_values
+from sidetuning_bench.report_runs import FAMILIES, Family, scaled
+from sidetuning_bench.runs import Run, absolute, read_result
 
-TASK = "navigate"
-BASELINES = {  # rows that learn nothing; compass only where the environment has one
+# Rows that learn nothing; "compass" only where the environment has one.
+BASELINES = {
     "expert": "knows the shortest way",
     "compass": "does not see: it turns towards the goal and goes ahead",
     "random": "moves at random and never stops",
 }
-HELD_OUT = 50  # trajectories for the accuracy, at most a tenth of all
-MEASURES = (("success", "Success, %", 100.0), ("spl", "SPL, %", 100.0), ("reward", "Reward", 1.0))
 SCRATCH = "scratch trains a network of the base's shape from random weights (in rl it is the side alone)."
 NOTE = (
-    "Mean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the episodes (bootstrap; of one run Wilson's, "
-    f"of its reward 1.96 standard errors). {SCRATCH}"
+    "Mean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the episodes (bootstrap; of "
+    f"one run Wilson's, of its reward 1.96 standard errors). {SCRATCH}"
 )
-FREE = ("data", "out", "cache", "progress")
+DIFFERENCES = (
+    "Differences are paired: in the same episodes, ± standard error over seeds, and the 95 % bootstrap interval over "
+    "episodes."
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Learning:
-    """What all runs of a comparison share."""
+@dataclass(frozen=True)
+class Settings:
+    """Clone a navigating expert with several methods, from few and many trajectories."""
 
-    data: str = "runs/trajectories/doom-pointnav-v0"
-    """Trajectories, as collect-trajectories writes them."""
-    env: str = "doom-pointnav"
-    """Where the clones are tested: doom-pointnav, doom-home, or habitat:CONFIG."""
-    steps: int = 1500
-    """Optimiser steps of every run, so that few trajectories are seen often."""
-    batch: int = 64
-    """Frames per step."""
-    lr: float = 1e-3
-    """Learning rate at its peak; one cycle."""
-    weight_decay: float = 1e-4
-    """Of matrices; merges, norms and biases have none."""
-    dropout: float = 0.7
-    """Of the code that the policy reads, so that few trajectories are not learned by heart."""
-    shift: int = 8
-    """Pixels by which the pictures that a side or a whole network learns from are moved at random, for the same reason."""
-    test_episodes: int = 100
-    """Unseen episodes that every clone is tested on."""
-    test_split: str = "test"
-    """Scenes of these episodes."""
-    base: str = "resnet-doom-curvature"
-    """Base network."""
-    base_weights: str | None = None
-    """A safetensors file of the base's weights to use instead of the packaged ones."""
-    side: str = "fcn5"
-    """Side network."""
-    side_width: float = 0.25
-    """Of the sides fcn5 and copy: fraction of the channels."""
-    init: str | None = "distilled"
-    """How sides start."""
-    merge: str = "alpha"
-    """How base and side are fused."""
-    precision: Literal["no", "bf16"] = "no"
-    """Mixed precision of training."""
-    cache: str = "~/.cache/sidetuning"
-    """Folder of base features, shared by all runs."""
-    progress: bool = True
-    """Show progress bars."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(Learning):
-    """Clone a navigating expert with side-tuning, fixed features, fine-tuning and from scratch, from few and many trajectories."""
-
-    out: str = "runs/imitation"
-    """Folder of the runs; the same command run again goes on where it stopped."""
-    methods: tuple[str, ...] = ("sidetune", "features", "finetune", "scratch")
+    methods: Names = ("sidetune", "features", "finetune", "scratch")
     """Methods; finetune tunes a copy of the base, scratch trains one from random weights."""
-    trajectories: tuple[int, ...] = (5, 20, 100, 500)
-    """How many trajectories to learn from; each seed draws others."""
-    seeds: int = 3
-    """Runs of every cell, with seeds 0, 1, …"""
+    trajectories: Annotated[tuple[Count, ...], Once] = (5, 20, 100, 500)
+    """Numbers of trajectories to learn from; each seed draws others."""
+    clone: CloneOptions = field(default=CloneOptions())
+    run: GridOptions = field(default=GridOptions(out="runs/imitation"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell(Learning):
-    """One run: a method, so many trajectories, a seed; pictures of a size."""
-
-    method: str
-    trajectories: int
-    seed: int
-    size: int
-    out: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result(Scores):
-    """What a clone, or a baseline that learns nothing, came to on the test episodes.
-
-    Attributes:
-        accuracy: share of held-out steps at which the clone does what the expert did; None where nothing is held out, and of
-            baselines.
-        frames: of the trajectories that it learned from.
-        added: parameters that were trained.
-        seconds: of training, without the base's features.
-        settings: of the run.
-        data: of the trajectories: fingerprint, number of episodes, and the settings that they were collected with.
-    """
-
-    method: str
-    trajectories: int
-    seed: int
-    accuracy: float | None = None
-    frames: int = 0
-    added: int = 0
-    seconds: float = 0.0
-    settings: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-
-
-class Moves(Dataset[Any]):
-    """Batches of `({"x": picture, "extra": numbers}, features or None, action)`; pictures are moved at random by up to `shift` pixels (Kostrikov et al., 2020),
-    and zeros come in; the cached features stay those of the pictures as they were."""
-
-    def __init__(self, steps: Steps, features: CachedFeatures | None, shift: int = 0) -> None:
-        self.steps, self.features, self.shift = steps, features, shift
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitems__(self, rows: Sequence[int]) -> tuple[Input, Features | None, Tensor]:
-        at = list(rows)
-        known = None if self.features is None else self.features.__getitems__(at)[1]
-        rgb = self.steps.rgb[at]
-        seen = random_shift([rgb], self.shift)[0] if self.shift else rgb
-        return {"x": seen, "extra": self.steps.extra[at]}, known, self.steps.actions[at]
-
-
-def cells(settings: Settings, size: int) -> Iterator[Cell]:
+def cells(settings: Settings, size: int) -> Iterator[Cell[cloning.Settings]]:
     """The runs, seed by seed, with pictures of a size."""
-    s = settings
-    shared = {f.name: getattr(s, f.name) for f in fields(Learning)} | {"base_weights": absolute(s.base_weights)}
-    for seed in range(s.seeds):
-        for count in s.trajectories:
-            for method in s.methods:
-                out = str(Path(s.out) / f"{method}-{count}-{seed}")
-                yield Cell(method=method, trajectories=count, seed=seed, size=size, out=out, **shared)
+    options = with_values(settings.clone, {"base_weights": absolute(settings.clone.agent.base_weights)})
+    for seed in range(settings.run.seeds):
+        for count in settings.trajectories:
+            for method in settings.methods:
+                name = f"{method}-{count}-{seed}"
+                folder = Path(settings.run.out) / name
+                yield Cell(name, folder, cloning.Settings(method, count, seed, size, str(folder), options))
+
+
+def finished(cell: Cell[cloning.Settings]) -> Result | None:
+    """The result of a cell, where it is done; a run with other settings is refused."""
+    file = cell.folder / "result.json"
+    if not file.exists():
+        return None
+    Run(cell.folder, "imitation-run", cell.settings)
+    result: Result = read_result(Result, file)
+    return result
 
 
 def run(settings: Settings) -> list[Result]:
     """Run the cells that have no result yet, and the baselines, and write `table.md` and `report.html`."""
-    s = settings
-    steps, data = prepared(s)
-    folder = Run(s.out, "imitation", s, free=(*FREE, "seeds", "methods", "trajectories"))
+    steps, data = prepared(settings)
+    size, out = steps.rgb.shape[-1], Path(settings.run.out)
+    folder = Run(out, "imitation", settings, free=(*FREE, "seeds", "methods", "trajectories"))
     folder.belongs(data=data["fingerprint"])
-    size = steps.rgb.shape[-1]
-    results = [baseline(s, name, size) for name in baselines(steps)]
-    for cell in tqdm(list(cells(s, size)), unit="run", dynamic_ncols=True, disable=not s.progress):
-        results.append(one(cell, steps, data))
-        write_text(Path(s.out) / "table.md", table(results, s.trajectories))
-    films = [
-        f
-        for method in s.methods
-        for f in film(load_player(Path(s.out) / f"{method}-{max(s.trajectories)}-0"), 2, Path(s.out) / "play" / method)
-    ]
-    write_charts(
-        charts(results, s.trajectories), Path(s.out) / "report.html", title="Imitation", lead=lead(s), films=films
-    )
+    results = [baseline(settings, name, size) for name in baselines(steps)]
+    for _, result in grid.run(cells(settings, size), cloning.run, finished, progress=settings.run.progress):
+        results.append(result)
+        write_text(out / "table.md", table(results, settings.trajectories))
+    agents = [(method, load_player(out / f"{method}-{max(settings.trajectories)}-0")) for method in settings.methods]
+    films = [one for method, player in agents for one in film(player, 2, out / "play" / method)]
+    shown = charts(results, settings.trajectories)
+    write_charts(shown, out / "report.html", title="Imitation", lead=lead(settings), films=films)
     return results
 
 
 def prepared(settings: Settings) -> tuple[Steps, dict[str, Any]]:
-    """The trajectories and what `about` says of them, once it is sure that all runs can be made.
+    """Check that all runs can be made; returns the trajectories, and what is known about them.
 
     Raises:
-        SideTuningError: a setting that cannot be, too few trajectories, or another environment than theirs.
+        SideTuningError: an impossible setting, too few trajectories, or another environment than theirs.
     """
-    s = settings
-    for method in s.methods:
+    check(settings)
+    options, most = settings.clone, max(settings.trajectories)
+    for method in settings.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
-    at_least_one(s, "steps", "batch", "test_episodes", "seeds")
-    above_zero(s, "lr", "side_width")
-    not_twice(s, "methods", "trajectories")
-    if s.shift < 0:
-        raise SideTuningError(f"--shift must be 0 or more, not {s.shift}")
-    if not 0 <= s.dropout < 1:
-        raise SideTuningError(f"--dropout must be at least 0 and below 1, not {s.dropout}")
-    if min(s.trajectories, default=0) < 1:
-        raise SideTuningError("--trajectories must be numbers of 1 or more")
-    if len(s.methods) + 1 > COLOURS:  # and the expert
+    # The expert is drawn beside them.
+    if len(settings.methods) + 1 > COLOURS:
         raise SideTuningError(f"--methods: at most {COLOURS - 1} fit into one comparison")
-    steps = read_steps(s.data)
-    if s.shift >= (size := steps.rgb.shape[-1]):
-        raise SideTuningError(f"--shift must be below the {size} pixels of the pictures, not {s.shift}")
-    data = about(s.data, steps)
-    most, have = max(s.trajectories), data["episodes"]
-    if most + held_out(have) > have:
+    steps = read_steps(options.data)
+    if options.shift >= (size := steps.rgb.shape[-1]):
+        raise SideTuningError(f"--shift must be below the {size} pixels of the pictures, not {options.shift}")
+    data = cloning.about(options.data, steps)
+    count, kept = data["episodes"], cloning.held_out(data["episodes"])
+    if most + kept > count:
         raise DataError(
-            f"{s.data} has {have} trajectories, of which {held_out(have)} are held out, and so not {most} to learn from; collect more"
+            f"{options.data} has {count} trajectories, of which {kept} are held out, and so not {most} to learn from; "
+            "collect more"
         )
-    for cell in {c.method: c for c in cells(s, size)}.values():
-        build_method(cell).add(Task("dry-run", "identity"))
-    check_world(s, steps)
+    for given in {cell.settings.method: cell.settings for cell in cells(settings, size)}.values():
+        cloning.build_method(given).add(Task("dry-run", "identity"))
+    check_world(options, steps)
     return steps, data
 
 
-def lead(settings: Settings) -> str:
-    """What the report is about."""
-    s = settings
-    spl = f"SPL: success weighted by how short the way was. {s.test_episodes} episodes that no trajectory shows"
-    if s.env == "doom-home":
-        return f"An agent learns by imitation to find the armour of my_way_home. {HOME} {SCRATCH} {spl}."
-    return (
-        "An agent learns by imitation to walk to a point that its compass tells. Success: it stops near the point. "
-        f"{spl}, in other scenes ({s.test_split}). {SCRATCH}"
-    )
-
-
-def check_world(settings: Settings, steps: Steps) -> None:
-    """What the clones are tested in must have an expert, and be what they learned from, in other scenes."""
-    collected = Path(settings.data) / "run.json"
-    if collected.exists():  # ours; of other data sets nothing is known
+def check_world(options: CloneOptions, steps: Steps) -> None:
+    """Check that the test environment is the one of the trajectories, in other scenes, and has an expert."""
+    data, env, split = options.data, options.agent.env, options.agent.test_split
+    # Data sets of other collectors have no such file, and say nothing of their environment.
+    if (collected := Path(data) / "run.json").exists():
         was = json.loads(collected.read_text())["settings"]
-        if not settings.env.startswith("habitat:") and was["env"] != settings.env:
-            raise DataError(f"{settings.data} was collected in {was['env']}; give --env {was['env']}")
-        if was["split"] == settings.test_split and settings.env != "doom-home":
-            raise DataError(
-                f"{settings.data} was collected in the scenes of '{was['split']}'; give another --test-split than these"
-            )
-    world = make_world(settings.env, settings.test_split, steps.rgb.shape[-1])
-    try:
-        expert_of(world, settings.env)
+        if not env.startswith("habitat:") and was["env"] != env:
+            raise DataError(f"{data} was collected in {was['env']}; give --env {was['env']}")
+        if was["split"] == split and env != "doom-home":
+            raise DataError(f"{data} was collected in the scenes of '{split}'; give another --test-split")
+    with closing(make_world(env, split, steps.rgb.shape[-1])) as world:
+        expert_of(world, env)
         compass = COMPASS in world.observation_space.spaces
-    finally:
-        world.close()
     if compass != (steps.extra.shape[1] > 0):
+        was, now = ("without", "one") if compass else ("with", "none")
         raise DataError(
-            f"{settings.data} was collected {'without' if compass else 'with'} a compass, and {settings.env} has "
-            f"{'one' if compass else 'none'}: give the --env that it was collected in"
+            f"{data} was collected {was} a compass, and {env} has {now}: give the --env that it was collected in"
         )
 
 
 def baselines(steps: Steps) -> list[str]:
-    """Those of BASELINES that can be where such steps are from."""
+    """The BASELINES that the environment of such steps has."""
     return [name for name in BASELINES if name != "compass" or steps.extra.shape[1]]
 
 
 def baseline(settings: Settings, name: str, size: int) -> Result:
-    """One that learns nothing: the expert, one that follows its compass, one that moves at random."""
-    s = settings
-    file = Path(s.out) / f"{name}.json"
+    """The result of one of BASELINES: read where it is there, else tested."""
+    file, agent = Path(settings.run.out) / f"{name}.json", settings.clone.agent
     if file.exists():
-        return read_result(Result, file)  # type: ignore[no-any-return]
-    world = make_world(s.env, s.test_split, size)
-    try:
-        outcomes = list(episodes(world, acts(name, world), s.test_episodes, TEST_SEED))
-    finally:
-        world.close()
-    settings_of = {"env": s.env, "test_split": s.test_split, "test_episodes": s.test_episodes, "size": size}
-    result = Result(method=name, trajectories=0, seed=0, settings=settings_of, **scores(outcomes))
+        saved: Result = read_result(Result, file)
+        return saved
+    with closing(make_world(agent.env, agent.test_split, size)) as world:
+        outcomes = list(episodes(world, acts(name, world), agent.test_episodes, TEST_SEED))
+    given = {"env": agent.env, "test_split": agent.test_split, "test_episodes": agent.test_episodes, "size": size}
+    result = Result(method=name, trajectories=0, seed=0, settings=given, **scores(outcomes))
     write_json(file, asdict(result))
     return result
 
 
 def acts(name: str, world: Any) -> Act:
     """How one of BASELINES acts."""
-    known: dict[str, Callable[[Any], Act]] = {
-        "expert": lambda world: lambda _: world.expert(), "compass": by_compass, "random": at_random,
-    }  # fmt: skip
-    return known[name](world)
+    if name == "expert":
+        return lambda _: world.expert()
+    return by_compass(world) if name == "compass" else at_random(world)
 
 
-def about(folder: str, steps: Steps) -> dict[str, Any]:
-    """What trajectories are: their fingerprint and number, and the settings that they were collected with, where these are known."""
-    collected = Path(folder) / "run.json"
-    settings = json.loads(collected.read_text())["settings"] if collected.exists() else {}
-    return {"fingerprint": steps.fingerprint(), "episodes": len(steps.starts) - 1, **settings}
-
-
-def held_out(have: int) -> int:
-    """How many of so many trajectories are kept for the accuracy."""
-    return min(HELD_OUT, have // 10)
-
-
-def split(have: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the trajectories to learn from, and of those held out: the first and the last ones of an order that the seed draws.
-
-    So more trajectories contain the fewer, and what is held out is the same for all counts.
-    """
-    order = torch.randperm(have, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order[:count], order[have - held_out(have) :]
-
-
-def one(cell: Cell, steps: Steps, data: dict[str, Any]) -> Result:
-    """The result of a cell, with what `about` says of the data: read where it is there, else learned and tested."""
-    c = cell
-    folder = Run(c.out, "imitation-run", c, free=FREE)
-    file = folder.folder / "result.json"
-    if file.exists():
-        return read_result(Result, file)  # type: ignore[no-any-return]
-    method = build_method(c)
-    features = cached(method.base, steps, c) if method.uses_features else None
-    learned_from, kept = split(len(steps.starts) - 1, c.trajectories, c.seed)
-    rows = steps.of(learned_from)
-    looks = c.method in WITH_SIDES or not method.uses_features  # what sees the code alone needs no other pictures
-    loader = loader_over(Moves(steps, features, c.shift if looks else 0), batch_size=c.batch, indices=rows)
-    task = Task(
-        TASK, "policy", seed=c.seed, head_options={"actions": 4, "extra": steps.extra.shape[1], "dropout": c.dropout}
+def lead(settings: Settings) -> str:
+    """First sentences of the report."""
+    agent = settings.clone.agent
+    spl = f"SPL: success weighted by how short the way was. {agent.test_episodes} episodes that no trajectory shows"
+    if agent.env == "doom-home":
+        return f"An agent learns by imitation to find the armour of my_way_home. {HOME} {SCRATCH} {spl}."
+    return (
+        "An agent learns by imitation to walk to a point that its compass shows. Success: it stops near the point. "
+        f"{spl}, in other scenes ({agent.test_split}). {SCRATCH}"
     )
-    recipe = Recipe(
-        c.steps, c.lr, c.weight_decay, 1.0, optimizer=torch.optim.AdamW, scheduler=one_cycle(c.lr, 0.1), seed=c.seed, precision=c.precision
-    )  # fmt: skip
-    learned = method.learn(task, loader, recipe, resume=folder.resume(TASK), save_every=10.0, progress=c.progress)
-    method.save(folder.tasks())
-    accuracy = agreement(method, Moves(steps, features), steps.of(kept)) if kept else None
-    world = make_world(c.env, c.test_split, c.size)
-    try:
-        outcomes = list(episodes(world, drawing(world, policy_of(method), c.seed), c.test_episodes, TEST_SEED))
-    finally:
-        world.close()
-    result = Result(
-        method=c.method, trajectories=c.trajectories, seed=c.seed, accuracy=accuracy, frames=len(rows),
-        added=sum(p.numel() for p in method.trained(TASK)), seconds=learned.seconds,
-        settings={k: v for k, v in asdict(c).items() if k not in FREE}, data=data, **scores(outcomes),
-    )  # fmt: skip
-    write_json(file, asdict(result))
-    folder.done(TASK)
-    return result
-
-
-def build_method(cell: Cell) -> Method:
-    """The method that a cell names, without its task."""
-    c = cell
-    base = map_base(c.base, c.base_weights, c.size)
-    side: dict[str, Any] = {
-        "side": c.side, "merge": c.merge, "init": c.init, "side_options": side_options(c.side, c.side_width),
-    }  # fmt: skip
-    return METHODS.build(c.method, base, options=side if c.method in WITH_SIDES else {})
-
-
-def cached(base: Base, steps: Steps, cell: Cell) -> CachedFeatures:
-    """The base's features of all frames."""
-    return cache_features(base, steps, Path(cell.cache).expanduser(), progress=cell.progress)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def agreement(method: Method, moves: Moves, rows: Tensor) -> float:
-    """The share of steps at which the most likely action is the expert's."""
-    from accelerate.utils import send_to_device
-
-    right = 0
-    for batch in loader_over(moves, batch_size=256, shuffle=False, indices=rows):
-        x, features, y = send_to_device(batch, method.base.device)
-        right += int((method(x, TASK, features=features).argmax(1) == y).sum())
-    return right / len(rows)
-
-
-def policy_of(method: Method) -> Policy:
-    """What a clone would do. The base is folded once, for it runs at every step."""
-    base = method.base.folded()
-
-    @torch.no_grad()
-    def policy(observation: dict[str, Any]) -> Tensor:
-        rgb = torch.from_numpy(observation["rgb"]).permute(2, 0, 1)[None].to(base.device)
-        extra = extra_of({k: v[None] for k, v in observation.items()}, 1).to(base.device)
-        features = base(rgb) if method.uses_features else None
-        return method({"x": rgb, "extra": extra}, TASK, features=features)[0].float().softmax(0).cpu()
-
-    return policy
 
 
 def runs_of(results: Sequence[Result], method: str, count: int) -> list[Result]:
-    """Those of a method with so many trajectories, one per seed."""
+    """A method's results with this number of trajectories, one per seed."""
     return [r for r in results if r.method == method and r.trajectories in (count, 0)]
 
 
 def table(results: Sequence[Result], counts: Sequence[int]) -> str:
-    """Success in %, SPL in % and reward in Markdown, then differences: methods as rows, numbers of trajectories as columns."""
+    """Success in %, SPL in % and reward in Markdown, then differences: a row per method, a column per number."""
     methods = rows_of(results)
     text = ""
     for name, title, scale in MEASURES:
-        text += head(title, counts)
-        for method in methods:
-            row = [mean_text(runs_of(results, method, n), name, scale) for n in counts]
-            text += f"| {method} | " + " | ".join(row) + " |\n"
-        text += "\n"
+        rows = [[mean_text(runs_of(results, m, n), name, scale) for n in counts] for m in methods]
+        text += markdown(title, counts, methods, rows) + "\n"
     text += " ".join([NOTE, *(f"{name} {what}." for name, what in BASELINES.items() if name in methods)]) + "\n"
     if "sidetune" in methods:
+        others = [method for method in methods if method != "sidetune"]
         for name, title, scale in MEASURES[:2]:
-            text += "\n" + head(f"{title.partition(',')[0]} less that of sidetune, points", counts)
-            for method in (m for m in methods if m != "sidetune"):
-                pairs = [(runs_of(results, method, n), runs_of(results, "sidetune", n)) for n in counts]
-                text += f"| {method} | " + " | ".join(difference_text(*pair, name, scale) for pair in pairs) + " |\n"
-        text += "\nDifferences are paired: in the same episodes, ± standard error over seeds, and the 95 % bootstrap interval over episodes.\n"
-    env = next((r.settings["env"] for r in results), "")
-    return text + (f"\n{HOME}\n" if env == "doom-home" else "")
+            pairs = [[[runs_of(results, x, n) for x in (m, "sidetune")] for n in counts] for m in others]
+            rows = [[difference_text(ours, theirs, name, scale) for ours, theirs in row] for row in pairs]
+            title = f"{title.partition(',')[0]} less that of sidetune, points"
+            text += "\n" + markdown(title, counts, others, rows)
+        text += f"\n{DIFFERENCES}\n"
+    return text + (f"\n{HOME}\n" if results and results[0].settings["env"] == "doom-home" else "")
 
 
-def head(title: str, counts: Sequence[int]) -> str:
-    """The first two lines of a table."""
-    return f"| {' | '.join([title, *(f'{n:,} trajectories' for n in counts)])} |\n| --- |{' ---: |' * len(counts)}\n"
+def markdown(title: str, counts: Sequence[int], names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, a column per number of trajectories."""
+    lines = [[title, *(f"{n:,} trajectories" for n in counts)], ["---", *["---:"] * len(counts)]]
+    lines += [[name, *row] for name, row in zip(names, rows, strict=True)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def rows_of(results: Sequence[Result]) -> list[str]:
-    """Names of all rows: those that learned first."""
-    return sorted(dict.fromkeys(r.method for r in results), key=lambda m: m in BASELINES)
+    """Names of all rows, those that learned first."""
+    return sorted(dict.fromkeys(r.method for r in results), key=lambda method: method in BASELINES)
 
 
 def charts(results: Sequence[Result], counts: Sequence[int]) -> list[Chart]:
-    """Success and SPL over the number of trajectories; of the baselines the expert, and the compass where there is a colour left."""
-    methods = [m for m in rows_of(results) if m != "random"][:COLOURS]
+    """Success and SPL over the number of trajectories, with the expert, and the compass where a colour is left."""
     made = []
     for name, title, scale in MEASURES[:2]:
         lines = []
-        for method in methods:
-            found = {
-                n: [scale * v for r in runs_of(results, method, n) if (v := getattr(r, name)) is not None]
-                for n in counts
-            }
-            lines.append(Line(method, [Point(n, *mean_and_error(v), len(v)) for n, v in found.items() if v]))
-        if any(line.points for line in lines):  # none where the environment has no such measure
-            made.append(
-                Chart(title.partition(",")[0], "trajectories", title, lines, log_x=True, note="Higher is better.")
-            )
+        for method in [m for m in rows_of(results) if m != "random"][:COLOURS]:
+            runs = {n: [getattr(r, name) for r in runs_of(results, method, n)] for n in counts}
+            values = {n: [scale * v for v in found if v is not None] for n, found in runs.items()}
+            lines.append(Line(method, [Point(n, *mean_and_error(v), len(v)) for n, v in values.items() if v]))
+        # An environment may lack a measure.
+        if any(line.points for line in lines):
+            what = title.partition(",")[0]
+            made.append(Chart(what, "trajectories", title, lines, log_x=True, note="Higher is better."))
     return made
+
+
+FAMILIES["imitation-run"] = Family(
+    "Imitation",
+    partial(read_result, Result),
+    {title: scaled(name, scale) for name, title, scale in MEASURES} | {"Parameters trained": scaled("added")},
+    lambda results: charts(results, sorted({result.trajectories for result in results})),
+    axis="trajectories",
+)
 
 
 def main(settings: Settings) -> None:
@@ -476,4 +253,4 @@ def main(settings: Settings) -> None:
     results = run(settings)
     console = Console()
     console.print(Markdown(table(results, settings.trajectories)))
-    console.print(f"tables: {settings.out}/table.md; report: {settings.out}/report.html", highlight=False)
+    console.print(f"tables: {settings.run.out}/table.md; report: {settings.run.out}/report.html", highlight=False)

@@ -13,7 +13,7 @@ from sidetuning.heads import Head
 
 
 def policy(base: Base, actions: int = 4, extra: int = 0, hidden: int = 128, dropout: float = 0.0) -> nn.Module:
-    """Build a head that scores an agent's actions from the code and from `extra` numbers beside the picture, such as a compass."""
+    """Build a head that scores actions from the code and from `extra` numbers, such as a compass -> (b, actions)."""
     return Policy(math.prod(base.output_shape), actions, extra, hidden, dropout)
 
 
@@ -47,7 +47,7 @@ class Policy(Head):
         if extra is None:
             extra = code.new_zeros(len(code), self.extra)
         if extra.shape != (len(code), self.extra):
-            raise ShapeError(f"this policy takes {self.extra} extra numbers (b, {self.extra}), not {tuple(extra.shape)}")
+            raise ShapeError(f"this policy takes {self.extra} extra numbers per sample, not {tuple(extra.shape)}")
         features = self.code(code)
         if self.given is not None:
             features = torch.cat([features, self.given(extra.to(code.dtype))], 1)

@@ -1,9 +1,9 @@
-"""PPO of stable-baselines3 in the environments of `worlds`, with the encoders of `integrations.sb3`: one run of `rl`."""
+"""PPO of stable-baselines3 in the environments of `worlds`, with the encoders of `extractor`: one run of rl."""
 
 from __future__ import annotations
 
-import copy
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.wrappers import TransformReward
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -21,140 +22,154 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecTransposeImage
 from torch import Tensor
-from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
 from sidetuning.files import atomic_write, write_json
 from sidetuning.integrations.sb3 import VecBaseFeatures
-from sidetuning.sides.initialise import mismatch
+from sidetuning_bench.agents.curves import FREE, RECENT, Result, Settings
 from sidetuning_bench.agents.extractor import AgentExtractor
 from sidetuning_bench.agents.outcomes import scores
-from sidetuning_bench.agents.rl import FREE, RECENT, SAVE_EVERY, Cell, Result
-from sidetuning_bench.agents.worlds import TEST_SEED, Policy, drawing, episodes, make_world, map_base
-from sidetuning_bench.runs import Run, read_result, side_options
+from sidetuning_bench.agents.worlds import TEST_SEED, Player, make_world, map_base, side_options
+from sidetuning_bench.options import flat, with_values
+from sidetuning_bench.runs import Run
 
-SEEDS = 1000  # between two runs: the environments of one have successive seeds
+# Distance between the seeds of two runs: the environments of one have successive seeds.
+SEEDS = 1000
+# Other names of the tensors of the one extractor.
+SHARED = ("pi_features_extractor.", "vf_features_extractor.")
+# Rollouts between two saves.
+SAVE_EVERY = 2
 
 
-def one(cell: Cell) -> Result:
-    """The result of a cell: read where it is there, else learned and tested; a run that was stopped goes on from its last save.
-
-    What is tested is the policy as it was saved and loaded.
+def run(settings: Settings) -> Result:
+    """Learn and test; an interrupted run resumes from its last save. What is tested is the policy as it was loaded.
 
     Raises:
-        SideTuningError: another run is there, a damaged save, or a saved policy that does not answer as the learner does.
+        SideTuningError: another run is there, a damaged save, or a saved policy that is not the learner's.
     """
-    c = cell
-    folder = Run(c.out, "rl-run", c, free=FREE)
-    file = folder.folder / "result.json"
-    if file.exists():
-        return read_result(Result, file)  # type: ignore[no-any-return]
-    env = training_env(c)
+    options = settings.ppo
+    use_threads(options.threads)
+    folder = Run(settings.out, "rl-run", settings, free=FREE)
+    env = training_env(settings)
     try:
-        model = build(c, env)
+        model = build(settings, env)
         saved = load_state(model, folder.resume("ppo"))
-        folder.keep(lambda row: row["steps"] <= saved["steps"])  # what followed is done again, with other episodes
-        curve = Curve(folder, c, saved)
-        if model.num_timesteps < c.steps:
-            model.learn(c.steps - model.num_timesteps, callback=curve, reset_num_timesteps=False)
+        # Rows after the last save belong to steps that are taken again, in other episodes.
+        folder.keep(lambda row: row["steps"] <= saved["steps"])
+        curve = Curve(folder, saved)
+        if model.num_timesteps < options.steps:
+            model.learn(options.steps - model.num_timesteps, callback=curve, reset_num_timesteps=False)
         passes = int(saved["passes"]) + env.passes if isinstance(env, VecBaseFeatures) else None
     finally:
         env.close()
     save_policy(model.policy, folder.folder / "policy.safetensors")
     policy = load_policy(folder.folder)[1]
-    same_answers(model.policy, policy, folder.folder)
-    world = make_world(c.env, c.test_split, c.size)
-    try:
-        outcomes = list(episodes(world, drawing(world, policy_of(policy), c.seed), c.test_episodes, TEST_SEED))
-    finally:
-        world.close()
+    check_same(model.policy, policy, folder.folder)
     result = Result(
-        method=c.method, seed=c.seed, env=c.env, curve=folder.metrics(), added=sum(p.numel() for p in policy.parameters() if p.requires_grad),
-        alpha=getattr(policy.features_extractor.branch, "alpha", None), base_passes=passes,
-        steps_per_second=model.num_timesteps / curve.seconds, resumed=curve.resumed,
-        settings={k: v for k, v in asdict(c).items() if k not in FREE}, **scores(outcomes),
-    )  # fmt: skip
-    write_json(file, asdict(result))
+        method=settings.method,
+        seed=settings.seed,
+        env=options.agent.env,
+        curve=folder.metrics(),
+        added=sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        alpha=getattr(policy.features_extractor.branch, "alpha", None),
+        base_passes=passes,
+        steps_per_second=model.num_timesteps / curve.seconds,
+        resumed=curve.resumed,
+        settings={name: value for name, value in flat(settings).items() if name not in FREE},
+        **scores(player(settings, policy).outcomes(options.agent.test_episodes)),
+    )
+    write_json(folder.folder / "result.json", asdict(result))
     folder.done("ppo")
     return result
 
 
-def training_env(cell: Cell) -> VecEnv:
+def use_threads(threads: int | None) -> None:
+    """Set the number of torch's threads from here on; None is one thread, unless OMP_NUM_THREADS says otherwise."""
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or 1)
+
+
+def training_env(settings: Settings) -> VecEnv:
     """Environments side by side, with the base's features where the method uses them."""
-    c = cell
+    options = settings.ppo
 
     def make() -> Any:
-        monitored = Monitor(make_world(c.env, "train", c.size))  # it sees the true rewards
-        return TransformReward(monitored, lambda reward: c.reward_scale * float(reward))
+        # The monitor sees the true rewards.
+        monitored = Monitor(make_world(options.agent.env, "train", options.size))
+        return TransformReward(monitored, lambda reward: options.reward_scale * float(reward))
 
-    env: VecEnv = DummyVecEnv([make] * c.envs)
-    if c.cached and c.method in ("sidetune", "features"):
-        base = map_base(c.base, c.base_weights, c.size)
-        env = VecBaseFeatures(env, base.to(get_device("auto")))  # where PPO computes
+    env: VecEnv = DummyVecEnv([make] * options.envs)
+    if options.cached and settings.method in ("sidetune", "features"):
+        base = map_base(options.agent.base, options.agent.base_weights, options.size)
+        env = VecBaseFeatures(env, base.to(get_device("auto")))
     return env
 
 
-def try_extractors(cells: Iterable[Cell], world: Any) -> None:
-    """See whether the extractors of some runs can be built for what is seen in an environment, before anything is written."""
+def try_extractors(runs: Iterable[Settings], world: Any) -> None:
+    """Build the extractors of some runs for an environment: mistakes are found before anything is written."""
     seen: Any = VecTransposeImage(DummyVecEnv([lambda: world])).observation_space
-    for cell in cells:
-        AgentExtractor(seen, **extractor_options(cell))
+    for settings in runs:
+        AgentExtractor(seen, **extractor_options(settings))
 
 
-def extractor_options(cell: Cell) -> dict[str, Any]:
-    """What a run's extractor is built with."""
-    c = cell
-    return {
-        "base": partial(map_base, c.base, c.base_weights, c.size),
-        "method": c.method,
-        "side": c.side,
-        "merge": c.merge,
-        "init": c.init,
-        "side_options": side_options(c.side, c.side_width),
-        "precision": c.precision,
-    }
+def extractor_options(settings: Settings) -> dict[str, Any]:
+    """Arguments of a run's extractor."""
+    options, agent = settings.ppo, settings.ppo.agent
+    parts = {name: getattr(options.sides, name) for name in ("side", "merge", "init")}
+    base = partial(map_base, agent.base, agent.base_weights, options.size)
+    about = {"base": base, "method": settings.method, "precision": options.precision}
+    return {**parts, **about, "side_options": side_options(options.sides)}
 
 
-def build(cell: Cell, env: VecEnv) -> PPO:
+def build(settings: Settings, env: VecEnv) -> PPO:
     """The learner."""
-    c = cell
+    options = settings.ppo
+    extractor = {
+        "features_extractor_class": AgentExtractor,
+        "features_extractor_kwargs": extractor_options(settings),
+    }
     return PPO(
-        "MultiInputPolicy", env, n_steps=c.rollout, batch_size=c.batch, n_epochs=c.passes, learning_rate=c.lr, gamma=0.99,
-        gae_lambda=0.95, ent_coef=c.entropy, clip_range=0.2, seed=SEEDS * c.seed,
-        policy_kwargs={"features_extractor_class": AgentExtractor, "features_extractor_kwargs": extractor_options(c), "net_arch": [64]},
-    )  # fmt: skip
+        "MultiInputPolicy",
+        env,
+        n_steps=options.rollout,
+        batch_size=options.batch,
+        n_epochs=options.passes,
+        learning_rate=options.lr,
+        ent_coef=options.entropy,
+        seed=SEEDS * settings.seed,
+        policy_kwargs={**extractor, "net_arch": [64]},
+    )
 
 
 class Curve(BaseCallback):
-    """Writes a row after every rollout, and saves what a stopped run goes on from."""
+    """Writes a row after every rollout, and saves what an interrupted run resumes from.
 
-    def __init__(self, folder: Run, cell: Cell, saved: Mapping[str, Any]) -> None:
+    Args:
+        folder: folder of the run.
+        saved: what `load_state` returned.
+    """
+
+    def __init__(self, folder: Run, saved: Mapping[str, Any]) -> None:
         super().__init__()
-        self.folder, self.cell, self.passes_before = folder, cell, int(saved["passes"])
+        self.folder, self.passes_before, self.resumed = folder, int(saved["passes"]), int(saved["resumed"])
         self.recent: list[dict[str, float]] = saved.get("recent", [])
-        self.seconds, self._since = float(saved["seconds"]), time.perf_counter()
-        self.resumed = int(saved["resumed"])
-        self._rollouts = 0
+        self.seconds, self._since, self._rollouts = float(saved["seconds"]), time.perf_counter(), 0
 
     def _on_training_start(self) -> None:
-        cell = self.cell
-        self._bar = tqdm(
-            total=cell.steps, initial=self.num_timesteps, unit="step", desc=f"{cell.method}-{cell.seed}",
-            dynamic_ncols=True, leave=False, disable=not cell.progress,
-        )  # fmt: skip
         if self.num_timesteps:
             self.resumed += 1
-            self._save()  # so that this time counts, even if it is stopped before the next save
+            # It then counts even if it is interrupted before the next save.
+            self._save()
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
             if "episode" in info:
                 measures = {name: float(info[name]) for name in ("success", "spl") if name in info}
                 self.recent = [*self.recent[1 - RECENT :], {"reward": float(info["episode"]["r"]), **measures}]
-        self._bar.update(self.cell.envs)
         return True
 
-    def _on_rollout_start(self) -> None:  # after the update from the rollout before
+    def _on_rollout_start(self) -> None:
+        # The update from the rollout before has ended.
         if self._rollouts:
             self._tick()
             if self._rollouts % SAVE_EVERY == 0:
@@ -166,39 +181,31 @@ class Curve(BaseCallback):
         if self.recent:
             means = {name: float(np.mean([row[name] for row in self.recent])) for name in self.recent[-1]}
             self.folder.append({"steps": self.num_timesteps, **means, "seconds": self.seconds})
-            self._bar.set_postfix({name: f"{mean:.2f}" for name, mean in means.items()})
 
     def _on_training_end(self) -> None:
         self._tick()
         self._save()
-        self._bar.close()
 
     def _save(self) -> None:
-        done = {"seconds": self.seconds, "passes": self.passes, "recent": self.recent, "resumed": self.resumed}
-        save_state(self.model, self.folder.resume("ppo"), done)  # type: ignore[arg-type]
+        passes = self.training_env.passes if isinstance(self.training_env, VecBaseFeatures) else 0
+        counts = {"seconds": self.seconds, "passes": self.passes_before + passes, "resumed": self.resumed}
+        save_state(self.model, self.folder.resume("ppo"), {**counts, "recent": self.recent})
 
     def _tick(self) -> None:
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
 
-    @property
-    def passes(self) -> int:
-        """Pictures that the base has seen."""
-        return self.passes_before + int(getattr(self.training_env, "passes", 0))
 
-
-def save_state(model: PPO, file: Path, done: Mapping[str, Any]) -> None:
-    """What a stopped run goes on from, but for the episodes that were under way; `done` is what the run counts itself."""
-    state = {
-        "policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict(), "steps": model.num_timesteps,
-        "rng": torch.get_rng_state(), **done,
-    }  # fmt: skip
+def save_state(model: Any, file: Path, counts: Mapping[str, Any]) -> None:
+    """Write what an interrupted run resumes from, its own counts included; unfinished episodes are not part of it."""
+    policy = model.policy
+    networks = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict()}
     with atomic_write(file) as temporary:
-        torch.save(state, temporary)
+        torch.save({**networks, "steps": model.num_timesteps, "rng": torch.get_rng_state(), **counts}, temporary)
 
 
 def load_state(model: PPO, file: Path) -> dict[str, Any]:
-    """Bring a learner to where `save_state` saw it; zeros where there is nothing."""
+    """Bring a learner to where `save_state` saw it; returns the counts, which are zeros where there is no file."""
     if not file.exists():
         return {"steps": 0, "seconds": 0.0, "passes": 0, "resumed": 0}
     try:
@@ -206,81 +213,80 @@ def load_state(model: PPO, file: Path) -> dict[str, Any]:
         model.policy.load_state_dict(state["policy"])
         model.policy.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-    except Exception as error:  # torch raises what a damaged file makes it
+    # A damaged file makes torch raise all kinds of errors.
+    except Exception as error:
         raise SideTuningError(f"{file} cannot be read ({error}); delete it to begin this run again") from error
     model.num_timesteps = state["steps"]
-    if model.env is not None:  # other episodes than those that the run began with
+    if model.env is not None:
+        # Other episodes than those that the run began with.
         model.env.seed((int(model.seed or 0) + model.num_timesteps) % TEST_SEED)
     return state
 
 
-SHARED = ("pi_features_extractor.", "vf_features_extractor.")  # other names of one extractor
-
-
 def save_policy(policy: Any, file: Path) -> None:
-    """The policy's tensors, each once; the base is not among them."""
-    tensors = {k: v.contiguous() for k, v in policy.state_dict().items() if not k.startswith(SHARED)}
+    """Write the policy's tensors, each once, without the base."""
+    tensors = {name: t.contiguous() for name, t in policy.state_dict().items() if not name.startswith(SHARED)}
     with atomic_write(file) as temporary:
         save_file(tensors, temporary)
 
 
-def load_policy(folder: str | Path) -> tuple[Cell, Any]:
+def load_policy(folder: str | Path) -> tuple[Settings, Any]:
     """The settings and the policy of a finished run.
 
     Raises:
         SideTuningError: the folder holds none, or a damaged one.
     """
-    file = Path(folder) / "policy.safetensors"
+    folder, file = Path(folder), Path(folder) / "policy.safetensors"
     try:
-        cell = Cell(**json.loads((Path(folder) / "run.json").read_text())["settings"], out=str(folder))
-        tensors = load_file(file)
+        settings = with_values(Settings(out=str(folder)), json.loads((folder / "run.json").read_text())["settings"])
+        file.stat()
     except Exception as error:
         raise SideTuningError(f"{folder} holds no policy of a finished run of rl ({error})") from error
-    small = replace(cell, envs=1, rollout=cell.batch)  # nothing is learned
+    # Nothing is learned here.
+    small = replace(settings, ppo=replace(settings.ppo, envs=1, rollout=settings.ppo.batch))
     env = training_env(small)
     try:
         policy: Any = build(small, env).policy
+        missing, unexpected = policy.load_state_dict(load_file(file), strict=False)
+        if wrong := [*unexpected, *(name for name in missing if not name.startswith(SHARED))]:
+            raise RuntimeError(f"{wrong[0]} is missing or not known")
+    except (RuntimeError, SafetensorError) as error:
+        raise SideTuningError(
+            f"{file} is of another version of the library or damaged ({error}); delete its folder, and run the command "
+            "again that learned it"
+        ) from error
     finally:
         env.close()
-    own = {
-        k: tensors.get("features_extractor." + k.split(".", 1)[1] if k.startswith(SHARED) else k)
-        for k in policy.state_dict()
-    }
-    wrong = mismatch(policy.state_dict(), {k: v for k, v in own.items() if v is not None})
-    if wrong:
-        raise SideTuningError(
-            f"{file} is of another version of the library or damaged ({wrong}); delete its folder, and run the command again that learned it"
-        )
-    policy.load_state_dict(own)
-    return cell, policy
+    return settings, policy
 
 
 def probabilities(policy: Any, observations: dict[str, Any]) -> Tensor:
-    """Those that a policy gives to the actions: (n, actions), on the CPU."""
+    """Probabilities that a policy gives to the actions, (n, actions) on the CPU."""
     policy.set_training_mode(False)
     with torch.no_grad():
         given: Tensor = policy.get_distribution(policy.obs_to_tensor(observations)[0]).distribution.probs
     return given.float().cpu()
 
 
-def same_answers(policy: Any, loaded: Any, folder: Path) -> None:
-    """Two policies answer alike to some observations.
+def check_same(policy: Any, loaded: Any, folder: Path) -> None:
+    """Compare a policy with what was saved of it.
 
     Raises:
-        SideTuningError: they do not.
+        SideTuningError: they differ.
     """
-    space = copy.deepcopy(policy.observation_space)
-    space.seed(0)
-    samples = [space.sample() for _ in range(8)]
-    observations = {name: np.stack([s[name] for s in samples]) for name in samples[0]}
-    off = float((probabilities(policy, observations) - probabilities(loaded, observations)).abs().max())
-    if not off < 1e-5:  # rounding, where a GPU chooses another algorithm
+    expected, found = policy.state_dict(), loaded.state_dict()
+    if not all(torch.equal(tensor.cpu(), found[name].cpu()) for name, tensor in expected.items()):
         raise SideTuningError(
-            f"the policy in {folder} does not answer as the one that was learned (probabilities differ by {off:.2g}); "
-            "was it written to by another run? Delete policy.safetensors there, and run the same command again"
+            f"the policy in {folder} is not the one that was learned; was it written to by another run? Delete "
+            "policy.safetensors there, and run the same command again"
         )
 
 
-def policy_of(policy: Any) -> Policy:
-    """What a learned policy would do."""
-    return lambda observation: probabilities(policy, observation)[0]
+def player(settings: Settings, policy: Any) -> Player:
+    """A learned policy in its test environment."""
+    agent = settings.ppo.agent
+
+    def act(observation: dict[str, Any]) -> Tensor:
+        return probabilities(policy, observation)[0]
+
+    return Player(settings.method, agent.env, agent.test_split, settings.ppo.size, act, settings.seed)

@@ -16,25 +16,28 @@ from torch import Tensor
 from sidetuning.errors import DataError
 from sidetuning.files import atomic_write
 
-COMPASS = "pointgoal_with_gps_compass"  # as Habitat calls it: distance and angle to the goal
-EXPERT = "expert"  # the entry of Minari's infos that holds what the expert would do, where the agent strayed from it on purpose
+# Habitat's name of the distance and angle to the goal.
+COMPASS = "pointgoal_with_gps_compass"
+# The entry of Minari's infos that holds the expert's action where the agent strayed from it on purpose.
+EXPERT = "expert"
+Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Episode:
-    """What happened from a reset to the end; there is one observation more than there are actions.
+    """An episode from its reset to its end, with one observation more than actions.
 
     Attributes:
-        seed: of the reset.
+        seed: seed of the reset.
         observations: arrays (n + 1, …) by name.
-        actions: that were taken, (n,) int64.
-        expert: what the expert would have done, (n,) int64.
-        rewards: (n,).
-        terminated: whether it ended by itself, and not for want of time.
+        actions: actions taken, (n,) int64.
+        expert: actions that the expert would have taken, (n,) int64.
+        rewards: rewards, (n,).
+        terminated: whether it ended by itself, and not for lack of time.
     """
 
     seed: int
-    observations: Mapping[str, np.ndarray[Any, Any]]
+    observations: Arrays
     actions: np.ndarray[Any, Any]
     expert: np.ndarray[Any, Any]
     rewards: np.ndarray[Any, Any]
@@ -42,11 +45,11 @@ class Episode:
 
 
 class Writer:
-    """Appends episodes to a data set; one that was cut short is gone on with.
+    """Appends episodes to a data set, also to one whose writing was interrupted.
 
     Args:
-        folder: of the data set; its name is the data set's, and must end in a version such as "-v0".
-        observation_space, action_space: of the environment.
+        folder: folder of the data set; its name is the data set's, and must end in a version such as "-v0".
+        observation_space, action_space: spaces of the environment.
         about: more entries for its metadata, JSON values.
     """
 
@@ -54,27 +57,24 @@ class Writer:
         import minari
         from minari.dataset.minari_storage import MinariStorage
 
-        path = Path(folder).resolve() / "data"  # Minari loses its way with relative ones
-        self._metadata, self._kept = path / "metadata.json", path.parent / "metadata.json"
-        if self._kept.exists():
-            shutil.copyfile(self._kept, self._metadata)
+        # Minari cannot find its files by a relative path.
+        path = Path(folder).resolve() / "data"
+        self._metadata, self._copy = path / "metadata.json", path.parent / "metadata.json"
+        if self._copy.exists():
+            shutil.copyfile(self._copy, self._metadata)
             self._storage = MinariStorage.read(path)
             return
-        shutil.rmtree(path, ignore_errors=True)  # of a process that was killed before its first episode was whole
+        # A process that was killed before its first episode was whole may have left a part.
+        shutil.rmtree(path, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._storage = MinariStorage.new(
-            path,
-            observation_space=observation_space,
-            action_space=action_space,
-            data_format="arrow",
-            jpeg_encoding=False,
-        )
+        spaces = {"observation_space": observation_space, "action_space": action_space}
+        self._storage = MinariStorage.new(path, **spaces, data_format="arrow", jpeg_encoding=False)
         self._storage.update_metadata({"dataset_id": Path(folder).name, "minari_version": minari.__version__, **about})
         self._keep()
 
     def _keep(self) -> None:
-        """A copy that is always whole: Minari writes its own in place, and a kill may leave that empty."""
-        with atomic_write(self._kept) as temporary:
+        """Copy the metadata: Minari writes its own in place, and a kill may leave that empty."""
+        with atomic_write(self._copy) as temporary:
             shutil.copyfile(self._metadata, temporary)
 
     def __len__(self) -> int:
@@ -82,23 +82,27 @@ class Writer:
 
     @property
     def tried(self) -> int:
-        """How many episodes were run for those that are here."""
+        """Number of episodes that were run for those that are here."""
         return int(self._storage.metadata.get("tried", 0))
 
     def append(self, episode: Episode, tried: int) -> None:
-        """Add one, for which so many were run in all; it counts once it is whole."""
+        """Add an episode, which counts once it is whole; `tried` episodes were run so far."""
         from minari.data_collector.episode_buffer import EpisodeBuffer
 
         n = len(episode.actions)
         last = np.arange(n) == n - 1
-        expert = np.append(episode.expert, episode.expert[-1])[:, None]  # Minari wants one more, and cannot read (n,)
-        self._storage.update_episodes([
-            EpisodeBuffer(
-                id=len(self), seed=episode.seed, observations=dict(episode.observations), actions=episode.actions,
-                rewards=episode.rewards, terminations=last & episode.terminated, truncations=last & (not episode.terminated),
-                infos={EXPERT: expert},
-            )
-        ])  # fmt: skip
+        buffer = EpisodeBuffer(
+            id=len(self),
+            seed=episode.seed,
+            observations=dict(episode.observations),
+            actions=episode.actions,
+            rewards=episode.rewards,
+            terminations=last & episode.terminated,
+            truncations=last & (not episode.terminated),
+            # Minari wants an entry for the last observation too, and cannot read (n,).
+            infos={EXPERT: np.append(episode.expert, episode.expert[-1])[:, None]},
+        )
+        self._storage.update_episodes([buffer])
         self._storage.update_metadata({"tried": tried})
         self._keep()
 
@@ -108,9 +112,9 @@ class Steps:
     """All steps of some episodes, one after another.
 
     Attributes:
-        rgb: what the agent saw, (n, 3, h, w) uint8.
+        rgb: pictures that the agent saw, (n, 3, h, w) uint8.
         extra: other numbers that it perceived, such as a compass, (n, k); k is 0 where there are none.
-        actions: what the expert would do, (n,) int64.
+        actions: actions that the expert would take, (n,) int64.
         starts: the first step of each episode, and the number of steps, (episodes + 1,).
     """
 
@@ -130,7 +134,7 @@ class Steps:
         return torch.cat([torch.arange(int(self.starts[e]), int(self.starts[e + 1])) for e in episodes])
 
     def fingerprint(self) -> str:
-        """sha256 of what was seen and done."""
+        """sha256 of pictures, numbers and actions."""
         digest = hashlib.sha256(f"{tuple(self.rgb.shape)}".encode())
         for tensor in (self.rgb, self.extra, self.actions):
             digest.update(tensor.contiguous().numpy().data)
@@ -138,55 +142,58 @@ class Steps:
 
 
 def read_steps(folder: str | Path, episodes: int | None = None) -> Steps:
-    """Read a data set of trajectories, ours or another of Minari's with pictures (h, w, 3) or (3, h, w) uint8 under `rgb`; of other
-    observations a compass alone is read.
+    """Read a data set of trajectories, ours or another of Minari's.
+
+    Pictures are (h, w, 3) or (3, h, w) uint8 under "rgb"; of other observations a compass alone is read.
 
     Args:
-        folder: the one that holds `data/`.
-        episodes: read the first so many alone; None for all.
+        folder: folder that holds `data/`.
+        episodes: number of episodes to read, from the first on; None for all.
 
     Raises:
         DataError: no data set, one without such pictures or with too few episodes, or damaged files.
     """
-    try:
-        from minari import MinariDataset
-    except ModuleNotFoundError as error:
-        raise ImportError(f"trajectories need {error.name}; type: pip install 'sidetuning[agents]'") from error
-    if episodes is not None and episodes < 1:
-        raise DataError(f"read at least one episode, not {episodes}")
-    path = Path(folder).resolve() / "data"
-    if not path.exists():
-        raise DataError(
-            f"{folder} holds no trajectories; make them with: sidetuning collect-trajectories --out {folder}"
-        )
-    try:
-        data = MinariDataset(path)
-        have = int(data.total_episodes)
-        if have < (episodes or 1):
-            raise DataError(f"{folder} has {have} episodes, not {episodes or 1}; collect more")
-        found = list(data.iterate_episodes(range(have if episodes is None else episodes)))
-    except DataError:
-        raise
-    except Exception as error:  # Minari raises what its formats make it
-        raise DataError(
-            f"{folder} cannot be read ({type(error).__name__}: {error}); delete the folder, and collect it again"
-        ) from error
+    found = _read(Path(folder), episodes)
     if not isinstance(found[0].observations, Mapping) or "rgb" not in found[0].observations:
         raise DataError(f"{folder} has no observations 'rgb'; these are what the base sees")
     first = found[0].observations["rgb"]
     if first.ndim != 4 or first.dtype != np.uint8 or 3 not in (first.shape[1], first.shape[3]):
-        raise DataError(
-            f"{folder} has pictures {first.shape[1:]} {first.dtype} under 'rgb'; these must be (h, w, 3) or (3, h, w) uint8"
-        )
-    last = first.shape[3] == 3
-    pictures = [torch.from_numpy(e.observations["rgb"][: len(e)]) for e in found]
-    rgb = [p.permute(0, 3, 1, 2) if last else p for p in pictures]
-    numbers = [extra_of({k: v[: len(e)] for k, v in e.observations.items()}, len(e)) for e in found]
+        what = f"pictures {first.shape[1:]} {first.dtype} under 'rgb'"
+        raise DataError(f"{folder} has {what}; these must be (h, w, 3) or (3, h, w) uint8")
+    rgb = torch.cat([torch.from_numpy(e.observations["rgb"][: len(e)]) for e in found])
+    rgb = (rgb.permute(0, 3, 1, 2) if first.shape[3] == 3 else rgb).contiguous()
+    extra = [extra_of({name: v[: len(e)] for name, v in e.observations.items()}, len(e)) for e in found]
     actions = [np.asarray(e.infos.get(EXPERT, e.actions)).reshape(-1)[: len(e)] for e in found]
     starts = torch.tensor([0, *(len(e) for e in found)]).cumsum(0)
-    return Steps(
-        torch.cat(rgb).contiguous(), torch.cat(numbers), torch.from_numpy(np.concatenate(actions)).long(), starts
-    )
+    return Steps(rgb, torch.cat(extra), torch.from_numpy(np.concatenate(actions)).long(), starts)
+
+
+def _read(folder: Path, episodes: int | None) -> list[Any]:
+    """The first episodes, as Minari gives them."""
+    try:
+        from minari import MinariDataset
+    except ModuleNotFoundError as error:
+        raise ImportError(f"trajectories need {error.name}; type: pip install 'sidetuning-bench[agents]'") from error
+    if episodes is not None and episodes < 1:
+        raise DataError(f"read at least one episode, not {episodes}")
+    path = folder.resolve() / "data"
+    if not path.exists():
+        raise DataError(
+            f"{folder} holds no trajectories; make them: sidetuning bench collect-trajectories --out {folder}"
+        )
+    try:
+        data = MinariDataset(path)
+        count = int(data.total_episodes)
+        if count < (episodes or 1):
+            raise DataError(f"{folder} has {count} episodes, not {episodes or 1}; collect more")
+        return list(data.iterate_episodes(range(episodes or count)))
+    except DataError:
+        raise
+    # Minari's formats raise all kinds of errors.
+    except Exception as error:
+        raise DataError(
+            f"{folder} cannot be read ({type(error).__name__}: {error}); delete the folder, and collect it again"
+        ) from error
 
 
 def extra_of(observations: Mapping[str, Any], count: int) -> Tensor:
@@ -197,11 +204,6 @@ def extra_of(observations: Mapping[str, Any], count: int) -> Tensor:
 
 
 def compass_numbers(compass: Tensor) -> Tensor:
-    """(n, 2) distance and angle -> (n, 3) log(1 + distance), cos and sin: near and far told apart, and no jump behind the agent."""
+    """(n, 2) distance and angle -> (n, 3) log(1 + distance), cos and sin: no jump where the goal lies behind."""
     distance, angle = compass.T
     return torch.stack([distance.log1p(), angle.cos(), angle.sin()], 1)
-
-
-def concatenate(frames: Sequence[Mapping[str, np.ndarray[Any, Any]]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Observations of single steps as arrays (n, …) by name."""
-    return {name: np.stack([f[name] for f in frames]) for name in frames[0]}

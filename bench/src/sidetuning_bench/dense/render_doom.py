@@ -12,7 +12,8 @@ from typing import Annotated
 import torch
 from tqdm import tqdm
 
-from sidetuning.errors import EngineError, SideTuningError
+from sidetuning.errors import SideTuningError
+from sidetuning_bench.doom.engine import EngineError
 from sidetuning_bench.options import Count, Natural, check, must
 from sidetuning_bench.runs import Run, end_with_parent
 

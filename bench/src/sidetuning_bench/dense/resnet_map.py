@@ -1,4 +1,4 @@
-"""A ResNet that keeps its map: the base of dense tasks, images to a code a sixteenth of their size."""
+"""A ResNet that returns a map: the base of dense tasks, from images to a code of a sixteenth of their size."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class ResNetMap(nn.Module):
     """A stem of stride 4 and three stages of two blocks, then a convolution to the code.
 
     Args:
-        width: channels of the first stage; the next ones double them.
+        width: channels of the first stage; each further stage doubles them.
         code: channels of the code.
 
     Shape: images (b, 3, H, W), normalised -> (b, code, H/16, W/16).
@@ -46,5 +46,6 @@ class ResNetMap(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)  # (b, w, H/4, W/4)
+        # (b, width, H/4, W/4)
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
         return self.code(self.layer3(self.layer2(self.layer1(x))))

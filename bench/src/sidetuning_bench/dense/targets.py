@@ -1,4 +1,4 @@
-"""What a network learns of a domain's files: the targets, their units, and pictures of another size."""
+"""What a network learns of a domain's files: targets, their units, and pictures of another size."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sidetuning_bench.domains import DEPTHS, METRE, SIGNED, UNBLENDABLE, Domain,
 
 
 def target(domain: str, raw: Tensor) -> Tensor:
-    """What a network is trained to give, in the ranges of the original code.
+    """What a network is trained to return, in the ranges of the original code.
 
-    8-bit v -> v / 127.5 - 1; 16-bit v -> 2 v / 65535 - 1; ids -> int64; masks -> 0 or 1; scores -> themselves where they are
-    probabilities already (not negative, sum 1), else their softmax.
+    8-bit v -> v / 127.5 - 1; 16-bit v -> 2 v / 65535 - 1; ids -> int64; masks -> 0 or 1; scores -> themselves where
+    they are probabilities already (not negative, sum 1), else their softmax.
 
     Shape: (…, c, h, w), (…, h, w) or (…, n), as from `read` -> the same, float32.
     """
@@ -33,9 +33,9 @@ def target(domain: str, raw: Tensor) -> Tensor:
 
 
 def units(domain: str, target: Tensor) -> Tensor:
-    """A target or a prediction of it in the domain's own units: what metrics are computed on.
+    """A target, or a prediction of it, in the domain's own units: what metrics are computed on.
 
-    Depths in metres, normals as unit vectors, curvatures in -2 … 2 (255, which `encode` never gives, is 2.016), other
+    Depths are in metres, normals unit vectors, curvatures in -2 … 2 (255, which `encode` never gives, is 2.016), other
     maps in 0 … 1; ids, masks and probabilities stay. Predictions outside the range of targets are not clipped.
 
     Shape: (…, c, h, w), (…, h, w) or (…, n) -> the same.
@@ -44,7 +44,8 @@ def units(domain: str, target: Tensor) -> Tensor:
     if d.name in DEPTHS:
         return (target + 1) * (65535 / 2 / METRE)
     if d.name in SIGNED:
-        centred = (127.5 * target + 0.5) / 127 * SIGNED[d.name]  # the file's value less 127, over 127
+        # The file's value less 127, over 127.
+        centred = (127.5 * target + 0.5) / 127 * SIGNED[d.name]
         return F.normalize(centred, dim=-3) if d.name == "normal" else centred
     return target if d.bits == 32 or d.channels == 0 else (target + 1) / 2
 

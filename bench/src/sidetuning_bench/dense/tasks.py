@@ -1,8 +1,8 @@
 """The twelve tasks of iTaskonomy: what each one's network gives, its loss (the paper's), and how it is measured.
 
-Every task is measured twice: by its own measure (an error in its own units, mIoU, F1), and by a score in 0 … 1 that makes tasks
-comparable. The score of mIoU and F1 is the measure itself; that of an error is f / (f + error), f being the error of the best constant
-guess: 1 is perfect, 0.5 is no better than that guess.
+Every task is measured twice: by its own measure (an error in its own units, mIoU, F1), and by a score in 0 … 1 that
+makes tasks comparable. The score of mIoU and F1 is the measure itself. The score of an error is f / (f + error), where
+f is the error of the best constant guess: 1 is perfect, 0.5 is no better than that guess.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ from sidetuning_bench.dense.taskonomy import Taskonomy
 from sidetuning_bench.domains import DEPTHS, DOMAINS, INVALID, domain_of
 from sidetuning_bench.sequence import Score
 
-ORDER = (
-    "curvature", "segment_semantic", "reshading", "keypoints3d", "keypoints2d", "edge_texture", "edge_occlusion",
-    "depth_zbuffer", "depth_euclidean", "normal", "class_object", "rgb",
-)  # fmt: skip
-IGNORED = -100  # label of pixels that nothing is known of
+FIRST_HALF = ("curvature", "segment_semantic", "reshading", "keypoints3d", "keypoints2d", "edge_texture")
+ORDER = (*FIRST_HALF, "edge_occlusion", "depth_zbuffer", "depth_euclidean", "normal", "class_object", "rgb")
+MEASURES = {"curvature": "rms error", "normal": "mean angle, °"}
+MEASURES |= {"depth_zbuffer": "mean error, m", "depth_euclidean": "mean error, m"}
+# Label of pixels that nothing is known of.
+IGNORED = -100
+# Colours of classes, RGB.
+COLOURS = (
+    "000000 785532 c8c8d2 6e8296 87cefa 28a03c dc2828 fad228 b43cdc 287828 ff963c ff78b4 008c8c 8c0046 5a5a00 003ca0 "
+    "a078ff f0f0a0"
+)
+PALETTE = torch.tensor([list(bytes.fromhex(colour)) for colour in COLOURS.split()], dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,9 @@ class DenseTask:
     """One of the tasks; a subclass per kind of output.
 
     Attributes:
-        domain: of Taskonomy.
-        outputs: channels of the output, or classes.
-        measure: what `value` gives.
+        domain: name of the domain of Taskonomy.
+        outputs: number of channels of the output, or of classes.
+        measure: name of what `value` gives.
     """
 
     domain: str
@@ -57,7 +64,7 @@ class DenseTask:
         raise NotImplementedError
 
     def tally(self, output: Tensor, y: Tensor) -> Tensor:
-        """Sums over a batch from which `value` is computed; those of several batches are added."""
+        """Sums over a batch, from which `value` is computed; sums of several batches are added."""
         raise NotImplementedError
 
     def value(self, tally: Tensor) -> float:
@@ -70,7 +77,7 @@ class DenseTask:
         return Score(value, value)
 
     def constant(self, y: Tensor) -> Tensor:
-        """The best output for labels y that does not depend on the picture: (1, c, 1, 1), or (1, c) where it is no map."""
+        """The best output that is the same for all pictures, given y: (1, c, 1, 1), or (1, c) where it is no map."""
         raise NotImplementedError
 
     def picture(self, output: Tensor) -> Tensor:
@@ -80,14 +87,15 @@ class DenseTask:
 
 @dataclass(frozen=True)
 class Regression(DenseTask):
-    """A map of numbers: masked L1, for curvature the square (the paper's losses): mean(w error) / mean(w)."""
+    """A map of numbers; the loss is mean(w |error|) / mean(w), for curvature with the square (the paper's losses)."""
 
     squared: bool = False
 
     def labels(self, raw: Tensor, mask: Tensor) -> Tensor:
         """Raw numbers with the mask as one more channel, (b, c + 1, h, w) int32."""
         weight = mask if domain_of(self.domain).geometric else torch.ones_like(mask)
-        if self.domain in DEPTHS:  # the mask may be of another domain, or missing
+        if self.domain in DEPTHS:
+            # The mask may be of another domain, or missing.
             weight = weight & (raw[:, 0].int() < INVALID)
         return torch.cat([raw.int(), weight[:, None].int()], 1)
 
@@ -98,7 +106,8 @@ class Regression(DenseTask):
 
     def tally(self, output: Tensor, y: Tensor) -> Tensor:
         truth, guess = (units(self.domain, t) for t in (target(self.domain, y[:, :-1]), output))
-        if self.domain == "normal":  # degrees
+        if self.domain == "normal":
+            # Degrees.
             error = torch.rad2deg(torch.acos((truth * guess).sum(1, keepdim=True).clamp(-1, 1)))
         else:
             error = truth - guess
@@ -114,20 +123,23 @@ class Regression(DenseTask):
         return Score(constant / (constant + value) if constant + value > 0 else 1.0, value)
 
     def constant(self, y: Tensor) -> Tensor:
-        """The median of valid pixels, per channel; for squares the mean."""
+        """The median of valid pixels per channel; the mean where the error is squared."""
         values = target(self.domain, y[:, :-1]).movedim(1, 0).flatten(1)[:, (y[:, -1] > 0).flatten()]
         if not values.shape[1]:
             return torch.zeros(1, self.outputs, 1, 1)
         return (values.mean(1) if self.squared else values.median(1).values).view(1, -1, 1, 1)
 
     def picture(self, output: Tensor) -> Tensor:
-        if output.shape[1] == self.outputs + 1:  # labels
+        if output.shape[1] == self.outputs + 1:
+            # Labels.
             output = target(self.domain, output[:, :-1])
         shown = (output + 1) / 2
         if self.domain.startswith("depth"):
+            # A quarter of a metre to 64 metres; every doubling is the same step.
             metres = units(self.domain, output).clamp(0.25, 64)
-            shown = torch.log2(metres / 0.25) / 8  # a quarter of a metre to 64 metres, each doubling alike
-        if self.outputs == 2:  # curvatures: red and green around grey
+            shown = torch.log2(metres / 0.25) / 8
+        if self.outputs == 2:
+            # Curvatures: red and green around grey.
             shown = torch.cat([shown, torch.full_like(shown[:, :1], 0.5)], 1)
         elif self.outputs == 1:
             shown = shown.expand(-1, 3, -1, -1)
@@ -136,15 +148,16 @@ class Regression(DenseTask):
 
 @dataclass(frozen=True)
 class Segmentation(DenseTask):
-    """A class per pixel: cross-entropy, without pixels of class 0 (uncertain); mean IoU of classes that occur."""
+    """A class per pixel, without pixels of class 0 (uncertain): cross-entropy, and mean IoU of classes that occur."""
 
     def labels(self, raw: Tensor, mask: Tensor) -> Tensor:
-        """(b, h, w) int64. The sky is a class in Doom, so only class 0 is left out, not what has no depth."""
+        """Classes (b, h, w) int64. The sky is a class in Doom: only class 0 is ignored, not pixels without depth."""
         return raw.long().masked_fill(raw == 0, IGNORED)
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        # 0 where nothing is known, which may happen in a batch of one frame.
         total = F.cross_entropy(output, y, ignore_index=IGNORED, reduction="sum")
-        return total / (y != IGNORED).sum().clamp(min=1)  # 0 where nothing is known, as of one frame alone
+        return total / (y != IGNORED).sum().clamp(min=1)
 
     def tally(self, output: Tensor, y: Tensor) -> Tensor:
         known = y != IGNORED
@@ -169,9 +182,9 @@ class Segmentation(DenseTask):
 
 @dataclass(frozen=True)
 class Categories(DenseTask):
-    """Scores of categories in the whole image: soft cross-entropy; F1 of what is present.
+    """Scores of categories in the whole image: soft cross-entropy, and F1 of the categories that are present.
 
-    Present is what has at least half the score of the strongest category, in truth and in prediction alike.
+    A category is present where it has at least half the score of the strongest one, in truth and in prediction alike.
     """
 
     @property
@@ -192,7 +205,7 @@ class Categories(DenseTask):
         return float(2 * tally[0] / (2 * tally[0] + tally[1] + tally[2]).clamp(min=1))
 
     def constant(self, y: Tensor) -> Tensor:
-        """So many of the most frequent categories as bring the highest F1."""
+        """The most frequent categories, as many as bring the highest F1."""
         present = y >= y.amax(1, keepdim=True) / 2
         order = present.sum(0).argsort(descending=True, stable=True)
         sets = [torch.where(order.argsort() <= k, 0.0, -1e4)[None] for k in range(len(order))]
@@ -203,7 +216,7 @@ def dense_task(name: str, frames: Taskonomy, classes: Sequence[str] = ()) -> Den
     """One of the twelve tasks, by its domain's name.
 
     Args:
-        name: of the domain; "curvature" is short for principal_curvature.
+        name: name of the domain; "curvature" is short for principal_curvature.
         frames: a data set with that domain, for the number of classes.
         classes: names of the classes of segment_semantic.
 
@@ -217,14 +230,5 @@ def dense_task(name: str, frames: Taskonomy, classes: Sequence[str] = ()) -> Den
         return Segmentation(domain, len(classes), "mean IoU")
     if name == "class_object":
         return Categories(domain, frames.shapes[domain][-1], "F1")
-    measure = {
-        "curvature": "rms error", "normal": "mean angle, °", "depth_zbuffer": "mean error, m", "depth_euclidean": "mean error, m"
-    }  # fmt: skip
-    return Regression(domain, DOMAINS[domain].channels, measure.get(name, "mean error"), squared=name == "curvature")
-
-
-PALETTE = torch.tensor(
-    [(0, 0, 0), (120, 85, 50), (200, 200, 210), (110, 130, 150), (135, 206, 250), (40, 160, 60), (220, 40, 40), (250, 210, 40),
-     (180, 60, 220), (40, 120, 40), (255, 150, 60), (255, 120, 180), (0, 140, 140), (140, 0, 70), (90, 90, 0), (0, 60, 160),
-     (160, 120, 255), (240, 240, 160)], dtype=torch.uint8,
-)  # fmt: skip
+    measure = MEASURES.get(name, "mean error")
+    return Regression(domain, DOMAINS[domain].channels, measure, squared=name == "curvature")

@@ -1,9 +1,9 @@
 """Labelled frames of Freedoom's levels: pictures from the Doom engine, labels from the exact geometry of its maps.
 
-`render_map` places a player at random places of a map and writes what it sees in Taskonomy's layout, a map being a building. The
-engine gives the picture and which object covers each pixel (objects are flat and face the viewer, so their depth is one number);
-everything else follows from `doom_map.DoomMap.look`. A frame whose exact depth disagrees with the engine's own coarse depth buffer
-(a lift has moved, a wall is see-through) is dropped.
+`render_map` places a player at random places of a map and writes its views in Taskonomy's layout, a map being a
+building. The engine gives the picture and which object covers each pixel (objects are flat and face the viewer, so
+their depth is one number); everything else is computed by `DoomMap.look`. A frame whose exact depth disagrees with the
+engine's own coarse depth buffer (a lift has moved, a wall is see-through) is dropped.
 """
 
 from __future__ import annotations
@@ -25,29 +25,36 @@ from sidetuning_bench.doom.labels import Geometry
 from sidetuning_bench.doom.map import FLOOR, SKY, Camera, DoomMap, load_map
 
 UNITS_PER_METRE = 32
-SKY_DEPTH = 4096.0  # map units
-# Three maps of which many frames fail the gate: 16, 29 and 30. Validation and test maps are spread over the game.
+# Depth of the sky, in map units.
+SKY_DEPTH = 4096.0
+# Three maps are left out, since many of their frames fail the gate: 16, 29 and 30. Validation and test maps are spread
+# over the game.
 VAL = ("map03", "map14", "map26")
 TEST = ("map05", "map11", "map18", "map22", "map27")
 TRAIN = tuple(m for i in range(1, 33) if (m := f"map{i:02d}") not in (*VAL, *TEST, "map16", "map29", "map30"))
 MAPS = tuple(sorted(TRAIN + VAL + TEST))
 
-SEMANTIC = ("uncertain", "floor", "ceiling", "wall", "sky", "liquid", "monster", "item", "weapon", "decoration", "light", "other")  # fmt: skip
-LIQUID, MONSTER = SEMANTIC.index("liquid"), SEMANTIC.index("monster")
-OBJECTS = ("none", *SEMANTIC[MONSTER:])  # classes of class_object
-CATEGORY = {  # the engine's category of an object -> semantic class
-    "Monster": "monster", "Health": "item", "Armor": "item", "Ammo": "item", "Key": "item", "Powerup": "item", "Weapon": "weapon",
-    "Decoration": "decoration", "Vegetation": "decoration", "Gore": "decoration", "Gibs": "decoration", "LightSource": "light",
-}  # fmt: skip
-VISIBLE = 12 / 128**2  # share of the picture from which an object counts as present
-BRIGHTER = (255 * (np.arange(256) / 255) ** 0.55).astype(np.uint8)  # Doom is a dark place
+# Classes of segment_semantic, in the order of `map`'s kinds of surfaces, and of class_object.
+SURFACES = ("uncertain", "floor", "ceiling", "wall", "sky", "liquid")
+THINGS = ("monster", "item", "weapon", "decoration", "light", "other")
+SEMANTIC, OBJECTS = (*SURFACES, *THINGS), ("none", *THINGS)
+LIQUID = SEMANTIC.index("liquid")
+# The engine's category of an object -> semantic class.
+CATEGORY = {"Monster": "monster", "Weapon": "weapon", "LightSource": "light"}
+CATEGORY |= dict.fromkeys(("Health", "Armor", "Ammo", "Key", "Powerup"), "item")
+CATEGORY |= dict.fromkeys(("Decoration", "Vegetation", "Gore", "Gibs"), "decoration")
+# Share of the picture from which an object counts as present.
+VISIBLE = 12 / 128**2
+# Doom is a dark place.
+BRIGHTER = (255 * (np.arange(256) / 255) ** 0.55).astype(np.uint8)
 VARIABLES = ("POSITION_X", "POSITION_Y", "ANGLE", "CAMERA_POSITION_Z")
-SETUP = ("god", "notarget", "freeze")  # nobody moves, nobody dies
+# Nobody moves, nobody dies.
+SETUP = ("god", "notarget", "freeze")
 
 
 @dataclass
 class Frame:
-    """One view of a map with what is known of it.
+    """One view of a map and its labels.
 
     Attributes:
         image: the picture. (n, n, 3) uint8
@@ -73,7 +80,8 @@ class Frame:
         x, y, eye, yaw = self.pose
         scores = np.zeros(len(OBJECTS), np.float32)
         scores[self.objects] = 1 / len(self.objects)
-        up_towards = np.array([1, -1, -1], np.float32)  # normals are stored as x right, y up, z towards the viewer
+        # Normals are stored as x right, y up, z towards the viewer.
+        up_towards = np.array([1, -1, -1], np.float32)
         return {
             "rgb": self.image,
             "depth_zbuffer": np.where(g.valid, g.depth / UNITS_PER_METRE, np.inf),
@@ -102,14 +110,13 @@ def see(state: Any, level: DoomMap, camera: Camera) -> Frame:
     x, y, yaw, eye = state.game_variables
     view = level.look(x, y, eye, yaw, camera)
     covered = _middle(state.labels_buffer, camera.size)
-    # fitted: the engine's buffer has 8 bits and reaches to 1828 units
+    # Fitted: the engine's buffer has 8 bits and reaches to 1828 units.
     coarse = 7.134 * _middle(state.depth_buffer, camera.size).astype(np.float32) + 9.1
     known = np.isfinite(view.depth) & (covered == 0) & (view.depth < 1700) & (coarse > 30)
     wrong = abs(coarse - view.depth)[known] > 12 + 0.03 * view.depth[known]
 
-    semantic = view.kind.astype(np.uint8)  # the first five classes are the kinds of surfaces
-    on_floor = view.kind == FLOOR
-    semantic[on_floor & level.liquid[view.sector]] = LIQUID
+    semantic = view.kind.astype(np.uint8)
+    semantic[(view.kind == FLOOR) & level.liquid[view.sector]] = LIQUID
     c, s = np.cos(np.radians(yaw)), np.sin(np.radians(yaw))
     present: set[int] = set()
     for thing in state.labels:
@@ -127,20 +134,15 @@ def see(state: Any, level: DoomMap, camera: Camera) -> Frame:
     valid = np.isfinite(view.depth)
     east, north, up = (view.normal[..., i] for i in range(3))
     normal = np.stack([east * s - north * c, -up, east * c + north * s], -1).astype(np.float32)
-    geometry = Geometry(
-        np.where(valid, view.depth, SKY_DEPTH).astype(np.float32),
-        normal,
-        valid,
-        camera.rays().astype(np.float32),
-        camera.fx,
-    )
+    depth = np.where(valid, view.depth, SKY_DEPTH).astype(np.float32)
+    geometry = Geometry(depth, normal, valid, camera.rays().astype(np.float32), camera.fx)
     image = picture(state.screen_buffer, camera.size)
     disagreement = float(wrong.mean()) if len(wrong) else 0.0
     return Frame(image, geometry, semantic, view.surface, sorted(present) or [0], (x, y, eye, yaw), disagreement)
 
 
 def good(frame: Frame) -> bool:
-    """The gate: geometry as the engine sees it, and a view of something: not of a wall close by, nor of the sky, nor in the dark."""
+    """The gate: the engine agrees on the geometry, and the view is not a wall close by, the sky, or dark."""
     return (
         frame.disagreement <= 0.04
         and frame.image.mean() > 50
@@ -155,7 +157,7 @@ def frames(
 ) -> Iterator[tuple[int, int, Frame]]:
     """Up to `count` accepted frames of a map, with the numbers of their place and view (two views of most places).
 
-    The same arguments give the same frames. Fewer come where eight tries per frame are not enough.
+    The same arguments give the same frames. Where eight tries per frame are not enough, there are fewer.
     """
     rng = np.random.default_rng([seed, int(name[-2:])])
     level = load_map(freedoom(), name)
@@ -164,9 +166,8 @@ def frames(
     height = next((h for h in (240, 480, 960) if h >= size), 960)
     views = [0] * len(places)
     found = 0
-    with engine(
-        name, height=height, buttons=("TURN_LEFT_RIGHT_DELTA",), variables=VARIABLES, seed=seed, depth=True, labels=True
-    ) as game:
+    turning, buffers = ("TURN_LEFT_RIGHT_DELTA",), ("depth_buffer", "labels_buffer")
+    with engine(name, height=height, buttons=turning, variables=VARIABLES, seed=seed, buffers=buffers) as game:
         for attempt in range(8 * count if len(places) else 0):
             if found == count:
                 return
@@ -177,11 +178,13 @@ def frames(
             at = attempt % len(places)
             turn = float(rng.uniform(-180, 180))
             game.send_game_command(f"warp {places[at, 0]:.0f} {places[at, 1]:.0f}")
-            game.make_action([0], 1)  # a turn in the same tic as a warp is lost
+            # A turn in the same tic as a warp is lost.
+            game.make_action([0], 1)
             game.make_action([turn], 1)
             state = game.get_state()
             if state is None or np.abs(np.array(state.game_variables[:2]) - places[at]).sum() > 80:
-                continue  # something stood in the way
+                # Something stood in the way.
+                continue
             frame = see(state, level, camera)
             if accept(frame):
                 yield at, views[at], frame
@@ -191,7 +194,8 @@ def frames(
 
 def render_map(root: Path, name: str, count: int, size: int, seed: int) -> int:
     """Write the frames of one map in Taskonomy's layout; returns how many there are."""
-    cv2.setNumThreads(1)  # a process per core renders
+    # There is a rendering process per core.
+    cv2.setNumThreads(1)
     total = 0
     for place, view, frame in frames(name, count, size, seed):
         for domain, values in frame.labels().items():

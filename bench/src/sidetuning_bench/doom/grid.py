@@ -1,7 +1,7 @@
 """Where one can walk on a Doom map, how far it is, and which way: a grid of cells and geodesic distances over it.
 
-Lengths are map units, 32 to the metre. A player is 16 units to each side; a cell can be walked on where the nearest obstacle is at
-least 20 units away and a walk from the start of the map leads there.
+Lengths are map units, 32 to the metre. A player is 16 units to each side; a cell can be walked on where the nearest
+obstacle is at least 20 units away and a walk from the start of the map leads there.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ from scipy.sparse.csgraph import connected_components, dijkstra
 from sidetuning.errors import DataError
 from sidetuning.files import atomic_write
 
-RADIUS = 20.0  # of a player, with a margin
-FAR = 64.0  # clearances are not told apart from here on
-STEP, HEADROOM = 24, 56  # the highest step a player climbs, the lowest ceiling that lets one pass
-SOLID = ("Decoration", "Vegetation", "LightSource", "Hazard")  # the engine's categories of things that stand in the way
-MOVES = {  # steps to other cells, and the cells between; their lengths are at most 2.7 % above straight lines
-    (1, 0): (), (0, 1): (), (1, 1): ((1, 0), (0, 1)), (1, -1): ((1, 0), (0, -1)), (2, 1): ((1, 0), (1, 1)),
-    (1, 2): ((0, 1), (1, 1)), (2, -1): ((1, 0), (1, -1)), (1, -2): ((0, -1), (1, -1)),
-}  # fmt: skip
-VERSION = 2  # of the files
+# Radius of a player, with a margin.
+RADIUS = 20.0
+# Larger clearances are not told apart.
+FAR = 64.0
+# The highest step a player climbs, the lowest ceiling that lets one pass.
+STEP, HEADROOM = 24, 56
+# The engine's categories of things that stand in the way.
+SOLID = ("Decoration", "Vegetation", "LightSource", "Hazard")
+# Steps to other cells, and the cells between; their lengths are at most 2.7 % above straight lines.
+STRAIGHT: dict[tuple[int, int], list[tuple[int, int]]] = {(1, 0): [], (0, 1): []}
+MOVES = STRAIGHT | {(1, 1): [(1, 0), (0, 1)], (1, -1): [(1, 0), (0, -1)], (2, 1): [(1, 0), (1, 1)]}
+MOVES |= {(1, 2): [(0, 1), (1, 1)], (2, -1): [(1, 0), (1, -1)], (1, -2): [(0, -1), (1, -1)]}
+# Version of the files.
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Grid:
     Attributes:
         low: the corner with the smallest coordinates, (2,).
         cell: width of a cell.
-        clearance: from each cell's centre to the nearest obstacle, at most FAR. (columns, rows) float32
-        number: of each cell that can be walked on, -1 for others. (columns, rows) int32
+        clearance: distance from each cell's centre to the nearest obstacle, at most FAR. (columns, rows) float32
+        number: number of each cell that can be walked on, -1 for others. (columns, rows) int32
     """
 
     low: NDArray[np.float64]
@@ -76,22 +81,18 @@ class Grid:
 
     def _shifted(self, move: tuple[int, int]) -> NDArray[np.int32]:
         """The number of the cell `move` away from each cell, -1 beyond the edge."""
-        out = np.full_like(self.number, -1)
         columns, rows = self.number.shape
-        a, b = move
-        if abs(a) < columns and abs(b) < rows:
-            out[max(0, -a) : columns - max(0, a), max(0, -b) : rows - max(0, b)] = self.number[
-                max(0, a) : columns + min(0, a), max(0, b) : rows + min(0, b)
-            ]
-        return out
+        padded = np.pad(self.number, 2, constant_values=-1)
+        return padded[2 + move[0] : 2 + move[0] + columns, 2 + move[1] : 2 + move[1] + rows]
 
     @cached_property
-    def _graph(self) -> Any:
+    def graph(self) -> Any:
+        """The cells and the lengths of the steps between them, as a sparse matrix."""
         return self._weighted(np.ones(len(self.cells)))
 
     @cached_property
-    def _wary_graph(self) -> Any:
-        """With lengths up to 2.5 times as long near obstacles, which a walker had better keep away from."""
+    def wary_graph(self) -> Any:
+        """The graph with steps up to 2.5 times as long near obstacles, for a walker that stays away from them."""
         clearance = self.clearance[tuple(self.cells.T)]
         return self._weighted(1 + 1.5 * np.clip((40 - clearance) / 40, 0, 1))
 
@@ -104,9 +105,6 @@ class Grid:
         """The number of the cell around a point, or of the nearest within seven cells; -1 where there is none."""
         c, r = (np.array([x, y]) - self.low) // self.cell
         column, row = int(c), int(r)
-        inside = 0 <= column < self.number.shape[0] and 0 <= row < self.number.shape[1]
-        if inside and self.number[column, row] >= 0:
-            return int(self.number[column, row])
         left, low = max(0, column - 7), max(0, row - 7)
         around = self.number[left : max(0, column + 8), low : max(0, row + 8)]
         near = np.argwhere(around >= 0) + np.array([left, low])
@@ -137,7 +135,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Ways:
-    """Shortest ways to one goal. What is not asked for is not computed."""
+    """Shortest ways to one goal, each kind computed when first asked for."""
 
     grid: Grid
     goal: tuple[float, float]
@@ -146,16 +144,14 @@ class Ways:
 
     @cached_property
     def distances(self) -> NDArray[np.float64]:
-        """From each numbered cell to the goal's, inf where there is no way. (n,)"""
-        return dijkstra(self.grid._graph, directed=False, indices=self.number, limit=self.limit)
+        """The distance from each numbered cell to the goal's, inf where there is no way. (n,)"""
+        return dijkstra(self.grid.graph, directed=False, indices=self.number, limit=self.limit)
 
     @cached_property
     def _next(self) -> NDArray[np.int32]:
-        """The next cell of a way that keeps away from obstacles. (n,)"""
-        found = dijkstra(
-            self.grid._wary_graph, directed=False, indices=self.number, limit=3 * self.limit, return_predecessors=True
-        )
-        return found[1]
+        """The next cell of a way that stays away from obstacles. (n,)"""
+        graph, limit = self.grid.wary_graph, 3 * self.limit
+        return dijkstra(graph, directed=False, indices=self.number, limit=limit, return_predecessors=True)[1]
 
     def distance(self, x: float, y: float) -> float:
         """The length of the shortest way from a point, inf where there is none."""
@@ -185,8 +181,8 @@ def build(sectors: Sequence[Any], things: Sequence[Any], cell: float = 16.0) -> 
     """The grid of the largest part of a map that can be walked on without opening doors.
 
     Args:
-        sectors: of `vizdoom.GameState`: their lines, floors and ceilings.
-        things: its objects.
+        sectors: sectors of `vizdoom.GameState`: their lines, floors and ceilings.
+        things: objects of the same state.
         cell: width of a cell.
     """
     sides: dict[tuple[float, float, float, float], tuple[bool, list[Any]]] = {}
@@ -198,15 +194,16 @@ def build(sectors: Sequence[Any], things: Sequence[Any], cell: float = 16.0) -> 
     low = ends.min(0) - 2 * cell
     columns, rows = np.ceil((ends.max(0) + 2 * cell - low) / cell).astype(int)
     clearance = np.full((columns, rows), FAR, np.float32)
-    _keep_away(clearance, low, cell, np.array(walls, np.float64).reshape(-1, 4), 0.0)
+    keep_away(clearance, low, cell, np.array(walls, np.float64).reshape(-1, 4), 0.0)
     posts = [[t.position_x, t.position_y] * 2 for t in things if t.category in SOLID]
-    _keep_away(clearance, low, cell, np.array(posts, np.float64).reshape(-1, 4), RADIUS)
+    keep_away(clearance, low, cell, np.array(posts, np.float64).reshape(-1, 4), RADIUS)
     everywhere = Grid(low, cell, clearance, _numbered(clearance > RADIUS))
-    part = connected_components(everywhere._graph, directed=False)[1]
+    part = connected_components(everywhere.graph, directed=False)[1]
     for largest in np.argsort(-np.bincount(part), kind="stable"):
         chosen = part == largest
         x, y = everywhere.centres[chosen][0]
-        if any(_inside(sector, x, y) for sector in sectors):  # and not in the void between rooms
+        # The void between rooms is in no sector.
+        if any(_inside(sector, x, y) for sector in sectors):
             walkable = np.zeros(clearance.shape, bool)
             walkable[tuple(everywhere.cells[chosen].T)] = True
             return Grid(low, cell, clearance, _numbered(walkable))
@@ -233,7 +230,7 @@ def _blocks(a: Any, b: Any) -> bool:
 
 
 @njit(cache=True)
-def _keep_away(clearance: Any, low: Any, cell: float, lines: Any, radius: float) -> None:
+def keep_away(clearance: Any, low: Any, cell: float, lines: Any, radius: float) -> None:
     """Lower the clearance of cells near lines (x1, y1, x2, y2) that are `radius` thick to each side."""
     reach = FAR + radius
     for i in range(lines.shape[0]):
@@ -254,11 +251,9 @@ def _keep_away(clearance: Any, low: Any, cell: float, lines: Any, radius: float)
 
 def save(grid: Grid, path: Path) -> None:
     """Write a grid, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file, version=VERSION, low=grid.low, cell=grid.cell, clearance=grid.clearance, number=grid.number
-        )
+        arrays: dict[str, Any] = {name: getattr(grid, name) for name in ("low", "cell", "clearance", "number")}
+        np.savez_compressed(file, version=VERSION, **arrays)
 
 
 def load(path: Path) -> Grid | None:
@@ -267,11 +262,12 @@ def load(path: Path) -> Grid | None:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if int(file["version"]) == VERSION:
                 return Grid(file["low"], float(file["cell"]), file["clearance"], file["number"])
-    except Exception:  # a damaged zip file raises whatever its bytes make it; the grid is built again in a moment
+    # The bytes of a damaged zip file decide which error it raises; the grid is built again in a moment.
+    except Exception:
         return None
     return None
 
 
 def file_name(*parts: object) -> str:
-    """The name of a grid's file, of what it is made from."""
+    """The name of the file of a grid that was made from these values."""
     return f"{parts[0]}-{hashlib.sha256(repr((VERSION, *parts)).encode()).hexdigest()[:12]}.npz"

@@ -1,7 +1,7 @@
 """The labels of dense tasks, from an image and the exact depth, normal and surface of each of its pixels.
 
-Every label is a function of one frame and of the camera's rays alone, in numpy and OpenCV. Lengths in pixels are given for images of
-128 pixels and grow with the image, so that a label looks alike at every size.
+Every label is a function of one frame and of the camera's rays alone, in numpy and OpenCV. Lengths in pixels are given
+for images of 128 pixels and grow with the image, so that a label looks alike at every size.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
 
-FOOTPRINT = 6.0  # pixels at 128: the distance over which curvature is expressed as an angle
+# The distance over which curvature is expressed as an angle, in pixels of an image of 128.
+FOOTPRINT = 6.0
 MAX_CURVATURE = 2.0
 
 
 @dataclass
 class Geometry:
-    """What is known of every pixel of a square image of n pixels.
+    """Depth and normal of every pixel of a square image of n pixels.
 
     Attributes:
-        depth: along the optical axis; where `valid` is False it holds a large finite number. (n, n)
-        normal: unit vectors in the camera's frame (x right, y down, z forward), towards the viewer; 0 where invalid. (n, n, 3)
+        depth: depth along the optical axis; where `valid` is False it is a large finite number. (n, n)
+        normal: unit vectors in the camera's frame (x right, y down, z forward), towards the viewer; 0 where invalid.
+            (n, n, 3)
         valid: False at the sky. (n, n) bool
         rays: direction of each pixel at depth 1. (n, n, 3)
         focal: focal length in pixels, horizontally.
@@ -50,7 +52,7 @@ class Geometry:
 
     @cached_property
     def contours(self) -> NDArray[np.bool_]:
-        """What `jumps` finds, for all labels that ask."""
+        """The occluding contours, found once for all labels."""
         return jumps(self)
 
     @property
@@ -66,9 +68,9 @@ def reshading(g: Geometry) -> Array:
 
 
 def jumps(g: Geometry) -> NDArray[np.bool_]:
-    """Pixels whose right or lower neighbour lies on another surface, not merely on one seen at a slant: occluding contours.
+    """Occluding contours: pixels whose right or lower neighbour lies on another surface, not on one seen at a slant.
 
-    The gap between two neighbours is measured off the plane of either; it counts where it is larger than 3 % of the depth.
+    The gap between two neighbours is measured off the plane of either; it counts where it exceeds 3 % of the depth.
     """
     found = np.zeros(g.depth.shape, bool)
     for axis in (0, 1):
@@ -88,13 +90,13 @@ def edge_occlusion(g: Geometry) -> Array:
 
 
 def edge_texture(image: NDArray[np.uint8], scale: float) -> Array:
-    """The length of the Sobel gradient of the smoothed grey image, in [0, 1]; full at a step of a quarter of the range."""
+    """The length of the Sobel gradient of the smoothed grey image, in [0, 1]; 1 at a step of a quarter of the range."""
     smooth = _blur(_grey(image), scale)
     return np.clip(np.hypot(cv2.Sobel(smooth, -1, 1, 0), cv2.Sobel(smooth, -1, 0, 1)) * scale, 0, 1).astype(np.float32)
 
 
 def keypoints2d(image: NDArray[np.uint8], scale: float) -> Array:
-    """Harris corners of the image: a blob at each local maximum, as high as the corner is strong, the strongest at 1."""
+    """Harris corners of the image: a blob at each local maximum, higher for stronger corners, up to 1."""
     size = 2 * round(scale) + 1
     strength = cv2.cornerHarris(_grey(image), size, 3, 0.04)
     top = max(float(strength.max()), 1e-6)
@@ -104,9 +106,10 @@ def keypoints2d(image: NDArray[np.uint8], scale: float) -> Array:
 
 
 def keypoints3d(g: Geometry) -> Array:
-    """Where the shape changes in two directions at once, in [0, 1].
+    """How much the shape changes in two directions at once, in [0, 1].
 
-    The smaller eigenvalue of the structure tensor of normals and log depth: corners where three planes meet, and of contours.
+    The smaller eigenvalue of the structure tensor of normals and log depth: high where three planes meet, and at
+    corners of contours.
     """
     shape = np.concatenate([g.normal, np.log(np.maximum(g.depth, 8))[..., None] / 4], -1).astype(np.float32)
     shape[~g.valid] = 0
@@ -119,9 +122,10 @@ def keypoints3d(g: Geometry) -> Array:
 def curvature(g: Geometry) -> Array:
     """Both principal curvatures, larger first, positive where the surface bulges towards the viewer. (n, n, 2)
 
-    From the first and second fundamental forms of the smoothed points and normals. They are given as the angle in radians by which
-    the surface turns over six pixels of 128, so that they do not depend on distance, and lie within ±2. A world of planes has
-    curvature only in its creases, as wide as the smoothing. 0 next to occluding contours, where no curvature can be measured.
+    From the first and second fundamental forms of the smoothed points and normals. They are the angle in radians by
+    which the surface turns over six pixels of 128, so they do not depend on distance, and lie within ±2. In a world of
+    planes, curvature is non-zero only along creases, as wide as the smoothing. It is 0 next to occluding contours,
+    where it cannot be measured.
     """
     inner = g.valid & (cv2.dilate(g.contours.astype(np.uint8), _square(2 * round(g.scale) + 1)) == 0)
     normal = _blur(g.normal * g.valid[..., None], 1.5 * g.scale)
@@ -129,19 +133,21 @@ def curvature(g: Geometry) -> Array:
     points = _blur(g.points, g.scale)
     (pu, pv), (nu, nv) = _slopes(points), _slopes(normal)
     e, f, gg = (pu * pu).sum(-1), (pu * pv).sum(-1), (pv * pv).sum(-1)
-    l, m, n = (nu * pu).sum(-1), ((nu * pv) + (nv * pu)).sum(-1) / 2, (nv * pv).sum(-1)  # noqa: E741
+    ll, m, n = (nu * pu).sum(-1), ((nu * pv) + (nv * pu)).sum(-1) / 2, (nv * pv).sum(-1)
     area = np.maximum(e * gg - f * f, 1e-6)
-    gauss = (l * n - m * m) / area
-    mean = (e * n - 2 * f * m + gg * l) / (2 * area)
+    gauss = (ll * n - m * m) / area
+    mean = (e * n - 2 * f * m + gg * ll) / (2 * area)
     spread = np.sqrt(np.maximum(mean * mean - gauss, 0))
-    footprint = g.depth / g.focal * FOOTPRINT * g.scale  # length on the surface
+    # A length on the surface.
+    footprint = g.depth / g.focal * FOOTPRINT * g.scale
     both = np.stack([mean + spread, mean - spread], -1) * footprint[..., None]
     return (np.clip(both, -MAX_CURVATURE, MAX_CURVATURE) * inner[..., None]).astype(np.float32)
 
 
 def false_colours(surface: NDArray[np.int64]) -> NDArray[np.uint8]:
     """A colour per surface, for `segment_unsup25d`, as Taskonomy stores segments. (n, n, 3)"""
-    code = (surface * 2654435761) & 0xFFFFFF  # Knuth's multiplicative hash
+    # Knuth's multiplicative hash.
+    code = (surface * 2654435761) & 0xFFFFFF
     return np.stack([code & 255, (code >> 8) & 255, code >> 16], -1).astype(np.uint8)
 
 

@@ -1,8 +1,8 @@
 """Exact geometry of Doom maps: what a camera sees at every pixel, from the map's lines and sectors alone.
 
-A Doom map is a set of two-dimensional lines between sectors; a sector is an area with one floor height and one ceiling height.
-So along an image column everything follows from the lines that the column's ray crosses, nearest first: the floor and the ceiling
-of the sector that the ray is in, then the wall where it leaves that sector. Lengths are map units, 32 to the metre.
+A Doom map is a set of two-dimensional lines between sectors; a sector is an area with one floor height and one ceiling
+height. So an image column shows what the column's ray crosses, nearest first: the floor and the ceiling of the sector
+that the ray is in, then the wall where it leaves that sector. Lengths are map units, 32 to the metre.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -23,18 +23,15 @@ LIQUIDS = (b"NUKAGE", b"FWATER", b"LAVA", b"BLOOD", b"SLIME0")
 NO_SIDE = 65535
 
 VERTEX = np.dtype([("x", "<i2"), ("y", "<i2")])
-LINE = np.dtype(
-    [("start", "<u2"), ("end", "<u2"), ("flags", "<u2"), ("special", "<u2"), ("tag", "<u2"), ("right", "<u2"), ("left", "<u2")]
-)  # fmt: skip
+LINE = np.dtype([(name, "<u2") for name in ("start", "end", "flags", "special", "tag", "right", "left")])
 SIDE = np.dtype([("x", "<i2"), ("y", "<i2"), ("upper", "S8"), ("lower", "S8"), ("middle", "S8"), ("sector", "<u2")])
-SECTOR = np.dtype(
-    [("floor", "<i2"), ("ceiling", "<i2"), ("floor_texture", "S8"), ("ceiling_texture", "S8"), ("light", "<i2"), ("special", "<i2"), ("tag", "<i2")]
-)  # fmt: skip
+SECTOR_FIELDS = {"floor": "<i2", "ceiling": "<i2", "floor_texture": "S8", "ceiling_texture": "S8"}
+SECTOR = np.dtype([*SECTOR_FIELDS.items(), ("light", "<i2"), ("special", "<i2"), ("tag", "<i2")])
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A square image of `size` pixels; `fx` and `fy` are focal lengths in pixels. Doom's pixels are 1.2 times as high as wide."""
+    """A square image of `size` pixels with focal lengths in pixels. Doom's pixels are 1.2 times as high as wide."""
 
     size: int
     fx: float
@@ -52,16 +49,15 @@ class Camera:
         return np.stack([u, v, np.ones_like(u)], -1)
 
 
-@dataclass
-class View:
-    """What a camera sees of a map without its things.
+class View(NamedTuple):
+    """What a camera sees of a map without its things; compiled functions fill the arrays.
 
     Attributes:
-        depth: along the optical axis, in map units; inf at the sky. (size, size)
-        normal: of the surface in world coordinates (x east, y north, z up), towards the viewer; 0 at the sky. (size, size, 3)
+        depth: depth along the optical axis, in map units; inf at the sky. (size, size)
+        normal: normal in world coordinates (x east, y north, z up), towards the viewer; 0 at the sky. (size, size, 3)
         kind: NOTHING, FLOOR, CEILING, WALL or SKY. (size, size) int8
         surface: an id that pixels of one floor, ceiling or wall part share; -1 at the sky, -2 where nothing was hit.
-        sector: of floor and ceiling pixels, else -1.
+        sector: sector of floor and ceiling pixels, else -1.
     """
 
     depth: NDArray[np.float64]
@@ -71,45 +67,49 @@ class View:
     sector: NDArray[np.int64]
 
 
-class DoomMap:
+class DoomMap(NamedTuple):
     """The lines and sectors of a map.
 
     Attributes:
-        lines: x1, y1, x2, y2 of each line, (n, 4) float64.
-        front, back: the sectors right and left of each line, -1 for none.
-        blocking: lines that nobody can walk through.
-        floor, ceiling: heights of the sectors.
-        sky, liquid: sectors under the open sky; sectors with water, slime, lava or blood for a floor.
+        lines: x1, y1, x2, y2 of each line. (n, 4)
+        front, back: the sectors right and left of each line, -1 for none. (n,)
+        blocking: lines that nobody can walk through. (n,)
+        floor, ceiling: heights of the sectors. (sectors,)
+        sky, liquid: sectors under the open sky; sectors with water, slime, lava or blood for a floor. (sectors,)
     """
 
-    def __init__(self, vertices: Any, lines: Any, sides: Any, sectors: Any) -> None:
+    lines: NDArray[np.float64]
+    front: NDArray[np.int64]
+    back: NDArray[np.int64]
+    blocking: NDArray[np.bool_]
+    floor: NDArray[np.float64]
+    ceiling: NDArray[np.float64]
+    sky: NDArray[np.bool_]
+    liquid: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, vertices: Any, lines: Any, sides: Any, sectors: Any) -> DoomMap:
+        """The map of a WAD file's records."""
         points = np.stack([vertices["x"], vertices["y"]], 1).astype(np.float64)
-        self.lines = np.concatenate([points[lines["start"]], points[lines["end"]]], 1)
-        self.front = _sectors_of(lines["right"], sides)
-        self.back = _sectors_of(lines["left"], sides)
-        self.blocking = (lines["flags"] & 1) > 0
-        self.floor = sectors["floor"].astype(np.float64)
-        self.ceiling = sectors["ceiling"].astype(np.float64)
-        self.sky = np.array([t.upper().startswith(b"F_SKY") for t in sectors["ceiling_texture"]])
-        self.liquid = np.array([t.upper().startswith(LIQUIDS) for t in sectors["floor_texture"]])
+        ends = np.concatenate([points[lines["start"]], points[lines["end"]]], 1)
+        front, back = _sectors_of(lines["right"], sides), _sectors_of(lines["left"], sides)
+        floor, ceiling = sectors["floor"].astype(np.float64), sectors["ceiling"].astype(np.float64)
+        sky = np.array([t.upper().startswith(b"F_SKY") for t in sectors["ceiling_texture"]])
+        liquid = np.array([t.upper().startswith(LIQUIDS) for t in sectors["floor_texture"]])
+        return cls(ends, front, back, (lines["flags"] & 1) > 0, floor, ceiling, sky, liquid)
 
     def sector_at(self, x: float, y: float) -> int:
         """The sector around a point, -1 outside the map."""
-        return int(_sector_at(self.lines, self.front, self.back, x, y))
+        return int(_sector_at(self, x, y))
 
     def look(self, x: float, y: float, eye: float, yaw: float, camera: Camera) -> View:
-        """What a level camera at (x, y) and height `eye` sees; `yaw` in degrees from east, anticlockwise."""
-        n = camera.size
-        view = View(
-            np.full((n, n), np.inf), np.zeros((n, n, 3)), np.zeros((n, n), np.int8), np.full((n, n), -2, np.int64),
-            np.full((n, n), -1, np.int64),
-        )  # fmt: skip
+        """The view of a level camera at (x, y) and height `eye`; `yaw` in degrees from east, anticlockwise."""
+        square = (camera.size, camera.size)
+        depth, normal, kind = np.full(square, np.inf), np.zeros((*square, 3)), np.zeros(square, np.int8)
+        view = View(depth, normal, kind, np.full(square, -2, np.int64), np.full(square, -1, np.int64))
         sector = self.sector_at(x, y)
         if sector >= 0:
-            _look(
-                self.lines, self.front, self.back, self.floor, self.ceiling, self.sky, x, y, eye, np.radians(yaw), sector,
-                camera.fx, camera.fy, view.depth, view.normal, view.kind, view.surface, view.sector,
-            )  # fmt: skip
+            _look(self, view, sector, (x, y, eye), np.radians(yaw), camera.fx, camera.fy)
         return view
 
     def free_points(
@@ -155,7 +155,7 @@ def load_map(wad: Path, name: str) -> DoomMap:
     if "BEHAVIOR" in parts:
         raise DataError(f"map {name} of {wad} is in Hexen's format, which is not read; give a map in Doom's format")
     kinds = {"VERTEXES": VERTEX, "LINEDEFS": LINE, "SIDEDEFS": SIDE, "SECTORS": SECTOR}
-    return DoomMap(*(np.frombuffer(parts[part], kind) for part, kind in kinds.items()))
+    return DoomMap.of(*(np.frombuffer(parts[part], kind) for part, kind in kinds.items()))
 
 
 def _sectors_of(side: NDArray[Any], sides: NDArray[Any]) -> NDArray[np.int64]:
@@ -164,8 +164,9 @@ def _sectors_of(side: NDArray[Any], sides: NDArray[Any]) -> NDArray[np.int64]:
 
 
 @njit(cache=True)
-def _sector_at(lines: Any, front: Any, back: Any, x: float, y: float) -> int:
-    """Casts a ray, in a direction that no line is likely to have, to the nearest line and asks on which side it starts."""
+def _sector_at(level: Any, x: float, y: float) -> int:
+    """Cast a ray, in a direction that no line is likely to have, to the nearest line: on which side does it start?"""
+    lines = level.lines
     dx, dy = 0.9238795, 0.3826834
     nearest, sector = np.inf, -1
     for i in range(lines.shape[0]):
@@ -178,47 +179,40 @@ def _sector_at(lines: Any, front: Any, back: Any, x: float, y: float) -> int:
         u = (ax * dy - ay * dx) / cross
         if 1e-9 < t < nearest and 0 <= u <= 1:
             nearest = t
-            sector = front[i] if ey * ax < ex * ay else back[i]
+            sector = level.front[i] if ey * ax < ex * ay else level.back[i]
     return sector
 
 
 @njit(cache=True)
-def _paint(view: Any, column: int, first: int, last: int, z: float, n: Any, kind: int, surface: int) -> None:
-    """Part of a wall or of the sky: one depth, rows `first` … `last`."""
-    depth, normal, kinds, surfaces, _ = view
-    for row in range(first, last + 1):
-        depth[row, column] = z
-        normal[row, column, 0], normal[row, column, 1], normal[row, column, 2] = n
-        kinds[row, column] = kind
-        surfaces[row, column] = surface
+def _paint(view: Any, column: int, rows: Any, z: float, n: Any, kind: int, surface: int) -> None:
+    """Part of a wall or of the sky: one depth, from the first to the last of the rows."""
+    for row in range(rows[0], rows[1] + 1):
+        view.depth[row, column] = z
+        view.normal[row, column, 0], view.normal[row, column, 1], view.normal[row, column, 2] = n
+        view.kind[row, column] = kind
+        view.surface[row, column] = surface
 
 
 @njit(cache=True)
-def _paint_level(
-    view: Any, column: int, first: int, last: int, rise: float, fy: float, up: float, kind: int, sector: int
-) -> None:
-    """Part of a floor or ceiling that lies `rise` above the eye: depth from the row."""
-    depth, normal, kinds, surfaces, sectors = view
-    middle = depth.shape[0] / 2
-    for row in range(first, last + 1):
-        depth[row, column] = rise * fy / (middle - row - 0.5)
-        normal[row, column, 2] = up
-        kinds[row, column] = kind
-        surfaces[row, column] = 2 * sector + kind - FLOOR
-        sectors[row, column] = sector
+def _paint_level(view: Any, column: int, rows: Any, rise: float, up: float, kind: int, sector: int) -> None:
+    """Part of a floor or ceiling; `rise` is its height above the eye times the focal length."""
+    middle = view.depth.shape[0] / 2
+    for row in range(rows[0], rows[1] + 1):
+        view.depth[row, column] = rise / (middle - row - 0.5)
+        view.normal[row, column, 2] = up
+        view.kind[row, column] = kind
+        view.surface[row, column] = 2 * sector + kind - FLOOR
+        view.sector[row, column] = sector
 
 
 @njit(cache=True)
-def _look(
-    lines: Any, front: Any, back: Any, floor: Any, ceiling: Any, sky: Any, x: float, y: float, eye: float, yaw: float,
-    start: int, fx: float, fy: float, depth: Any, normal: Any, kinds: Any, surfaces: Any, sectors: Any,
-) -> None:  # fmt: skip
-    """Fill the arrays of a view, column by column."""
-    size, n = depth.shape[0], lines.shape[0]
-    view = (depth, normal, kinds, surfaces, sectors)
-    none = (0.0, 0.0, 0.0)
+def _look(level: Any, view: Any, start: int, place: Any, yaw: float, fx: float, fy: float) -> None:
+    """Fill the arrays of a view, column by column; `place` is x, y and the height of the eye."""
+    x, y, _ = place
+    lines, size, n = level.lines, view.depth.shape[0], level.lines.shape[0]
     c, s = np.cos(yaw), np.sin(yaw)
-    seen = np.empty((n, 4))  # forward and right coordinates of both ends
+    # Forward and right coordinates of both ends of each line.
+    seen = np.empty((n, 4))
     for i in range(n):
         ax, ay = lines[i, 0] - x, lines[i, 1] - y
         bx, by = lines[i, 2] - x, lines[i, 3] - y
@@ -235,49 +229,64 @@ def _look(
             if z > 1e-6:
                 crossed[k], at[k] = i, z
                 k += 1
-        sector, top, bottom = start, 0, size - 1  # rows that are still open, both included
-        for j in np.argsort(at[:k]):
-            i, z = crossed[j], at[j]
-            ex, ey = lines[i, 2] - lines[i, 0], lines[i, 3] - lines[i, 1]
-            right = ex * (y - lines[i, 1]) < ey * (x - lines[i, 0])
-            near, far = (front[i], back[i]) if right else (back[i], front[i])
-            if near < 0 or near == far or (near != sector and far == sector):
-                continue  # seen from outside, inside one sector, or a line that the ray has already passed
-            sector = near
-            low, high = floor[sector], ceiling[sector]
+        nearest = np.argsort(at[:k])
+        _paint_column(level, view, column, start, crossed[nearest], at[nearest], place, fy)
 
-            floor_row = max(top, int(np.ceil(size / 2 - (low - eye) / z * fy - 0.5)))
-            _paint_level(view, column, floor_row, bottom, low - eye, fy, 1.0, FLOOR, sector)
-            bottom = min(bottom, floor_row - 1)
-            ceiling_row = min(bottom, int(np.ceil(size / 2 - (high - eye) / z * fy - 0.5)) - 1)
-            if sky[sector]:
-                _paint(view, column, top, ceiling_row, np.inf, none, SKY, -1)
+
+@njit(cache=True)
+def _paint_column(
+    level: Any, view: Any, column: int, sector: int, crossed: Any, at: Any, place: Any, fy: float
+) -> None:
+    """Fill a column from the lines that its ray crosses, nearest first, at the depths `at`."""
+    x, y, eye = place
+    size, none = view.depth.shape[0], (0.0, 0.0, 0.0)
+    # The rows that are still open, both included.
+    top, bottom = 0, size - 1
+    for i, z in zip(crossed, at):
+        x1, y1, x2, y2 = level.lines[i]
+        ex, ey = x2 - x1, y2 - y1
+        right = ex * (y - y1) < ey * (x - x1)
+        near, far = (level.front[i], level.back[i]) if right else (level.back[i], level.front[i])
+        # Seen from outside, inside one sector, or a line that the ray has already passed.
+        if near < 0 or near == far or (near != sector and far == sector):
+            continue
+        sector, low, high = near, level.floor[near], level.ceiling[near]
+
+        floor_row = max(top, int(np.ceil(size / 2 - (low - eye) / z * fy - 0.5)))
+        _paint_level(view, column, (floor_row, bottom), (low - eye) * fy, 1.0, FLOOR, sector)
+        bottom = min(bottom, floor_row - 1)
+        ceiling_row = min(bottom, int(np.ceil(size / 2 - (high - eye) / z * fy - 0.5)) - 1)
+        if level.sky[sector]:
+            _paint(view, column, (top, ceiling_row), np.inf, none, SKY, -1)
+        else:
+            _paint_level(view, column, (top, ceiling_row), (high - eye) * fy, -1.0, CEILING, sector)
+        top = max(top, ceiling_row + 1)
+        if top > bottom:
+            return
+
+        length = np.sqrt(ex * ex + ey * ey)
+        sign = 1.0 if right else -1.0
+        facing = (sign * ey / length, -sign * ex / length, 0.0)
+        # The end of the map.
+        if far < 0:
+            _paint(view, column, (top, bottom), z, facing, WALL, 1_000_000 + i)
+            return
+        if level.ceiling[far] < high:
+            row = min(bottom, int(np.ceil(size / 2 - (level.ceiling[far] - eye) / z * fy - 0.5)) - 1)
+            # Doom draws no wall between two skies.
+            if level.sky[sector] and level.sky[far]:
+                _paint(view, column, (top, row), np.inf, none, SKY, -1)
             else:
-                _paint_level(view, column, top, ceiling_row, high - eye, fy, -1.0, CEILING, sector)
-            top = max(top, ceiling_row + 1)
-            if top > bottom:
-                break
-
-            length = np.sqrt(ex * ex + ey * ey)
-            sign = 1.0 if right else -1.0
-            facing = (sign * ey / length, -sign * ex / length, 0.0)
-            if far < 0:
-                _paint(view, column, top, bottom, z, facing, WALL, 1_000_000 + i)
-                break
-            if ceiling[far] < high:
-                row = min(bottom, int(np.ceil(size / 2 - (ceiling[far] - eye) / z * fy - 0.5)) - 1)
-                if sky[sector] and sky[far]:  # Doom draws no wall between two skies
-                    _paint(view, column, top, row, np.inf, none, SKY, -1)
-                else:
-                    _paint(view, column, top, row, z, facing, WALL, 2_000_000 + i)
-                top = max(top, row + 1)
-            if floor[far] > low:
-                row = max(top, int(np.ceil(size / 2 - (floor[far] - eye) / z * fy - 0.5)))
-                _paint(view, column, row, bottom, z, facing, WALL, 3_000_000 + i)
-                bottom = min(bottom, row - 1)
-            if top > bottom:
-                break
-            if floor[far] >= ceiling[far]:  # a closed door
-                _paint(view, column, top, bottom, z, facing, WALL, 2_000_000 + i)
-                break
-            sector = far
+                _paint(view, column, (top, row), z, facing, WALL, 2_000_000 + i)
+            top = max(top, row + 1)
+        if level.floor[far] > low:
+            row = max(top, int(np.ceil(size / 2 - (level.floor[far] - eye) / z * fy - 0.5)))
+            _paint(view, column, (row, bottom), z, facing, WALL, 3_000_000 + i)
+            bottom = min(bottom, row - 1)
+        # A closed door.
+        if level.floor[far] >= level.ceiling[far]:
+            _paint(view, column, (top, bottom), z, facing, WALL, 2_000_000 + i)
+            return
+        if top > bottom:
+            return
+        sector = far

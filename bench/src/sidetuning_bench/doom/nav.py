@@ -1,7 +1,8 @@
-"""Navigation in Doom with Habitat's conventions, as gymnasium environments: PointNav, exploration, and a shortest-path expert.
+"""Navigation in Doom with Habitat's conventions, as gymnasium environments: PointNav with an expert, and exploration.
 
-`gymnasium.make("sidetuning_bench.doom.nav:DoomPointNav-v0")` and `…:DoomExplore-v0` build them too. Lengths are metres (32 map units), angles
-radians. An agent has Habitat's four actions; a step ahead is some tics of Doom, so it starts slowly and slides along walls.
+`gymnasium.make("sidetuning_bench.doom.nav:DoomPointNav-v0")` and `…:DoomExplore-v0` build them too. Lengths are metres
+(32 map units), angles radians. An agent has Habitat's four actions; a step ahead is some tics of Doom, so it starts
+slowly and slides along walls.
 """
 
 from __future__ import annotations
@@ -18,24 +19,35 @@ from numpy.typing import NDArray
 
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.registry import unknown
-from sidetuning_bench.agents.trajectories import COMPASS
 from sidetuning_bench.doom.frames import TEST, TRAIN, UNITS_PER_METRE, VAL
 from sidetuning_bench.doom.grid import Grid, Ways
 from sidetuning_bench.doom.world import HOME, World
 
 ACTIONS = ("stop", "move_forward", "turn_left", "turn_right")
 STOP, FORWARD, LEFT, RIGHT = range(4)
-ARMOUR = (1040.0, -352.0)  # of my_way_home
-SLACK = -0.01  # reward of every step
-SUCCESS = 10.0  # reward of success
-SEEN = 0.1  # reward of every square metre seen for the first time
+# The observation of distance and angle to the goal, by Habitat's name.
+COMPASS = "pointgoal_with_gps_compass"
+# Degrees of a turn, and tics of 1/35 s of a step ahead.
+TURN, TICS = 15.0, 4
+# Number of episodes in a row on one map, where `reset` gets no seed.
+STAY = 8
+# Place of the armour of my_way_home, in map units.
+ARMOUR = (1040.0, -352.0)
+# Shortest way from start to goal, and how near the goal counts as there, in metres.
+NEAREST, FARTHEST, RADIUS = 5.0, 25.0, 1.5
+# How far an explorer sees, in metres.
+REACH = 10.0
+# Rewards of every step, of success, and of every square metre seen for the first time.
+SLACK, SUCCESS, SEEN = -0.01, 10.0, 0.1
 MAPS: dict[str, tuple[str, ...]] = {"train": TRAIN, "val": VAL, "test": TEST, "home": (HOME,)}
-OPEN = ("map18", "map20", "map27")  # levels of one wide place, where hardly any way winds
-WINDING = 1.1  # of pointnav's ways, as in Habitat's generator of episodes
+# Levels of one wide place, where hardly any way winds.
+OPEN = ("map18", "map20", "map27")
+# Least ratio of pointnav's ways to straight lines, as in Habitat's generator of episodes.
+WINDING = 1.1
 
 
 def point(xy: NDArray[np.float64]) -> tuple[float, float]:
-    """Of an array."""
+    """An array (2,) as floats."""
     return float(xy[0]), float(xy[1])
 
 
@@ -49,27 +61,31 @@ class Episode(NamedTuple):
 
 
 class DoomWalk(gym.Env[Any, Any]):
-    """What both environments share: actions, pictures, episodes drawn from a seed, an engine that ends with it.
+    """The base of both environments: actions, pictures, episodes drawn from a seed, an engine that ends with it.
+
+    After `reset(seed=…)` everything depends on the seed alone.
 
     Args:
         maps: "train", "val", "test", "home" (ViZDoom's my_way_home), or names of maps.
-        size: of the pictures.
-        turn: degrees of a turn.
-        tics: of a step ahead; a tic is 1/35 s.
-        max_steps: after which an episode is cut off.
-        stay: how many episodes in a row are on one map, where `reset` gets no seed.
-        cache: folder where the grids of maps are kept.
-
-    After `reset(seed=…)` all is the same whenever the seed is the same.
+        size: width and height of the pictures.
+        max_steps: number of steps after which an episode is cut off.
+        cache: folder for the grids of maps.
+        render_mode: gymnasium's; pictures are all there is.
     """
 
-    stops = False  # whether the action stop ends an episode
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (gymnasium's way)
+    # Whether the action stop ends an episode.
+    stops = False
+    turn = TURN
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(
-        self, maps: str | Sequence[str] = "train", size: int = 64, turn: float = 15.0, tics: int = 4, max_steps: int = 200,
-        stay: int = 8, cache: str | Path = "~/.cache/sidetuning", render_mode: str | None = "rgb_array",
-    ) -> None:  # fmt: skip
+        self,
+        maps: str | Sequence[str] = "train",
+        size: int = 64,
+        max_steps: int = 200,
+        cache: str | Path = "~/.cache/sidetuning",
+        render_mode: str | None = "rgb_array",
+    ) -> None:
         names = MAPS.get(maps, (maps,)) if isinstance(maps, str) else tuple(maps)
         known = [*TRAIN, *VAL, *TEST, HOME]
         for name in names:
@@ -77,11 +93,10 @@ class DoomWalk(gym.Env[Any, Any]):
                 raise UnknownNameError(unknown("map", name, [*MAPS, *known], verb="one for walking"))
         if not names:
             raise SideTuningError("maps: give at least one")
-        for what, count in (("size", size), ("tics", tics), ("max_steps", max_steps), ("stay", stay)):
+        for what, count in (("size", size), ("max_steps", max_steps)):
             if count < 1:
                 raise SideTuningError(f"{what} must be 1 or more, not {count}")
-        self.maps, self.turn, self.tics, self.max_steps, self.stay = names, turn, tics, max_steps, stay
-        self.render_mode = render_mode
+        self.maps, self.max_steps, self.render_mode = names, max_steps, render_mode
         self.action_space = spaces.Discrete(len(ACTIONS))
         self.observation_space: spaces.Dict = spaces.Dict({"rgb": spaces.Box(0, 255, (size, size, 3), np.uint8)})
         self.world = World(size, seed=0, cache=cache)
@@ -89,19 +104,19 @@ class DoomWalk(gym.Env[Any, Any]):
         self.episode: Episode
         self.steps = 0
         self.walked = 0.0
-        self.commands: tuple[str, ...] = ()  # for the engine, on every map
+        # Given to the engine on every map.
+        self.commands: tuple[str, ...] = ()
         self._map, self._stayed = "", 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         super().reset(seed=seed)
-        if seed is not None or self._stayed % self.stay == 0 or not self._map:
+        if seed is not None or self._stayed % STAY == 0 or not self._map:
             self._map, self._stayed = str(self.np_random.choice(self.maps)), 0
         self._stayed += 1
-        self.grid = self.world.load(
-            self._map, self.commands, None if seed is None else int(self.np_random.integers(2**31))
-        )
+        anew = None if seed is None else int(self.np_random.integers(2**31))
+        self.grid = self.world.load(self._map, self.commands, anew)
         self.episode = self.draw()
         self.world.place(*self.episode.start, self.episode.yaw)
         self.steps, self.walked = 0, 0.0
@@ -113,9 +128,9 @@ class DoomWalk(gym.Env[Any, Any]):
         x, y = self.world.x, self.world.y
         going = True
         if action == FORWARD:
-            going = self.world.walk(self.tics)
+            going = self.world.walk(TICS)
         elif action != STOP:
-            going = self.world.turn(self.turn if action == LEFT else -self.turn)
+            going = self.world.turn(TURN if action == LEFT else -TURN)
         self.steps += 1
         self.walked += float(np.hypot(self.world.x - x, self.world.y - y)) / UNITS_PER_METRE
         reward, done, info = self.judge(int(action), going)
@@ -127,15 +142,15 @@ class DoomWalk(gym.Env[Any, Any]):
         raise NotImplementedError
 
     def begin(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Once the player stands at the start: the first observation, and what is known of the episode."""
+        """Called when the player stands at the start: the first observation and its measures."""
         raise NotImplementedError
 
     def judge(self, action: int, going: bool) -> tuple[float, bool, dict[str, Any]]:
-        """After an action, and whether the level goes on after it: the reward, whether the episode is over, and the measures."""
+        """Called after an action, `going` where the level goes on: the reward, whether the episode ends, measures."""
         raise NotImplementedError
 
     def observe(self) -> dict[str, NDArray[Any]]:
-        """What the agent perceives."""
+        """The agent's observation."""
         return {"rgb": self.world.image.copy()}
 
     def render(self) -> Any:
@@ -146,45 +161,51 @@ class DoomWalk(gym.Env[Any, Any]):
 
 
 class DoomPointNav(DoomWalk):
-    """Go to a point that the compass tells, and stop there.
+    """Go to a point whose direction and distance the compass gives, and stop there.
 
-    Observation: `rgb` (size, size, 3) uint8, and `pointgoal_with_gps_compass` (2,) float32: distance in metres and angle, positive to
-    the left, of the straight line to the goal (Habitat's (rho, -phi)).
+    Observation: `rgb` (size, size, 3) uint8, and `pointgoal_with_gps_compass` (2,) float32: distance in metres and
+    angle, positive to the left, of the straight line to the goal (Habitat's (rho, -phi)).
 
-    Reward: -0.01 + metres of shortest way gained + 10 on success. Info: distance_to_goal (of the shortest way, metres), success,
-    spl = success * shortest / max(shortest, walked).
+    Reward: -0.01 + metres of shortest way gained + 10 on success. Info: distance_to_goal (of the shortest way, metres),
+    success, spl = success * shortest / max(shortest, walked).
 
     Args:
-        nearest, farthest: shortest way from start to goal, in metres.
-        winding: how many times as long as the straight line the shortest way is, at least. Where any will do, most goals in Doom's
-            wide levels are reached by following the compass with closed eyes.
-        radius: how near the goal is there, in metres.
-        automatic: being there is success, and the action stop does nothing; else only stop ends an episode, well or ill.
-        compass: whether the observation has it. Without, the goal of "home" is the armour of my_way_home, always.
+        maps, size, max_steps, cache, render_mode: as for `DoomWalk`.
+        winding: least ratio of the shortest way to the straight line. At 0, most goals in Doom's wide levels can be
+            reached by following the compass with closed eyes.
+        compass: False for "home" alone: the goal is always the armour of my_way_home, being there is success, and the
+            action stop does nothing.
     """
 
+    radius = RADIUS
+
     def __init__(
-        self, maps: str | Sequence[str] = "train", size: int = 64, turn: float = 15.0, tics: int = 4, max_steps: int = 200,
-        stay: int = 8, cache: str | Path = "~/.cache/sidetuning", render_mode: str | None = "rgb_array", nearest: float = 5.0,
-        farthest: float = 25.0, winding: float = 0.0, radius: float = 1.5, automatic: bool = False, compass: bool = True,
-    ) -> None:  # fmt: skip
-        super().__init__(maps, size, turn, tics, max_steps, stay, cache, render_mode)
-        self.nearest, self.farthest, self.winding, self.radius = nearest, farthest, winding, radius
-        self.automatic, self.compass = automatic, compass
-        self.stops = not automatic
+        self,
+        maps: str | Sequence[str] = "train",
+        size: int = 64,
+        max_steps: int = 200,
+        cache: str | Path = "~/.cache/sidetuning",
+        render_mode: str | None = "rgb_array",
+        winding: float = 0.0,
+        compass: bool = True,
+    ) -> None:
+        super().__init__(maps, size, max_steps, cache, render_mode)
+        self.winding, self.compass, self.stops = winding, compass, compass
         if not compass and self.maps != (HOME,):
             raise SideTuningError("without a compass only maps='home' has a goal that can be known")
         if compass:
             space = {COMPASS: spaces.Box(np.array([0, -np.pi], np.float32), np.array([1e4, np.pi], np.float32))}
             self.observation_space = spaces.Dict({"rgb": self.observation_space["rgb"], **space})
-            self.commands = ("remove GreenArmor",)  # whoever takes it ends the level of my_way_home
+            # Whoever takes it ends the level of my_way_home.
+            self.commands = ("remove GreenArmor",)
         self.ways: Ways
         self.distance = self.shortest = 0.0
 
     def draw(self) -> Episode:
         rng, grid = self.np_random, self.grid
-        low, high = self.nearest * UNITS_PER_METRE, self.farthest * UNITS_PER_METRE
-        roomy = np.flatnonzero(grid.clearance[tuple(grid.cells.T)] > 28)  # nobody starts or ends in a corner
+        low, high = NEAREST * UNITS_PER_METRE, FARTHEST * UNITS_PER_METRE
+        # Nobody starts or ends in a corner.
+        roomy = np.flatnonzero(grid.clearance[tuple(grid.cells.T)] > 28)
         for _ in range(100):
             goal = ARMOUR if not self.compass else point(grid.centres[rng.choice(roomy)])
             self.ways = grid.to(*goal, limit=2 * high)
@@ -194,8 +215,8 @@ class DoomPointNav(DoomWalk):
                 start = point(grid.centres[rng.choice(starts)])
                 return Episode(self._map, start, float(rng.uniform(-180, 180)), goal)
         raise SideTuningError(
-            f"{self._map} has no ways from {self.nearest} to {self.farthest} m that wind {self.winding}-fold; "
-            "give a smaller nearest or winding, or other maps"
+            f"{self._map} has no ways from {NEAREST} to {FARTHEST} m that wind {self.winding}-fold; "
+            "give a smaller winding, or other maps"
         )
 
     def begin(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -204,22 +225,21 @@ class DoomPointNav(DoomWalk):
 
     def judge(self, action: int, going: bool) -> tuple[float, bool, dict[str, Any]]:
         before, self.distance = self.distance, self._distance()
-        taken = not going and not self.compass and self.distance <= 2 * self.radius  # a step reached the armour
-        there = self.distance <= self.radius or taken
-        success = there and (self.automatic or action == STOP)
+        # A step reached the armour, and so the end of the level.
+        taken = not going and not self.compass and self.distance <= 2 * RADIUS
+        success = (self.distance <= RADIUS or taken) and (not self.stops or action == STOP)
         reward = SLACK + before - self.distance + SUCCESS * success
-        return reward, success or (action == STOP and not self.automatic), self._info(success)
+        return reward, success or (action == STOP and self.stops), self._info(success)
 
     def _distance(self) -> float:
-        """Metres of shortest way; where the player got off the map's cells, as many as before."""
+        """Metres of the shortest way; unchanged where the player has left the map's cells."""
         units = self.ways.distance(self.world.x, self.world.y)
         return units / UNITS_PER_METRE if np.isfinite(units) else self.distance
 
     def _info(self, success: bool) -> dict[str, Any]:
         share = self.shortest / max(self.shortest, self.walked, 1e-6)
-        return {
-            "distance_to_goal": self.distance, "success": float(success), "is_success": success, "spl": success * share,
-        }  # fmt: skip
+        measures = {"distance_to_goal": self.distance, "success": float(success), "spl": success * share}
+        return {**measures, "is_success": success}
 
     def observe(self) -> dict[str, NDArray[Any]]:
         seen = super().observe()
@@ -230,13 +250,13 @@ class DoomPointNav(DoomWalk):
         return seen
 
     def expert(self) -> int:
-        """The action of one who knows the map: along the shortest way, a little off the walls, and stop at the goal."""
+        """The best action by the map: along the shortest way, a little off the walls, and stop at the goal."""
         world = self.world
         x, y = self.ways.waypoint(world.x, world.y)
-        if self.distance <= 0.8 * self.radius:
+        if self.distance <= 0.8 * RADIUS:
             return STOP
         off = (np.degrees(np.arctan2(y - world.y, x - world.x)) - world.yaw + 180) % 360 - 180
-        if abs(off) <= 0.55 * self.turn:
+        if abs(off) <= 0.55 * TURN:
             return FORWARD
         return LEFT if off > 0 else RIGHT
 
@@ -244,19 +264,11 @@ class DoomPointNav(DoomWalk):
 class DoomExplore(DoomWalk):
     """See as much of a map as possible: 0.1 for every square metre of floor that comes into view for the first time.
 
-    Observation: `rgb`. Info: seen (square metres so far). An episode lasts `max_steps`; stop does nothing.
-
-    Args:
-        reach: how far one sees, in metres.
+    Observation: `rgb`. Info: seen (square metres so far). An episode lasts `max_steps`; stop does nothing. The
+    arguments are those of `DoomWalk`.
     """
 
-    def __init__(
-        self, maps: str | Sequence[str] = "train", size: int = 64, turn: float = 15.0, tics: int = 4, max_steps: int = 200,
-        stay: int = 8, cache: str | Path = "~/.cache/sidetuning", render_mode: str | None = "rgb_array", reach: float = 10.0,
-    ) -> None:  # fmt: skip
-        super().__init__(maps, size, turn, tics, max_steps, stay, cache, render_mode)
-        self.reach = reach
-        self._seen: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+    _seen: NDArray[np.bool_]
 
     def draw(self) -> Episode:
         place = point(self.grid.centres[self.np_random.integers(len(self.grid.centres))])
@@ -273,32 +285,36 @@ class DoomExplore(DoomWalk):
 
     def _look(self) -> int:
         """Mark what is in view, a fan of 90 degrees; returns how many squares are new."""
-        w, g = self.world, self.grid
-        return int(_mark(
-            self._seen, g.clearance, g.low, g.cell, w.x, w.y, np.radians(w.yaw), self.reach * UNITS_PER_METRE, float(UNITS_PER_METRE),
-        ))  # fmt: skip
+        grid, metre, world = self.grid, float(UNITS_PER_METRE), self.world
+        ray = (world.x, world.y, np.radians(world.yaw), REACH * metre)
+        return int(mark(self._seen, grid.clearance, grid.low, grid.cell, ray, metre))
 
 
 @njit(cache=True)
-def _mark(
-    seen: Any, clearance: Any, low: Any, cell: float, x: float, y: float, yaw: float, reach: float, square: float
-) -> int:
-    """Go along rays from cell to cell until one that an obstacle may cross, and mark the squares on the way."""
+def mark(seen: Any, clearance: Any, low: Any, cell: float, view: Any, square: float) -> int:
+    """Mark the squares in a view (x, y, yaw, reach) of 90 degrees; returns how many are new.
+
+    Rays go from cell to cell until one that an obstacle may cross.
+    """
+    x, y, yaw, reach = view
     new = 0
-    near = cell * np.sqrt(0.5)  # a line that crosses a cell is at most so far from its centre
+    # A line that crosses a cell is at most this far from its centre.
+    near = cell * np.sqrt(0.5)
     for i in range(91):
         angle = yaw + np.radians(i - 45.0)
         dx, dy = np.cos(angle), np.sin(angle)
         px, py = (x - low[0]) / cell, (y - low[1]) / cell
         column, row = int(np.floor(px)), int(np.floor(py))
-        across, along = 1 / max(abs(dx), 1e-12), 1 / max(abs(dy), 1e-12)  # of the ray, between two cells
+        # Length of the ray between two columns, and between two rows.
+        across, along = 1 / max(abs(dx), 1e-12), 1 / max(abs(dy), 1e-12)
         to_column = (column + 1 - px if dx > 0 else px - column) * across
         to_row = (row + 1 - py if dy > 0 else py - row) * along
         gone, first = 0.0, True
         while gone * cell <= reach and 0 <= column < clearance.shape[0] and 0 <= row < clearance.shape[1]:
             if clearance[column, row] < near and not first:
                 break
-            left = min(to_column, to_row)  # the ray is in this cell from `gone` to `left`
+            # The ray is in this cell from `gone` to `left`.
+            left = min(to_column, to_row)
             middle = (gone + left) / 2 * cell
             a, b = int((x - low[0] + dx * middle) // square), int((y - low[1] + dy * middle) // square)
             if not seen[a, b]:
@@ -317,13 +333,13 @@ gym.register("DoomExplore-v0", entry_point="sidetuning_bench.doom.nav:DoomExplor
 
 
 def pointnav(split: str, size: int) -> DoomPointNav:
-    """To a point that the compass tells, behind a corner, and stop there, on the maps of a split."""
+    """Go to a point behind a corner by the compass, and stop there, on the maps of a split."""
     return DoomPointNav([name for name in MAPS[split] if name not in OPEN], size, winding=WINDING)
 
 
 def home(split: str, size: int) -> DoomPointNav:
-    """To the armour of my_way_home, without a compass; one map, whatever the split."""
-    return DoomPointNav("home", size, automatic=True, compass=False)
+    """Go to the armour of my_way_home, without a compass; one map, whatever the split."""
+    return DoomPointNav("home", size, compass=False)
 
 
 def explore(split: str, size: int) -> DoomExplore:

@@ -1,34 +1,33 @@
-"""A player in Doom that can be put anywhere and walks: what the navigation environments are made of."""
+"""A player in Doom that can be put anywhere and walks; the navigation environments are made of it."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sidetuning.errors import EngineError
 from sidetuning_bench.doom import grid as doom_grid
-from sidetuning_bench.doom.engine import engine, told, vizdoom
+from sidetuning_bench.doom.engine import EngineError, engine, explained, vizdoom
 from sidetuning_bench.doom.frames import SETUP, picture
 from sidetuning_bench.doom.grid import Grid
 
-HOME = "my_way_home"  # ViZDoom's maze of rooms, the same textures everywhere; all other maps are Freedoom's
+# ViZDoom's maze of rooms, with the same textures everywhere; all other maps are Freedoom's.
+HOME = "my_way_home"
 VARIABLES = ("POSITION_X", "POSITION_Y", "ANGLE")
-CELL = {HOME: 8.0}  # of the grid; 16 units elsewhere
 
 
 class World:
     """One running engine, on one map at a time; the engine ends with `close`, with this object, and with this process.
 
     Args:
-        size: of the square pictures.
-        seed: of what is random in the game, such as flickering lights.
-        cache: folder where grids of maps are kept.
+        size: width and height of the pictures.
+        seed: seed for what is random in the game, such as flickering lights.
+        cache: folder for the grids of maps.
     """
 
     def __init__(self, size: int, seed: int, cache: str | Path = "~/.cache/sidetuning") -> None:
@@ -49,25 +48,25 @@ class World:
         """
         if name not in self._grids:
             self._grids[name] = load_grid(name, self.cache)
-        with told(name):
-            self._go(name, commands, seed)
+        with explained(name):
+            if name != self.map or self._game.is_episode_finished():
+                self._open(name)
+                self._commands = (*SETUP, *commands)
+                self._begin(seed)
+            elif seed is not None:
+                self._begin(seed)
         return self._grids[name]
 
-    def _go(self, name: str, commands: Sequence[str], seed: int | None) -> None:
-        if name != self.map or self._game.is_episode_finished():
-            if self._game is None or HOME in (name, self.map):
-                if name != self.map:
-                    self._running.close()
-                    self._game = self._running.enter_context(_start(name, self.size, self.seed))
-                    weakref.finalize(
-                        self, self._running.close
-                    )  # made after the engine's folder, so called before it goes
-            else:
-                self._game.set_doom_map(name)
-            self.map, self._commands = name, (*SETUP, *commands)
-            self._begin(seed)
-        elif seed is not None:
-            self._begin(seed)
+    def _open(self, name: str) -> None:
+        """Put the engine on a map; one of another file needs another engine."""
+        if self._game is not None and HOME not in (name, self.map):
+            self._game.set_doom_map(name)
+        elif name != self.map:
+            self._running.close()
+            self._game = self._running.enter_context(start(name, self.size, self.seed))
+            # Finalizers run last made, first called: this one before that of the engine's folder.
+            weakref.finalize(self, self._running.close)
+        self.map = name
 
     def _begin(self, seed: int | None = None) -> None:
         if seed is not None:
@@ -78,26 +77,25 @@ class World:
 
     def place(self, x: float, y: float, yaw: float) -> None:
         """Put the player at a point, at rest, looking to `yaw` (degrees from east, anticlockwise)."""
-        with told(self.map):
-            self._place(x, y, yaw)
-
-    def _place(self, x: float, y: float, yaw: float) -> None:
-        game = self._game
-        for _ in range(2):
-            game.send_game_command(f"warp {x:.0f} {y:.0f}")
-            game.make_action([0, 0], 1)  # a turn in the same tic as a warp is lost
-            if not game.is_episode_finished():
-                break
-            self._begin()  # sliding on from the last episode, the player has left the level in this very tic
-        for _ in range(35):  # a level that has just begun takes no turns in its first tics
-            off = (game.get_state().game_variables[2] - yaw + 180) % 360 - 180
-            if abs(off) < 0.5:
-                break
-            game.make_action([0, off], 1)
-        self._look()
+        with explained(self.map):
+            for _ in range(2):
+                self._game.send_game_command(f"warp {x:.0f} {y:.0f}")
+                # A turn in the same tic as a warp is lost.
+                self._game.make_action([0, 0], 1)
+                if not self._game.is_episode_finished():
+                    break
+                # Sliding on from the last episode, the player has left the level in this very tic.
+                self._begin()
+            # A level that has just begun takes no turns in its first tics.
+            for _ in range(35):
+                off = (self._game.get_state().game_variables[2] - yaw + 180) % 360 - 180
+                if abs(off) < 0.5:
+                    break
+                self._game.make_action([0, off], 1)
+            self._look()
 
     def walk(self, tics: int) -> bool:
-        """Walk ahead for so many tics; False where that ended the level."""
+        """Walk ahead for a number of tics; False where that ended the level."""
         return self._act([1, 0], tics)
 
     def turn(self, degrees: float) -> bool:
@@ -107,7 +105,7 @@ class World:
     def _act(self, action: list[float], tics: int) -> bool:
         if self._game is None:
             raise EngineError("no level is open; reset the environment first")
-        with told(self.map):
+        with explained(self.map):
             self._game.make_action(action, tics)
             if self._game.is_episode_finished():
                 return False
@@ -125,22 +123,26 @@ class World:
         self._game, self.map = None, ""
 
 
-def _start(name: str, size: int, seed: int, **options: Any) -> Any:
-    scenario = Path(vizdoom().scenarios_path) / f"{HOME}.wad" if name == HOME else None
-    height = next((h for h in (120, 240, 480, 960) if h >= size), 960)
-    return engine(
-        "map01" if name == HOME else name, height=height, buttons=("MOVE_FORWARD", "TURN_LEFT_RIGHT_DELTA"),
-        variables=VARIABLES, seed=seed, scenario=scenario, arguments="-nomonsters", **options,
-    )  # fmt: skip
+def start(name: str, size: int, seed: int, buffers: Sequence[str] = ()) -> AbstractContextManager[Any]:
+    """An engine on a map, with buttons for walking and turning."""
+    options: dict[str, Any] = {"height": next((h for h in (120, 240, 480, 960) if h >= size), 960)}
+    options |= {
+        "buttons": ("MOVE_FORWARD", "TURN_LEFT_RIGHT_DELTA"),
+        "variables": VARIABLES,
+        "arguments": "-nomonsters",
+    }
+    if name == HOME:
+        name, options["scenario"] = "map01", Path(vizdoom().scenarios_path) / f"{HOME}.wad"
+    return engine(name, seed=seed, buffers=buffers, **options)
 
 
 def load_grid(name: str, cache: Path) -> Grid:
-    """The grid of a map, from the cache where it is there, else built in an engine of its own and kept there."""
-    cell = CELL.get(name, 16.0)
+    """The grid of a map, from the cache where it is there, else built in an engine of its own and stored there."""
+    cell = 8.0 if name == HOME else 16.0
     file = cache / doom_grid.file_name(name, cell, vizdoom().__version__)
     grid = doom_grid.load(file)
     if grid is None:
-        with _start(name, 64, 0, geometry=True) as game:
+        with start(name, 64, 0, ("sectors_info", "objects_info")) as game:
             game.new_episode()
             state = game.get_state()
             grid = doom_grid.build(state.sectors, state.objects, cell)

@@ -104,7 +104,7 @@ def read_questions(source: str | Path, split: str = "train", limit: int | None =
     problems: Counter[str] = Counter()
     items: dict[str, Question | None] = {}
     for file in files:
-        for raw in _from_json(file) if file.suffix == ".json" else _from_parquet(file):
+        for raw in _rows(file):
             question = _checked(raw, file, problems)
             if raw[0] in items:
                 raise DataError(f"{file} has two questions with the id {raw[0]}; make the ids of questions differ")
@@ -141,27 +141,26 @@ def _files(path: Path, split: str) -> list[Path]:
     )
 
 
-def _from_json(file: Path) -> Iterator[Raw]:
+def _rows(file: Path) -> Iterator[Raw]:
+    """The questions of a file, as they are."""
+    parquet = file.suffix == ".parquet"
     try:
+        if parquet:
+            table = pyarrow.parquet.read_table(file, columns=["id", "question", "context", "answers"])
+            for row in table.to_pylist():
+                given = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+                yield row["id"], row["question"], row["context"], [Answer(*answer) for answer in given]
+            return
         for article in json.loads(file.read_text(encoding="utf-8"))["data"]:
             for paragraph in article["paragraphs"]:
                 for entry in paragraph["qas"]:
                     # Some files keep plausible answers where there is none.
-                    given = [] if entry.get("is_impossible") else entry.get("answers") or []
-                    answers = [Answer(answer["text"], answer["answer_start"]) for answer in given]
-                    yield str(entry["id"]), entry["question"], paragraph["context"], answers
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} is no SQuAD file ({type(error).__name__}: {error}); download it again") from error
-
-
-def _from_parquet(file: Path) -> Iterator[Raw]:
-    try:
-        table = pyarrow.parquet.read_table(file, columns=["id", "question", "context", "answers"])
-        for row in table.to_pylist():
-            given = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
-            yield row["id"], row["question"], row["context"], [Answer(*answer) for answer in given]
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file} is no parquet file of SQuAD ({error}); download it again") from error
+                    answers = [] if entry.get("is_impossible") else entry.get("answers") or []
+                    found = [Answer(answer["text"], answer["answer_start"]) for answer in answers]
+                    yield str(entry["id"]), entry["question"], paragraph["context"], found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+        kind = "parquet file of SQuAD" if parquet else "SQuAD file"
+        raise DataError(f"{file} is no {kind} ({type(error).__name__}: {error}); download it again") from error
 
 
 def _checked(raw: Raw, file: Path, problems: Counter[str]) -> Question | None:
@@ -216,6 +215,10 @@ class Windows:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each window."""
         return np.array([len(ids) for ids in self.ids])
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], None, Tensor]:
+        """A batch `(inputs, no features, labels)`."""
+        return self.batch(rows), None, torch.from_numpy(self.labels[list(rows)])
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Windows padded to the longest of them, as transformers take them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,9 @@ import tyro
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 import sidetuning as st
 from sidetuning.cache import CachedTokens, cache_tokens, token_loader
-from sidetuning.cache.tokens import ByLength
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.files import atomic_write, write_json
 from sidetuning.integrations.transformers import load_tokenizer, tokenizer_fingerprint
@@ -28,27 +26,9 @@ from sidetuning.launch import default_accelerator
 from sidetuning.sides.top import layers_of
 from sidetuning_bench.language import metric
 from sidetuning_bench.language.methods import METHODS, BranchOptions, TextOptions
-from sidetuning_bench.language.questions import (
-    Prediction,
-    Questions,
-    Windows,
-    fingerprint,
-    make_windows,
-    n_best,
-    read_questions,
-)
+from sidetuning_bench.language.questions import Questions, Windows, fingerprint, make_windows, n_best, read_questions
 from sidetuning_bench.methods import Method, Recipe, Task
-from sidetuning_bench.options import (
-    FREE,
-    Count,
-    Natural,
-    Positive,
-    RunOptions,
-    Training,
-    check,
-    flat,
-    with_values,
-)
+from sidetuning_bench.options import FREE, Count, Natural, Positive, RunOptions, Training, check, flat, with_values
 from sidetuning_bench.report_runs import FAMILIES, Family, scaled
 from sidetuning_bench.results import number_text
 from sidetuning_bench.runs import Run, peak_memory_mb, read_result
@@ -93,17 +73,13 @@ class Result:
 
     Attributes:
         scores: the official metric on the test questions, in %; see `metric.Scores`.
-        added: parameters that were trained.
-        shared: parameters of the base.
+        added, shared: parameters that were trained, and those of the base.
         alpha: weight of the base in the merge; None where there is none.
-        steps: optimiser steps.
-        seconds: time of training, and of distilling the side; without the base's features.
+        steps, seconds: of training; the seconds include distilling the side, and not the base's features.
         base_seconds: time of the base's features of the training windows, whichever run computed them.
         seconds_per_1000: time of answering 1,000 test questions, base included.
-        memory_mb: peak memory while training above what there was before, in MB; None where the system does not tell,
-            and where training was resumed.
+        memory_mb: peak while training above what there was before, in MB; None where it is not known.
         problems: what was met in the data, with its count.
-        settings: settings by flat names.
     """
 
     method: str
@@ -123,23 +99,9 @@ class Result:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class Reading(Dataset[Any]):
-    """Batches of `(inputs, None, labels)` for methods that run a network of their own."""
-
-    def __init__(self, windows: Windows) -> None:
-        self.windows, self.labels = windows, torch.from_numpy(windows.labels)
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitems__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], None, Tensor]:
-        return self.windows.batch(rows), None, self.labels[list(rows)]
-
-
 def settings_of(values: Mapping[str, Any]) -> Settings:
     """Settings from flat names, as run.json and results have them; what the method does not read is left out."""
-    method = METHODS[values["method"]]
-    default = replace(Settings(), method=method)
+    default = replace(Settings(), method=METHODS[values["method"]])
     return with_values(default, {name: values[name] for name in flat(default) if name in values and name != "method"})
 
 
@@ -168,22 +130,26 @@ def run(settings: Settings) -> Result:
     method.save(folder.tasks())
     started = time.perf_counter()
     asked = make_windows(test.items, tokenizer, settings.length, settings.stride)
-    scores = scores_of(method, asked, progress=settings.run.progress)
-    answers = n_best(test.items, asked, scores, settings.n_best)
-    costs["seconds_per_1000"] = (time.perf_counter() - started) / len(test) * 1000
-    write_answers(folder.folder, test, answers)
-    golds, best = [question.golds for question in test.items], [spans[0] for spans in answers]
-    official = metric.score(golds, [p.text for p in best], [p.null_odds for p in best], settings.threshold)
+    answers = n_best(test.items, asked, scores_of(method, asked, settings.run.progress), settings.n_best)
+    seconds = time.perf_counter() - started
+    by_id = {question.id: spans for question, spans in zip(test.items, answers, strict=True)}
+    write_json(folder.folder / "predictions.json", {name: spans[0].text for name, spans in by_id.items()})
+    write_json(folder.folder / "null_odds.json", {name: spans[0].null_odds for name, spans in by_id.items()})
+    best = {name: [span._asdict() for span in spans] for name, spans in by_id.items()}
+    write_json(folder.folder / "nbest_predictions.json", best)
+    given, odds = [spans[0].text for spans in answers], [spans[0].null_odds for spans in answers]
+    scores = metric.score([question.golds for question in test.items], given, odds, settings.threshold)._asdict()
     result = Result(
         method=settings.method.name,
         seed=settings.run.seed,
         # NaN, where there are no such questions, is left out.
-        scores={name: value for name, value in official._asdict().items() if value == value},
+        scores={name: value for name, value in scores.items() if value == value},
         questions=len(train),
         test_questions=len(test),
         added=method.added(TASK),
         shared=base.parameter_count(),
         alpha=method.alpha(TASK),
+        seconds_per_1000=seconds / len(test) * 1000,
         problems={**problems, **{f"test: {k}": n for k, n in {**test.problems, **asked.problems}.items()}},
         settings={name: value for name, value in flat(settings).items() if name not in FREE},
         **costs,
@@ -219,7 +185,7 @@ def lessons(settings: Settings, train: Questions, tokenizer: Any) -> tuple[Windo
     known = [question for question in train.items if question.teaches]
     if not known:
         raise DataError(
-            f"no question of {settings.data} has its answer in its context; check answer_start and the contexts"
+            f"no question of {settings.data} has its answer in its context; check answer_start and contexts"
         )
     windows = make_windows(known, tokenizer, settings.length, settings.stride)
     problems = {f"train: {name}": count for name, count in {**train.problems, **windows.problems}.items()}
@@ -231,7 +197,7 @@ def lessons(settings: Settings, train: Questions, tokenizer: Any) -> tuple[Windo
 def prepare(settings: Settings, base: st.Base, windows: Windows) -> Any:
     """Windows, with cached base features where the method never trains the base."""
     if not settings.method.cached:
-        return Reading(windows)
+        return windows
     folder = Path(settings.run.cache).expanduser()
     return cache_tokens(base, windows, torch.from_numpy(windows.labels), folder, progress=settings.run.progress)
 
@@ -240,30 +206,18 @@ def learn(settings: Settings, base: st.Base, windows: Windows, folder: Run) -> t
     """Train the method; with it, what training cost."""
     options, run, training = settings.method, settings.run, settings.training
     data = prepare(settings, base, windows)
-    resumable: dict[str, Any] = {"resume": folder.resume(TASK), "save_every": run.save_every, "progress": run.progress}
     imitated = 0.0
     if isinstance(options, BranchOptions) and options.init == "distilled":
-        file = folder.folder / "side.safetensors"
-        steps = max(1, round(options.distill_epochs * len(windows) / training.batch))
-        loader = token_loader(data, windows.lengths(), training.batch)
-        imitated = imitate(
-            options, base, loader, steps, run.seed, file, {**resumable, "resume": folder.resume("imitation")}
-        )
+        file, imitated = imitate(settings, options, base, data, windows, folder)
         options = with_values(options, {"init": str(file)})
     method = options.build(base, run.seed)
+    lr, optimizer = training.lr or options.rate, torch.optim.AdamW
     steps = max(1, round(settings.epochs * len(windows) / training.batch))
-    recipe = Recipe(
-        steps,
-        training.lr or options.rate,
-        training.weight_decay,
-        optimizer=torch.optim.AdamW,
-        scheduler=linear_decay,
-        seed=run.seed,
-        precision=training.precision,
-    )
-    resumed, before = folder.resume(TASK).exists(), peak_memory_mb(anew=True)
-    loader = token_loader(data, windows.lengths(), training.batch)
-    learned = method.learn(Task(TASK, "span", span_loss, seed=run.seed), loader, recipe, **resumable)
+    recipe = Recipe(steps, lr, training.weight_decay, 1.0, optimizer, linear_decay, run.seed, training.precision)
+    file = folder.resume(TASK)
+    resumed, before = file.exists(), peak_memory_mb(anew=True)
+    task, loader = Task(TASK, "span", span_loss, seed=run.seed), token_loader(data, windows.lengths(), training.batch)
+    learned = method.learn(task, loader, recipe, resume=file, save_every=run.save_every, progress=run.progress)
     after = peak_memory_mb()
     return method, {
         "steps": steps,
@@ -274,18 +228,22 @@ def learn(settings: Settings, base: st.Base, windows: Windows, folder: Run) -> t
 
 
 def imitate(
-    options: BranchOptions, base: st.Base, loader: Any, steps: int, seed: int, file: Path, resumable: dict[str, Any]
-) -> float:
-    """Train a side to return the base's own code (the paper's initialisation), into a file; the seconds it took."""
+    settings: Settings, options: BranchOptions, base: st.Base, data: Any, windows: Windows, folder: Run
+) -> tuple[Path, float]:
+    """Train a side to return the base's own code (the paper's initialisation): the file of its weights, and seconds."""
     side, side_options = options.network()
-    model = st.SideTuner(base)
-    with st.seeded(seed):
+    model, run, batch = st.SideTuner(base), settings.run, settings.training.batch
+    with st.seeded(run.seed):
         branch = model.add_task("imitation", side=side, side_options=side_options, head="identity")
-    found = st.distill(model, "imitation", loader, steps=steps, loss=code_distance, seed=seed, **resumable)
+    given: dict[str, Any] = {"seed": run.seed, "save_every": run.save_every, "progress": run.progress}
+    steps = max(1, round(options.distill_epochs * len(windows) / batch))
+    loader, resume = token_loader(data, windows.lengths(), batch), folder.resume("imitation")
+    found = st.distill(model, "imitation", loader, steps=steps, loss=code_distance, resume=resume, **given)
+    file = folder.folder / "side.safetensors"
     assert branch.side is not None
     with atomic_write(file) as temporary:
         save_file(branch.side.state_dict(), temporary)
-    return found.seconds
+    return file, found.seconds
 
 
 def span_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -308,28 +266,16 @@ def linear_decay(optimizer: Any, steps: int) -> Any:
 
 
 @torch.no_grad()
-def scores_of(
-    method: Method, windows: Windows, batch: int = 32, progress: bool = False
-) -> dict[int, NDArray[np.float32]]:
+def scores_of(method: Method, windows: Windows, progress: bool = False) -> dict[int, NDArray[np.float32]]:
     """Scores of every window's tokens, (t, 2) each; nothing is cached."""
     from tqdm import tqdm
 
-    found = {}
-    batches = ByLength(windows.lengths(), batch, shuffle=False)
+    found, order = {}, np.argsort(windows.lengths(), kind="stable").tolist()
+    batches = [order[i : i + 32] for i in range(0, len(order), 32)]
     for rows in tqdm(batches, desc="answers", unit="batch", disable=not progress, leave=False):
         out = method({k: v.to(method.base.device) for k, v in windows.batch(rows).items()}, TASK).float().cpu().numpy()
-        for k, row in enumerate(rows):
-            found[row] = out[k, : len(windows.ids[row])]
+        found.update({row: out[k, : len(windows.ids[row])] for k, row in enumerate(rows)})
     return found
-
-
-def write_answers(folder: Path, test: Questions, answers: Sequence[Sequence[Prediction]]) -> None:
-    """Write the predictions."""
-    by_id = {question.id: spans for question, spans in zip(test.items, answers, strict=True)}
-    write_json(folder / "predictions.json", {name: spans[0].text for name, spans in by_id.items()})
-    write_json(folder / "null_odds.json", {name: spans[0].null_odds for name, spans in by_id.items()})
-    best = {name: [span._asdict() for span in spans] for name, spans in by_id.items()}
-    write_json(folder / "nbest_predictions.json", best)
 
 
 FAMILIES["squad"] = Family(
@@ -349,23 +295,11 @@ FAMILIES["squad"] = Family(
 
 
 def main(settings: Settings) -> None:
-    """Run and print the scores."""
-    from rich.console import Console
-    from rich.table import Table
-
-    result = run(settings)
-    table = Table(title=f"SQuAD, {result.method}, seed {result.seed}, {result.test_questions:,} questions")
-    names = ("exact", "f1", "has_answer", "no_answer", "best_f1")
-    for column in ("exact", "F1", "F1 with an answer", "F1 without", "best F1"):
-        table.add_column(column, justify="right")
-    table.add_row(*(number_text(result.scores.get(name)) for name in names))
-    console = Console(highlight=False)
-    console.print(table)
+    """Run and print the result."""
+    result, out = run(settings), settings.run.out
+    print(f"SQuAD, {result.method}, seed {result.seed}, {result.test_questions:,} questions")
+    for column, read in FAMILIES["squad"].columns.items():
+        print(f"{column}: {number_text(read(result))}")
     for problem, count in result.problems.items():
-        console.print(f"{problem}: {count}")
-    out, memory = settings.run.out, number_text(result.memory_mb, 0)
-    console.print(
-        f"trained {result.added:,} parameters beside the base's {result.shared:,} in {result.seconds:.0f} s, "
-        f"{memory} MB above the start; 1,000 questions take {result.seconds_per_1000:.0f} s.\n"
-        f'predictions: {out}/predictions.json; ask it: sidetuning bench answer {out} --context FILE "question"'
-    )
+        print(f"{problem}: {count}")
+    print(f'predictions: {out}/predictions.json; ask it: sidetuning bench answer {out} --context FILE "question"')

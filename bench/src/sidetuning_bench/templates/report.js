@@ -10,12 +10,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const down = head.getAttribute("aria-sort") !== "descending";
       for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const key = (row) => row.cells[column].textContent;
-      const rows = [...table.tBodies[0].rows].sort((a, b) => key(a).localeCompare(key(b), "en", { numeric: true }));
-      if (!column && down) rows.reverse();
-      const missing = (row) => isNaN(number(key(row)));
-      if (column) rows.sort((a, b) => missing(a) - missing(b) || (down ? -1 : 1) * (number(key(a)) - number(key(b)) || 0));
-      table.tBodies[0].append(...rows);
+      const text = (row) => row.cells[column].textContent;
+      const order = (a, b) => number(text(a)) - number(text(b)) || text(a).localeCompare(text(b), "en", { numeric: true });
+      const missing = (row) => text(row) === "–";
+      const rows = [...table.tBodies[0].rows];
+      table.tBodies[0].append(...rows.sort((a, b) => missing(a) - missing(b) || (down ? -1 : 1) * order(a, b)));
     });
   });
 }

@@ -1,4 +1,4 @@
-"""What a training step costs: `python benchmarks/cost.py`. All comparisons are interleaved in one process.
+"""What a training step costs. All comparisons are interleaved in one process.
 
 - cached: `fit` on cached features, against a bare loop over side, merge and head on tensors in memory;
 - tenth: `fit` of the tenth task against `fit` of the first, in one model;
@@ -10,18 +10,24 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import sidetuning as st
-from common import record
+from record import Record, write
 
 STEPS, ROUNDS, BATCH = 30, 15, 128
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Settings:
+    """Milliseconds of a training step: cached, of the tenth task, live, and in a bare loop."""
+
+
+def run(given: Settings) -> None:
     """Measure and record."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (STEPS * BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -53,10 +59,13 @@ def main() -> None:
         live = DataLoader(TensorDataset(x, y), BATCH, shuffle=True)
         for i in range(ROUNDS + 1):
             row = {
-                "first": fit("task-0", st.loader_over(cached)), "alone": alone("task-0"),
-                "tenth": fit("task-9", st.loader_over(cached)), "live": fit("task-0", live) if i < 4 else None,
-            }  # fmt: skip
-            if i:  # the first round warms up
+                "first": fit("task-0", st.loader_over(cached)),
+                "alone": alone("task-0"),
+                "tenth": fit("task-9", st.loader_over(cached)),
+                "live": fit("task-0", live) if i < 4 else None,
+            }
+            # The first round warms up.
+            if i:
                 for name, seconds in row.items():
                     times[name] += [] if seconds is None else [seconds / STEPS]
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -65,18 +74,10 @@ def main() -> None:
         "tenth_over_first": statistics.median(a / b for a, b in zip(times["tenth"], times["first"], strict=True)),
         "live_over_cached": median["live"] / median["first"],
     }
-    record(
-        "cost",
-        {
-            "milliseconds_per_step": {k: 1000 * v for k, v in median.items()},
-            "ratios": ratios,
-            "rounds": ROUNDS,
-            "rounds_live": len(times["live"]),
-            "seeds": [0],
-        },
-    )
+    milliseconds = {name: 1000 * seconds for name, seconds in median.items()}
+    about = {"rounds": ROUNDS, "rounds_live": len(times["live"]), "seeds": [0]}
+    write("cost", {"milliseconds_per_step": milliseconds, "ratios": ratios, **about})
     print(ratios)
 
 
-if __name__ == "__main__":
-    main()
+STEP_COST = Record(Settings(), run)
