@@ -64,8 +64,9 @@ def guarded(command: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="accelerate")
     try:
         command()
-    except KeyboardInterrupt:
-        sys.exit(fail("stopped; what was learned is saved, and the same command resumes from there", INTERRUPTED))
+    except KeyboardInterrupt as stop:
+        code = getattr(stop, "code", INTERRUPTED)
+        sys.exit(fail("stopped; what was learned is saved, and the same command resumes from there", code))
     except (SideTuningError, ImportError) as error:
         sys.exit(fail(str(error)))
     except OSError as error:

@@ -7,23 +7,20 @@ ends with bitwise the same weights as one that was not.
 from __future__ import annotations
 
 import math
-import random
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sidetuning.errors import TaskError, TrainingError
-from sidetuning.files import atomic_write
 from sidetuning.launch import default_accelerator
 from sidetuning.processes import Shares, add_gradients, weighted, whole_batch_norms
+from sidetuning.resume import Position, State, Stop, description
 from sidetuning.seeding import mix, seed_all, seed_loader, seeded
 
 if TYPE_CHECKING:
@@ -99,16 +96,16 @@ def train(
         )
     if isinstance(scheduler, ReduceLROnPlateau) and validate is None:
         raise TaskError("ReduceLROnPlateau follows the loss of a validation: give validate=")
-    position = Position(
-        seed=seed, steps=steps, label=label, optimizer=_description(optimizer, scheduler), epoch=first_epoch
-    )
+    path = None if resume is None else Path(resume)
+    how = description(optimizer, scheduler, clip, getattr(objective, "loss", None), loader if path else None)
+    position = Position(seed=seed, steps=steps, label=label, epoch=first_epoch, **how)
     # Gradients are added up below, whatever the objective uses of its parameters.
     wrapped, optimizer = accelerator.prepare_model(objective, evaluation_mode=True), accelerator.prepare(optimizer)
-    state = State(None if resume is None else Path(resume), position, objective, optimizer, scheduler)
+    state = State(path, position, objective, optimizer, scheduler)
     run = _Run(wrapped, state, clip, accelerator, validate, _bar(progress, steps, position.step, accelerator))
     try:
-        with seeded(seed):
-            run.learn(loader, save_every)
+        with seeded(seed), Stop(path is not None) as stop:
+            run.learn(loader, save_every, stop)
     finally:
         run.bar.close()
         objective.eval()
@@ -138,7 +135,7 @@ class _Run:
         self.saved = time.monotonic()
         self.started = self.saved - self.at.seconds
 
-    def learn(self, loader: Iterable[Any], save_every: float) -> None:
+    def learn(self, loader: Iterable[Any], save_every: float, stop: Stop) -> None:
         """Pass over the loader until all steps are done."""
         at, objective = self.at, self.state.objective
         objective.train()
@@ -152,8 +149,9 @@ class _Run:
                 self.step(batch)
                 if at.step == at.steps:
                     break
-                if time.monotonic() - self.saved > save_every:
+                if stop.wanted or time.monotonic() - self.saved > save_every:
                     self.save()
+                    stop.obey()
             else:
                 if at.batch == before == 0:
                     raise TrainingError("the loader gave no batch: its data set is empty, or its iterator was used up")
@@ -237,117 +235,8 @@ class _Run:
             self.bar.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
 
 
-def _description(optimizer: Optimizer, scheduler: LRScheduler | None) -> str:
-    """How the weights move; a resume file of another way is refused."""
-    rates = ", ".join(f"{group.get('initial_lr', group['lr']):g}" for group in optimizer.param_groups)
-    how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
-    decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
-    return how + (f", weight decay {decay:g}" if decay else "")
-
-
 def _bar(label: str | None, steps: int, done: int, accelerator: Accelerator) -> Any:
     from tqdm import tqdm
 
     off = label is None or not accelerator.is_main_process
     return tqdm(total=steps, initial=done, desc=label, unit="step", disable=off, leave=False, dynamic_ncols=True)
-
-
-@dataclass
-class Position:
-    """Where a run is: everything but the weights, the optimiser and the generators. Times are in seconds."""
-
-    seed: int
-    steps: int
-    label: str = ""
-    optimizer: str = ""
-    seconds: float = 0.0
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    losses: list[float] = field(default_factory=list)
-    validation: list[dict[str, float]] = field(default_factory=list)
-
-
-class State:
-    """Everything that the rest of a run depends on; read from `path` where an interrupted call left it.
-
-    Raises:
-        TrainingError: the file cannot be read, or holds the state of another run.
-    """
-
-    def __init__(
-        self,
-        path: Path | None,
-        position: Position,
-        objective: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-    ) -> None:
-        self.path, self.position, self.objective = path, position, objective
-        self.optimizer, self.scheduler = optimizer, scheduler
-        # The states of the generators where the run was interrupted, until they are set.
-        self._generators: dict[str, Any] | None = None
-        if path is not None and path.exists():
-            self._restore(path)
-
-    def save(self) -> None:
-        """Write it to `path`, if there is one."""
-        if self.path is None:
-            return
-        content = {
-            "position": vars(self.position),
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "rng": _generators(),
-        }
-        with atomic_write(self.path) as temporary:
-            torch.save(content, temporary)
-
-    def _restore(self, path: Path) -> None:
-        mend = "give another resume file, or delete this one to start over"
-        try:
-            content = torch.load(path, weights_only=True, map_location="cpu")
-            found, own = content["position"], self.position
-        except Exception as error:
-            raise TrainingError(f"{path} cannot be read as a resume file ({error}); delete it to start over") from error
-        if (found["seed"], found["steps"]) != (own.seed, own.steps):
-            raise TrainingError(
-                f"{path} belongs to a run of {found['steps']} steps with seed {found['seed']}, this one has "
-                f"{own.steps} steps and seed {own.seed}; {mend}"
-            )
-        for name in ("label", "optimizer"):
-            if (before := found.get(name, "")) != (now := getattr(own, name)):
-                raise TrainingError(f"{path} holds the state of {before or 'something else'}, not of {now}; {mend}")
-        # Version 0.1.0 called what `fit` trains its branch.
-        weights = {re.sub("^branch[.]", "part.", key): value for key, value in content["objective"].items()}
-        try:
-            self.objective.load_state_dict(weights)
-        except RuntimeError as error:
-            raise TrainingError(f"{path} holds the weights of another network ({error}); {mend}") from error
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(content["scheduler"])
-        vars(own).update(found)
-        self._generators = content["rng"]
-
-    def set_generators(self) -> None:
-        """Draw on where the interrupted call stopped; nothing where there was none."""
-        states, self._generators = self._generators, None
-        if states is None:
-            return
-        numpy = states["numpy"]
-        key = numpy["state"]["key"].numpy().astype(np.uint32)
-        random.setstate(states["python"])
-        np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
-        torch.set_rng_state(states["torch"])
-        if states["cuda"]:
-            torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _generators() -> dict[str, Any]:
-    """The states of python's, numpy's and torch's generators, of types that `torch.load(weights_only=True)` reads."""
-    state = np.random.get_state(legacy=False)
-    state["state"]["key"] = torch.from_numpy(state["state"]["key"].astype(np.int64))
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": state, "torch": torch.get_rng_state(), "cuda": cuda}

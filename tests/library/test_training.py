@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,7 @@ def test_an_interrupted_run_ends_bitwise_as_one_that_was_not(after: int, merge: 
     with pytest.raises(Stop):
         st.fit(build(dropout=True, merge=merge), "t", loader(), resume=file, loss=stopping(after), **options)
     model = build(dropout=True, merge=merge)
-    result = st.fit(model, "t", loader(), resume=file, **options)
+    result = st.fit(model, "t", loader(), resume=file, loss=stopping(99), **options)
     assert same(state(model), state(whole))
     assert result.losses == expected.losses and result.steps == 20
     calls = stopping(0)  # nothing is left to do
@@ -131,7 +133,8 @@ def test_a_run_resumes_over_cached_random_views(tmp_path: Path) -> None:
                     model, "t", st.loader_over(cached, batch_size=32), resume=tmp_path / "r", loss=stopping(stop), **options
                 )  # fmt: skip
             model = build(dropout=True)
-        st.fit(model, "t", st.loader_over(cached, batch_size=32), resume=tmp_path / "r" if stop else None, **options)
+        resume = tmp_path / "r" if stop else None
+        st.fit(model, "t", st.loader_over(cached, batch_size=32), resume=resume, loss=stopping(99), **options)
         ends.append(state(model))
     assert same(*ends)
 
@@ -151,6 +154,69 @@ def test_python_and_numpy_draws_go_on_in_the_middle_of_a_pass(tmp_path: Path) ->
     model = build()
     st.fit(model, "t", loader(), loss=noisy(), resume=tmp_path / "r", **options)
     assert same(state(model), state(whole))
+
+
+@pytest.mark.parametrize("what", ["batches", "data", "schedule", "clip", "loss", "smoothing", "weights"])
+def test_a_run_with_other_batches_data_schedule_clip_or_loss_is_not_gone_on_with(what: str, tmp_path: Path) -> None:
+    def schedule(gamma: float) -> Any:
+        return lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma)
+
+    first: dict[str, Any] = {"steps": 20, "scheduler": schedule(0.5), "save_every": 0.0, "progress": False}
+    then = dict(first)
+    if what == "schedule":
+        then["scheduler"] = schedule(0.9)
+    elif what == "clip":
+        then["clip"] = None
+    elif what == "loss":
+        then["loss"] = F.multi_margin_loss
+    elif what in ("smoothing", "weights"):
+        given: list[dict[str, Any]] = [{"label_smoothing": 0.1}, {"label_smoothing": 0.2}]
+        if what == "weights":
+            given = [{"weight": torch.tensor([1.0, 2, i])} for i in (3, 4)]
+        first["loss"], then["loss"] = (partial(F.cross_entropy, **options) for options in given)
+    st.fit(build(), "t", loader(), resume=tmp_path / "r", **first)
+    model = build()
+    before = state(model)
+    batches = loader(16) if what == "batches" else loader(n=240) if what == "data" else loader()
+    with pytest.raises(st.TrainingError, match=r"give another resume file, or delete this one"):
+        st.fit(model, "t", batches, resume=tmp_path / "r", **then)
+    assert same(state(model), before)
+    st.fit(model, "t", loader(), resume=tmp_path / "r", **first)
+
+
+def test_whatever_bit_of_a_resume_file_is_flipped_nothing_is_loaded(tmp_path: Path) -> None:
+    file, options = tmp_path / "r", {"steps": 4, "progress": False}
+    st.fit(build(), "t", loader(), resume=file, **options)  # type: ignore[arg-type]
+    data = file.read_bytes()
+    for place in range(0, len(data), len(data) // 40):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 0x40]) + data[place + 1 :])
+        model = build()
+        before = state(model)
+        with pytest.raises(st.TrainingError, match=r"cannot be read as a resume file"):
+            st.fit(model, "t", loader(), resume=file, **options)  # type: ignore[arg-type]
+        assert same(state(model), before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_between_two_steps_and_loses_none(number: int, tmp_path: Path) -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            os.kill(os.getpid(), number)
+        return F.cross_entropy(output, target)
+
+    calls, options = 0, {"steps": 20, "save_every": 999.0, "progress": False}
+    whole = build(dropout=True)
+    st.fit(whole, "t", loader(), loss=F.cross_entropy, **options)  # type: ignore[arg-type]
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        st.fit(build(dropout=True), "t", loader(), loss=loss, resume=tmp_path / "r", **options)  # type: ignore[arg-type]
+    assert stopped.value.code == 128 + number and signal.getsignal(number) is before  # type: ignore[attr-defined]
+    assert calls == 7
+    model = build(dropout=True)
+    st.fit(model, "t", loader(), loss=loss, resume=tmp_path / "r", **options)  # type: ignore[arg-type]
+    assert same(state(model), state(whole)) and calls == 20
 
 
 def test_the_resume_file_of_another_run_is_refused(tmp_path: Path) -> None:
