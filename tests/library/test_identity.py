@@ -179,3 +179,29 @@ def test_a_compiled_network_is_the_same_base() -> None:
     plain = st.Base(net, example=torch.zeros(1, 4)).identity()
     compiled = st.Base(torch.compile(net, backend="eager"), example=torch.zeros(1, 4)).identity()
     assert compiled.sha256 == plain.sha256 and plain.difference(compiled.record()) is None
+
+
+def checkpoint(folder: Path, kind: str) -> str:
+    """A checkpoint without a pooler, as those of masked language models and of image classifiers are."""
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    if kind == "ViT":
+        config = transformers.ViTConfig(image_size=32, patch_size=8, num_labels=3, **small)
+        transformers.ViTForImageClassification(config).save_pretrained(folder)
+    else:
+        config = getattr(transformers, f"{kind}Config")(vocab_size=100, **small)
+        getattr(transformers, f"{kind}ForMaskedLM")(config).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "Bert", "ViT"])
+def test_a_checkpoint_without_a_pooler_is_the_same_base_at_every_load(kind: str, tmp_path: Path) -> None:
+    name = checkpoint(tmp_path / "net", kind)
+    base = st.load_base(name)
+    assert st.load_base(name).identity() == base.identity()
+    model = st.SideTuner(base)
+    model.add_task("t", side=None, merge="base-only", head=2)
+    model.save_task("t", tmp_path / "t")
+    assert st.load(tmp_path / "t").tasks == ["t"]
+    with pytest.raises(st.UnknownNameError, match=r"holds no weights for pooler.*depends on"):
+        st.load_base(name, output="pooler_output")
