@@ -18,7 +18,7 @@ from sidetuning.errors import ArtifactError, SideTuningError
 from sidetuning_bench.agents import cloning, collect, imitation
 from sidetuning_bench.agents.cloning import TASK, Moves, Result, policy_of, split
 from sidetuning_bench.agents.outcomes import Outcome, scores
-from sidetuning_bench.agents.policies import load_player
+from sidetuning_bench.agents.play import load_player
 from sidetuning_bench.agents.trajectories import Steps
 from sidetuning_bench.agents.worlds import TEST_SEED, at_random, drawing, episodes, make_world, map_base
 from sidetuning_bench.charts import COLOURS
