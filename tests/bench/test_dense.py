@@ -462,7 +462,7 @@ def test_transfer_makes_a_table(settings: Settings, tmp_path: Path, monkeypatch:
     with pytest.raises(SideTuningError, match="a run of another data of normal"):
         transfer.run(plain(given, data=str(other)))
     page = (tmp_path / "transfer" / "report.html").read_text()
-    assert f"{sum(values) / 2:.1f} <span" in page and page.count("<svg class=") >= 2 and "Lower is better." in page
+    assert f"{sum(values) / 2:.1f} ±" in page and page.count("<svg class=") >= 2 and "Lower is better." in page
 
 
 def test_transfer_compares_methods_on_the_same_frames() -> None:

@@ -720,6 +720,10 @@ def test_every_scenario_has_a_family() -> None:
 def test_curves_of_finished_agents(tmp_path: Path) -> None:
     names = [f"rl-doom-home-{method}-{seed}" for method in ("features", "sidetune") for seed in range(2)]
     finished(tmp_path / "rl", "rl-run", *names)
+    with pytest.raises(SideTuningError, match="holds no run"):
+        report([tmp_path / "rl"])
+    # The folder of a comparison stands for its runs.
+    (tmp_path / "rl/run.json").write_text(json.dumps({"scenario": "rl", "settings": {}}))
     html = report([tmp_path / "rl"]).read_text()
     head, features, sidetune = table_of(html)
     assert head == ["Method", "Success %", "SPL %", "Reward", "Parameters trained", "Steps per second", "Seeds"]
