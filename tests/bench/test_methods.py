@@ -460,7 +460,7 @@ def test_lora_learns_only_its_own_adapter_and_small_numbers() -> None:
     assert not any("base_layer" in name for name in method.tensors())
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS.names() if n not in ("finetune", "ewc", "psp", "pnn")])
+@pytest.mark.parametrize("name", [n for n in METHODS.names() if not METHODS[n].sequential and n != "pnn"])
 def test_gradients_of_earlier_tasks_do_not_count_when_clipping(name: str) -> None:
     """A task is learned alike first and second, where tasks do not touch each other."""
     clipped = Recipe(5, lr=1e-2, clip=1e-3, optimizer=torch.optim.SGD)
@@ -712,7 +712,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(st.TaskError, match="name submodules"):
         METHODS["pnn"](mlp_base())
     with pytest.raises(st.TaskError, match="at least one stage"):
-        METHODS["boosting"](mlp_base(), stages=0)
+        METHODS.build("boosting", mlp_base(), options={"stages": 0})
     with pytest.raises(st.DataError, match="label 3 is out of range"):
         build("conv", "finetune").learn(Task("a", 3), [(inputs("conv"), torch.full((4,), 3))], QUIET, progress=False)
 
