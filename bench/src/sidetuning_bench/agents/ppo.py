@@ -65,6 +65,7 @@ def run(settings: Settings) -> Result:
         env.close()
     save_policy(model.policy, folder.folder / "policy.safetensors")
     policy = load_policy(folder.folder)[1]
+    branch = policy.features_extractor.branch
     check_same(model.policy, policy, folder.folder)
     result = Result(
         method=settings.method,
@@ -72,7 +73,7 @@ def run(settings: Settings) -> Result:
         env=options.agent.env,
         curve=folder.metrics(),
         added=sum(p.numel() for p in policy.parameters() if p.requires_grad),
-        alpha=getattr(policy.features_extractor.branch, "alpha", None),
+        alpha=branch and branch.alpha,
         base_passes=passes,
         steps_per_second=rate,
         resumed=curve.resumed,
