@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import torch
-from pictures import COLOURS, SHAPES, draw
 from torch.utils.data import TensorDataset
 
 import sidetuning as st
+from pictures import COLOURS, SHAPES, draw
 
 
 def mirror(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

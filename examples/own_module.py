@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Sequence
 
 import torch
-from pictures import SHAPES, draw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sidetuning as st
+from pictures import SHAPES, draw
 
 
 class TapSide(st.Side):

@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from pictures import COLOURS, SHAPES, draw
 from torch.utils.data import DataLoader, TensorDataset
 
 import sidetuning as st
+from pictures import COLOURS, SHAPES, draw
 
 
 def main(samples: int = 300, epochs: int = 8) -> dict[str, float]:

@@ -96,7 +96,7 @@ def answers(model: PPO, seed: int = 5) -> Tensor:
 
 def check_learning_and_saving(model: PPO, folder: Path) -> None:
     """Learn and save: the base stays as it is, is not trained, and is not in the file."""
-    extractor = model.policy.features_extractor
+    extractor: Any = model.policy.features_extractor
     before = small_base().identity()
     # Orthogonal initialisation has skipped the base.
     assert extractor.base.identity() == before
@@ -111,11 +111,13 @@ def check_learning_and_saving(model: PPO, folder: Path) -> None:
     model.save(file)
     with zipfile.ZipFile(file) as archive:
         state = torch.load(archive.open("policy.pth"), weights_only=True)
-    sizes = {tuple(p.shape) for p in small_base().net.parameters()}
+    network = small_base().net
+    assert isinstance(network, nn.Sequential)
+    sizes = {tuple(p.shape) for p in network.parameters()}
     copies = [k for k, v in state.items() if tuple(v.shape) in sizes and "trunk" not in k and ".net." in k]
     assert not copies
     if not any("trunk.net" in name for name in state):
         values = [v for v in state.values() if v.shape == (8, 3, 3, 3)]
-        assert not any(torch.equal(v, small_base().net[0].weight) for v in values)
+        assert not any(torch.equal(v, network.get_parameter("0.weight")) for v in values)
     again = PPO.load(file)
     assert torch.equal(answers(again), answers(model)) and not torch.allclose(answers(again), first, atol=1e-4)

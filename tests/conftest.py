@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import sidetuning as st
 from text_parts import number_questions, write_encoder
@@ -25,11 +25,29 @@ FAKE_HABITAT = Path(__file__).parent / "bench" / "fake_habitat"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
-def conv_net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-    )  # fmt: skip
+def conv_net() -> nn.Sequential:
+    first = [nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    second = [nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*first, *second)
+
+
+def network(base: st.Base) -> nn.Module:
+    """The network of a base that is a module."""
+    assert isinstance(base.net, nn.Module)
+    return base.net
+
+
+def side_of(branch: st.Branch) -> nn.Module:
+    """The side of a branch that has one."""
+    assert branch.side is not None
+    return branch.side
+
+
+def side_output(branch: st.Branch, inputs: st.Input, features: st.Features) -> Tensor:
+    """What the side of a branch makes of a prepared input."""
+    output = branch.side_output(inputs, features)
+    assert output is not None
+    return output
 
 
 def conv_base(taps: tuple[str, ...] = ()) -> st.Base:
@@ -120,7 +138,10 @@ def habitat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Gives a file system of a size such as "256k", really full when it is; a second call resizes it. Needs to be root."""
+    """Gives a file system of a size such as "256k", really full when it is; a second call resizes it.
+
+    Needs to be root.
+    """
     folder = tmp_path / "disk"
     folder.mkdir()
 

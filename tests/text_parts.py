@@ -47,10 +47,10 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 def write_tokenizer(folder: Path, vocabulary: Sequence[str]) -> None:
     """A tokenizer of whole words."""
-    import transformers
+    from transformers import BertTokenizer
 
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
 
 
 def write_encoder(folder: Path) -> None:
@@ -59,7 +59,12 @@ def write_encoder(folder: Path) -> None:
 
     vocabulary = [*SPECIAL, *WORDS, *NUMBERS]
     write_tokenizer(folder, vocabulary)
-    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **shape)
     with st.seeded(0):
         transformers.BertModel(config).save_pretrained(folder, safe_serialization=True)

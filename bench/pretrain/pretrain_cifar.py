@@ -1,4 +1,4 @@
-"""`sidetuning pretrain cifar10`: make the packaged base, a ResNet-44 on CIFAR-10, and the FCN4 side distilled from it.
+"""Make the packaged base, a ResNet-44 on CIFAR-10, and the FCN4 side distilled from it: run this file.
 
 Resumable; about two hours on two CPU cores. The weights land in `--out` as safetensors.
 """
@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -24,9 +25,9 @@ from sidetuning.cache import cache_features, loader_over
 from sidetuning.distillation import distill
 from sidetuning.errors import SideTuningError
 from sidetuning.files import atomic_write
-from sidetuning.seeding import seeded
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import train
+from sidetuning.seeding import seeded
 from sidetuning.tuner import SideTuner
 from sidetuning_bench.cifar import load_images, random_flip_crop
 from sidetuning_bench.methods.recipe import one_cycle
@@ -44,19 +45,19 @@ class Settings:
     out: str = "runs/pretrain-cifar10"
     """Folder for the weights and the resume files."""
     epochs: tuple[int, ...] = (40, 16)
-    """Passes over the training images in each one-cycle schedule; the later ones start from the earlier one's weights."""
+    """Passes over the training images in each one-cycle schedule; each starts from the weights of the one before."""
     lr: tuple[float, ...] = (0.2, 0.1)
     """The peak learning rate of each."""
     batch: int = 128
     """Images per step."""
     weight_decay: float = 5e-4
-    """On convolutions and the classifier, none on norms and biases."""
+    """Weight decay of convolutions and the classifier; norms and biases have none."""
     precision: Literal["no", "bf16"] = "bf16"
-    """Mixed precision."""
+    """Mixed precision of training."""
     distill_epochs: int = 20
     """Passes over cached features in which the FCN4 learns to imitate the base."""
     seed: int = 0
-    """Of initial weights, order and augmentation."""
+    """Seed for initial weights, data order and augmentation."""
 
 
 class Classifier(nn.Module):
@@ -116,48 +117,63 @@ def flipped_and_cropped(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
 def main(settings: Settings) -> None:
     """Train, distil, write the weights; prints the accuracies of both."""
-    s, out = settings, Path(settings.out)
-    if len(s.epochs) != len(s.lr):
-        raise SideTuningError(
-            f"{len(s.epochs)} cycles of epochs and {len(s.lr)} peak rates: give one --lr for each of --epochs"
-        )
-    Run(out, "pretrain cifar10", s, free=("data", "out"))
-    device = default_accelerator().device
-    images, labels = load_images(s.data, "train").tensors()
-    test_images, test_labels = load_images(s.data, "test").tensors()
-    few = slice(None, None, 5)  # sorted by class: every fifth is balanced; nothing is chosen by it
-    with seeded(s.seed):
-        model = Classifier(s.precision).to(device)
-    loader = AugmentedBatches((images, labels), s.batch, flipped_and_cropped)
-    for k, (epochs, lr) in enumerate(zip(s.epochs, s.lr, strict=True)):
-        steps = epochs * len(loader)
-        optimizer = torch.optim.SGD(groups(model, s.weight_decay), lr=lr, momentum=0.9, nesterov=True)
-        train(
-            model, loader, optimizer, steps=steps, seed=s.seed + k, resume=out / f"cycle-{k}.pt",
-            scheduler=one_cycle(lr, 0.15)(optimizer, steps),
-            validate=lambda: {"accuracy on 2,000 test images": model.accuracy(test_images[few], test_labels[few])},
-            progress=f"ResNet-44 on CIFAR-10, cycle {k}",
-        )  # fmt: skip
+    out, rates = Path(settings.out), settings.lr
+    if len(settings.epochs) != len(rates):
+        given = f"{len(settings.epochs)} cycles of epochs and {len(rates)} peak rates"
+        raise SideTuningError(f"{given}: give one --lr for each of --epochs")
+    Run(out, "pretrain cifar10", settings, free=("data", "out"))
+    images, labels = load_images(settings.data, "train").tensors()
+    test_images, test_labels = load_images(settings.data, "test").tensors()
+    model = train_base(settings, (images, labels), (test_images, test_labels))
     print(f"accuracy on the 10,000 test images: {model.accuracy(test_images, test_labels):.4f}", flush=True)
     write(out / "resnet44-cifar10.safetensors", model.net)
-
-    base = Base(model.net, example=EXAMPLE.to(device), mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    tuner = SideTuner(base)
-    with seeded(s.seed):
-        branch = tuner.add_task("imitation", side="fcn4", merge="side-only", head="identity")
-    cached = cache_features(base, TensorDataset(images, labels), out / "cache", views=2, augment=augment, seed=s.seed)
-    passes = loader_over(cached, batch_size=64)
-    distill(
-        tuner, "imitation", passes, steps=s.distill_epochs * len(passes), lr=1e-3, seed=s.seed, resume=out / "distill.pt",
-        loss=partial(through_classifier, model.head.requires_grad_(False)),
-    )  # fmt: skip
-    assert branch.side is not None
-    write(out / "fcn4-cifar10-distilled.safetensors", branch.side)
+    tuner = distil_side(settings, model, TensorDataset(images, labels))
+    side = tuner["imitation"].side
+    assert side is not None
+    write(out / "fcn4-cifar10-distilled.safetensors", side)
     with torch.no_grad():
-        codes = [tuner(chunk.to(device), "imitation") for chunk in test_images.split(500)]
+        codes = [tuner(chunk.to(tuner.base.device), "imitation") for chunk in test_images.split(500)]
         answers = torch.cat([model.head(code).argmax(1).cpu() for code in codes])
     right = float((answers == test_labels).float().mean())
     print(f"the side is right on {right:.4f} of the test images; weights in {out}")
+
+
+def train_base(settings: Settings, data: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Classifier:
+    """Train the net with its classifier, one cycle after another."""
+    # Sorted by class, so that every fifth image is balanced; nothing is chosen by it.
+    few = tuple(values[::5] for values in test)
+    with seeded(settings.seed):
+        model = Classifier(settings.precision).to(default_accelerator().device)
+    loader = AugmentedBatches(data, settings.batch, flipped_and_cropped)
+    for k, (epochs, lr) in enumerate(zip(settings.epochs, settings.lr, strict=True)):
+        steps = epochs * len(loader)
+        optimizer = torch.optim.SGD(groups(model, settings.weight_decay), lr=lr, momentum=0.9, nesterov=True)
+        train(
+            model,
+            loader,
+            optimizer,
+            steps=steps,
+            seed=settings.seed + k,
+            resume=Path(settings.out) / f"cycle-{k}.pt",
+            scheduler=one_cycle(lr, 0.15)(optimizer, steps),
+            validate=lambda: {"accuracy on 2,000 test images": model.accuracy(*few)},
+            progress=f"ResNet-44 on CIFAR-10, cycle {k}",
+        )
+    return model
+
+
+def distil_side(settings: Settings, model: Classifier, data: TensorDataset) -> SideTuner:
+    """A tuner whose task "imitation" has the FCN4 that imitates the base."""
+    out, seed, device = Path(settings.out), settings.seed, default_accelerator().device
+    tuner = SideTuner(Base(model.net, example=EXAMPLE.to(device), mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    with seeded(seed):
+        tuner.add_task("imitation", side="fcn4", merge="side-only", head="identity")
+    cached = cache_features(tuner.base, data, out / "cache", views=2, augment=augment, seed=seed)
+    passes = loader_over(cached, batch_size=64)
+    steps, resume = settings.distill_epochs * len(passes), out / "distill.pt"
+    loss = partial(through_classifier, model.head.requires_grad_(False))
+    distill(tuner, "imitation", passes, steps=steps, lr=1e-3, seed=seed, resume=resume, loss=loss)
+    return tuner
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -166,7 +182,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def through_classifier(classifier: nn.Module, side: Tensor, base: Tensor, temperature: float = 4.0) -> Tensor:
-    """KL divergence between what the classifier says to both codes, softened: what distinguishes classes is imitated first."""
+    """KL divergence between the classifier's softened answers to both codes: what separates classes comes first."""
     answers, targets = [(classifier(code) / temperature).log_softmax(1) for code in (side, base)]
     return F.kl_div(answers, targets, log_target=True, reduction="batchmean") * temperature**2
 
@@ -184,3 +200,7 @@ def write(path: Path, module: nn.Module) -> None:
         save_file(
             {k: v.float().contiguous() for k, v in module.state_dict().items() if v.is_floating_point()}, temporary
         )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,7 +1,8 @@
-"""`sidetuning pretrain doom-curvature`: make the packaged base of dense tasks, a ResNet that sees curvature in Doom, and its side.
+"""Make the packaged base of dense tasks, a ResNet that sees curvature in Doom, and its side: run this file.
 
-Resumable; the base of 20,000 frames takes some 28 minutes on one core that knows bfloat16, its side 8. The weights of the base, of its decoder and of the FCN5 side
-distilled from it land in `--out` as safetensors. Only frames of training maps are used.
+Resumable. The base of 20,000 frames takes about 28 minutes on one core that knows bfloat16, its side 8. The weights of
+the base, of its decoder and of the FCN5 side distilled from it land in `--out` as safetensors. Only frames of training
+maps are used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -21,10 +23,10 @@ from sidetuning.base import Base
 from sidetuning.bases import IMAGENET_MEAN, IMAGENET_STD
 from sidetuning.cache import cache_features, loader_over
 from sidetuning.heads import HEADS
-from sidetuning.seeding import seeded
-from sidetuning.sides.fcn import FCN5
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import train
+from sidetuning.seeding import seeded
+from sidetuning.sides.fcn import FCN5
 from sidetuning_bench.dense.base import SIDE_OPTIONS
 from sidetuning_bench.dense.resnet_map import ResNetMap
 from sidetuning_bench.dense.targets import target
@@ -32,13 +34,17 @@ from sidetuning_bench.dense.taskonomy import Taskonomy
 from sidetuning_bench.methods.recipe import one_cycle
 from sidetuning_bench.runs import Run
 
+# Images, raw curvatures and masks.
+Frames = tuple[Tensor, Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Settings:
     """Make resnet-doom-curvature, its decoder and its distilled FCN5."""
 
     data: str = "runs/doom-pretrain"
-    """A folder written by `sidetuning render-doom --frames 27600 --seed 1`, or any other in Taskonomy's layout with a splits.csv."""
+    """A folder written by `sidetuning bench render-doom --frames 27600 --seed 1`, or another in Taskonomy's layout with
+    a splits.csv."""
     out: str = "runs/pretrain-doom-curvature"
     """Folder for the weights and the resume files."""
     epochs: int = 12
@@ -48,13 +54,13 @@ class Settings:
     batch: int = 64
     """Frames per step."""
     weight_decay: float = 0.02
-    """On kernels, none on norms and biases."""
+    """Weight decay of kernels; norms and biases have none."""
     precision: Literal["no", "bf16"] = "bf16"
-    """Mixed precision."""
+    """Mixed precision of training."""
     distill_epochs: int = 20
     """Passes over cached features, of half the frames' size in turn, in which the side learns to imitate the base."""
     seed: int = 0
-    """Of initial weights, order and augmentation."""
+    """Seed for initial weights, data order and augmentation."""
 
 
 class Regression(nn.Module):
@@ -136,7 +142,7 @@ def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return ((images.float() / 255) ** power * gain * 255).clamp(0, 255).to(torch.uint8)
 
 
-def load(root: str, split: str) -> tuple[Tensor, Tensor, Tensor]:
+def load(root: str, split: str) -> Frames:
     """Images, raw curvatures and masks of a split, in memory."""
     frames = Taskonomy(root, ("rgb", "principal_curvature"), split, subset=None)
     return frames.tensors("rgb"), frames.tensors("principal_curvature"), frames.tensors("mask")
@@ -144,69 +150,93 @@ def load(root: str, split: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def main(settings: Settings) -> None:
     """Train, distil, write the weights; prints the errors of both."""
-    s, out = settings, Path(settings.out)
-    Run(out, "pretrain doom-curvature", s, free=("data", "out"))
-    device = default_accelerator().device
-    images, raw, masks = load(s.data, "train")
-    val = load(s.data, "val")
-    few = tuple(t[::4] for t in val)  # nothing is chosen by it
-    size = images.shape[-1]
-    with seeded(s.seed):
-        model = Regression(size, s.precision).to(device)
-    loader = AugmentedBatches((images, raw, masks), s.batch, augmented)
-    steps = s.epochs * len(loader)
-    optimizer = torch.optim.AdamW(groups(model, s.weight_decay), lr=s.lr)
-    train(
-        model, loader, optimizer, steps=steps, seed=s.seed, resume=out / "train.pt", clip=1.0,
-        scheduler=one_cycle(s.lr, 0.15)(optimizer, steps),
-        validate=lambda: {"error on frames of validation maps": model.error(*few)}, progress="ResNet on Doom's curvature",
-    )  # fmt: skip
+    out = Path(settings.out)
+    Run(out, "pretrain doom-curvature", settings, free=("data", "out"))
+    frames, val = load(settings.data, "train"), load(settings.data, "val")
+    size = frames[0].shape[-1]
+    model = train_base(settings, frames, val)
     tested = {size: val, size // 2: halved(*val)}
-    for pixels, frames in tested.items():
-        flat = float(masked_l2(torch.full(frames[1].shape, -1 / 255), frames[1], frames[2]))
-        print(
-            f"error on {len(val[0])} frames of validation maps, {pixels} pixels: {model.error(*frames):.5f}, of a flat guess: {flat:.5f}",
-            flush=True,
-        )
+    for pixels, (images, raw, masks) in tested.items():
+        flat = float(masked_l2(torch.full(raw.shape, -1 / 255), raw, masks))
+        told = f"error on {len(images)} frames of validation maps, {pixels} pixels"
+        print(f"{told}: {model.error(images, raw, masks):.5f}, of a flat guess: {flat:.5f}", flush=True)
     write(out / "resnet-doom-curvature.safetensors", model.net)
     write(out / "resnet-doom-curvature-decoder.safetensors", model.decoder)
-
-    base = base_of(model.net.eval(), size).to(device)
-    imitation = imitate(s, base, images)
+    base = base_of(model.net.eval(), size).to(default_accelerator().device)
+    imitation = imitate(settings, base, frames[0])
     write(out / "fcn5-doom-curvature-distilled.safetensors", imitation.side)
-    with torch.no_grad():
-        for pixels, frames in tested.items():
-            chunks = list(zip(*(t.split(100) for t in frames), strict=True))
-            found = [(imitation.code(x.to(device)), x, y, m) for x, y, m in chunks]
-            errors = [masked_l2(model.decoder(code).cpu(), y, m) * len(x) for code, x, y, m in found]
-            whole = torch.cat([base(x.to(device)).out.cpu() for _, x, _, _ in found])
-            missed = (torch.cat([code.cpu() for code, *_ in found]) - whole).square().mean()
-            print(
-                f"the side at {pixels} pixels: {float(sum(errors)) / len(val[0]):.5f} through the decoder, "
-                f"{float(missed / whole.var((0, 2, 3)).mean()):.2f} of the code's variance missed"
-            )
+    for pixels, found in tested.items():
+        error, missed = distance(imitation, model, base, found)
+        print(
+            f"the side at {pixels} pixels: {error:.5f} through the decoder, {missed:.2f} of the code's variance missed"
+        )
     print(f"weights in {out}")
+
+
+def train_base(settings: Settings, frames: Frames, val: Frames) -> Regression:
+    """Train encoder and decoder."""
+    # Nothing is chosen by these.
+    few = [values[::4] for values in val]
+    with seeded(settings.seed):
+        model = Regression(frames[0].shape[-1], settings.precision).to(default_accelerator().device)
+    loader = AugmentedBatches(frames, settings.batch, augmented)
+    steps = settings.epochs * len(loader)
+    optimizer = torch.optim.AdamW(groups(model, settings.weight_decay), lr=settings.lr)
+    train(
+        model,
+        loader,
+        optimizer,
+        steps=steps,
+        seed=settings.seed,
+        resume=Path(settings.out) / "train.pt",
+        clip=1.0,
+        scheduler=one_cycle(settings.lr, 0.15)(optimizer, steps),
+        validate=lambda: {"error on frames of validation maps": model.error(*few)},
+        progress="ResNet on Doom's curvature",
+    )
+    return model
+
+
+@torch.no_grad()
+def distance(imitation: Imitation, model: Regression, base: Base, frames: Frames) -> tuple[float, float]:
+    """Error of the side's code through the decoder, and the share of the base's code's variance that it misses."""
+    errors, codes, wanted = 0.0, [], []
+    for x, y, mask in zip(*(values.split(100) for values in frames), strict=True):
+        images = x.to(base.device)
+        codes.append(imitation.code(images))
+        wanted.append(base(images).out)
+        errors += float(masked_l2(model.decoder(codes[-1]).cpu(), y, mask)) * len(x)
+    whole = torch.cat(wanted)
+    missed = (torch.cat(codes) - whole).square().mean() / whole.var((0, 2, 3)).mean()
+    return errors / len(frames[0]), float(missed)
 
 
 def imitate(settings: Settings, base: Base, images: Tensor) -> Imitation:
     """Distil the packaged side from the base, on pictures of the frames' size and of half of it."""
-    s = settings
-    options = SIDE_OPTIONS
-    with seeded(s.seed):
+    out, seed = Path(settings.out), settings.seed
+    options: dict[str, Any] = SIDE_OPTIONS
+    with seeded(seed):
         side = FCN5(base, **options).to(base.device)
     passes = []
     for pictures, name in ((images, "cache"), (half(images), "cache-half")):
-        of_size = base.with_example(pictures[:1])
         data = TensorDataset(pictures, torch.zeros(len(pictures)))
-        cached = cache_features(of_size, data, Path(s.out) / name, views=2, augment=mirrored, seed=s.seed)
+        of_size = base.with_example(pictures[:1])
+        cached = cache_features(of_size, data, out / name, views=2, augment=mirrored, seed=seed)
         passes.append(loader_over(cached, batch_size=64))
     imitation = Imitation(base, side)
-    steps = s.distill_epochs * len(passes[0])
+    steps = settings.distill_epochs * len(passes[0])
     optimizer = torch.optim.Adam(side.parameters(), lr=1e-3)
     train(
-        imitation, InTurn(passes), optimizer, steps=steps, seed=s.seed, resume=Path(s.out) / "distill.pt", clip=1.0,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), progress="distilling the side",
-    )  # fmt: skip
+        imitation,
+        InTurn(passes),
+        optimizer,
+        steps=steps,
+        seed=seed,
+        resume=out / "distill.pt",
+        clip=1.0,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        progress="distilling the side",
+    )
     return imitation
 
 
@@ -244,3 +274,7 @@ def mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
     """The views that the side is distilled on."""
     flip = torch.rand(len(images), generator=generator) < 0.5
     return augment(torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images), generator)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

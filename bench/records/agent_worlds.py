@@ -47,7 +47,7 @@ def run_episodes(given: Episodes) -> None:
             for agent in imitation.BASELINES:
                 act = imitation.acts(agent, world)
                 outcomes = list(worlds.episodes(world, act, given.count, worlds.TEST_SEED))
-                success, spl = fmean(o.success for o in outcomes), fmean(o.spl or 0.0 for o in outcomes)
+                success, spl = fmean(o.success or 0.0 for o in outcomes), fmean(o.spl or 0.0 for o in outcomes)
                 found[name][agent] = {"success": success, "spl": spl}
     about = {"split": given.split, "episodes": given.count, "seed": worlds.TEST_SEED}
     write("pointnav-episodes", {**about, "found": found})

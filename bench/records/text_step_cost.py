@@ -19,12 +19,12 @@ from torch import Tensor
 
 from record import Record, read, write
 from sidetuning.cache import token_loader
-from sidetuning.integrations.transformers import load_tokenizer
 from sidetuning.loading import load_base
 from sidetuning_bench import grid
 from sidetuning_bench.grid import Cell
 from sidetuning_bench.language import methods, squad
 from sidetuning_bench.language.questions import Windows, make_windows, read_questions
+from sidetuning_bench.language.tokenizer import load_tokenizer
 from sidetuning_bench.methods import Recipe, Task
 from sidetuning_bench.options import Count, with_values
 from sidetuning_bench.runs import peak_memory_mb

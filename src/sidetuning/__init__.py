@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sidetuning.api import *  # noqa: F403
+    from sidetuning.api import __all__ as __all__
 else:
 
     def __getattr__(name: str) -> Any:

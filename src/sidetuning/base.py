@@ -103,6 +103,15 @@ class Tap:
         return self
 
 
+def _tap_of(module: nn.Module) -> Tap:
+    """The hook on a module, which is put there once, whoever asks for it."""
+    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, Tap)]
+    if not hooks:
+        hooks = [Tap()]
+        module.register_forward_hook(hooks[0])
+    return hooks[0]
+
+
 class Base(nn.Module):
     """A frozen network: always in evaluation mode, without gradients, never part of a checkpoint.
 
@@ -144,6 +153,10 @@ class Base(nn.Module):
         self._hidden = (net,)
         for module in self._networks():
             module.requires_grad_(False).eval()
+            for part in module.modules():
+                # A hook turns torch's fused path off, which rounds in another way: no task's taps may decide that.
+                if isinstance(part, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+                    _tap_of(part)
         self.select = Select(output, channels_last)
         self.spec = spec
         # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
@@ -175,16 +188,12 @@ class Base(nn.Module):
         self.example_features = features
 
     def _hook(self, tap: str) -> Tap:
-        """The hook on the module `tap`, which is put there once, whoever asks for it."""
+        """The hook on the module `tap`."""
         modules = dict(self.net.named_modules()) if isinstance(self.net, nn.Module) else {}
         if not tap or tap not in modules:
             names = [name for name in modules if name][:40]
             raise UnknownNameError(unknown("tap", tap, names, verb="in the base"))
-        hooks = [hook for hook in modules[tap]._forward_hooks.values() if isinstance(hook, Tap)]
-        if not hooks:
-            hooks = [Tap()]
-            modules[tap].register_forward_hook(hooks[0])
-        return hooks[0]
+        return _tap_of(modules[tap])
 
     @property
     def net(self) -> Callable[..., Any]:

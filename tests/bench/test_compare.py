@@ -17,6 +17,7 @@ import torch
 
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning_bench import compare, icifar
+from sidetuning_bench.cifar import load_images
 from sidetuning_bench.continual import AccuracyMatrix, average_rank, forward_transfer, mean_and_error, rigidity
 from sidetuning_bench.methods import METHODS
 from sidetuning_bench.options import FeaturesOptions, FineTuneOptions, ImageTraining, with_values
@@ -216,7 +217,7 @@ def test_an_unknown_method_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_share_takes_the_same_part_of_every_class(tiny_cifar: Path) -> None:
-    data = icifar.Images(*icifar.load_images(str(tiny_cifar), "train").tensors(), view=0)
+    data = icifar.Images(*load_images(str(tiny_cifar), "train").tensors(), view=0)
     loader = icifar.task_loader(data, 1, 100, shuffle=False, share=0.25)
     ((x, features, y),) = list(loader)
     assert features is None and len(x) == 30
@@ -233,11 +234,12 @@ def test_measures_by_hand() -> None:
     assert forward_transfer([0.9, 0.8, 0.7], [0.7, 0.7, 0.7]) == pytest.approx(0.05)  # of the later two
     assert forward_transfer([0.9], [0.7]) == 0.0
     mean, error = mean_and_error([1.0, 2.0, 3.0])
-    assert (mean, error) == (2.0, pytest.approx(1 / 3**0.5))
+    assert mean == 2.0 and error == pytest.approx(1 / 3**0.5)
     assert mean_and_error([4.0]) == (4.0, 0.0)
     with pytest.raises(ValueError, match="give one for each task"):
         rigidity([0.5], [])
-    for empty in ({}, {"a": []}):
+    nothing: list[dict[str, list[float]]] = [{}, {"a": []}]
+    for empty in nothing:
         with pytest.raises(ValueError, match="give one for each task"):
             average_rank(empty)
     with pytest.raises(ValueError, match="learn a task first"):

@@ -16,10 +16,9 @@ from gymnasium import spaces
 
 import sidetuning as st
 from agent_parts import PICTURE, check_learning_and_saving, learner, small_base
-from sidetuning.branch import distilled_weights
 from sidetuning.errors import ShapeError
 from sidetuning.sides import SIDES
-from sidetuning.sides.initialise import load_weights
+from sidetuning.sides.initialise import distilled_weights, load_weights
 from sidetuning_bench.agents.extractor import AgentExtractor
 from sidetuning_bench.agents.trajectories import COMPASS, compass_numbers, extra_of
 
@@ -35,13 +34,13 @@ def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation() -> Non
     space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 64, 64), np.uint8)})
     options = {"width": 0.25, "signed": True}
     with st.seeded(0):
-        extractor = AgentExtractor(space)
+        extractor: Any = AgentExtractor(space)
     extractor.apply(lambda m: nn.init.zeros_(m.weight) if isinstance(m, nn.Conv2d) else None)
     wanted = SIDES.build("fcn5", extractor.base, options=options)
     load_weights(wanted, distilled_weights(extractor.base, "fcn5", options), "fcn5")
     for name, tensor in wanted.state_dict().items():
         assert torch.equal(extractor.branch.side.state_dict()[name], tensor)
-    tuned = AgentExtractor(space, method="finetune").train()
+    tuned: Any = AgentExtractor(space, method="finetune").train()
     x = {"rgb": torch.rand(2, 3, 64, 64)}
     # The batch norms are merged into the convolutions.
     assert not [name for name, _ in tuned.trunk.named_buffers() if "running" in name]
@@ -71,15 +70,16 @@ def test_tuned_networks_may_run_in_bfloat16(method: str) -> None:
     learning.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in made["bf16"].trunk.parameters())
     with pytest.raises(st.UnknownNameError, match="precision"):
-        AgentExtractor(space, **PARTS, precision="fp16")
+        AgentExtractor(space, **PARTS, precision="fp16")  # type: ignore[arg-type]
 
 
 def test_from_scratch_the_base_is_not_run() -> None:
-    extractor = learner("scratch", extractor=AgentExtractor).policy.features_extractor
+    extractor: Any = learner("scratch", extractor=AgentExtractor).policy.features_extractor
     seen: list[int] = []
     extractor.base.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     extractor({"rgb": torch.rand(4, 3, 16, 16)})
-    side = learner("sidetune").policy.features_extractor.branch.side
+    sidetuned: Any = learner("sidetune").policy.features_extractor
+    side = sidetuned.branch.side
     shapes = [{name: p.shape for name, p in net.named_parameters()} for net in (extractor.trunk, side)]
     assert not seen and shapes[0] == shapes[1]
 
@@ -90,11 +90,11 @@ def test_a_compass_goes_with_the_features() -> None:
     assert torch.allclose(numbers, torch.tensor([[np.log(4), 0, 1], [0, -1, 0]]).float(), atol=1e-6)
     assert torch.equal(extra_of({COMPASS: compass.numpy()}, 2), numbers) and extra_of({}, 2).shape == (2, 0)
     box = spaces.Box(np.array([0, -4], np.float32), np.array([9, 4], np.float32))
-    extractor = AgentExtractor(spaces.Dict({"rgb": PICTURE, COMPASS: box}), **PARTS)
+    extractor: Any = AgentExtractor(spaces.Dict({"rgb": PICTURE, COMPASS: box}), **PARTS)
     out = extractor({"rgb": torch.rand(2, 3, 16, 16), COMPASS: compass})
     assert out.shape == (2, extractor.features_dim) == (2, 64)
     assert torch.equal(out[:, 32:], extractor.given(numbers))
     with pytest.raises(ShapeError, match="distance and angle"):
         AgentExtractor(spaces.Dict({"rgb": PICTURE, COMPASS: spaces.Box(0, 1, (3,))}), **PARTS)
-    speed = spaces.Dict({"rgb": PICTURE, "speed": spaces.Box(-1, 1, (2,))})
-    assert AgentExtractor(speed, **PARTS).given[0].in_features == 2
+    speed: Any = AgentExtractor(spaces.Dict({"rgb": PICTURE, "speed": spaces.Box(-1, 1, (2,))}), **PARTS)
+    assert speed.given[0].in_features == 2

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,8 @@ def test_parts_lists_what_is_registered() -> None:
     done = sidetuning("parts")
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert done.returncode == 0
-    for kind, registry in {"base": st.BASES, "side": st.SIDES, "merge": st.MERGES, "head": st.HEADS}.items():
+    registries: dict[str, Any] = {"base": st.BASES, "side": st.SIDES, "merge": st.MERGES, "head": st.HEADS}
+    for kind, registry in registries.items():
         assert lines[kind].split(", ") == registry.names()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import sidetuning as st
+from conftest import side_output
 from sidetuning.cache import cache_tokens
 from sidetuning.errors import ShapeError
 from sidetuning.integrations.transformers import from_model
@@ -46,9 +48,11 @@ def test_padding_and_companions_never_matter(base: st.Base, side: str) -> None:
         padded = model(texts.batch([4], pad=9), "qa")[0]
         among = model(texts.batch([0, 4, 9, 11]), "qa")[1]
         assert torch.allclose(alone, padded[:n], atol=1e-5) and torch.allclose(alone, among[:n], atol=1e-5)
-        assert (padded[n:] < -1e30).all()  # padding can never be chosen
+        # Padding can never be chosen.
+        assert (padded[n:] < -1e30).all()
         batch = texts.batch([4], pad=9)
-        batch["input_ids"][0, n:] = 7  # nor does what stands there
+        # Nor does what stands there.
+        batch["input_ids"][0, n:] = 7
         assert torch.allclose(model(batch, "qa")[0][:n], alone, atol=1e-5)
         other = texts.batch([4])
         other["input_ids"][0, 1] += 1
@@ -74,7 +78,8 @@ def test_sides_for_texts_say_what_they_need(encoder: Path) -> None:
         )
         st.SideTuner(vectors).add_task("qa", side="match", head="span")
     highest = st.SideTuner(st.load_base(f"hf:{encoder}", taps=["encoder.layer.2"]))
-    for model in (plain, highest):  # nothing to copy from, and nothing left to copy
+    # Nothing to copy from, and nothing left to copy.
+    for model in (plain, highest):
         with pytest.raises(ShapeError, match=r"layers above the last tap.*'encoder\.layer\.1'"):
             model.add_task("qa", side="top", head="span")
     with pytest.raises(ShapeError, match="no text encoder"):
@@ -94,7 +99,7 @@ def test_the_match_side_finds_what_the_question_names(encoder: Path) -> None:
     base = st.load_base(f"hf:{encoder}", taps=["embeddings", "encoder.layer.1"])
     model, generator = st.SideTuner(base), torch.Generator().manual_seed(0)
 
-    def batch(low, high, n=64):
+    def batch(low: int, high: int, n: int = 64) -> dict[str, Tensor]:
         text = torch.stack([low + torch.randperm(high - low, generator=generator)[:8] for _ in range(n)])
         place = torch.randint(8, (n,), generator=generator)
         asked, one = text[torch.arange(n), place, None], torch.ones(n, 1, dtype=torch.long)
@@ -103,12 +108,16 @@ def test_the_match_side_finds_what_the_question_names(encoder: Path) -> None:
 
     with st.seeded(0):
         model.add_task("qa", side="match", head="span", side_options={"width": 16})
-    loss = lambda scores, y: torch.nn.functional.cross_entropy(scores[..., 0], y)  # noqa: E731
+
+    def loss(scores: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(scores[..., 0], y)
+
     st.fit(model, "qa", [batch(5, 25) for _ in range(60)], steps=60, lr=1e-2, loss=loss, progress=False)
     test = batch(25, 40)
     labels = test.pop("labels")
     right = model(test, "qa")[..., 0].argmax(1) == labels
-    assert right.float().mean() > 0.8  # chance is 0.12
+    # Chance is 0.12.
+    assert right.float().mean() > 0.8
 
 
 @pytest.mark.parametrize(
@@ -126,15 +135,11 @@ def test_other_encoders_serve_as_bases(
     """Those that know no segments are not given any."""
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
     special = {f"{name}_token_id": 2 for name in ("bos", "eos", "cls", "sep")}
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer), max_position_embeddings=64, **special, **({} if kind == "DistilBert" else shape), **options
-    )  # fmt: skip
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, **({} if kind == "DistilBert" else shape)}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **special, **options)
     with st.seeded(0):
         base = from_model(getattr(transformers, f"{kind}Model")(config), taps=["embeddings", layer])
-    plain = SimpleNamespace(is_fast=True, model_input_names=["input_ids", "attention_mask"])
-    proxy = type(
-        "Plain", (), {"__call__": lambda _, *a, **k: tokenizer(*a, **k), "__getattr__": lambda _, n: getattr(plain, n)}
-    )()
+    proxy = Plain(tokenizer)
     questions = [Question("a", "what ?", "it was made in 1822 .", ()), Question("b", "who ?", "it was big", ())]
     windows = make_windows(questions, proxy, length=40, stride=8)
     assert set(windows.batch([0, 1])) == {"input_ids", "attention_mask"}
@@ -143,9 +148,10 @@ def test_other_encoders_serve_as_bases(
     model, real = st.SideTuner(base), inputs["attention_mask"] > 0
     for side in ("slim", "ladder", "match", "top"):
         branch = model.add_task(side, side=side, head="identity")
-        live = branch.side_output(inputs, base(inputs))
-        assert torch.allclose(branch.side_output(inputs, features)[real], live[real], atol=1e-4)
-    assert torch.allclose(live[real], features.out[real], atol=1e-4)  # the top, a copy
+        live = side_output(branch, inputs, base(inputs))
+        assert torch.allclose(side_output(branch, inputs, features)[real], live[real], atol=1e-4)
+    # The top, a copy.
+    assert torch.allclose(live[real], features.out[real], atol=1e-4)
 
 
 def test_two_tasks_of_texts_share_one_base_pass(base: st.Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +168,7 @@ def test_two_tasks_of_texts_share_one_base_pass(base: st.Base, monkeypatch: pyte
         model.add_task("topic", side="ladder", head=3, side_options={"width": 16})
     st.fit(model, "topic", [{**batch, "labels": torch.arange(8) % 3}], steps=5, progress=False)
     assert torch.equal(model(batch, "qa"), before)
-    passes = []
+    passes: list[int] = []
     monkeypatch.setattr(type(base), "encode", counted(type(base).encode, passes))
     both = model.forward_all(batch)
     assert len(passes) == 1 and both["qa"].shape[-1] == 2 and both["topic"].shape == (8, 3)
@@ -183,6 +189,19 @@ def test_a_checkpoint_in_half_precision_serves(encoder: Path, tmp_path: Path) ->
     assert model(texts.batch([0, 1]), "qa").dtype == torch.float32
     cached = cache_tokens(half, texts, torch.arange(8), tmp_path / "cache", progress=False)
     assert torch.isfinite(cached.__getitems__([3])[1].out).all()
+
+
+class Plain:
+    """A tokenizer whose network knows no segments."""
+
+    is_fast = True
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, *texts: str, **options: Any) -> Any:
+        return self.tokenizer(*texts, **options)
 
 
 def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:

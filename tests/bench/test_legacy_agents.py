@@ -17,7 +17,7 @@ from stable_baselines3 import PPO
 
 from sidetuning.cli import main
 from sidetuning_bench.agents.extractor import AgentExtractor
-from sidetuning_bench.agents.policies import load_player
+from sidetuning_bench.agents.play import load_player
 from sidetuning_bench.agents.ppo import probabilities
 from sidetuning_bench.agents.trajectories import COMPASS, read_steps
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sidetuning as st
 from legacy_cases import ROOT, base_of, copied, differing, equal, hashes, input_of, names, read
 from sidetuning.cli import main
+from sidetuning_bench import icifar
 from sidetuning_bench.methods import METHODS, Recipe, Task, load_method
 
 RUNS = [name for name in names("runs") if name not in ("icifar-interrupted", "imitation", "rl")]
@@ -63,15 +65,17 @@ def test_runs_answer_as_they_did(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     about, expected = read(folder)
     if "methods" in about:
         cells = about.get("cells", [""])
-        methods = {
+        methods: dict[str, Any] = {
             cell: load_method(folder / about["methods"].replace("CELL", cell), base_of(about["base"])) for cell in cells
         }
-        found = {f"{cell}/{task}".strip("/"): (m, task) for cell, m in methods.items() for task in m.tasks}
     else:
-        model = st.load(folder / "run")
-        found = {task: (model, task) for task in about["tasks"]}
+        cells, methods = [""], {"": st.load(folder / "run")}
     with torch.no_grad():
-        outputs = {key: model(input_of(expected), task) for key, (model, task) in found.items()}
+        outputs = {
+            f"{cell}/{task}".strip("/"): methods[cell](input_of(expected), task)
+            for cell in cells
+            for task in methods[cell].tasks
+        }
     assert not differing(outputs, expected, "output/")
 
 
@@ -104,3 +108,12 @@ def test_the_report_reads_runs_of_every_scenario(tmp_path: Path, monkeypatch: py
     for name in scenarios:
         main(["bench", "report", f"runs/{name}/run", "--out", f"{name}.html"])
         assert "<table" in Path(f"{name}.html").read_text(), name
+
+
+def test_the_cache_of_mirrored_images_is_found(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "caches/images-mirrored") / "caches/images-mirrored"
+    about, expected = read(folder)
+    data, given = TensorDataset(expected["data.x"], expected["data.y"]), about["arguments"]
+    base = base_of(about["base"])
+    cached = st.cache_features(base, data, folder, augment=icifar.mirror, progress=False, **given)
+    assert cached.folder.name == about["key"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sidetuning as st
-from conftest import BASES, GOLDEN, TAPS, conv_base, inputs, mlp_base
+from conftest import BASES, GOLDEN, TAPS, conv_base, inputs, mlp_base, network
 from sidetuning.errors import TaskError
 from sidetuning.heads import run_head
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task, load_method, saved_tasks
@@ -193,7 +193,7 @@ def test_scratch_starts_from_nothing_of_the_base() -> None:
     base = conv_base()
     with st.seeded(0):
         trunk = Trunk(base, pretrained=False)
-    for (name, a), b in zip(trunk.net.named_parameters(), base.net.parameters(), strict=True):
+    for (name, a), b in zip(trunk.net.named_parameters(), network(base).parameters(), strict=True):
         if a.ndim > 1:
             assert not torch.equal(a, b), name
             assert abs(float(torch.corrcoef(torch.stack([a.detach().flatten(), b.flatten()]))[0, 1])) < 0.35, name
@@ -363,7 +363,7 @@ def test_psp_covers_every_layer_and_starts_from_the_base() -> None:
         assert torch.equal(signs, PSP(base).contexts(0)[name])
         assert not torch.equal(signs, method.contexts(1)[name])
         kept = method.trunk.get_parameter(name).detach()
-        pretrained = base.net.get_parameter(name.removeprefix("net."))
+        pretrained = network(base).get_parameter(name.removeprefix("net."))
         # Folded.
         assert not torch.equal(kept, pretrained)
         assert torch.equal(superpose(kept, signs), pretrained)
@@ -404,18 +404,20 @@ def test_pnn_columns_are_joined_after_each_tap() -> None:
     method = METHODS.build("pnn", mlp_base(TAPS["mlp"]), options={})
     learn(method, "mlp", "a", "b")
     x = inputs("mlp")
+    assert isinstance(x, Tensor)
 
     def by_hand(
         net: nn.Module, laterals: nn.ModuleDict | None, known: list[dict[str, Tensor]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        h, taps = x, {}
+        taps: dict[str, Tensor] = {}
+        h = x
         for name, layer in net.named_children():
             h = layer(h)
             if name in TAPS["mlp"]:
                 h = taps[name] = h if laterals is None else h + laterals[name]([other[name] for other in known])
         return h, taps
 
-    _, base = by_hand(method.base.net, None, [])
+    _, base = by_hand(network(method.base), None, [])
     _, first = by_hand(method.columns["a"].trunk.net, method.columns["a"].laterals, [base])
     code, _ = by_hand(method.columns["b"].trunk.net, method.columns["b"].laterals, [base, first])
     assert torch.allclose(method(x, "b"), run_head(method.heads["b"], code, x), atol=1e-6)
@@ -460,7 +462,7 @@ def test_lora_learns_only_its_own_adapter_and_small_numbers() -> None:
     assert not any("base_layer" in name for name in method.tensors())
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS.names() if n not in ("finetune", "ewc", "psp", "pnn")])
+@pytest.mark.parametrize("name", [n for n in METHODS.names() if not METHODS[n].sequential and n != "pnn"])
 def test_gradients_of_earlier_tasks_do_not_count_when_clipping(name: str) -> None:
     """A task is learned alike first and second, where tasks do not touch each other."""
     clipped = Recipe(5, lr=1e-2, clip=1e-3, optimizer=torch.optim.SGD)
@@ -495,6 +497,7 @@ def test_piggyback_gradient_passes_the_cut() -> None:
     method: Any = Piggyback(mlp_base())
     method._add(Task("a", "identity"), method.add)
     x = inputs("mlp")
+    assert isinstance(x, Tensor)
     masked = method.masks["a"].binary()
     method(x, "a").sum().backward()
     gradient = getattr(method.masks["a"], "net/0/weight").grad
@@ -659,7 +662,9 @@ def test_residual_adapter_is_a_parallel_1x1_convolution() -> None:
         for conv in adapters.beside_conv.values():
             conv.weight.normal_(0, 0.1)
     x = base.prepare(inputs("conv"))
-    net, first, second = base.net, adapters.beside_conv["0"], adapters.beside_conv["3"]
+    net: Any = base.net
+    first, second = adapters.beside_conv["0"], adapters.beside_conv["3"]
+    assert isinstance(x, Tensor)
     h = net[2](net[1](net[0](x) + F.conv2d(x, first.weight, stride=2)))
     expected = net[6](net[5](net[4](net[3](h) + F.conv2d(h, second.weight, stride=2))))
     assert torch.allclose(method(inputs("conv"), "a"), expected, atol=1e-5)
@@ -712,7 +717,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(st.TaskError, match="name submodules"):
         METHODS["pnn"](mlp_base())
     with pytest.raises(st.TaskError, match="at least one stage"):
-        METHODS["boosting"](mlp_base(), stages=0)
+        METHODS.build("boosting", mlp_base(), options={"stages": 0})
     with pytest.raises(st.DataError, match="label 3 is out of range"):
         build("conv", "finetune").learn(Task("a", 3), [(inputs("conv"), torch.full((4,), 3))], QUIET, progress=False)
 

@@ -15,6 +15,7 @@ from sidetuning.commands import predict
 from sidetuning.errors import SideTuningError
 from sidetuning.sides.fusion import Fusion, random_shift
 from sidetuning_bench import icifar
+from sidetuning_bench.cifar import load_images
 from sidetuning_bench.options import FeaturesOptions, flat, with_values
 from sidetuning_bench.sequence import with_recipe
 
@@ -66,7 +67,7 @@ def test_a_run_answers_by_the_mean_over_mirror_images(tiny_cifar: Path, tmp_path
     result = icifar.run(settings)
     assert result.matrix.forgetting == [0.0, 0.0]
     model = st.load(tmp_path / "run")
-    test = icifar.load_images(str(tiny_cifar), "test")
+    test = load_images(str(tiny_cifar), "test")
     rows = (test.labels < 10).nonzero().flatten().tolist()
     images, labels = torch.stack([test[i][0] for i in rows]), test.labels[rows]
     with torch.no_grad():

@@ -197,6 +197,7 @@ def test_learning_and_playing_in_habitat(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_learner_goes_on(habitat: str, tmp_path: Path) -> None:
     steps = 640
     settings = settings_of(habitat, tmp_path, method="features", steps=steps)

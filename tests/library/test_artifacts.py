@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import sidetuning as st
-from conftest import BASES, TAPS, conv_base, inputs, mlp_base
+from conftest import BASES, TAPS, conv_base, inputs, mlp_base, network
 from sidetuning import artifacts, identity
 
 
@@ -175,7 +175,7 @@ def test_tied_weights_are_saved(tmp_path: Path) -> None:
 def test_paths_of_this_machine_do_not_go_to_the_hub(hub: type[FakeHub], tmp_path: Path) -> None:
     weights = tmp_path / "mine.safetensors"
     base = st.load_base("resnet44-cifar10")
-    save_file(base.net.state_dict(), weights)  # type: ignore[union-attr]
+    save_file(network(base).state_dict(), weights)
     model = st.SideTuner(st.load_base("resnet44-cifar10", weights=weights))
     model.add_task("pets", side=None, merge="base-only", head=3)
     model.save_task("pets", tmp_path / "task")
@@ -463,16 +463,22 @@ def test_an_empty_module_is_a_part_too(tmp_path: Path) -> None:
     assert torch.equal(other(inputs("mlp"), "a"), model(inputs("mlp"), "a"))
     saved(tmp_path / "linear")
     for part in ("side", "merge", "head"):
+        module: dict[str, Any] = {part: nn.Sequential()}
         with pytest.raises(st.TaskError, match=f"leave {part}= out"):
-            other.load_task(tmp_path / "linear", **{part: nn.Sequential()})
+            other.load_task(tmp_path / "linear", **module)
     assert other.tasks == ["a"]
 
 
 def test_ten_tasks_hash_the_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = st.SideTuner(mlp_base())
-    hashed = []
+    hashed: list[int] = []
     hash_weights = identity.weights_sha256
-    monkeypatch.setattr(identity, "weights_sha256", lambda *given: (hashed.append(1), hash_weights(*given))[1])
+
+    def counted(*given: Any) -> str:
+        hashed.append(1)
+        return hash_weights(*given)
+
+    monkeypatch.setattr(identity, "weights_sha256", counted)
     for i in range(10):
         model.add_task(f"t{i}", side="mlp", head=2)
         model.save_task(f"t{i}", tmp_path / f"t{i}")

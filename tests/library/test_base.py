@@ -223,3 +223,13 @@ def test_a_task_costs_the_same_however_many_there_are() -> None:
     model.add_task("b", side="mlp", head=shared)
     with pytest.raises(st.TaskError, match="also that of the base"):
         model.add_task("c", side=model.base.net, head=2)  # type: ignore[arg-type]
+
+
+def test_taps_of_a_later_task_do_not_change_a_bit_of_the_others() -> None:
+    for kind in BASES:
+        model = st.SideTuner(BASES[kind]())
+        model.add_task("first", side="mlp", head=3)
+        x = inputs(kind)
+        before = model(x, "first")
+        model.add_task("later", side="ladder", head=2, taps=TAPS[kind])
+        assert torch.equal(model(x, "first"), before), kind

@@ -81,6 +81,7 @@ def no_base_pass(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.mark.parametrize("make", [mlp_base, conv_base, map_base])
 def test_cached_features_are_the_bases(make: Callable[[], st.Base], tmp_path: Path) -> None:
     base = make()
+    assert isinstance(base.example, torch.Tensor)
     x = torch.rand(9, *base.example.shape[1:], generator=torch.Generator().manual_seed(4))
     y = torch.arange(9)
     cached = st.cache_features(base, TensorDataset(x, y), tmp_path, progress=False, batch_size=4)
@@ -104,11 +105,16 @@ def test_other_weights_data_type_or_views_get_another_folder(tmp_path: Path) -> 
     other = mlp_base()
     with torch.no_grad():
         other.net[0].bias[0] += 1  # type: ignore[index]
-    folders = [
-        fill(tmp_path).folder, fill(tmp_path, other).folder, fill(tmp_path, identity="else").folder,
-        fill(tmp_path, dtype="float16").folder, fill(tmp_path, views=2, augment=noise).folder,
-        fill(tmp_path, views=2, augment=noise, seed=1).folder,
-    ]  # fmt: skip
+    views = {"views": 2, "augment": noise}
+    options: tuple[dict[str, Any], ...] = (
+        {},
+        {"base": other},
+        {"identity": "else"},
+        {"dtype": "float16"},
+        views,
+        {**views, "seed": 1},
+    )
+    folders = [fill(tmp_path, **given).folder for given in options]
     assert len(set(folders)) == len(folders)
 
 
@@ -242,9 +248,11 @@ def test_a_loader_gives_relabelled_rows_of_a_subset(tmp_path: Path) -> None:
 
 
 def test_a_loader_leaves_a_small_last_batch_out(tmp_path: Path) -> None:
-    cached = fill(tmp_path)  # of ten
+    # Of ten.
+    cached = fill(tmp_path)
     sizes = {n: [len(y) for _, _, y in st.loader_over(cached, batch_size=n, drop_last=True)] for n in (4, 10, 11)}
-    assert sizes == {4: [4, 4], 10: [10], 11: [10]}  # but not the only one
+    # But not the only one.
+    assert sizes == {4: [4, 4], 10: [10], 11: [10]}
 
 
 def test_a_loader_without_shuffling_keeps_the_order(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import sidetuning as st
-from conftest import BASES, TAPS, inputs
-from sidetuning.merges import lateral_merges
+from conftest import BASES, TAPS, inputs, network, side_of, side_output
+from sidetuning.merges import Alpha, lateral_merges
 
 SIDES = {
     "conv": ["fcn4", "fcn5", "copy", "mlp", "transformer", "ladder", "fusion"],
@@ -77,7 +77,7 @@ def test_shapes_batches_and_modes(kind: str, merge: str) -> None:
     assert not model.base.training
     model.train()
     assert not model.base.training
-    assert not model.base.net.training
+    assert not network(model.base).training
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -94,6 +94,7 @@ def test_zero_starts_at_the_base_and_still_learns(kind: str, merge: str) -> None
         branch.zero_grad()
         loss.backward()
         for p in branch.parameters():
+            assert p.grad is not None
             p.data -= 0.1 * p.grad
     moved = not same(model(x, "t"), base)
     assert moved == (merge != "base-only")
@@ -102,8 +103,8 @@ def test_zero_starts_at_the_base_and_still_learns(kind: str, merge: str) -> None
 @pytest.mark.parametrize("kind", BASES)
 def test_one_base_pass_serves_all_tasks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(kind)
-    passes = []
-    model.base.net.register_forward_hook(lambda *_: passes.append(1))
+    passes: list[int] = []
+    network(model.base).register_forward_hook(lambda *_: passes.append(1))
     model.add_task("a", side="mlp", head=3)
     model.add_task("b", side="ladder", head=2, merge="sum")
     model.add_task("c", side="mlp", head=4, merge="mlp2", laterals=["a", "b"])
@@ -139,16 +140,21 @@ def test_the_base_is_shielded_from_its_parent() -> None:
     model.add_task("a", side="fcn4", head=2)
     outer = nn.Sequential(model, nn.Linear(2, 2))
     before = model.base.identity().sha256
-    outer.apply(lambda m: nn.init.zeros_(m.weight) if hasattr(m, "weight") and m.weight is not None else None)
+
+    def clear(module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
+    outer.apply(clear)
     outer.train()
     outer.requires_grad_(True)
     model(inputs("conv"), "a").sum().backward()
     assert model.base.identity().sha256 == before
-    assert all(p.grad is None and not p.requires_grad for p in model.base.net.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in network(model.base).parameters())
     assert not any("base" in name for name in outer.state_dict())
     outer.load_state_dict(copy.deepcopy(outer.state_dict()), strict=True)
     outer.to(torch.float64)
-    assert next(model.base.net.parameters()).dtype == torch.float64
+    assert next(network(model.base).parameters()).dtype == torch.float64
     assert list(model["a"].parameters()) == list(model.parameters())
 
 
@@ -164,6 +170,7 @@ def test_laterals_are_detached_and_weighted_equally_at_the_start() -> None:
     model = build("conv")
     first = model.add_task("a", side="fcn4", head=3)
     second = model.add_task("b", side="fcn4", head=3, laterals=["a"])
+    assert isinstance(second.merge, Alpha)
     assert torch.allclose(second.merge.weights, torch.full((3,), 1 / 3))
     model.forward_all(inputs("conv"), tasks=["b"])["b"].sum().backward()
     assert all(p.grad is None for p in first.parameters())
@@ -195,8 +202,8 @@ def test_copy_is_the_base_at_first_and_slim_is_smaller() -> None:
     slim = model.add_task("slim", side="copy", head=2, side_options={"width": 0.5})
     x = inputs("conv")
     prepared = model.base.prepare(x)
-    assert torch.allclose(whole.side_output(prepared, model.base(x)), model.base(x).out, atol=1e-6)
-    counts = [sum(p.numel() for p in b.side.parameters()) for b in (whole, slim)]
+    assert torch.allclose(side_output(whole, prepared, model.base(x)), model.base(x).out, atol=1e-6)
+    counts = [sum(p.numel() for p in side_of(b).parameters()) for b in (whole, slim)]
     assert counts[1] < 0.7 * counts[0]
 
 
@@ -208,16 +215,17 @@ def test_xavier_and_low_energy() -> None:
     with st.seeded(0):
         low = model.add_task("low", side="mlp", head=2, init="low-energy")
     prepared, features = model.base.prepare(x), model.base(x)
-    assert torch.allclose(low.side_output(prepared, features), 0.01 * plain.side_output(prepared, features))
+    assert torch.allclose(side_output(low, prepared, features), 0.01 * side_output(plain, prepared, features))
     xavier = model.add_task("xavier", side="mlp", head=2, init="xavier")
-    assert all(float(m.bias.detach().abs().max()) == 0 for m in xavier.side.modules() if isinstance(m, nn.Linear))
+    layers = [m for m in side_of(xavier).modules() if isinstance(m, nn.Linear)]
+    assert all(float(m.bias.detach().abs().max()) == 0 for m in layers)
 
 
 def test_summary_and_freezing() -> None:
     model = build("conv")
     branch = model.add_task("a", side="fcn4", head=2)
     assert model.summary().tasks[0].total == sum(p.numel() for p in branch.parameters())
-    assert f"{sum(p.numel() for p in model.base.net.parameters()):,} parameters, frozen" in str(model.summary())
+    assert f"{sum(p.numel() for p in network(model.base).parameters()):,} parameters, frozen" in str(model.summary())
     model.freeze_task("a")
     assert branch.frozen
     model.freeze_task("a", False)

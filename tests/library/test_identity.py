@@ -51,10 +51,10 @@ def test_options_that_a_base_does_not_read_are_refused(name: str, options: dict[
 def test_what_changes_the_features_changes_the_identity() -> None:
     net, x = conv_net().eval(), inputs("conv")
     assert isinstance(x, torch.Tensor)
-    norm = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    norm: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.2] * 3}
     bases = [
         st.Base(net, example=x),
-        st.Base(net, example=x, **norm),  # type: ignore[arg-type]
+        st.Base(net, example=x, **norm),
         st.Base(net, example=x, mean=[0.5004] * 3, std=[0.2] * 3),
         st.Base(net, example=x, output=lambda out: 2 * out),
         st.Base(net, example=x, output=lambda out: 3 * out),
@@ -63,7 +63,7 @@ def test_what_changes_the_features_changes_the_identity() -> None:
     ]
     digests = [base.identity().digest() for base in bases]
     assert len(set(digests)) == len(bases)
-    again = st.Base(net, example=x, **norm)  # type: ignore[arg-type]
+    again = st.Base(net, example=x, **norm)
     assert again.identity() == bases[1].identity() and again.identity().digest() == digests[1]
     assert again.with_taps(["2"]).identity() == again.identity()
 

@@ -36,7 +36,7 @@ def test_the_readme_runs_with_an_encoder_of_texts(tmp_path: Path) -> None:
         vocab_size=12, hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=6
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] who built it ? did . i".split()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "who", "built", "it", "?", "did", ".", "i"]
     vocabulary = {word: number for number, word in enumerate(words)}
     transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(tmp_path)
     (block,) = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)

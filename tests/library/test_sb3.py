@@ -27,10 +27,17 @@ from agent_parts import (
     probabilities,
     small_base,
 )
+from conftest import side_of
 from sidetuning.errors import ArtifactError, DataError, ShapeError
 from sidetuning.integrations.sb3 import CODE, SideTunedExtractor, VecBaseFeatures
 
 PARTS: dict[str, Any] = {"base": small_base, "side": "fcn4", "hidden": 32}
+
+
+def codes(base: st.Base) -> Any:
+    """The space of the codes of a base in an observation."""
+    space: Any = VecBaseFeatures(DummyVecEnv([Sides]), base).observation_space
+    return space.spaces[CODE]
 
 
 @pytest.mark.parametrize("method", ["sidetune", "features"])
@@ -57,14 +64,12 @@ def test_a_base_that_prepares_its_pictures_otherwise_is_another() -> None:
     identity = small_base().identity()
     old = torch.tensor(list(bytes.fromhex(identity.sha256)), dtype=torch.uint8)
     extractor.load_state_dict({**state, "base_fingerprint": old})
-    assert bytes(extractor.base_fingerprint.tolist()).hex() == identity.digest()
-    new, saved = (VecBaseFeatures(DummyVecEnv([Sides]), small_base()).observation_space.spaces[CODE] for _ in range(2))
+    assert bytes(extractor.get_buffer("base_fingerprint").tolist()).hex() == identity.digest()
+    new, saved = (codes(small_base()) for _ in range(2))
     saved.fingerprint = identity.sha256
     del saved.known
-    assert (
-        saved == new == saved and saved != VecBaseFeatures(DummyVecEnv([Sides]), other_base()).observation_space[CODE]
-    )
-    assert new != VecBaseFeatures(DummyVecEnv([Sides]), other).observation_space.spaces[CODE]
+    assert saved == new == saved and saved != codes(other_base())
+    assert new != codes(other)
 
 
 def test_codes_of_another_base_are_refused(tmp_path: Path) -> None:
@@ -104,13 +109,19 @@ def test_what_learned_from_cached_codes_acts_without_them() -> None:
     assert torch.equal(*found) and not torch.allclose(found[0], torch.tensor(0.5), atol=1e-3)
 
 
+def inputs_of(extractor: SideTunedExtractor) -> int:
+    """Numbers that the first layer for given numbers reads."""
+    assert extractor.given is not None and isinstance(extractor.given[0], nn.Linear)
+    return extractor.given[0].in_features
+
+
 def test_other_numbers_reach_the_policy_and_entries_that_are_no_numbers_raise() -> None:
     space = spaces.Dict({"rgb": PICTURE, "speed": spaces.Box(-1, 1, (2,)), "level": spaces.Discrete(3)})
     extractor = SideTunedExtractor(space, **PARTS)
     # As stable-baselines3 makes them.
     seen = {"rgb": torch.rand(2, 3, 16, 16), "speed": torch.rand(2, 2), "level": torch.eye(3)[:2]}
     out = extractor(seen)
-    assert out.shape == (2, extractor.features_dim) == (2, 64) and extractor.given[0].in_features == 5
+    assert out.shape == (2, extractor.features_dim) == (2, 64) and inputs_of(extractor) == 5
     for name in ("speed", "level"):
         other = extractor({**seen, name: seen[name].flip(0)})
         assert torch.equal(other[:, :32], out[:, :32]) and not torch.allclose(other[:, 32:], out[:, 32:])
@@ -131,8 +142,14 @@ def test_other_numbers_reach_the_policy_and_entries_that_are_no_numbers_raise() 
 def test_any_base_and_any_side_make_an_extractor() -> None:
     space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 32, 32), np.uint8)})
     x = {"rgb": torch.rand(2, 3, 32, 32)}
+    choices: list[dict[str, Any]] = [
+        {},
+        {"side": "fcn4", "init": "distilled"},
+        {"merge": "sum"},
+        {"method": "features"},
+    ]
     for base in ("resnet44-cifar10", lambda: st.load_base("resnet44-cifar10", taps=["layer1"])):
-        for options in ({}, {"side": "fcn4", "init": "distilled"}, {"merge": "sum"}, {"method": "features"}):
+        for options in choices:
             extractor = SideTunedExtractor(space, base, **options)
             assert extractor(x).shape == (2, 128) == (2, extractor.features_dim)
 
@@ -141,28 +158,34 @@ def test_a_side_of_ones_own_is_each_policys_own() -> None:
     space = spaces.Dict({"rgb": PICTURE})
     side = nn.Conv2d(3, 8, 4, 4)
     made = [SideTunedExtractor(space, base=small_base, side=side) for _ in range(2)]
-    assert made[0].branch.side is not made[1].branch.side is not side
-    assert torch.equal(made[0].branch.side.weight, side.weight)
+    copies = [side_of(extractor.branch) for extractor in made if extractor.branch is not None]
+    assert copies[0] is not copies[1] and side not in copies
+    assert torch.equal(copies[0].get_parameter("weight"), side.weight)
 
 
 def test_a_distilled_side_survives_the_policys_initialisation() -> None:
-    from sidetuning.branch import distilled_weights
     from sidetuning.sides import SIDES
-    from sidetuning.sides.initialise import load_weights
+    from sidetuning.sides.initialise import distilled_weights, load_weights
+
+    def clear(module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.weight)
 
     space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 32, 32), np.uint8)})
     extractor = SideTunedExtractor(space, "resnet44-cifar10", side="fcn4", init="distilled")
-    extractor.apply(lambda m: nn.init.zeros_(m.weight) if isinstance(m, nn.Conv2d) else None)
+    extractor.apply(clear)
+    assert extractor.branch is not None
     wanted = SIDES.build("fcn4", extractor.base, options={})
     load_weights(wanted, distilled_weights(extractor.base, "fcn4", {}), "fcn4")
     for name, tensor in wanted.state_dict().items():
-        assert torch.equal(extractor.branch.side.state_dict()[name], tensor)
+        assert torch.equal(side_of(extractor.branch).state_dict()[name], tensor)
 
 
 def test_cached_features_are_those_of_the_base_and_cost_a_pass_per_step() -> None:
     live, cached = learner(), learner(cached=True)
     seen: list[int] = []
-    live.policy.features_extractor.encoder.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    extractor: Any = live.policy.features_extractor
+    extractor.encoder.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     assert torch.allclose(answers(live), answers(cached), atol=1e-5)
     for model in (live, cached):
         with st.seeded(0):
@@ -182,10 +205,11 @@ def test_cached_features_are_those_of_the_base_and_cost_a_pass_per_step() -> Non
 def test_the_last_observation_of_an_episode_has_features_too() -> None:
     env = VecBaseFeatures(DummyVecEnv([Sides] * 3), small_base())
     env.seed(1)
-    first = env.reset()
+    first: Any = env.reset()
     assert env.passes == 3 and first[CODE].shape == (3, 8, 4, 4)
     for _ in range(10):
-        seen, _, dones, infos = env.step(np.zeros(3, int))
+        step: Any = env.step(np.zeros(3, int))
+    seen, _, dones, infos = step
     assert dones.all()
     for k, info in enumerate(infos):
         last = info["terminal_observation"]

@@ -222,10 +222,12 @@ def test_a_signal_stops_between_two_steps_and_loses_none(number: int, tmp_path: 
 def test_the_resume_file_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "resume.pt"
     st.fit(build(), "t", loader(), steps=2, resume=file, progress=False)
-    for other in ({"steps": 3}, {"steps": 2, "seed": 1}):
+    others: list[dict[str, Any]] = [{"steps": 3}, {"steps": 2, "seed": 1}]
+    for other in others:
         with pytest.raises(st.TrainingError, match="belongs to a run of 2 steps with seed 0"):
             st.fit(build(), "t", loader(), resume=file, progress=False, **other)
-    for other in ({"lr": 0.5}, {"scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o)}):
+    others = [{"lr": 0.5}, {"scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o)}]
+    for other in others:
         with pytest.raises(st.TrainingError, match=r"holds the state of AdamW at 0\.001, 0\.001, not of AdamW at"):
             st.fit(build(), "t", loader(), steps=2, resume=file, progress=False, **other)
     with pytest.raises(st.TrainingError, match="another network"):
@@ -272,7 +274,8 @@ def test_merges_and_vectors_get_no_weight_decay(merge: str) -> None:
     free = {id(p) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]}
     assert decayed | free == {id(p) for p in branch.parameters()} and not decayed & free
     assert {id(p) for p in branch.merge.parameters()} <= free
-    assert id(branch.head.linear.weight) in decayed and id(branch.head.linear.bias) in free
+    head = dict(branch.head.named_parameters())
+    assert id(head["linear.weight"]) in decayed and id(head["linear.bias"]) in free
     branch.head.requires_grad_(False)
     assert sum(len(g["params"]) for g in parameter_groups(branch.parameters(), 0.3)) == sum(
         p.requires_grad for p in branch.parameters()

@@ -94,7 +94,6 @@ def load_images(source: str | Path, split: str) -> ImageSet:
 def _read(where: str, kind: str, options: dict[str, Any]) -> ImageSet:
     """Read encoded images and labels by a builder of `datasets`; streaming spares it a copy of the data on the disk."""
     import datasets  # type: ignore[import-untyped]
-    import pyarrow
 
     # Its errors are told below.
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
@@ -104,9 +103,12 @@ def _read(where: str, kind: str, options: dict[str, Any]) -> ImageSet:
         columns = [_column(where, list(data.features), wanted) for wanted in (IMAGE_COLUMNS, LABEL_COLUMNS)]
         for table in data.with_format("arrow").iter(batch_size=2000):
             rows += zip(*(table[column].to_pylist() for column in columns), strict=True)
+    except DataError:
+        raise
     except datasets.data_files.EmptyDatasetError as error:
         raise DataError(f"{where} holds no image") from error
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    # Readers raise whatever their formats make them.
+    except Exception as error:
         raise DataError(f"{where} is no readable {kind} data ({error}); download it again") from error
     if kind == "imagefolder":
         rows.sort(key=lambda row: (row[1], row[0]["path"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,10 @@ from sidetuning.loading import load_base
 from sidetuning.training import evaluate
 from sidetuning_bench.continual import AccuracyMatrix
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task
+from sidetuning_bench.results import markdown_table
+
+if TYPE_CHECKING:
+    from rich.markdown import Markdown
 
 TASKS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 
@@ -81,7 +86,8 @@ def main(settings: Settings) -> None:
     console = Console()
     splits = digits(settings.seed)
     base = load_base(settings.base)
-    side = learn_all(METHODS["sidetune"](base, side="fcn4", merge="mlp2", init="distilled"), splits, settings)
+    options = {"side": "fcn4", "merge": "mlp2", "init": "distilled"}
+    side = learn_all(METHODS.build("sidetune", base, options=options), splits, settings)
     tuned = learn_all(METHODS["finetune"](base), splits, settings)
     side.save(Path(settings.out) / "matrix.json")
     console.print(table("Side-tuning: a frozen base and small sides", side))
@@ -96,18 +102,13 @@ def main(settings: Settings) -> None:
     )
 
 
-def table(title: str, matrix: AccuracyMatrix) -> object:
-    """A matrix in percent, one row per task learned."""
-    from rich.table import Table
+def table(title: str, matrix: AccuracyMatrix) -> Markdown:
+    """A matrix in percent, one row per task learned; what was forgotten is bold."""
+    from pandas import DataFrame
+    from rich.markdown import Markdown
 
-    out = Table(title=f"{title}, in %", title_justify="left")
-    out.add_column("after learning")
-    for task in matrix.tasks:
-        out.add_column(task, justify="right")
-    for task, row in zip(matrix.tasks, matrix.rows, strict=True):
-        cells = [
-            f"[bold red]{100 * v:.0f}[/]" if v < matrix.learned[j] - 0.1 else f"{100 * v:.0f}"
-            for j, v in enumerate(row)
-        ]
-        out.add_row(task, *cells)
-    return out
+    rows = [{"after learning": task} for task in matrix.tasks]
+    for row, accuracies in zip(rows, matrix.rows, strict=True):
+        for task, value, learned in zip(matrix.tasks, accuracies, matrix.learned, strict=False):
+            row[task] = f"**{100 * value:.0f}**" if value < learned - 0.1 else f"{100 * value:.0f}"
+    return Markdown(f"{title}, in %\n\n{markdown_table(DataFrame(rows).fillna(''))}")

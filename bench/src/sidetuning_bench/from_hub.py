@@ -8,7 +8,7 @@ from sidetuning.errors import DataError
 
 
 def local_folder(source: str | Path, example: str) -> Path:
-    """The path where there is such a thing, else a snapshot of the Hub's data set of that name (its parquet files), cached.
+    """The path where it exists, else a cached snapshot of the Hub's data set of that name: its parquet files.
 
     Raises:
         DataError: neither; `example` is named as one that exists on the Hub.

@@ -161,6 +161,10 @@ def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
     return images.flip(-1)
 
 
+# Caches of mirrored images are named by the function; this is its module in version 0.1.0.
+mirror.__module__ = "sidetuning.scenarios.icifar"
+
+
 def views_of(data: CachedFeatures | Images) -> list[CachedFeatures | Images]:
     """A data set per view, instead of one that gives a random view."""
     if isinstance(data, Images):

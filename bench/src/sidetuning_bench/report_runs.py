@@ -102,12 +102,12 @@ def _runs_in(folder: Path) -> list[Path]:
     """The folder of a run, or those of the finished runs of a comparison."""
     if (folder / "result.json").exists():
         return [folder]
+    runs = [file.parent for file in folder.glob("*/result.json") if (folder / "run.json").exists()]
+    if not runs:
+        _content(folder)
+        raise SideTuningError(f"the run in {folder} is not finished; its command resumes it")
     # Numbers in names are sorted as numbers.
-    found = [file.parent for file in folder.glob("*/result.json")]
-    if found:
-        return sorted(found, key=lambda run: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", run.name)])
-    _content(folder)
-    raise SideTuningError(f"the run in {folder} is not finished; its command resumes it")
+    return sorted(runs, key=lambda run: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", run.name)])
 
 
 def told_apart(results: Sequence[Any], axis: str = "") -> list[str]:

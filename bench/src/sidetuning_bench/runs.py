@@ -1,4 +1,4 @@
-"""A run's folder: settings, metrics, matrix, tasks and resume files; the same command run again goes on in it."""
+"""A run's folder: settings, metrics, matrix, tasks and resume files; the same command resumes in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from sidetuning.files import write_json, write_text
 from sidetuning_bench.options import FREE, defaults, flat, translated
 
 FORMAT_VERSION = 1
-WITH_SIDES = ("sidetune", "boosting")  # methods that read settings of sides and merges
 
 
 class Run:
@@ -167,30 +166,6 @@ def absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().resolve())
 
 
-def at_least_one(settings: Any, *names: str) -> None:
-    """Counts of a user's settings must be 1 or more.
-
-    Raises:
-        SideTuningError: one is not.
-    """
-    for name in names:
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            flag = name.replace("_", "-")
-            raise SideTuningError(f"--{flag} must be 1 or more, not {getattr(settings, name)}")
-
-
-def above_zero(settings: Any, *names: str) -> None:
-    """Amounts of a user's settings must be above 0; None is no amount.
-
-    Raises:
-        SideTuningError: one is not.
-    """
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:  # nor is NaN
-            raise SideTuningError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-
-
 def read_result(kind: Callable[..., Any], file: Path) -> Any:
     """A result that an earlier call wrote.
 
@@ -201,26 +176,6 @@ def read_result(kind: Callable[..., Any], file: Path) -> Any:
         return kind(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise SideTuningError(f"{file} cannot be read ({error}); delete it, and run the same command again") from error
-
-
-def side_options(side: str, width: float) -> dict[str, Any]:
-    """Options of a side for a base that returns a map with both signs."""
-    return {"fcn5": {"width": width, "signed": True}, "copy": {"width": width}}.get(side, {})
-
-
-def not_twice(settings: Any, *names: str) -> None:
-    """Lists of a user's settings name something, and nothing twice.
-
-    Raises:
-        SideTuningError: one does not.
-    """
-    for name in names:
-        values = getattr(settings, name)
-        flag = name.replace("_", "-")
-        if not values:
-            raise SideTuningError(f"--{flag} names nothing")
-        if twice := next((v for v in values if values.count(v) > 1), None):
-            raise SideTuningError(f"--{flag} names {twice} twice")
 
 
 def peak_memory_mb(anew: bool = False) -> float | None:

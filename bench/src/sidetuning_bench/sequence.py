@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from sidetuning.errors import ArtifactError, SideTuningError
 from sidetuning_bench.methods import Method, Recipe, Task, saved_tasks
 from sidetuning_bench.options import FREE, flat, with_values
-from sidetuning_bench.results import RunResult, own_values
+from sidetuning_bench.results import RunResult, markdown_table, own_values
 from sidetuning_bench.runs import Run, peak_memory_mb
 
 S = TypeVar("S")
@@ -207,34 +207,25 @@ def with_recipe(settings: S, best: Mapping[str, Any]) -> S:
 
 def print_result(result: RunResult, title: str, folder: str) -> None:
     """Print the table of a run, and what it took."""
+    from pandas import DataFrame
     from rich.console import Console
-    from rich.table import Table
+    from rich.markdown import Markdown
 
     matrix = result.matrix
-    table = Table(title=f"{title}, {result.method}, seed {result.seed}", caption_justify="left")
-    # Where the measure is the accuracy, the score says the same.
-    hidden = ("measure", "score") if result.measures is None else ("forgotten",)
-    for i, name in enumerate(result.tasks):
-        measure, learned, end = own_values(result, name)
-        row = {
-            "task": name,
-            "measure": measure,
-            "when learned": f"{learned:.4g}",
-            "at the end": f"{end:.4g}",
-            "score": f"{100 * matrix.final[i]:.1f}",
-            "forgotten": f"{100 * matrix.forgetting[i]:.1f}",
-            "alpha": "–" if result.alphas[i] is None else f"{result.alphas[i]:.3f}",
-            "seconds": f"{result.seconds[i]:.1f}",
-        }
-        shown = {column: value for column, value in row.items() if column not in hidden}
-        for column in shown if not i else ():
-            table.add_column(column, justify="left" if column in ("task", "measure") else "right")
-        table.add_row(*shown.values())
+    measures, learned, ends = zip(*(own_values(result, task) for task in result.tasks), strict=True)
+    columns: dict[str, Iterable[str]] = {"task": result.tasks}
+    if result.measures is not None:
+        columns |= {"measure": measures, "score": [f"{100 * score:.1f}" for score in matrix.final]}
+    columns |= {"when learned": [f"{value:.4g}" for value in learned], "at the end": [f"{value:.4g}" for value in ends]}
+    if result.measures is None:
+        columns["forgotten"] = [f"{100 * lost:.1f}" for lost in matrix.forgetting]
+    columns["alpha"] = ["–" if alpha is None else f"{alpha:.3f}" for alpha in result.alphas]
+    columns["seconds"] = [f"{seconds:.1f}" for seconds in result.seconds]
     average, lost = 100 * matrix.average, 100 * (0.0 - matrix.backward_transfer)
     added, shared = max(result.parameters), result.shared_parameters
     share = f" ({added / shared:.1%})" if shared else ""
     console = Console()
-    console.print(table)
+    console.print(Markdown(f"{title}, {result.method}, seed {result.seed}\n\n{markdown_table(DataFrame(columns))}"))
     console.print(
         f"average score at the end: {average:.1f}; lost on earlier tasks, on average: {lost:.1f} points.\n"
         f"shared by all tasks: {shared:,} parameters; each task adds at most {added:,}{share}.\n"

@@ -131,7 +131,11 @@ def _fill(
 
 
 def cache_bytes(base: Base, dataset: Dataset[Any], views: int = 1, dtype: str = "float32") -> int:
-    """Size that a cache will have, in bytes."""
+    """Size that a cache will have, in bytes.
+
+    Args:
+        base, dataset, views, dtype: as of `cache_features`.
+    """
     return _store(base, dataset, Path(), views, dtype).size()
 
 

@@ -49,7 +49,6 @@ SIDES: Registry[Callable[..., nn.Module]] = Registry(
         "copy": "sidetuning.sides.copy:copy",
         "mlp": "sidetuning.sides.generic:mlp",
         "transformer": "sidetuning.sides.generic:Transformer",
-        "top": "sidetuning.sides.top:Top",
         "ladder": "sidetuning.sides.ladder:Ladder",
         "fusion": "sidetuning.sides.fusion:Fusion",
     },

@@ -140,7 +140,7 @@ class Embed(nn.Module):
 
 def _read(inputs: Input) -> Tensor:
     """The one tensor that these sides read: the input itself, or its token ids."""
-    x = inputs
+    x: object = inputs
     if isinstance(inputs, Mapping):
         x = inputs["x"] if "x" in inputs else inputs.get("input_ids")
     if not isinstance(x, Tensor):

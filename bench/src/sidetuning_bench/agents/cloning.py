@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sidetuning.base import Base, Features, Input
+from sidetuning.base import Features, Input
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.files import write_json
 from sidetuning.sides.fusion import random_shift
@@ -140,12 +140,6 @@ def build_method(settings: Settings) -> Method:
     return method
 
 
-def cached(base: Base, steps: Steps, folder: str) -> CachedFeatures:
-    """The base's features of all frames."""
-    dataset: Any = steps
-    return cache_features(base, dataset, Path(folder).expanduser(), progress=False)
-
-
 def run(settings: Settings) -> Result:
     """Learn and test a clone; an interrupted run resumes."""
     options = settings.clone
@@ -153,7 +147,8 @@ def run(settings: Settings) -> Result:
     steps = read_steps(options.data)
     data = about(options.data, steps)
     method = build_method(settings)
-    features = cached(method.base, steps, options.cache) if method.uses_features else None
+    frames, cache = cast(Dataset[Any], steps), Path(options.cache).expanduser()
+    features = cache_features(method.base, frames, cache, progress=False) if method.uses_features else None
     learned_from, kept = split(data["episodes"], settings.trajectories, settings.seed)
     rows = steps.of(learned_from)
     # A method that sees the code alone needs no other pictures.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
 from sidetuning_bench.agents.trajectories import Episode, Writer
-from sidetuning_bench.agents.worlds import TEST_SEED, expert_of, make_world
+from sidetuning_bench.agents.worlds import TEST_SEED, check_expert, make_world
 from sidetuning_bench.options import Count, Rule, check
 from sidetuning_bench.runs import Run, end_with_parent
 
@@ -130,7 +130,7 @@ def run(settings: Settings) -> tuple[int, int]:
         raise SideTuningError(f"--out {out}: Minari wants a name that ends in a version, such as {out.name}-v0")
     Run(out, "collect-trajectories", settings, free=("out", "episodes", "workers", "progress"))
     with closing(make_world(env, settings.split, settings.size)) as world:
-        expert_of(world, env)
+        check_expert(world, env)
         about = {"description": f"shortest-path expert in {env}, split {settings.split}, straying {settings.stray}"}
         writer = Writer(out, world.observation_space, world.action_space, about)
     failed, before, tried = 0, len(writer), writer.tried

@@ -17,10 +17,19 @@ from sidetuning_bench import grid
 from sidetuning_bench.agents import cloning
 from sidetuning_bench.agents.cloning import CloneOptions, Result
 from sidetuning_bench.agents.films import film
-from sidetuning_bench.agents.outcomes import MEASURES, difference_text, mean_text, scores
-from sidetuning_bench.agents.policies import load_player
+from sidetuning_bench.agents.outcomes import MEASURES, difference_text, mean_text, reader, scores, show
+from sidetuning_bench.agents.play import load_player
 from sidetuning_bench.agents.trajectories import COMPASS, Steps, read_steps
-from sidetuning_bench.agents.worlds import HOME, TEST_SEED, Act, at_random, by_compass, episodes, expert_of, make_world
+from sidetuning_bench.agents.worlds import (
+    HOME,
+    TEST_SEED,
+    Act,
+    at_random,
+    by_compass,
+    check_expert,
+    episodes,
+    make_world,
+)
 from sidetuning_bench.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning_bench.continual import mean_and_error
 from sidetuning_bench.grid import Cell
@@ -69,14 +78,7 @@ def cells(settings: Settings, size: int) -> Iterator[Cell[cloning.Settings]]:
                 yield Cell(name, folder, cloning.Settings(method, count, seed, size, str(folder), options))
 
 
-def finished(cell: Cell[cloning.Settings]) -> Result | None:
-    """The result of a cell, where it is done; a run with other settings is refused."""
-    file = cell.folder / "result.json"
-    if not file.exists():
-        return None
-    Run(cell.folder, "imitation-run", cell.settings)
-    result: Result = read_result(Result, file)
-    return result
+finished = reader(Result, "imitation-run")
 
 
 def run(settings: Settings) -> list[Result]:
@@ -137,7 +139,7 @@ def check_world(options: CloneOptions, steps: Steps) -> None:
         if was["split"] == split and env != "doom-home":
             raise DataError(f"{data} was collected in the scenes of '{split}'; give another --test-split")
     with closing(make_world(env, split, steps.rgb.shape[-1])) as world:
-        expert_of(world, env)
+        check_expert(world, env)
         compass = COMPASS in world.observation_space.spaces
     if compass != (steps.extra.shape[1] > 0):
         was, now = ("without", "one") if compass else ("with", "none")
@@ -247,10 +249,4 @@ FAMILIES["imitation-run"] = Family(
 
 def main(settings: Settings) -> None:
     """Run and print the tables."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    results = run(settings)
-    console = Console()
-    console.print(Markdown(table(results, settings.trajectories)))
-    console.print(f"tables: {settings.run.out}/table.md; report: {settings.run.out}/report.html", highlight=False)
+    show(table(run(settings), settings.trajectories), settings.run.out)

@@ -1,7 +1,8 @@
-"""`sidetuning bench play RUN`: films of what a trained agent does."""
+"""`sidetuning bench play RUN`: films of what a trained agent of imitation or rl does."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +10,14 @@ from typing import Annotated
 import tyro
 
 from sidetuning.errors import SideTuningError
+from sidetuning_bench.agents import cloning
 from sidetuning_bench.agents.films import film
-from sidetuning_bench.agents.policies import load_player
+from sidetuning_bench.agents.worlds import Player, map_base
 from sidetuning_bench.charts import write_charts
+from sidetuning_bench.methods import load_method
+from sidetuning_bench.options import Count, check, with_values
+
+GIVE = "give the folder of one run of imitation or rl"
 
 
 @dataclass(frozen=True)
@@ -20,17 +26,41 @@ class Settings:
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of one run of imitation or rl, such as runs/imitation/sidetune-500-0."""
-    episodes: int = 3
+    episodes: Count = 3
     """Number of episodes."""
     out: str | None = None
     """Folder of the films; RUN/play by default."""
 
 
+def load_player(folder: str | Path) -> Player:
+    """Load the agent of a finished run.
+
+    Raises:
+        SideTuningError: the folder holds no finished run of imitation or rl.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / "run.json").read_text())
+        scenario, saved = content["scenario"], content["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SideTuningError(f"{folder} holds no run ({error}); {GIVE}") from error
+    if scenario == "imitation-run":
+        settings = with_values(cloning.Settings(), saved)
+        agent = settings.clone.agent
+        base = map_base(agent.base, agent.base_weights, settings.size)
+        return cloning.player(settings, load_method(folder / "tasks", base))
+    if scenario == "rl-run":
+        # stable-baselines3 is needed for agents of rl alone.
+        from sidetuning_bench.agents import ppo
+
+        return ppo.player(*ppo.load_policy(folder))
+    raise SideTuningError(f"{folder} holds a run of {scenario}; {GIVE}, such as {folder}/sidetune-0")
+
+
 def main(settings: Settings) -> None:
     """Film, and print where the films are."""
     out = Path(settings.out) if settings.out else Path(settings.run) / "play"
-    if settings.episodes < 1:
-        raise SideTuningError(f"--episodes {settings.episodes}: give at least one")
+    check(settings)
     films = film(load_player(settings.run), settings.episodes, out)
     for k, episode in enumerate(films):
         print(f"episode {k}: {episode.caption}")

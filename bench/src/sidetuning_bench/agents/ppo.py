@@ -59,11 +59,13 @@ def run(settings: Settings) -> Result:
         curve = Curve(folder, saved)
         if model.num_timesteps < options.steps:
             model.learn(options.steps - model.num_timesteps, callback=curve, reset_num_timesteps=False)
+        rate = model.num_timesteps / curve.seconds
         passes = int(saved["passes"]) + env.passes if isinstance(env, VecBaseFeatures) else None
     finally:
         env.close()
     save_policy(model.policy, folder.folder / "policy.safetensors")
     policy = load_policy(folder.folder)[1]
+    branch = policy.features_extractor.branch
     check_same(model.policy, policy, folder.folder)
     result = Result(
         method=settings.method,
@@ -71,9 +73,9 @@ def run(settings: Settings) -> Result:
         env=options.agent.env,
         curve=folder.metrics(),
         added=sum(p.numel() for p in policy.parameters() if p.requires_grad),
-        alpha=getattr(policy.features_extractor.branch, "alpha", None),
+        alpha=branch and branch.alpha,
         base_passes=passes,
-        steps_per_second=model.num_timesteps / curve.seconds,
+        steps_per_second=rate,
         resumed=curve.resumed,
         settings={name: value for name, value in flat(settings).items() if name not in FREE},
         **scores(player(settings, policy).outcomes(options.agent.test_episodes)),
@@ -124,21 +126,10 @@ def extractor_options(settings: Settings) -> dict[str, Any]:
 def build(settings: Settings, env: VecEnv) -> PPO:
     """The learner."""
     options = settings.ppo
-    extractor = {
-        "features_extractor_class": AgentExtractor,
-        "features_extractor_kwargs": extractor_options(settings),
-    }
-    return PPO(
-        "MultiInputPolicy",
-        env,
-        n_steps=options.rollout,
-        batch_size=options.batch,
-        n_epochs=options.passes,
-        learning_rate=options.lr,
-        ent_coef=options.entropy,
-        seed=SEEDS * settings.seed,
-        policy_kwargs={**extractor, "net_arch": [64]},
-    )
+    parts = {"features_extractor_class": AgentExtractor, "features_extractor_kwargs": extractor_options(settings)}
+    steps: dict[str, Any] = {"n_steps": options.rollout, "batch_size": options.batch, "n_epochs": options.passes}
+    rates: dict[str, Any] = {"learning_rate": options.lr, "ent_coef": options.entropy, "seed": SEEDS * settings.seed}
+    return PPO("MultiInputPolicy", env, policy_kwargs={**parts, "net_arch": [64]}, **steps, **rates)
 
 
 class Curve(BaseCallback):
@@ -153,7 +144,12 @@ class Curve(BaseCallback):
         super().__init__()
         self.folder, self.passes_before, self.resumed = folder, int(saved["passes"]), int(saved["resumed"])
         self.recent: list[dict[str, float]] = saved.get("recent", [])
-        self.seconds, self._since, self._rollouts = float(saved["seconds"]), time.perf_counter(), 0
+        self._started, self._rollouts = time.perf_counter() - float(saved["seconds"]), 0
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, that before an interruption included."""
+        return time.perf_counter() - self._started
 
     def _on_training_start(self) -> None:
         if self.num_timesteps:
@@ -170,30 +166,22 @@ class Curve(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         # The update from the rollout before has ended.
-        if self._rollouts:
-            self._tick()
-            if self._rollouts % SAVE_EVERY == 0:
-                self._save()
+        if self._rollouts and self._rollouts % SAVE_EVERY == 0:
+            self._save()
 
     def _on_rollout_end(self) -> None:
         self._rollouts += 1
-        self._tick()
         if self.recent:
             means = {name: float(np.mean([row[name] for row in self.recent])) for name in self.recent[-1]}
             self.folder.append({"steps": self.num_timesteps, **means, "seconds": self.seconds})
 
     def _on_training_end(self) -> None:
-        self._tick()
         self._save()
 
     def _save(self) -> None:
         passes = self.training_env.passes if isinstance(self.training_env, VecBaseFeatures) else 0
         counts = {"seconds": self.seconds, "passes": self.passes_before + passes, "resumed": self.resumed}
         save_state(self.model, self.folder.resume("ppo"), {**counts, "recent": self.recent})
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
 
 
 def save_state(model: Any, file: Path, counts: Mapping[str, Any]) -> None:
@@ -274,11 +262,11 @@ def check_same(policy: Any, loaded: Any, folder: Path) -> None:
     Raises:
         SideTuningError: they differ.
     """
-    expected, found = policy.state_dict(), loaded.state_dict()
-    if not all(torch.equal(tensor.cpu(), found[name].cpu()) for name, tensor in expected.items()):
+    found = loaded.state_dict()
+    if not all(torch.equal(tensor.cpu(), found[name].cpu()) for name, tensor in policy.state_dict().items()):
         raise SideTuningError(
-            f"the policy in {folder} is not the one that was learned; was it written to by another run? Delete "
-            "policy.safetensors there, and run the same command again"
+            f"the policy in {folder} is not the one that was learned: another run may have written there; delete "
+            "policy.safetensors, and run the same command again"
         )
 
 

@@ -14,12 +14,13 @@ from sidetuning_bench import grid
 from sidetuning_bench.agents import curves
 from sidetuning_bench.agents.curves import METHODS, SCRATCH, PPOOptions, Result, charts, table
 from sidetuning_bench.agents.films import film
-from sidetuning_bench.agents.policies import load_player
+from sidetuning_bench.agents.outcomes import reader, show
+from sidetuning_bench.agents.play import load_player
 from sidetuning_bench.agents.worlds import HOME, make_world
 from sidetuning_bench.charts import write_charts
 from sidetuning_bench.grid import Cell
 from sidetuning_bench.options import GridOptions, Names, check, with_values
-from sidetuning_bench.runs import Run, absolute, read_result
+from sidetuning_bench.runs import Run, absolute
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,7 @@ def cells(settings: Settings) -> Iterator[Cell[curves.Settings]]:
             yield Cell(folder.name, folder, curves.Settings(method, seed, str(folder), options), size=rollouts)
 
 
-def finished(cell: Cell[curves.Settings]) -> Result | None:
-    """The result of a cell, where it is done; a run with other settings is refused."""
-    file = cell.folder / "result.json"
-    if not file.exists():
-        return None
-    Run(cell.folder, "rl-run", cell.settings, free=curves.FREE)
-    result: Result = read_result(Result, file)
-    return result
+finished = reader(Result, "rl-run", curves.FREE)
 
 
 def run(settings: Settings) -> list[Result]:
@@ -101,10 +95,4 @@ def lead(env: str) -> str:
 
 def main(settings: Settings) -> None:
     """Run and print the table."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    results = run(settings)
-    console = Console()
-    console.print(Markdown(table(results)))
-    console.print(f"table: {settings.run.out}/table.md; report: {settings.run.out}/report.html", highlight=False)
+    show(table(run(settings)), settings.run.out)

@@ -98,16 +98,10 @@ def map_base(name: str, weights: str | None, size: int) -> Base:
     return base
 
 
-def expert_of(world: Any, name: str) -> Callable[[], int]:
-    """The function that gives an environment's best action at any time.
-
-    Raises:
-        SideTuningError: the environment has no goal.
-    """
+def check_expert(world: Any, name: str) -> None:
+    """Raise a SideTuningError where an environment has no goal and so no expert."""
     if not hasattr(world, "expert"):
         raise SideTuningError(f"{name} has no goal and so no expert to imitate; use doom-pointnav or doom-home")
-    expert: Callable[[], int] = world.expert
-    return expert
 
 
 def stops(world: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures for the report: a few test frames, and what a method says of them when a task was just learned and at the end."""
+"""Pictures for the report: a method's predictions on a few test frames, right after a task and at the end."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def explained(level: str) -> Iterator[None]:
 def engine(
     level: str,
     *,
-    height: int = 240,
+    size: int = 240,
     buttons: Sequence[str] = (),
     variables: Sequence[str] = (),
     seed: int = 0,
@@ -69,7 +69,7 @@ def engine(
 
     Args:
         level: "map01" … "map32".
-        height: height of the picture, 120, 240, 480 or 960; the width is 4/3 of it.
+        size: least height of the picture, which is 120, 240, 480 or 960; the width is 4/3 of it.
         buttons, variables: names of `vizdoom.Button` and `vizdoom.GameVariable`, in the order in which they are used.
         seed: seed for everything that is random in the game.
         buffers: what states hold beside the picture: "depth_buffer", "labels_buffer", "sectors_info", "objects_info".
@@ -85,6 +85,7 @@ def engine(
     game.set_doom_map(level)
     game.set_window_visible(False)
     game.set_screen_format(vzd.ScreenFormat.RGB24)
+    height = next((height for height in (120, 240, 480, 960) if height >= size), 960)
     game.set_screen_resolution(getattr(vzd.ScreenResolution, f"RES_{height * 4 // 3}X{height}"))
     for buffer in buffers:
         getattr(game, f"set_{buffer}_enabled")(True)

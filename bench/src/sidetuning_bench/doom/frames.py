@@ -163,11 +163,10 @@ def frames(
     level = load_map(freedoom(), name)
     camera = Camera.of_size(size)
     places = level.free_points(rng, max(count // 2, 8))
-    height = next((h for h in (240, 480, 960) if h >= size), 960)
     views = [0] * len(places)
     found = 0
     turning, buffers = ("TURN_LEFT_RIGHT_DELTA",), ("depth_buffer", "labels_buffer")
-    with engine(name, height=height, buttons=turning, variables=VARIABLES, seed=seed, buffers=buffers) as game:
+    with engine(name, size=max(size, 240), buttons=turning, variables=VARIABLES, seed=seed, buffers=buffers) as game:
         for attempt in range(8 * count if len(places) else 0):
             if found == count:
                 return

@@ -112,10 +112,8 @@ class DoomMap(NamedTuple):
             _look(self, view, sector, (x, y, eye), np.radians(yaw), camera.fx, camera.fy)
         return view
 
-    def free_points(
-        self, rng: np.random.Generator, count: int, margin: float = 40.0, headroom: float = 64.0
-    ) -> NDArray[np.float64]:
-        """Up to `count` random places where a player can stand: not in a liquid, `margin` away from walls. (n, 2)"""
+    def free_points(self, rng: np.random.Generator, count: int) -> NDArray[np.float64]:
+        """Up to `count` random places where a player can stand: not in a liquid, 40 units away from walls. (n, 2)"""
         ends = self.lines.reshape(-1, 2)
         solid = self.lines[(self.back < 0) | self.blocking]
         start, along = solid[:, :2], solid[:, 2:] - solid[:, :2]
@@ -125,10 +123,10 @@ class DoomMap(NamedTuple):
             if len(found) == count:
                 break
             sector = self.sector_at(*p)
-            if sector < 0 or self.liquid[sector] or self.ceiling[sector] - self.floor[sector] < headroom:
+            if sector < 0 or self.liquid[sector] or self.ceiling[sector] - self.floor[sector] < 64:
                 continue
             t = np.clip(((p - start) * along).sum(1) / length2, 0, 1)
-            if ((start + t[:, None] * along - p) ** 2).sum(1).min() >= margin**2:
+            if ((start + t[:, None] * along - p) ** 2).sum(1).min() >= 40**2:
                 found.append(p)
         return np.array(found).reshape(-1, 2)
 

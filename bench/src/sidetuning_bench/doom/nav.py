@@ -46,6 +46,10 @@ OPEN = ("map18", "map20", "map27")
 WINDING = 1.1
 
 
+Seen = dict[str, NDArray[Any]]
+Info = dict[str, Any]
+
+
 def point(xy: NDArray[np.float64]) -> tuple[float, float]:
     """An array (2,) as floats."""
     return float(xy[0]), float(xy[1])
@@ -99,7 +103,7 @@ class DoomWalk(gym.Env[Any, Any]):
         self.maps, self.max_steps, self.render_mode = names, max_steps, render_mode
         self.action_space = spaces.Discrete(len(ACTIONS))
         self.observation_space: spaces.Dict = spaces.Dict({"rgb": spaces.Box(0, 255, (size, size, 3), np.uint8)})
-        self.world = World(size, seed=0, cache=cache)
+        self.world = World(size, cache)
         self.grid: Grid
         self.episode: Episode
         self.steps = 0
@@ -108,9 +112,7 @@ class DoomWalk(gym.Env[Any, Any]):
         self.commands: tuple[str, ...] = ()
         self._map, self._stayed = "", 0
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Seen, Info]:
         super().reset(seed=seed)
         if seed is not None or self._stayed % STAY == 0 or not self._map:
             self._map, self._stayed = str(self.np_random.choice(self.maps)), 0
@@ -122,7 +124,7 @@ class DoomWalk(gym.Env[Any, Any]):
         self.steps, self.walked = 0, 0.0
         return self.begin()
 
-    def step(self, action: int) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+    def step(self, action: int) -> tuple[Seen, float, bool, bool, Info]:
         if not 0 <= int(action) < len(ACTIONS):
             raise SideTuningError(f"action {action} is none of 0 … 3: {', '.join(ACTIONS)}")
         x, y = self.world.x, self.world.y
@@ -141,15 +143,15 @@ class DoomWalk(gym.Env[Any, Any]):
         """A random episode on the present map."""
         raise NotImplementedError
 
-    def begin(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def begin(self) -> tuple[Seen, Info]:
         """Called when the player stands at the start: the first observation and its measures."""
         raise NotImplementedError
 
-    def judge(self, action: int, going: bool) -> tuple[float, bool, dict[str, Any]]:
+    def judge(self, action: int, going: bool) -> tuple[float, bool, Info]:
         """Called after an action, `going` where the level goes on: the reward, whether the episode ends, measures."""
         raise NotImplementedError
 
-    def observe(self) -> dict[str, NDArray[Any]]:
+    def observe(self) -> Seen:
         """The agent's observation."""
         return {"rgb": self.world.image.copy()}
 
@@ -219,11 +221,11 @@ class DoomPointNav(DoomWalk):
             "give a smaller winding, or other maps"
         )
 
-    def begin(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def begin(self) -> tuple[Seen, Info]:
         self.distance = self.shortest = self._distance()
         return self.observe(), self._info(False)
 
-    def judge(self, action: int, going: bool) -> tuple[float, bool, dict[str, Any]]:
+    def judge(self, action: int, going: bool) -> tuple[float, bool, Info]:
         before, self.distance = self.distance, self._distance()
         # A step reached the armour, and so the end of the level.
         taken = not going and not self.compass and self.distance <= 2 * RADIUS
@@ -236,12 +238,12 @@ class DoomPointNav(DoomWalk):
         units = self.ways.distance(self.world.x, self.world.y)
         return units / UNITS_PER_METRE if np.isfinite(units) else self.distance
 
-    def _info(self, success: bool) -> dict[str, Any]:
+    def _info(self, success: bool) -> Info:
         share = self.shortest / max(self.shortest, self.walked, 1e-6)
         measures = {"distance_to_goal": self.distance, "success": float(success), "spl": success * share}
         return {**measures, "is_success": success}
 
-    def observe(self) -> dict[str, NDArray[Any]]:
+    def observe(self) -> Seen:
         seen = super().observe()
         if self.compass:
             dx, dy = self.episode.goal[0] - self.world.x, self.episode.goal[1] - self.world.y
@@ -274,12 +276,12 @@ class DoomExplore(DoomWalk):
         place = point(self.grid.centres[self.np_random.integers(len(self.grid.centres))])
         return Episode(self._map, place, float(self.np_random.uniform(-180, 180)), place)
 
-    def begin(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def begin(self) -> tuple[Seen, Info]:
         self._seen = np.zeros(np.array(self.grid.number.shape) * int(self.grid.cell) // UNITS_PER_METRE + 1, np.bool_)
         self._look()
         return self.observe(), {"seen": int(self._seen.sum())}
 
-    def judge(self, action: int, going: bool) -> tuple[float, bool, dict[str, Any]]:
+    def judge(self, action: int, going: bool) -> tuple[float, bool, Info]:
         new = self._look()
         return SEEN * new, False, {"seen": int(self._seen.sum())}
 

@@ -26,12 +26,11 @@ class World:
 
     Args:
         size: width and height of the pictures.
-        seed: seed for what is random in the game, such as flickering lights.
         cache: folder for the grids of maps.
     """
 
-    def __init__(self, size: int, seed: int, cache: str | Path = "~/.cache/sidetuning") -> None:
-        self.size, self.seed = size, seed
+    def __init__(self, size: int, cache: str | Path = "~/.cache/sidetuning") -> None:
+        self.size = size
         self.cache = Path(cache).expanduser() / "doom-grids"
         self.map = ""
         self.x = self.y = self.yaw = 0.0
@@ -63,7 +62,7 @@ class World:
             self._game.set_doom_map(name)
         elif name != self.map:
             self._running.close()
-            self._game = self._running.enter_context(start(name, self.size, self.seed))
+            self._game = self._running.enter_context(start(name, self.size))
             # Finalizers run last made, first called: this one before that of the engine's folder.
             weakref.finalize(self, self._running.close)
         self.map = name
@@ -123,17 +122,12 @@ class World:
         self._game, self.map = None, ""
 
 
-def start(name: str, size: int, seed: int, buffers: Sequence[str] = ()) -> AbstractContextManager[Any]:
+def start(name: str, size: int, buffers: Sequence[str] = ()) -> AbstractContextManager[Any]:
     """An engine on a map, with buttons for walking and turning."""
-    options: dict[str, Any] = {"height": next((h for h in (120, 240, 480, 960) if h >= size), 960)}
-    options |= {
-        "buttons": ("MOVE_FORWARD", "TURN_LEFT_RIGHT_DELTA"),
-        "variables": VARIABLES,
-        "arguments": "-nomonsters",
-    }
+    options: dict[str, Any] = {"buttons": ("MOVE_FORWARD", "TURN_LEFT_RIGHT_DELTA"), "variables": VARIABLES}
     if name == HOME:
         name, options["scenario"] = "map01", Path(vizdoom().scenarios_path) / f"{HOME}.wad"
-    return engine(name, seed=seed, buffers=buffers, **options)
+    return engine(name, size=size, buffers=buffers, arguments="-nomonsters", **options)
 
 
 def load_grid(name: str, cache: Path) -> Grid:
@@ -142,7 +136,7 @@ def load_grid(name: str, cache: Path) -> Grid:
     file = cache / doom_grid.file_name(name, cell, vizdoom().__version__)
     grid = doom_grid.load(file)
     if grid is None:
-        with start(name, 64, 0, ("sectors_info", "objects_info")) as game:
+        with start(name, 64, ("sectors_info", "objects_info")) as game:
             game.new_episode()
             state = game.get_state()
             grid = doom_grid.build(state.sectors, state.objects, cell)

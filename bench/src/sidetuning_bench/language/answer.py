@@ -11,10 +11,10 @@ from typing import Annotated
 import tyro
 
 from sidetuning.errors import DataError, SideTuningError
-from sidetuning.integrations.transformers import load_tokenizer, tokenizer_fingerprint
 from sidetuning.loading import load_base
 from sidetuning_bench.language import squad
 from sidetuning_bench.language.questions import Prediction, Question, make_windows, n_best
+from sidetuning_bench.language.tokenizer import load_tokenizer, tokenizer_fingerprint
 from sidetuning_bench.methods import load_method
 from sidetuning_bench.options import Count, check
 

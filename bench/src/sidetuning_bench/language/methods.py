@@ -4,34 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from sidetuning.base import Base
 from sidetuning.errors import SideTuningError
-from sidetuning.sides.top import EMBEDDINGS
 from sidetuning_bench import methods
+from sidetuning_bench.language.top import EMBEDDINGS
 from sidetuning_bench.options import Count, LoRAOptions, MethodOptions, Positive, ScratchOptions
 
 
 @dataclass(frozen=True)
-class TextOptions(MethodOptions):
-    """What all methods share.
-
-    Attributes:
-        rate: learning rate at its peak, where none is set.
-        cached: whether the base is never trained, so that its features are computed once.
-    """
-
-    rate: ClassVar[float] = 1e-3
-    cached: ClassVar[bool] = True
-
-    def taps(self, layers: Sequence[str]) -> list[str]:
-        """The inner activations that the method reads, of a base with these layers."""
-        return []
-
-
-@dataclass(frozen=True)
-class BranchOptions(TextOptions):
+class BranchOptions(MethodOptions):
     """What sides and ladders share."""
 
     width: Count = 96
@@ -45,6 +28,10 @@ class BranchOptions(TextOptions):
 
     def network(self) -> tuple[str, dict[str, Any]]:
         """Name and options of the side."""
+        return "ladder", {"width": self.width}
+
+    def taps(self, layers: Sequence[str]) -> list[str]:
+        """The inner activations that the side reads, of a base with these layers."""
         raise NotImplementedError
 
     def build(self, base: Base, seed: int) -> methods.Method:
@@ -78,8 +65,10 @@ class SideTuneOptions(BranchOptions):
             return [EMBEDDINGS, *dict.fromkeys((layers[(len(layers) - 1) // 2], layers[-2:][0]))]
         if self.side != "top":
             return [EMBEDDINGS]
+        if self.depth > len(layers):
+            raise SideTuningError(f"--layers {self.depth}: the base has {len(layers)} layers")
         # The top reads what comes just below it.
-        return [[EMBEDDINGS, *layers][-1 - enough("layers", self.depth, layers)]]
+        return [[EMBEDDINGS, *layers][-1 - self.depth]]
 
 
 @dataclass(frozen=True)
@@ -90,56 +79,32 @@ class LadderOptions(BranchOptions):
     rungs: Count = 3
     """Number of layers of the base that the ladder reads, spread evenly; the embeddings do not count."""
 
-    def network(self) -> tuple[str, dict[str, Any]]:
-        return "ladder", {"width": self.width}
-
     def taps(self, layers: Sequence[str]) -> list[str]:
-        rungs = enough("rungs", self.rungs, layers)
-        return [EMBEDDINGS, *(layers[(k + 1) * len(layers) // rungs - 1] for k in range(rungs))]
+        if self.rungs > len(layers):
+            raise SideTuningError(f"--rungs {self.rungs}: the base has {len(layers)} layers")
+        return [EMBEDDINGS, *(layers[(k + 1) * len(layers) // self.rungs - 1] for k in range(self.rungs))]
 
 
 @dataclass(frozen=True)
-class FeaturesOptions(TextOptions):
+class FeaturesOptions(MethodOptions):
     """Fixed features: a head on the frozen base."""
 
     name = "features"
 
 
 @dataclass(frozen=True)
-class FineTuneOptions(TextOptions):
+class FineTuneOptions(MethodOptions):
     """Fine-tuning: a copy of the base, trained as a whole."""
 
-    name, rate, cached = "finetune", 3e-5, False
+    name = "finetune"
 
     def build(self, base: Base, seed: int) -> methods.Method:
         return methods.METHODS.build("independent", base, options={})
 
 
-@dataclass(frozen=True)
-class TextScratchOptions(ScratchOptions, TextOptions):
-    """From scratch: a network of the base's shape, from random weights."""
-
-    rate, cached = 1e-4, False
-
-
-@dataclass(frozen=True)
-class TextLoRAOptions(LoRAOptions, TextOptions):
-    """LoRA: low-rank updates of the frozen base's weights."""
-
-    rate, cached = 2e-4, False
-
-
-FROZEN = (SideTuneOptions(), LadderOptions(), FeaturesOptions())
-TUNED = (FineTuneOptions(), TextScratchOptions(), TextLoRAOptions())
-METHODS: dict[str, TextOptions] = {options.name: options for options in (*FROZEN, *TUNED)}
-
-
-def enough(name: str, wanted: int, layers: Sequence[str]) -> int:
-    """A number of layers that the base has.
-
-    Raises:
-        SideTuningError: it has fewer.
-    """
-    if wanted > len(layers):
-        raise SideTuningError(f"--{name} {wanted}: the base has {len(layers)} layers")
-    return wanted
+KINDS = (SideTuneOptions, LadderOptions, FeaturesOptions, FineTuneOptions, ScratchOptions, LoRAOptions)
+METHODS: dict[str, MethodOptions] = {kind.name: kind() for kind in KINDS}
+# Methods that never train the base: its features are computed once.
+CACHED = ("sidetune", "ladder", "features")
+# Learning rates where none is set; others have 1e-3.
+RATES = {"finetune": 3e-5, "scratch": 1e-4, "lora": 2e-4}

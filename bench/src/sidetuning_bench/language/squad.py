@@ -21,21 +21,22 @@ import sidetuning as st
 from sidetuning.cache import CachedTokens, cache_tokens, token_loader
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.files import atomic_write, write_json
-from sidetuning.integrations.transformers import load_tokenizer, tokenizer_fingerprint
 from sidetuning.launch import default_accelerator
-from sidetuning.sides.top import layers_of
+from sidetuning_bench import options
 from sidetuning_bench.language import metric
-from sidetuning_bench.language.methods import METHODS, BranchOptions, TextOptions
+from sidetuning_bench.language.methods import CACHED, METHODS, RATES, BranchOptions
 from sidetuning_bench.language.questions import Questions, Windows, fingerprint, make_windows, n_best, read_questions
+from sidetuning_bench.language.tokenizer import load_tokenizer, tokenizer_fingerprint
+from sidetuning_bench.language.top import layers_of
 from sidetuning_bench.methods import Method, Recipe, Task
-from sidetuning_bench.options import FREE, Count, Natural, Positive, RunOptions, Training, check, flat, with_values
+from sidetuning_bench.options import Count, MethodOptions, Natural, Positive, RunOptions, Training
 from sidetuning_bench.report_runs import FAMILIES, Family, scaled
 from sidetuning_bench.results import number_text
 from sidetuning_bench.runs import Run, peak_memory_mb, read_result
 
 TASK = "squad"
 if TYPE_CHECKING:
-    MethodChoice = TextOptions
+    MethodChoice = MethodOptions
 else:
     MethodChoice = tyro.extras.subcommand_type_from_defaults(METHODS, prefix_names=False)
 
@@ -102,7 +103,8 @@ class Result:
 def settings_of(values: Mapping[str, Any]) -> Settings:
     """Settings from flat names, as run.json and results have them; what the method does not read is left out."""
     default = replace(Settings(), method=METHODS[values["method"]])
-    return with_values(default, {name: values[name] for name in flat(default) if name in values and name != "method"})
+    read = set(options.flat(default)) & set(values) - {"method"}
+    return options.with_values(default, {name: values[name] for name in read})
 
 
 def run(settings: Settings) -> Result:
@@ -151,7 +153,7 @@ def run(settings: Settings) -> Result:
         alpha=method.alpha(TASK),
         seconds_per_1000=seconds / len(test) * 1000,
         problems={**problems, **{f"test: {k}": n for k, n in {**test.problems, **asked.problems}.items()}},
-        settings={name: value for name, value in flat(settings).items() if name not in FREE},
+        settings={name: value for name, value in options.flat(settings).items() if name not in options.FREE},
         **costs,
     )
     write_json(file, asdict(result))
@@ -166,7 +168,7 @@ def check_settings(settings: Settings) -> None:
     Raises:
         SideTuningError: one cannot be meant.
     """
-    check(settings)
+    options.check(settings)
     if Path(settings.data).is_file():
         raise SideTuningError(f"{settings.data} is one file; give the folder with train*.json and dev*.json")
     if not settings.base.startswith("hf:"):
@@ -177,7 +179,8 @@ def check_settings(settings: Settings) -> None:
 
 def taps_of(settings: Settings) -> list[str]:
     """The inner activations of the base that the method reads."""
-    return settings.method.taps(layers_of(st.load_base(settings.base))[1])
+    method = settings.method
+    return method.taps(layers_of(st.load_base(settings.base))[1]) if isinstance(method, BranchOptions) else []
 
 
 def lessons(settings: Settings, train: Questions, tokenizer: Any) -> tuple[Windows, dict[str, int]]:
@@ -196,7 +199,7 @@ def lessons(settings: Settings, train: Questions, tokenizer: Any) -> tuple[Windo
 
 def prepare(settings: Settings, base: st.Base, windows: Windows) -> Any:
     """Windows, with cached base features where the method never trains the base."""
-    if not settings.method.cached:
+    if settings.method.name not in CACHED:
         return windows
     folder = Path(settings.run.cache).expanduser()
     return cache_tokens(base, windows, torch.from_numpy(windows.labels), folder, progress=settings.run.progress)
@@ -204,14 +207,14 @@ def prepare(settings: Settings, base: st.Base, windows: Windows) -> Any:
 
 def learn(settings: Settings, base: st.Base, windows: Windows, folder: Run) -> tuple[Method, dict[str, Any]]:
     """Train the method; with it, what training cost."""
-    options, run, training = settings.method, settings.run, settings.training
+    chosen, run, training = settings.method, settings.run, settings.training
     data = prepare(settings, base, windows)
     imitated = 0.0
-    if isinstance(options, BranchOptions) and options.init == "distilled":
-        file, imitated = imitate(settings, options, base, data, windows, folder)
-        options = with_values(options, {"init": str(file)})
-    method = options.build(base, run.seed)
-    lr, optimizer = training.lr or options.rate, torch.optim.AdamW
+    if isinstance(chosen, BranchOptions) and chosen.init == "distilled":
+        file, imitated = imitate(settings, chosen, base, data, windows, folder)
+        chosen = options.with_values(chosen, {"init": str(file)})
+    method = chosen.build(base, run.seed)
+    lr, optimizer = training.lr or RATES.get(chosen.name, 1e-3), torch.optim.AdamW
     steps = max(1, round(settings.epochs * len(windows) / training.batch))
     recipe = Recipe(steps, lr, training.weight_decay, 1.0, optimizer, linear_decay, run.seed, training.precision)
     file = folder.resume(TASK)
@@ -228,15 +231,15 @@ def learn(settings: Settings, base: st.Base, windows: Windows, folder: Run) -> t
 
 
 def imitate(
-    settings: Settings, options: BranchOptions, base: st.Base, data: Any, windows: Windows, folder: Run
+    settings: Settings, chosen: BranchOptions, base: st.Base, data: Any, windows: Windows, folder: Run
 ) -> tuple[Path, float]:
     """Train a side to return the base's own code (the paper's initialisation): the file of its weights, and seconds."""
-    side, side_options = options.network()
+    side, side_options = chosen.network()
     model, run, batch = st.SideTuner(base), settings.run, settings.training.batch
     with st.seeded(run.seed):
         branch = model.add_task("imitation", side=side, side_options=side_options, head="identity")
     given: dict[str, Any] = {"seed": run.seed, "save_every": run.save_every, "progress": run.progress}
-    steps = max(1, round(options.distill_epochs * len(windows) / batch))
+    steps = max(1, round(chosen.distill_epochs * len(windows) / batch))
     loader, resume = token_loader(data, windows.lengths(), batch), folder.resume("imitation")
     found = st.distill(model, "imitation", loader, steps=steps, loss=code_distance, resume=resume, **given)
     file = folder.folder / "side.safetensors"

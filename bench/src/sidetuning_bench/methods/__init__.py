@@ -5,7 +5,6 @@ method.learn(Task("pets", head=37), loader, Recipe(steps=1000))
 logits = method(x, "pets")
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from sidetuning.base import Base
@@ -14,7 +13,7 @@ from sidetuning_bench.methods.checkpoint import read_config, saved_tasks
 from sidetuning_bench.methods.method import Method
 from sidetuning_bench.methods.recipe import Recipe, Task, one_cycle
 
-METHODS: Registry[Callable[..., Method]] = Registry(
+METHODS: Registry[type[Method]] = Registry(
     "method",
     {
         "sidetune": "sidetuning_bench.methods.sidetune:SideTune",

@@ -36,14 +36,7 @@ class Boosting(Branches):
         prenorm: bool = False,
         side_options: Mapping[str, Any] | None = None,
     ) -> None:
-        parts = {
-            "side": side,
-            "merge": merge,
-            "init": init,
-            "prenorm": prenorm,
-            "side_options": dict(side_options or {}),
-        }
-        super().__init__(base, parts, {**parts, "stages": stages})
+        super().__init__(base, (side, merge, init, prenorm, side_options), {"stages": stages})
         if stages < 1:
             raise TaskError(f"boosting needs at least one stage, not {stages}")
         self.phases = stages

@@ -16,21 +16,25 @@ from sidetuning.tuner import SideTuner
 from sidetuning_bench.methods.method import Method
 from sidetuning_bench.methods.recipe import Task
 
+PARTS = ("side", "merge", "init", "prenorm", "side_options")
+
 
 class Branches(Method):
     """A method whose tasks are branches of one `SideTuner`.
 
     Args:
         base: the base.
-        parts: the arguments of `SideTuner.add_task` that all tasks share.
-        options: the method's arguments.
+        parts: arguments of `SideTuner.add_task` that all tasks share, in the order of `PARTS`.
+        options: the method's other arguments.
     """
 
     uses_features: ClassVar[bool] = True
 
-    def __init__(self, base: Base, parts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        super().__init__(base, options)
-        self.parts = dict(parts)
+    def __init__(self, base: Base, parts: Sequence[Any], options: Mapping[str, Any]) -> None:
+        named = dict(zip(PARTS, parts, strict=True))
+        named["side_options"] = dict(named["side_options"] or {})
+        super().__init__(base, {**named, **options})
+        self.parts = named
         self.model = SideTuner(base)
 
     def add_branch(self, name: str, task: Task, laterals: Sequence[str], init: str | None) -> None:
@@ -83,14 +87,7 @@ class SideTune(Branches):
         dense: bool = False,
         side_options: Mapping[str, Any] | None = None,
     ) -> None:
-        parts = {
-            "side": side,
-            "merge": merge,
-            "init": init,
-            "prenorm": prenorm,
-            "side_options": dict(side_options or {}),
-        }
-        super().__init__(base, parts, {**parts, "dense": dense})
+        super().__init__(base, (side, merge, init, prenorm, side_options), {"dense": dense})
         self.dense = dense
 
     def add(self, task: Task) -> None:

@@ -1,9 +1,11 @@
-"""A stand-in for habitat-lab with the interface that the adapter uses: one corridor, walked in steps of a quarter of a metre."""
+"""A stand-in for habitat-lab with the interface that the adapter uses: one corridor, walked in quarter metres."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
-def get_config(path, overrides=()):
+def get_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not Path(path).exists():
         raise FileNotFoundError(path)
     return {"path": path, "overrides": list(overrides)}

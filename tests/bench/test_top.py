@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sidetuning as st
+from conftest import network, side_of, side_output
 from text_parts import Lines
 
 
@@ -18,10 +19,12 @@ def test_the_top_starts_as_the_base(encoder: Path, tap: str, layers: int) -> Non
     branch = model.add_task("qa", side="top", head="identity")
     batch = Lines().batch([0, 4, 9])
     features, real = base(batch), batch["attention_mask"] > 0
-    assert torch.equal(branch.side_output(batch, features)[real], features.out[real])
-    layer = sum(p.numel() for p in base.net.encoder.layer[0].parameters())
-    assert sum(p.numel() for p in branch.side.parameters()) == layers * layer  # no table of embeddings, no pooler
+    assert torch.equal(side_output(branch, batch, features)[real], features.out[real])
+    layer = sum(p.numel() for p in network(base).get_submodule("encoder.layer.0").parameters())
+    # No table of embeddings, no pooler.
+    assert sum(p.numel() for p in side_of(branch).parameters()) == layers * layer
     before = base.identity().sha256
-    st.fit(model, "qa", [{**batch, "labels": features.out}], steps=2, lr=0.1, loss=lambda out, y: (out - y - 1).square().mean(), progress=False)  # fmt: skip
+    data = [{**batch, "labels": features.out}]
+    st.fit(model, "qa", data, steps=2, lr=0.1, loss=lambda out, y: (out - y - 1).square().mean(), progress=False)
     assert base.identity().sha256 == before and torch.equal(base(batch).out, features.out)
-    assert not torch.equal(branch.side_output(batch, features)[real], features.out[real])
+    assert not torch.equal(side_output(branch, batch, features)[real], features.out[real])
