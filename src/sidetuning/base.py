@@ -244,8 +244,8 @@ class Base(nn.Module):
         # Resizing by cubic splines overshoots a little.
         if not x.is_floating_point() or low < -0.25 or high > 1.25:
             raise ShapeError(
-                f"this base takes images as uint8, or as floats in [0, 1], and normalises them itself; these are {x.dtype} "
-                f"from {low:.3g} to {high:.3g}"
+                "this base takes images as uint8, or as floats in [0, 1], and normalises them itself; these are "
+                f"{x.dtype} from {low:.3g} to {high:.3g}"
             )
         return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
 
@@ -368,7 +368,7 @@ class Base(nn.Module):
 
 
 def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
-    """The modules that a callable runs: itself, the owner of a bound method, what a partial, an object or a closure holds."""
+    """The modules that a callable runs: itself, a method's owner, what a partial, an object or a closure holds."""
     if isinstance(net, nn.Module):
         return [net]
     if depth == 0 or net is None or isinstance(net, (Tensor, str, bytes, int, float, type)):

@@ -98,8 +98,8 @@ def preparation(
 def weights_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], output_shape: tuple[int, ...]) -> str:
     """sha256 over the names, shapes, types and bytes of a network's weights and buffers.
 
-    A network that is no module gives its own, `net.fingerprint()`. Of other callables, name and output shape are hashed,
-    and the modules that they run.
+    A network that is no module gives its own, `net.fingerprint()`. Of other callables, name and output shape are
+    hashed, and the modules that they run.
     """
     own = getattr(net, "fingerprint", None)
     digest = hashlib.sha256()

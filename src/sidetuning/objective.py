@@ -112,8 +112,8 @@ def loss_of(
         value = torch.as_tensor(loss(output, target))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise DataError(
-            f"the loss does not take an output {_kind(output)} with a target {_kind(target)}: {error}; convert the targets, or "
-            "choose problem= and leave loss= out"
+            f"the loss does not take an output {_kind(output)} with a target {_kind(target)}: {error}; convert the "
+            "targets, or choose problem= and leave loss= out"
         ) from error
     if value.numel() != 1:
         raise DataError(f"the loss returns {tuple(value.shape)}, not one number: take its mean, reduction='mean'")
@@ -121,7 +121,7 @@ def loss_of(
 
 
 def weight_of(loss: Loss | None, target: Tensor, counts: Tensor) -> Tensor:
-    """What a batch weighs in a mean over several: how many of its targets count, or the sum of their classes' weights."""
+    """What a batch weighs in a mean over several: how many targets count, or the sum of their classes' weights."""
     given = loss.keywords.get("weight") if isinstance(loss, partial) else getattr(loss, "weight", None)
     if loss is not None and _of_classes(loss) and isinstance(given, Tensor) and not target.is_floating_point():
         return given.to(target.device)[target[counts]].sum()
@@ -190,7 +190,8 @@ def check_loader(loader: Any) -> None:
     package = type(loader).__module__.partition(".")[0]
     if isinstance(loader, torch.utils.data.Dataset) or package == "datasets":
         raise DataError(
-            f"a {type(loader).__name__} is a data set, and batches are wanted: DataLoader(data, batch_size=32, shuffle=True)"
+            f"a {type(loader).__name__} is a data set, and batches are wanted: DataLoader(data, batch_size=32, "
+            "shuffle=True)"
         )
 
 

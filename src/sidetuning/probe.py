@@ -19,7 +19,7 @@ FINE, COARSE = 1e-3, 5e-2
 
 
 def probe_input(example: Input) -> Input:
-    """Two samples like the example's first, the same on every machine: its values shuffled, or noise where it is constant."""
+    """Two samples like the example's first, the same everywhere: its values shuffled, or noise if it is constant."""
     if isinstance(example, Tensor):
         return _like(example)
     return {
@@ -61,7 +61,7 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> tuple[Tensor, 
         The code of the two samples (2, …), and whether the network writes into its input.
 
     Raises:
-        ShapeError: the network is not batch first, mixes the samples of a batch, or gives other outputs for the same input.
+        ShapeError: the network is not batch first, mixes samples, or gives other outputs for the same input.
     """
     both = probe_input(example)
     before = copy.deepcopy(both)
@@ -71,23 +71,24 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> tuple[Tensor, 
         raise
     except Exception as error:
         raise ShapeError(
-            f"the base does not take two samples at once ({error}); side-tuning needs batches: export or wrap it with an open "
-            "first dimension"
+            f"the base does not take two samples at once ({error}); side-tuning needs batches: export or wrap it with an "
+            "open first dimension"
         ) from error
     writes = not _equal(both, before)
     if together.ndim == 0 or len(together) != 2:
         raise ShapeError(
-            f"the base returns {tuple(together.shape)} for a batch of two samples; its first dimension must be the batch"
+            f"the base returns {tuple(together.shape)} for a batch of two samples; the first dimension must be the batch"
         )
     if not _close(together, run(copy.deepcopy(before))):
         raise ShapeError(
-            "the base gives other outputs for the same input: it draws random numbers, or keeps a state; side-tuning needs a "
-            "function of the input"
+            "the base gives other outputs for the same input: it draws random numbers, or keeps a state; side-tuning "
+            "needs a function of the input"
         )
     alone = torch.cat([run(_row(before, i)) for i in range(2)])
     if not _close(together, alone):
         raise ShapeError(
-            "the base gives other outputs for a sample when another one is in its batch; side-tuning needs each sample on its own"
+            "the base gives other outputs for a sample when another one is in its batch; side-tuning needs each sample "
+            "on its own"
         )
     return together, writes
 

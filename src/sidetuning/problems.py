@@ -68,8 +68,8 @@ class Classes(Problem):
             return output, target.to(output.dtype)
         if target.shape == output.shape and output.ndim == 2:
             raise DataError(
-                f"targets {tuple(target.shape)} have a number for every class: give class numbers, targets.argmax(1), or "
-                "problem='labels' where several may be right"
+                f"targets {tuple(target.shape)} have a number for every class: give class numbers, targets.argmax(1), "
+                "or problem='labels' where several may be right"
             )
         target = target.long()
         if target.shape == (len(output), 1):
@@ -164,7 +164,7 @@ class Numbers(Problem):
 
 @PROBLEMS.register("pixels")
 class Pixels(Numbers):
-    """Images of numbers (b, c, h, w), or (b, h, w) of one channel; NaN is ignored. The loss is the mean absolute error."""
+    """Images of numbers (b, c, h, w), or (b, h, w) of one channel; NaN is ignored. The loss is the mean error."""
 
     def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if output.ndim == 4 and target.ndim == 3 and output.shape[1] == 1:
@@ -226,8 +226,8 @@ def _right(output: Tensor, target: Tensor) -> Tensor:
 def _check_batch(output: Tensor, target: Tensor, dimensions: int) -> None:
     if output.ndim < dimensions or target.ndim == 0 or len(target) != len(output):
         raise DataError(
-            f"an output {tuple(output.shape)} and targets {tuple(target.shape)} do not belong together; choose another head "
-            "or problem"
+            f"an output {tuple(output.shape)} and targets {tuple(target.shape)} do not belong together; choose another "
+            "head or problem"
         )
 
 

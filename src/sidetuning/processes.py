@@ -102,7 +102,7 @@ def add_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> N
 
 @contextlib.contextmanager
 def whole_batch_norms(module: nn.Module, accelerator: Accelerator, counting: list[bool]) -> Iterator[None]:
-    """Let batch norms see the batch of all processes inside the block; `counting[0]` says whether this one's rows count."""
+    """Let batch norms see the batch of all processes; `counting[0]` says whether this one's rows count."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if accelerator.num_processes > 1:
         for norm in norms:

@@ -277,7 +277,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Takes Ctrl-C and SIGTERM inside the block, so that training can stop between two steps; a second one acts at once.
+    """Takes Ctrl-C and SIGTERM, so that training can stop between two steps; a second one acts at once.
 
     Only where there is a file to save to, and in the main thread, which alone may.
     """

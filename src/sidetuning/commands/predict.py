@@ -57,8 +57,8 @@ def predict(settings: Settings) -> list[Answer]:
         each = [model.forward_all(view) for view in views]
     if others := [task for task, out in each[0].items() if out.ndim != 2]:
         raise DataError(
-            f"the task {others[0]} of {settings.run} gives no answer to a whole image; the run's report has pictures of "
-            "dense tasks"
+            f"the task {others[0]} of {settings.run} gives no answer to a whole image; the run's report has pictures "
+            "of dense tasks"
         )
     answers = []
     for i, image in enumerate(settings.images):

@@ -92,8 +92,8 @@ def _settle(net: Any, missing: set[str], output: str, checkpoint: str) -> None:
     used += [name for name in lacking if "expert" in name]
     if used:
         raise UnknownNameError(
-            f"{checkpoint} holds no weights for {used[0]}, which the output '{output}' depends on: they would be random at "
-            "every load; choose another output= or model, or give weights="
+            f"{checkpoint} holds no weights for {used[0]}, which the output '{output}' depends on: they would be random "
+            "at every load; choose another output= or model, or give weights="
         )
     with torch.no_grad():
         for parameter in lacking.values():
@@ -113,7 +113,7 @@ def from_model(
 
 
 def normalisation(name: str, revision: str | None) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation of images in [0, 1] that a model was trained with; None where its files do not tell."""
+    """Mean and standard deviation of images that a model was trained with; None where its files do not tell."""
     from transformers import BaseImageProcessor
 
     try:
