@@ -1,7 +1,8 @@
 """A task on disk: `side.safetensors` holds its tensors and, in its header, what it is and which base it belongs to.
 
 `side.json` says the same for people and for other programs. One file that is replaced whole cannot disagree with
-itself, wherever a save is cut short; the text's own checksum tells that nobody changed it. No pickle is ever read or written.
+itself, wherever a save is cut short; the text's own checksum tells that nobody changed it. No pickle is ever read or
+written.
 """
 
 from __future__ import annotations

@@ -71,13 +71,13 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> tuple[Tensor, 
         raise
     except Exception as error:
         raise ShapeError(
-            f"the base does not take two samples at once ({error}); side-tuning needs batches: export or wrap it with an "
-            "open first dimension"
+            f"the base does not take two samples at once ({error}); side-tuning needs batches: export or wrap it with "
+            "an open first dimension"
         ) from error
     writes = not _equal(both, before)
     if together.ndim == 0 or len(together) != 2:
         raise ShapeError(
-            f"the base returns {tuple(together.shape)} for a batch of two samples; the first dimension must be the batch"
+            f"the base returns {tuple(together.shape)} for two samples; the first dimension must be the batch"
         )
     if not _close(together, run(copy.deepcopy(before))):
         raise ShapeError(

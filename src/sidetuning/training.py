@@ -234,8 +234,8 @@ class Scores:
             value, weights = value.flatten(1).mean(1) if value.ndim > 1 else value, counts.flatten(1).any(1)
         else:
             raise DataError(
-                f"the metric '{name}' returns {tuple(value.shape)} for {len(counts)} samples; return one number for each, "
-                "or the mean of the batch"
+                f"the metric '{name}' returns {tuple(value.shape)} for {len(counts)} samples; return one number "
+                "for each, or the mean of the batch"
             )
         value = value.reshape(weights.shape)
         self.sums[name] = self.sums.get(name, 0.0) + float(

@@ -92,8 +92,8 @@ def _settle(net: Any, missing: set[str], output: str, checkpoint: str) -> None:
     used += [name for name in lacking if "expert" in name]
     if used:
         raise UnknownNameError(
-            f"{checkpoint} holds no weights for {used[0]}, which the output '{output}' depends on: they would be random "
-            "at every load; choose another output= or model, or give weights="
+            f"{checkpoint} holds no weights for {used[0]}, which the output '{output}' depends on: they would be "
+            "random at every load; choose another output= or model, or give weights="
         )
     with torch.no_grad():
         for parameter in lacking.values():
