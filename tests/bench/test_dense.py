@@ -548,7 +548,7 @@ def test_every_part_of_the_default_comparisons_can_be_built() -> None:
 
 
 def test_the_release_trains_at_its_size_and_at_another(weights: str, tmp_path: Path) -> None:
-    """Twelve domains written as the release has them, 512 pixels, the official split with its CR line ends, no masks."""
+    """Twelve domains written as the release has them: 512 pixels, the split with its CR line ends, no masks."""
     from test_taskonomy import TINY
 
     from taskonomy_parts import SUFFIX, file_of, put, raw_values

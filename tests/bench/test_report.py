@@ -33,7 +33,8 @@ def test_page_is_complete_small_and_reproducible(tmp_path: Path) -> None:
 def test_hostile_texts_stay_text(tmp_path: Path, field: str) -> None:
     options: dict[str, Any] = {"title": HOSTILE} if field == "title" else {}
     options |= {"notes": [HOSTILE]} if field == "notes" else {}
-    own: dict[str, Any] = {"tasks": [HOSTILE, "dogs"], "settings": {HOSTILE: {HOSTILE: HOSTILE}}, "method": HOSTILE, "variant": HOSTILE}
+    own: dict[str, Any] = {"tasks": [HOSTILE, "dogs"], "settings": {HOSTILE: {HOSTILE: HOSTILE}}}
+    own |= {"method": HOSTILE, "variant": HOSTILE}
     changes = {field: own[field]} if field in own else {}
     html = page([replace(result(), **changes), replace(result(), seed=1, **changes)], tmp_path, **options)
     html += page([replace(result(), **changes), result("ewc", tasks=changes.get("tasks", ["cats", "dogs"]))], tmp_path)

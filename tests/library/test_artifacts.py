@@ -281,10 +281,8 @@ def test_missing_extra_or_misshapen_tensors_are_refused(tmp_path: Path) -> None:
     tensors = parse((tmp_path / "side.safetensors").read_bytes())
     first = min(tensors)
     fewer = {k: v for k, v in tensors.items() if k != first}
-    cases = [
-        (fewer, "missing"), ({**tensors, "evil": torch.zeros(1)}, "too many"),
-        ({**tensors, "head.linear.bias": torch.zeros(9)}, "has the shape"),
-    ]  # fmt: skip
+    more, other = {**tensors, "evil": torch.zeros(1)}, {**tensors, "head.linear.bias": torch.zeros(9)}
+    cases = [(fewer, "missing"), (more, "too many"), (other, "has the shape")]
     for content, match in cases:
         rewrite(tmp_path, content)
         refused(tmp_path, match)

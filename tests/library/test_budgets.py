@@ -49,7 +49,7 @@ def functions(file: Path) -> Iterator[tuple[str, int]]:
 
 
 def code(file: Path) -> list[tuple[int, str]]:
-    """The numbered lines of a file that say what is done: no blank lines, comments, docstrings, imports or signatures."""
+    """The numbered lines of a file that do something: no comments, docstrings, imports or signatures."""
     text = file.read_text(encoding="utf-8")
     hidden: set[int] = set()
     for node in ast.walk(ast.parse(text)):

@@ -44,13 +44,11 @@ def test_names_that_torch_needs_are_refused(model: st.SideTuner, name: str) -> N
         model.add_task(name, side="mlp", head=2)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("side", ["mlp", "x"]), ("merge", None), ("laterals", None), ("laterals", 5), ("init", "/etc/passwd"),
-        ("side", ["mlp", {"hidden": "a"}]), ("prenorm", "yes"), ("colour", "red"),
-    ],
-)  # fmt: skip
+BY_HAND = [("merge", None), ("laterals", None), ("laterals", 5), ("init", "/etc/passwd"), ("prenorm", "yes")]
+SIDES = [("side", ["mlp", "x"]), ("side", ["mlp", {"hidden": "a"}])]
+
+
+@pytest.mark.parametrize(("field", "value"), [*BY_HAND, *SIDES, ("colour", "red")])
 def test_parts_written_by_hand_are_refused(model: st.SideTuner, tmp_path: Path, field: str, value: Any) -> None:
     model.save_task("a", tmp_path)
     config = json.loads((tmp_path / "side.json").read_text())

@@ -109,13 +109,10 @@ def test_a_task_without_a_side_is_no_lateral() -> None:
         model.add_task("new", side="mlp", head=2, laterals=["fixed"])
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"side": nn.Linear(12, 15)}, {"side": nn.Linear(11, 16)}, {"side": nn.Linear(12, 1)},
-        {"head": nn.Linear(15, 2)}, {"side": nn.Unflatten(1, (3, 4))},
-    ],
-)  # fmt: skip
+MISFITS = [nn.Linear(12, 15), nn.Linear(11, 16), nn.Linear(12, 1), nn.Unflatten(1, (3, 4))]
+
+
+@pytest.mark.parametrize("parts", [{"head": nn.Linear(15, 2)}, *({"side": side} for side in MISFITS)])
 def test_parts_that_do_not_fit_are_found_when_the_task_is_added(parts: dict[str, Any]) -> None:
     model = model_with()
     with pytest.raises(st.ShapeError):
@@ -261,5 +258,5 @@ def test_only_a_side_that_is_there_can_be_distilled() -> None:
 
 
 def test_every_error_is_of_the_library() -> None:
-    for error in (st.UnknownNameError, st.ShapeError, st.TaskError, st.ArtifactError, st.CacheError, st.DataError, st.TrainingError):  # fmt: skip
-        assert issubclass(error, st.SideTuningError)
+    errors = [st.UnknownNameError, st.ShapeError, st.TaskError, st.ArtifactError, st.CacheError, st.DataError]
+    assert all(issubclass(error, st.SideTuningError) for error in [*errors, st.TrainingError])

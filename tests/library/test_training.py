@@ -128,10 +128,9 @@ def test_a_run_resumes_over_cached_random_views(tmp_path: Path) -> None:
         cached = st.cache_features(model.base, toy(), tmp_path, views=3, augment=augment, progress=False)
         options: dict[str, Any] = {"steps": 20, "save_every": 0.0, "progress": False}
         if stop:
+            loader, resume = st.loader_over(cached, batch_size=32), tmp_path / "r"
             with pytest.raises(Stop):
-                st.fit(
-                    model, "t", st.loader_over(cached, batch_size=32), resume=tmp_path / "r", loss=stopping(stop), **options
-                )  # fmt: skip
+                st.fit(model, "t", loader, resume=resume, loss=stopping(stop), **options)
             model = build(dropout=True)
         resume = tmp_path / "r" if stop else None
         st.fit(model, "t", st.loader_over(cached, batch_size=32), resume=resume, loss=stopping(99), **options)
@@ -286,10 +285,8 @@ def test_weight_decay_alone_shrinks_sides_and_heads_only() -> None:
     model = build(merge="mlp2")
     before = state(model["t"])
     batch = [(inputs("mlp"), torch.tensor([0, 1, 2, 0]))]
-    st.fit(
-        model, "t", batch, steps=1, lr=0.1, weight_decay=1.0, progress=False, optimizer=torch.optim.SGD, clip=None,
-        loss=lambda output, _: 0.0 * output.sum(),
-    )  # fmt: skip
+    options: dict[str, Any] = {"optimizer": torch.optim.SGD, "clip": None, "loss": lambda output, _: 0.0 * output.sum()}
+    st.fit(model, "t", batch, steps=1, lr=0.1, weight_decay=1.0, progress=False, **options)
     after = state(model["t"])
     for name in before:
         if "running" in name or "num_batches" in name:
@@ -321,10 +318,8 @@ def test_evaluate_is_what_a_hand_counts() -> None:
     model = build()
     x, y = toy(50, seed=3).tensors
     output = model(x, "t").detach()
-    scores = st.evaluate(
-        model, "t", DataLoader(TensorDataset(x, y), batch_size=16),
-        metrics={"right": st.accuracy, "top": lambda o, t: o.max(1).values},
-    )  # fmt: skip
+    loader = DataLoader(TensorDataset(x, y), batch_size=16)
+    scores = st.evaluate(model, "t", loader, metrics={"right": st.accuracy, "top": lambda o, t: o.max(1).values})
     assert scores["samples"] == 50
     assert scores["right"] == pytest.approx(sum(int(o.argmax()) == int(t) for o, t in zip(output, y)) / 50)
     assert scores["loss"] == pytest.approx(float(F.cross_entropy(output, y)), rel=1e-5)
@@ -519,14 +514,13 @@ state.destroy_process_group()
 def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
-    # `accelerate launch --cpu --num_processes 2` starts one process without MPI; torchrun starts two, and accelerate joins
+    # Without MPI, `accelerate launch --cpu --num_processes 2` starts one process. torchrun starts two; accelerate joins.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     rows = []
     for how in ([], launch):
-        done = subprocess.run(
-            [sys.executable, *how, str(script)], capture_output=True, text=True, timeout=180, cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, check=False,
-        )  # fmt: skip
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 180, "cwd": tmp_path}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run([sys.executable, *how, str(script)], env=environment, check=False, **options)
         lines = [line.split() for line in done.stdout.splitlines() if line.startswith("RESULT")]
         assert done.returncode == 0 and len(lines) == 1, done.stderr[-3000:]
         rows.append(lines[0])
