@@ -44,7 +44,7 @@ class Merge(nn.Module):
             raise TaskError(f"merge {type(self).__name__} reads no laterals: use one of {', '.join(lateral_merges())}")
 
     def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
-        """R(x), of the base's shape, from B(x), S(x) and the detached side outputs of earlier tasks."""
+        """R(x) from the outputs of `base`, `side` and, detached, earlier sides, `laterals`; all of one shape."""
         raise NotImplementedError
 
 
@@ -53,7 +53,8 @@ MERGES: Registry[Callable[..., Merge]] = Registry("merge")
 
 def lateral_merges() -> list[str]:
     """Names of the merges that take laterals."""
-    return [n for n in MERGES.names() if isinstance(MERGES[n], type) and MERGES[n].takes_laterals]  # type: ignore[attr-defined]
+    entries = {name: MERGES[name] for name in MERGES.names()}
+    return [name for name, entry in entries.items() if isinstance(entry, type) and entry.takes_laterals]
 
 
 @MERGES.register("base-only")

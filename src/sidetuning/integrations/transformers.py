@@ -1,4 +1,4 @@
-"""`load_base("hf:NAME_OR_FOLDER")`: any encoder of transformers as a base, for text or images; `load_tokenizer`: what belongs to it."""
+"""`load_base("hf:NAME_OR_FOLDER")`: any encoder of transformers as a base, and `load_tokenizer`, its tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def load(
     pretrained: bool = True,
     weights: str | Path | None = None,
 ) -> Base:
-    """Build the base; of an encoder with a decoder, the encoder. Images are normalised as `preprocessor_config.json` says, where there is one.
+    """Build a base from an encoder; of a model with a decoder, from its encoder.
+
+    Images are normalised as the model's `preprocessor_config.json` says, where there is one.
 
     Args:
         name: a model on the Hub or a local folder.
@@ -39,7 +41,8 @@ def load(
         from transformers.utils import logging
     except ImportError as error:
         raise ImportError("transformers models need transformers: pip install 'sidetuning[transformers]'") from error
-    logging.disable_progress_bar()  # a model that is cached loads in a moment
+    # A model that is cached loads in a moment.
+    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         if pretrained and weights is None:
@@ -56,7 +59,8 @@ def load(
     if config.is_encoder_decoder:
         net = net.get_encoder()
     mean, std = normalisation(name, revision) if getattr(net, "main_input_name", "") == "pixel_values" else (None, None)
-    net = net.float()  # a checkpoint in half precision is loaded as it is
+    # A checkpoint in half precision is loaded as it is.
+    net = net.float()
     return from_model(net, taps=taps, output=output, mean=mean, std=std)
 
 
@@ -68,17 +72,18 @@ def from_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Base:
-    """Wrap a model that is loaded already; text models take a mapping, image models a tensor, normalised by mean and std."""
+    """Wrap a model that is loaded already. Text models take a mapping; image models take a tensor, normalised."""
     return Base(net, example=example_of(net), output=output or "last_hidden_state", taps=taps, mean=mean, std=std)
 
 
 def normalisation(name: str, revision: str | None) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation of pictures in [0, 1] that an image model was trained with; None where its files do not tell."""
+    """Mean and standard deviation of the pictures that an image model was trained with; None where not recorded."""
     from transformers import BaseImageProcessor
 
     try:
         told, _ = BaseImageProcessor.get_image_processor_dict(name, revision=revision or "main")
-    except OSError:  # no such file
+    except OSError:
+        # No such file.
         return None, None
     if not told.get("do_normalize", True):
         return None, None
@@ -97,14 +102,15 @@ def example_of(net: Any) -> Input:
         return torch.zeros(1, getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
     if main != "input_ids" or not hasattr(config, "vocab_size"):
         raise ShapeError(
-            f"{type(net).__name__} reads neither texts nor images alone; wrap a part of it, or say what it reads: Base(net, example=…)"
+            f"{type(net).__name__} reads neither texts nor images alone; wrap a part of it, or say what it reads: "
+            "Base(net, example=…)"
         )
     ids = torch.arange(8).remainder(config.vocab_size).unsqueeze(0)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def load_tokenizer(base: Base, length: int | None = None) -> Any:
-    """The tokenizer that came with a base made by `load_base("hf:…")`, of the same revision, giving what this network takes.
+    """The tokenizer of a base made by `load_base("hf:…")`, of the same revision; it gives what the network takes.
 
     Args:
         base: a text encoder.
@@ -130,7 +136,8 @@ def load_tokenizer(base: Base, length: int | None = None) -> Any:
     words, known = max(tokenizer.get_vocab().values()) + 1, net.get_input_embeddings().num_embeddings
     if words > known:
         raise SideTuningError(
-            f"the tokenizer of {spec.name} has {words:,} tokens and its network knows {known:,}: it belongs to another network"
+            f"the tokenizer of {spec.name} has {words:,} tokens and its network knows {known:,}: it belongs to another "
+            "network"
         )
     taken = inspect.signature(net.forward).parameters
     tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in taken]

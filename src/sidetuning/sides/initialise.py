@@ -56,8 +56,8 @@ def distilled_weights(base: Base, side: str, options: Mapping[str, Any]) -> Path
     file, built = base.distilled[side]
     if dict(options) != built:
         raise TaskError(
-            f"the distilled side '{side}' of {name} is built with the options {built}, not {dict(options)}; give these, "
-            "or start the side otherwise than distilled"
+            f"the distilled side '{side}' of {name} is built with the options {built}, not {dict(options)}; give "
+            "these, or start the side otherwise than distilled"
         )
     return file
 

@@ -12,14 +12,15 @@ from sidetuning.errors import ShapeError
 from sidetuning.sides import Side
 from sidetuning.sides.fit import masked_mean
 
-EMBEDDINGS = "embeddings"  # what encoders of transformers call the module before their layers
+# What encoders of transformers call the module before their layers.
+EMBEDDINGS = "embeddings"
 
 
 class Top(Side):
-    """The base's last layers with their weights, reading the last tap: S(x) starts as B(x), and costs these layers only.
+    """The base's last layers with their weights, on the last tap: S(x) starts as B(x), and costs these layers only.
 
-    A copy of the base is one of the paper's ways to start a side; copying its top alone keeps what pretraining knows of language, and
-    the layers below, which are frozen and cached, are never run in training.
+    A copy of the base is one of the paper's ways to start a side. A copy of its top alone keeps what pretraining knows
+    of language, and the layers below, which are frozen and cached, are never run in training.
 
     Args:
         base: an encoder of transformers, whose last tap is the output of one of its layers (or its embeddings).
