@@ -53,8 +53,9 @@ MERGES: Registry[Callable[..., Merge]] = Registry("merge")
 
 def lateral_merges() -> list[str]:
     """Names of the merges that take laterals."""
-    entries = {name: MERGES[name] for name in MERGES.names()}
-    return [name for name, entry in entries.items() if isinstance(entry, type) and entry.takes_laterals]
+    found: dict[str, object] = {name: MERGES[name] for name in MERGES.names()}
+    merges = {name: entry for name, entry in found.items() if isinstance(entry, type) and issubclass(entry, Merge)}
+    return [name for name, merge in merges.items() if merge.takes_laterals]
 
 
 @MERGES.register("base-only")
