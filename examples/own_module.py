@@ -38,9 +38,8 @@ class Average(st.Merge):
         super().__init__("vector", width)
         self.scale = nn.Parameter(torch.ones(width))
 
-    def forward(self, base: Tensor, side: Tensor | None, laterals: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
         """B and S, (b, 16) each, to (b, 16)."""
-        assert side is not None
         return (base + self.scale * side) / 2
 
 

@@ -50,7 +50,7 @@ def write_tokenizer(folder: Path, vocabulary: Sequence[str]) -> None:
     from transformers import BertTokenizer
 
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(folder)
 
 
 def write_encoder(folder: Path) -> None:

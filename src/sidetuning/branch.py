@@ -42,6 +42,7 @@ class Branch(nn.Module):
     """Side, merge and head of one task. Its parameters are exactly what training the task trains.
 
     Attributes:
+        side, merge, norm, head: the parts; `norm` stands before the head.
         config: how it was built.
         labels: names of the classes, where the task has them.
     """
@@ -74,7 +75,7 @@ class Branch(nn.Module):
         return self.side.taps if isinstance(self.side, Side) else ()
 
     def side_output(self, inputs: Input, features: Features) -> Tensor | None:
-        """S(x), of the base's output shape; None for a branch without a side."""
+        """S(x) of the prepared inputs and the base's features, of the base's output shape; None without a side."""
         if self.side is None:
             return None
         if missing := [tap for tap in self.taps if tap not in features.taps]:
@@ -85,11 +86,11 @@ class Branch(nn.Module):
         return run_side(self.side, inputs, features)
 
     def forward(self, inputs: Input, features: Features, laterals: Sequence[Tensor] = ()) -> Tensor:
-        """The task's output from a prepared input, the base's features and earlier tasks' side outputs."""
+        """The task's output for prepared `inputs`, the base's `features` and other tasks' side outputs `laterals`."""
         return self.output(inputs, features, self.side_output(inputs, features), laterals)
 
     def output(self, inputs: Input, features: Features, side: Tensor | None, laterals: Sequence[Tensor]) -> Tensor:
-        """Merge, normalise and decode, where the side output is known."""
+        """Merge, normalise and decode a `side`'s output; `inputs`, `features` and `laterals` are those of `forward`."""
         base = features.out
         if side is not None and side.shape != base.shape:
             raise ShapeError(

@@ -67,7 +67,7 @@ def span(base: Base) -> nn.Module:
 
 @HEADS.register("pixels")
 def pixels(base: Base, channels: int = 1, hidden: int = 64) -> nn.Module:
-    """A convolutional decoder from a map to images of the input's size -> (b, channels, H, W)."""
+    """A convolutional decoder of `hidden` channels from a map to images of the input's size -> (b, channels, H, W)."""
     if base.kind != "map" or not isinstance(base.example, Tensor):
         raise TaskError(f"head 'pixels' decodes a map into an image, and this base returns a {base.kind}")
     return Pixels(base.width, base.output_shape[1:], base.example.shape[-2:], channels, hidden)

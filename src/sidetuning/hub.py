@@ -70,6 +70,11 @@ def push(path: str | Path, repo: str, *, private: bool = False, token: str | Non
 def pull(repo: str, *, revision: str | None = None, token: str | None = None) -> Path:
     """Download a task from the Hub (once; then from the Hub's cache) and return its folder, for `load` and `load_task`.
 
+    Args:
+        repo: "user/name".
+        revision: branch, tag or commit.
+        token: access token of the Hub, for private repositories.
+
     Raises:
         ArtifactError: no such repository, no task in it, or no network.
     """

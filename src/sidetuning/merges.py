@@ -44,7 +44,7 @@ class Merge(nn.Module):
             raise TaskError(f"merge {type(self).__name__} reads no laterals: use one of {', '.join(lateral_merges())}")
 
     def forward(self, base: Tensor, side: Tensor, laterals: Sequence[Tensor] = ()) -> Tensor:
-        """R(x), of the base's shape, from B(x), S(x) and the detached side outputs of earlier tasks."""
+        """R(x) from the outputs of `base`, `side` and, detached, earlier sides, `laterals`; all of one shape."""
         raise NotImplementedError
 
 
@@ -53,7 +53,9 @@ MERGES: Registry[Callable[..., Merge]] = Registry("merge")
 
 def lateral_merges() -> list[str]:
     """Names of the merges that take laterals."""
-    return [n for n in MERGES.names() if isinstance(MERGES[n], type) and MERGES[n].takes_laterals]  # type: ignore[attr-defined]
+    found: dict[str, object] = {name: MERGES[name] for name in MERGES.names()}
+    merges = {name: entry for name, entry in found.items() if isinstance(entry, type) and issubclass(entry, Merge)}
+    return [name for name, merge in merges.items() if merge.takes_laterals]
 
 
 @MERGES.register("base-only")

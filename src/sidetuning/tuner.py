@@ -131,7 +131,7 @@ class SideTuner(nn.Module):
         return self.add_branch(name, branch)
 
     def add_branch(self, name: str, branch: Branch) -> Branch:
-        """Add a branch that is built already; `add_task` and `load_task` end here."""
+        """Add a branch that is built already, under a task's name; `add_task` and `load_task` end here."""
         self._check_name(name)
         for lateral in branch.config.laterals:
             if self[lateral].side is None:
@@ -201,7 +201,7 @@ class SideTuner(nn.Module):
         return [t for t in self.tasks if name in self[t].config.laterals]
 
     def freeze_task(self, name: str, frozen: bool = True) -> None:
-        """Freeze a task's parameters (`fit` then refuses it), or thaw them."""
+        """Freeze the parameters of the task `name` (`fit` then refuses it), or thaw them with `frozen=False`."""
         self[name].requires_grad_(not frozen)
 
     @overload
@@ -255,7 +255,7 @@ class SideTuner(nn.Module):
     def forward_all(
         self, x: Input, *, tasks: Sequence[str] | None = None, features: Features | Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Every task's output (or that of `tasks`) from one base pass, or from none where `features` are given."""
+        """Every task's output (or that of `tasks`) for `x` from one base pass, or from none with `features` given."""
         inputs = self.base.prepare(x)
         return self._run(self.tasks if tasks is None else list(tasks), inputs, self._features(inputs, features))
 
@@ -288,12 +288,12 @@ class SideTuner(nn.Module):
 
     @torch.no_grad()
     def lateral_outputs(self, branch: Branch, inputs: Input, features: Features) -> list[Tensor]:
-        """The detached side outputs of the earlier tasks that `branch` takes as laterals."""
+        """The detached outputs, of prepared `inputs` and `features`, of the sides that `branch` takes as laterals."""
         outputs = [self[name].side_output(inputs, features) for name in branch.config.laterals]
         return [out for out in outputs if out is not None]
 
     def save_task(self, name: str, path: str | Path, *, metrics: Mapping[str, float] | None = None) -> None:
-        """Write a task to `path`/side.json and `path`/side.safetensors; see `artifacts.write_task`."""
+        """Write task `name`, with `metrics`, to `path`/side.json and `path`/side.safetensors; see `write_task`."""
         branch = self[name]
         laterals = {lateral: tensors_sha256(self[lateral].side) for lateral in branch.config.laterals}
         write_task(path, name, branch, self.base, laterals, metrics or {})

@@ -23,36 +23,16 @@ from sidetuning_bench import compare
 from sidetuning_bench import icifar as scenario
 from sidetuning_bench.options import GridOptions, with_values
 
-CLI = [sys.executable, "-m", "sidetuning_bench"]
+CLI = [sys.executable, "-m", "sidetuning.cli"]
 
 
 def sidetuning(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=180, check=False)
 
 
-def icifar(data: Path, out: Path, cache: Path, *more: object) -> list[object]:
-    return [
-        "icifar",
-        "--data",
-        data,
-        "--tasks",
-        2,
-        "--samples",
-        64,
-        "--batch",
-        16,
-        "--side",
-        "mlp",
-        "--init",
-        "xavier",
-        "--merge",
-        "alpha",
-        "--out",
-        out,
-        "--cache",
-        cache,
-        *more,
-    ]
+def icifar(data: Path, out: Path, cache: Path, *more: object, tasks: int = 2, samples: int = 64) -> list[object]:
+    given = ["bench", "icifar", "--data", data, "--out", out, "--cache", cache, "--tasks", tasks, "--samples", samples]
+    return [*given, "--batch", 16, "--side", "mlp", "--init", "xavier", "--merge", "alpha", *more]
 
 
 def hashes(run: Path) -> dict[str, str]:
@@ -152,7 +132,7 @@ def test_mistakes_are_one_sentence(run: Path, tiny_cifar: Path, tmp_path: Path) 
     cache = run.parent / "cache"
     one_sentence(sidetuning(*icifar(tmp_path / "nowhere", tmp_path / "a", cache)), "nowhere", "does not exist")
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "b", cache, "--merge", "alhpa")), "'alhpa'", "'alpha'")
-    one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "c", cache, "--tasks", 0)), "--tasks must be 1 or more")
+    one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "c", cache, tasks=0)), "--tasks must be 1 or more")
     for name, value, message in (
         ("batch", 0, "--batch must"),
         ("samples", 0, "--samples must"),
@@ -168,7 +148,7 @@ def test_mistakes_are_one_sentence(run: Path, tiny_cifar: Path, tmp_path: Path) 
 
 
 def test_a_setting_that_the_method_does_not_read_cannot_be_given(tiny_cifar: Path, tmp_path: Path) -> None:
-    done = sidetuning("icifar", "psp", "--data", tiny_cifar, "--out", tmp_path / "run", "--merge", "alpha")
+    done = sidetuning("bench", "icifar", "psp", "--data", tiny_cifar, "--out", tmp_path / "run", "--merge", "alpha")
     assert done.returncode == 2 and "--merge" in done.stderr and "icifar sidetune" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -183,9 +163,7 @@ def test_a_row_that_was_lost_is_said(run: Path, tiny_cifar: Path, tmp_path: Path
 def test_a_full_disk_loses_nothing(run: Path, tiny_cifar: Path, small_disk: Callable[[str], Path]) -> None:
     """First the cache does not fit, then the tasks, then all goes on to the same weights as on a large disk."""
     folder = small_disk("300k")
-    one_sentence(
-        sidetuning(*icifar(tiny_cifar, folder / "run", folder / "cache")), "disk", "full", "goes on from there"
-    )
+    one_sentence(sidetuning(*icifar(tiny_cifar, folder / "run", folder / "cache")), "disk", "full", "resumes")
     small_disk("1300k")
     done = sidetuning(*icifar(tiny_cifar, folder / "run", folder / "cache"))
     assert done.returncode == 1 and (folder / "run" / "metrics.jsonl").exists()
@@ -207,15 +185,15 @@ def newest(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_do_not_change_the_result(tiny_cifar: Path, tmp_path: Path) -> None:
-    more = ("--samples", 9600, "--save-every", 0.0)
+    more = ("--save-every", 0.0)
     whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "killed-cache"
-    done = sidetuning(*icifar(tiny_cifar, whole, tmp_path / "cache", *more))
+    done = sidetuning(*icifar(tiny_cifar, whole, tmp_path / "cache", *more, samples=9600))
     assert done.returncode == 0, done.stderr
     rng, hit = random.Random(0), []
     for watched in (cache, *[killed / "resume"] * 9):  # while the base runs, then in the midst of training
         before = newest(watched)
         process = subprocess.Popen(
-            [*CLI, *map(str, icifar(tiny_cifar, killed, cache, *more))],
+            [*CLI, *map(str, icifar(tiny_cifar, killed, cache, *more, samples=9600))],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -227,7 +205,7 @@ def test_ten_kills_at_random_moments_do_not_change_the_result(tiny_cifar: Path, 
             hit.append(watched.name)
         process.wait()
     assert len(hit) == 10, f"only {len(hit)} of ten kills hit a running process"
-    done = sidetuning(*icifar(tiny_cifar, killed, cache, *more))
+    done = sidetuning(*icifar(tiny_cifar, killed, cache, *more, samples=9600))
     assert done.returncode == 0, done.stderr
     assert len(hashes(whole)) == 2 and hashes(killed) == hashes(whole)
     assert json.loads((killed / "matrix.json").read_text()) == json.loads((whole / "matrix.json").read_text())

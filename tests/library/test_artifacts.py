@@ -149,7 +149,8 @@ def test_a_base_that_prepares_otherwise_is_refused(other: dict[str, Any], tmp_pa
     """The same weights on other inputs, or another of their outputs, are another base."""
     x = inputs("conv")
     net = conv_base().net
-    plain, changed = (st.Base(net, example=x, output=o.pop("output", None), **o) for o in ({}, dict(other)))  # type: ignore[arg-type]
+    options: dict[str, Any] = dict(other)
+    plain, changed = st.Base(net, example=x), st.Base(net, example=x, **options)
     assert plain.identity().sha256 == changed.identity().sha256
     model = st.SideTuner(plain)
     model.add_task("pets", side="fcn4", head=3)
@@ -333,7 +334,7 @@ def test_a_task_is_two_files_without_the_base_or_pickle(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["side.json", "side.safetensors"]
     tensors = load_file(tmp_path / "side.safetensors")
     assert tensors.keys() == model["t"].state_dict().keys()
-    hidden = {v.numpy().tobytes() for v in model.base.net.state_dict().values() if v.ndim > 1}  # type: ignore[attr-defined]
+    hidden = {v.numpy().tobytes() for v in network(model.base).state_dict().values() if v.ndim > 1}
     assert hidden and not hidden & {v.numpy().tobytes() for v in tensors.values()}
 
 

@@ -42,10 +42,13 @@ BUDGETS = budgets()
 
 
 def functions(file: Path) -> Iterator[tuple[str, int]]:
-    """Every function of a file and its number of lines."""
+    """Every function of a file and its number of lines, without those of its docstring."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield f"{file.relative_to(ROOT)}:{node.lineno} {node.name}", (node.end_lineno or 0) - node.lineno + 1
+            first = node.body[0]
+            docstring = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(node) else 0
+            size = (node.end_lineno or 0) - node.lineno + 1 - docstring
+            yield f"{file.relative_to(ROOT)}:{node.lineno} {node.name}", size
 
 
 def code(file: Path) -> list[tuple[int, str]]:
@@ -64,7 +67,7 @@ def code(file: Path) -> list[tuple[int, str]]:
 
 def test_the_table_is_complete() -> None:
     whole = {"library", "heart", "bench", "both packages"}
-    assert set(BUDGETS) == whole | {"one file", "one function", "columns of a line"}
+    assert set(BUDGETS) == whole | {"one file", "one function, its docstring apart", "columns of a line"}
 
 
 @pytest.mark.parametrize("what", ["library", "heart", "bench", "both packages"])
@@ -80,7 +83,7 @@ def test_no_file_is_too_long() -> None:
 
 
 def test_a_function_fits_on_a_screen() -> None:
-    paths, most = BUDGETS["one function"]
+    paths, most = BUDGETS["one function, its docstring apart"]
     assert not [f"{name}: {size}" for file in tracked(paths) for name, size in functions(file) if size > most]
 
 

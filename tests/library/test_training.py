@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import sidetuning as st
-from conftest import conv_base, inputs, mlp_base
+from conftest import conv_base, inputs, mlp_base, network
 from sidetuning.objective import parameter_groups
 from sidetuning.seeding import seed_loader
 
@@ -253,11 +253,11 @@ def test_fit_changes_its_task_and_nothing_else() -> None:
         model.add_task("new", side="fcn4", merge="mlp2", head=3, laterals=["old"])
         model.add_task("later", side="fcn4", merge="mlp2", head=3, laterals=["old"])
     before = {name: state(model[name]) for name in model.tasks}
-    print_before, base_before = model.base.identity().sha256, state(model.base.net)  # type: ignore[arg-type]
+    print_before, base_before = model.base.identity().sha256, state(network(model.base))
     y = torch.tensor([0, 1, 2, 0])
     st.fit(model, "new", [(inputs("conv"), y)], steps=3, lr=0.1, weight_decay=0.5, progress=False)
     assert same(state(model["old"]), before["old"]) and same(state(model["later"]), before["later"])
-    assert model.base.identity().sha256 == print_before and same(state(model.base.net), base_before)  # type: ignore[arg-type]
+    assert model.base.identity().sha256 == print_before and same(state(network(model.base)), base_before)
     changed = {k for k, v in model["new"].state_dict().items() if not torch.equal(v, before["new"][k])}
     assert changed >= {k for k, _ in model["new"].named_parameters()}
     assert any("running_mean" in k for k in changed)
@@ -514,7 +514,7 @@ state.destroy_process_group()
 def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
-    # Without MPI, `accelerate launch --cpu --num_processes 2` starts one process. torchrun starts two; accelerate joins.
+    # `accelerate launch --cpu --num_processes 2` starts one process without MPI; torchrun starts two.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     rows = []
     for how in ([], launch):

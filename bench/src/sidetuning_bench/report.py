@@ -126,7 +126,12 @@ def flat_settings(runs: Sequence[Any]) -> DataFrame:
 
     # Numbers stay as they are written.
     content = json.loads(json.dumps([run.settings for run in runs], default=str), parse_int=str, parse_float=str)
-    return pd.json_normalize(content).fillna("null").map(lambda v: v if isinstance(v, str) else json.dumps(v))
+    return (
+        pd.json_normalize(content)
+        .astype(object)
+        .fillna("null")
+        .map(lambda v: v if isinstance(v, str) else json.dumps(v))
+    )
 
 
 def _settings(runs: Sequence[RunResult]) -> tuple[DataFrame, DataFrame]:

@@ -15,8 +15,9 @@ from sidetuning.sides.fit import FitMap
 
 
 class Fusion(Side):
-    """h = relu(sum_i BN(conv_i(tap_i))), h = relu(h + BN(conv(h))), then to the base's output shape.
+    """The taps of a base that gives maps, summed: a side of few parameters.
 
+    h = relu(sum_i BN(conv_i(tap_i))), h = relu(h + BN(conv(h))), then to the base's output shape.
     A tap that is larger than the smallest one is reduced by a strided 3x3 convolution, the others are mixed by a 1x1.
     The base has done the work of seeing already, so this learns more per parameter than a side that reads the image.
 

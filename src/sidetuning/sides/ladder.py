@@ -15,8 +15,9 @@ DIMENSIONS = {1: "vectors", 2: "sequences", 3: "maps"}
 
 
 class Ladder(Side):
-    """h_i = block_i(g_i down_i(tap_i) + (1 - g_i) h_(i-1)), g_i = sigmoid(gate_i); then to the base's shape.
+    """A small block per tap, from the input's end to the output's: ladder side-tuning (Sung et al., 2022).
 
+    h_i = block_i(g_i down_i(tap_i) + (1 - g_i) h_(i-1)), g_i = sigmoid(gate_i); then to the base's shape.
     It never sees the input, only the taps, in the order in which the base was told to keep them, and sends no gradient
     into the base. Blocks are residual 3x3 convolutions on maps, encoder layers on sequences, linear layers on vectors.
 

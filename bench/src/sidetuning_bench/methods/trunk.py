@@ -78,7 +78,8 @@ class Trunk(nn.Module):
         for name, tensor in tensors.items():
             owner, _, key = name.rpartition(".")
             module = view.get_submodule(owner)
-            (module._parameters if key in module._parameters else module._buffers)[key] = tensor  # type: ignore[assignment]
+            entries: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+            entries[key] = tensor
         return view
 
 
