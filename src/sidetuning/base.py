@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,17 +13,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sidetuning import identity
 from sidetuning.errors import ShapeError, UnknownNameError
 from sidetuning.folding import fold
+from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
+from sidetuning.inputs import IMAGES, call, map_input, modules_of, to_device
+from sidetuning.inputs import Input as Input
 from sidetuning.probe import check_base, probe_input, summary_of
 from sidetuning.registry import unknown
 
-# One tensor, or the keyword arguments of the network. A mapping may hold two keys that are no arguments: "x", the one
-# tensor of a network that takes no names, and "extra", (b, n) numbers that only heads see, such as an agent's compass.
-Input = Tensor | Mapping[str, Any]
-# Entries of a mapping that are images.
-IMAGES = ("x", "pixel_values")
 Kind = Literal["vector", "map", "sequence"]
 # By dimensions without the batch.
 KINDS: dict[int, Kind] = {1: "vector", 2: "sequence", 3: "map"}
@@ -256,7 +252,7 @@ class Base(nn.Module):
                 # Whoever has the network put it there, and its statistics would move.
                 module.eval()
         if self._writes:
-            inputs = _map(inputs, torch.clone)
+            inputs = map_input(inputs, torch.clone)
         tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
         wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
         seen: dict[Tap, tuple[Any, int]] = {}
@@ -268,6 +264,16 @@ class Base(nn.Module):
         finally:
             _seen.reset(token)
         return Features(out, {name: self._tapped(name, seen.get(tap)) for name, tap in self._taps.items()})
+
+    def features(self, inputs: Input, given: Features | Tensor | None = None) -> Features:
+        """What the network makes of prepared `inputs`, or the features of them that are `given`, checked."""
+        if given is None:
+            return self.encode(inputs)
+        given = Features(given) if isinstance(given, Tensor) else given
+        expected = self.output_shape[-1:] if self.kind == "sequence" else self.output_shape
+        if tuple(given.out.shape[-len(expected) :]) != expected:
+            raise ShapeError(f"the features given are {tuple(given.out.shape)}; this base returns (b, {expected})")
+        return given
 
     def _tapped(self, name: str, seen: tuple[Any, int] | None) -> Tensor:
         """What the tap `name` has seen, checked."""
@@ -331,18 +337,18 @@ class Base(nn.Module):
         values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
         return next(chain(weights, (value for value in values if isinstance(value, Tensor)))).device
 
-    def identity(self) -> identity.Identity:
+    def identity(self) -> Identity:
         """Its weights, preparation, choice of the output and behaviour; weights that did not change are hashed once."""
         nets = self._networks()
-        version = [identity.weights_version(net) for net in nets] if nets else object()
+        version = [weights_version(net) for net in nets] if nets else object()
         if self._sha256 is None or self._sha256[0] != version:
-            self._sha256 = version, identity.weights_sha256(self.net, nets, self.output_shape)
-        prepared = identity.preparation(self.mean, self.std, self.select.output, self.select.channels_last)
-        return identity.Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self.probe))
+            self._sha256 = version, weights_sha256(self.net, nets, self.output_shape)
+        prepared = preparation(self.mean, self.std, self.select.output, self.select.channels_last)
+        return Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self.probe))
 
     def structure(self) -> str:
         """Hash of how the network is built, which names its cached features beside the identity."""
-        return identity.structure_sha256(self.net, self._networks())
+        return structure_sha256(self.net, self._networks())
 
     def parameter_count(self) -> int:
         """Parameters of the network, all frozen."""
@@ -357,7 +363,7 @@ class Base(nn.Module):
         super()._apply(fn, recurse)
         for net in self._networks():
             net._apply(fn, recurse)
-        self.example = _map(self.example, fn)
+        self.example = map_input(self.example, fn)
         out, taps = self.example_features
         self.example_features = Features(fn(out), {name: fn(tap) for name, tap in taps.items()})
         return self
@@ -367,61 +373,8 @@ class Base(nn.Module):
         return f"{name}, {self.kind} {self.output_shape}, {self.parameter_count():,} frozen parameters"
 
 
-def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
-    """The modules that a callable runs: itself, a method's owner, what a partial, an object or a closure holds."""
-    if isinstance(net, nn.Module):
-        return [net]
-    if depth == 0 or net is None or isinstance(net, (Tensor, str, bytes, int, float, type)):
-        return []
-    held: list[Any] = [getattr(net, "__self__", None)]
-    if isinstance(net, partial):
-        held += [net.func, *net.args, *net.keywords.values()]
-    held += [cell.cell_contents for cell in getattr(net, "__closure__", None) or () if _filled(cell)]
-    held += net if isinstance(net, (list, tuple)) else []
-    held += net.values() if isinstance(net, dict) else []
-    held += vars(net).values() if hasattr(net, "__dict__") and not callable(getattr(net, "fingerprint", None)) else []
-    found = {id(module): module for thing in held for module in modules_of(thing, depth - 1)}
-    return list(found.values())
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
 def _tensors(features: Features) -> list[Tensor]:
     return [features.out, *features.taps.values()]
-
-
-def call(net: Callable[..., Any], x: Input) -> Any:
-    """Run `net` on a tensor, or on a mapping splatted into keyword arguments; see `Input` for its two other keys."""
-    if isinstance(x, Tensor):
-        return net(x)
-    named = {key: value for key, value in x.items() if key not in ("x", "extra")}
-    return net(x["x"], **named) if "x" in x else net(**named)
-
-
-def entry(inputs: Input, name: str) -> Tensor | None:
-    """The tensor called `name` in a mapping, such as "attention_mask" (b, t); None where there is none."""
-    return None if isinstance(inputs, Tensor) else inputs.get(name)
-
-
-def take_rows(x: Input, rows: Tensor) -> Input:
-    """Some samples of a batch."""
-    return _map(x, lambda tensor: tensor[rows])
-
-
-def to_device(x: Input, device: torch.device) -> Input:
-    """An input on a device."""
-    return _map(x, lambda tensor: tensor.to(device))
-
-
-def _map(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:
-    if isinstance(x, Tensor):
-        return fn(x)
-    return {key: fn(value) if isinstance(value, Tensor) else value for key, value in x.items()}
 
 
 def _version(tensor: Any) -> int:

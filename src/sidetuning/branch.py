@@ -16,7 +16,7 @@ from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm, Merge
 from sidetuning.problems import PROBLEMS, Problem
 from sidetuning.registry import unknown
 from sidetuning.sides import SIDES, Side, run_side
-from sidetuning.sides.initialise import LowEnergy, distilled_weights, load_weights, xavier
+from sidetuning.sides.initialise import LowEnergy, initialise
 
 # The problem that goes with a head; with others it is "classes".
 BY_HEAD = {"span": "span"}
@@ -151,7 +151,7 @@ def build_branch(
     elif init == "low-energy" and side_module is not None:
         side_module, recorded = LowEnergy(side_module), "low-energy"
     elif init is not None and side_module is not None:
-        _initialise(base, side_module, side_name or (CUSTOM, {}), init)
+        initialise(base, side_module, *(side_name or (CUSTOM, {})), init)
     norm = GroupNorm(base.kind, base.width) if prenorm else nn.Identity()
     if problem is not None and problem not in PROBLEMS:
         raise UnknownNameError(unknown("problem", problem, PROBLEMS.names(), verb="registered"))
@@ -172,16 +172,3 @@ def _build(
     if not isinstance(part, nn.Module):
         raise TaskError(f"a {registry.kind} is a registered name or a torch module, not a {type(part).__name__}")
     return part, (CUSTOM, {})
-
-
-def _initialise(base: Base, side: nn.Module, name: tuple[str, Options], init: str | Path) -> None:
-    """Give a side its first weights."""
-    if init == "xavier":
-        xavier(side)
-    elif init == "distilled":
-        load_weights(side, distilled_weights(base, *name), f"side '{name[0]}'")
-    elif isinstance(init, Path) or "." in init or "/" in init:
-        load_weights(side, init, f"side '{name[0]}'")
-    else:
-        names = "xavier, low-energy, zero, distilled or the path of a safetensors file"
-        raise TaskError(f"init '{init}' is not known; give {names}")

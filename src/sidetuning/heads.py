@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Input, Kind, entry
+from sidetuning.base import Base, Input, Kind
 from sidetuning.errors import TaskError
+from sidetuning.inputs import entry
 from sidetuning.registry import Registry
 from sidetuning.sides.fit import masked_mean
 

@@ -97,7 +97,7 @@ def train(
     if isinstance(scheduler, ReduceLROnPlateau) and validate is None:
         raise TaskError("ReduceLROnPlateau follows the loss of a validation: give validate=")
     path = None if resume is None else Path(resume)
-    how = description(optimizer, scheduler, clip, getattr(objective, "loss", None), loader if path else None)
+    how: Any = description(optimizer, scheduler, clip, getattr(objective, "loss", None), loader if path else None)
     position = Position(seed=seed, steps=steps, label=label, epoch=first_epoch, **how)
     # Gradients are added up below, whatever the objective uses of its parameters.
     wrapped, optimizer = accelerator.prepare_model(objective, evaluation_mode=True), accelerator.prepare(optimizer)

@@ -119,9 +119,9 @@ def _row(x: Input, i: int) -> Input:
 
 
 def _equal(x: Input, y: Input) -> bool:
-    if isinstance(x, Tensor):
-        return isinstance(y, Tensor) and torch.equal(x, y)
-    return all(torch.equal(x[key], y[key]) for key in x if isinstance(x[key], Tensor))  # type: ignore[call-overload, index]
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y)
+    return all(torch.equal(value, y[key]) for key, value in x.items() if isinstance(value, Tensor))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

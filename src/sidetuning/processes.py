@@ -106,7 +106,7 @@ def whole_batch_norms(module: nn.Module, accelerator: Accelerator, counting: lis
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if accelerator.num_processes > 1:
         for norm in norms:
-            norm.forward = _Whole(norm, counting)  # type: ignore[method-assign]
+            norm.forward = _Whole(norm, counting)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -135,8 +135,9 @@ class _Whole:
         variance = squares / count - mean.square()
         if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
             with torch.no_grad():
-                norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
-                share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)  # type: ignore[arg-type]
+                seen: Any = norm.num_batches_tracked
+                seen.add_(1)
+                share = norm.momentum if norm.momentum is not None else 1 / float(seen)
                 norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
                 unbiased = variance * count / (count - 1)
                 norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sidetuning.artifacts import read_branch, read_task, tensors_sha256, write_task
-from sidetuning.base import Base, Features, Input, modules_of, take_rows
+from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch, build_branch
-from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, TaskError, UnknownNameError
+from sidetuning.checks import Owners, check_shapes
+from sidetuning.errors import ArtifactError, ShapeError, TaskError, UnknownNameError
+from sidetuning.inputs import take_rows
 from sidetuning.registry import unknown
 from sidetuning.seeding import seeded
 from sidetuning.summary import Summary, summarise
@@ -36,9 +39,7 @@ class SideTuner(nn.Module):
             raise TaskError(f"SideTuner takes a Base, not a {type(base).__name__}: wrap it, Base(module, example=x)")
         self.base = base
         self.branches = nn.ModuleDict()
-        # Whose tensors are where, by `id`: a module that two tasks share would let one change the other.
-        self._tensors: dict[int, str] = {}
-        self._base_tensors: tuple[Any, set[int]] | None = None
+        self._owners = Owners()
         self.eval()
 
     @property
@@ -136,54 +137,22 @@ class SideTuner(nn.Module):
         for lateral in branch.config.laterals:
             if self[lateral].side is None:
                 raise TaskError(f"task '{lateral}' has no side, so it cannot be a lateral of '{name}'")
-        if other := self._owner(branch):
-            raise TaskError(
-                f"a module of task '{name}' is also that of {other}, which would change with it; give a copy.deepcopy"
-            )
+        self._owners.check(name, branch, self.base, self.branches._modules)  # type: ignore[arg-type]
         more = [tap for tap in branch.taps if tap not in self.base.tap_shapes]
         base = self.base.with_taps([*self.base.tap_shapes, *more]) if more else self.base
-        self._check_shapes(name, branch, base)
+        check_shapes(name, branch, base, partial(self.lateral_outputs, branch))
         for lateral in branch.config.laterals:
             self[lateral].pinned = True
-        self._tensors.update({id(tensor): name for tensor in _tensors(branch)})
+        self._owners.add(name, branch)
         self.base = base
         self.branches[name] = branch
         return branch
-
-    def _owner(self, branch: Branch) -> str | None:
-        """Who else holds a tensor of this branch: another task, or the base. Its time does not grow with the tasks."""
-        own = {id(tensor) for tensor in _tensors(branch)}
-        if self._base_tensors is None or self._base_tensors[0] is not self.base.net:
-            self._base_tensors = self.base.net, {id(t) for net in modules_of(self.base.net) for t in _tensors(net)}
-        if own & self._base_tensors[1]:
-            return "the base"
-        # A tensor that was replaced, by `.to()` for example, leaves its number to others.
-        tasks = {self._tensors[number] for number in own if number in self._tensors}
-        held = (task for task in tasks if task in self and own & {id(tensor) for tensor in _tensors(self[task])})
-        return next((f"task '{task}'" for task in held), None)
 
     def _check_name(self, name: str) -> None:
         if name in self.branches:
             raise TaskError(f"task '{name}' exists already; remove_task('{name}') first, or choose another name")
         if not re.fullmatch(r"[\w-]+", name) or hasattr(self.branches, name):
             raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
-
-    def _check_shapes(self, name: str, branch: Branch, base: Base) -> None:
-        """One dry forward of the branch on what the base made of its example: shapes that do not fit are found now."""
-        branch.eval().to(base.device)
-        inputs, features = base.prepare(base.example), base.example_features
-        try:
-            with torch.no_grad():
-                out = branch(inputs, features, self.lateral_outputs(branch, inputs, features))
-        except SideTuningError:
-            raise
-        except Exception as error:
-            example = base.example if isinstance(base.example, Tensor) else next(iter(base.example.values()))
-            shapes = f"input {tuple(example.shape)}, base output {tuple(features.out.shape)}"
-            raise ShapeError(f"the parts of task '{name}' do not fit each other ({shapes}): {error}") from error
-        labels = branch.labels
-        if labels is not None and isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] != len(labels):
-            raise TaskError(f"task '{name}' has {len(labels)} labels for {out.shape[1]} outputs; give one per output")
 
     def remove_task(self, name: str) -> None:
         """Remove a task. Raises TaskError where a later task has it as a lateral."""
@@ -192,7 +161,7 @@ class SideTuner(nn.Module):
             raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
         laterals = self[name].config.laterals
         del self.branches[name]
-        self._tensors = {number: task for number, task in self._tensors.items() if task != name}
+        self._owners.remove(name)
         for lateral in laterals:
             self[lateral].pinned = bool(self.users(lateral))
 
@@ -235,7 +204,7 @@ class SideTuner(nn.Module):
         for name in [task] if task is not None else tasks or []:
             self[name]
         inputs = self.base.prepare(x)
-        known = self._features(inputs, features)
+        known = self.base.features(inputs, features)
         if task is not None:
             return self._run([task], inputs, known)[task]
         return self._run_mixed(list(tasks or []), inputs, known)
@@ -257,7 +226,7 @@ class SideTuner(nn.Module):
     ) -> dict[str, Tensor]:
         """Every task's output (or that of `tasks`) for `x` from one base pass, or from none with `features` given."""
         inputs = self.base.prepare(x)
-        return self._run(self.tasks if tasks is None else list(tasks), inputs, self._features(inputs, features))
+        return self._run(self.tasks if tasks is None else list(tasks), inputs, self.base.features(inputs, features))
 
     def _run(self, tasks: list[str], inputs: Input, features: Features) -> dict[str, Tensor]:
         """Outputs of tasks on the same samples; a side that is also a lateral runs once."""
@@ -275,16 +244,6 @@ class SideTuner(nn.Module):
             laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
             outputs[task] = branch.output(inputs, features, sides[task], laterals)
         return outputs
-
-    def _features(self, inputs: Input, features: Features | Tensor | None) -> Features:
-        if features is None:
-            return self.base.encode(inputs)
-        if isinstance(features, Tensor):
-            features = Features(features)
-        expected = self.base.output_shape[-1:] if self.base.kind == "sequence" else self.base.output_shape
-        if tuple(features.out.shape[-len(expected) :]) != expected:
-            raise ShapeError(f"the features given are {tuple(features.out.shape)}; this base returns (b, {expected})")
-        return features
 
     @torch.no_grad()
     def lateral_outputs(self, branch: Branch, inputs: Input, features: Features) -> list[Tensor]:
@@ -343,7 +302,3 @@ class SideTuner(nn.Module):
         """Parameters and memory of the base and of every task; `print` it."""
         tasks = [summarise(name, self[name]) for name in self.tasks]
         return Summary(self.base.parameter_count(), tasks)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]

@@ -477,7 +477,7 @@ def test_ten_tasks_hash_the_base_once(tmp_path: Path, monkeypatch: pytest.Monkey
         hashed.append(1)
         return hash_weights(*given)
 
-    monkeypatch.setattr(identity, "weights_sha256", counted)
+    monkeypatch.setattr("sidetuning.base.weights_sha256", counted)
     for i in range(10):
         model.add_task(f"t{i}", side="mlp", head=2)
         model.save_task(f"t{i}", tmp_path / f"t{i}")

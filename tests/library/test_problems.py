@@ -23,7 +23,12 @@ def model_with(problem: str | None, head: Any = 3, base: st.Base | None = None, 
     return model
 
 
-X = inputs("mlp", 12)
+def ask(call: Any, model: st.SideTuner, batches: Any) -> None:
+    """Fit or evaluate."""
+    call(model, "t", batches, **({"steps": 1, "progress": False} if call is st.fit else {}))
+
+
+X: Any = inputs("mlp", 12)
 CLASSES = torch.arange(12) % 3
 
 
@@ -73,7 +78,7 @@ def test_targets_of_another_form_are_a_sentence(problem: str, head: int, targets
     model = model_with(problem, head)
     for call in (st.fit, st.evaluate):
         with pytest.raises(st.DataError, match=sentence):
-            call(model, "t", [(X, targets)], **({"progress": False} if call is st.fit else {}))  # type: ignore[operator]
+            ask(call, model, [(X, targets)])
 
 
 def test_averages_run_over_what_counts_whatever_the_batches_are() -> None:
@@ -84,11 +89,11 @@ def test_averages_run_over_what_counts_whatever_the_batches_are() -> None:
     wanted = numbers(X, "t").detach() + torch.arange(12.0)[:, None]
     wanted[:3] = NAN
     for batch in (12, 5, 1):
-        found = st.evaluate(model, "t", DataLoader(TensorDataset(X, targets), batch_size=batch))  # type: ignore[arg-type]
+        found = st.evaluate(model, "t", DataLoader(TensorDataset(X, targets), batch_size=batch))
         assert found["accuracy"] == 1.0 and found["loss"] == pytest.approx(
             F.cross_entropy(model(X, "t"), targets).item()
         )
-        found = st.evaluate(numbers, "t", DataLoader(TensorDataset(X, wanted), batch_size=batch))  # type: ignore[arg-type]
+        found = st.evaluate(numbers, "t", DataLoader(TensorDataset(X, wanted), batch_size=batch))
         assert found["mae"] == pytest.approx(7.0, rel=1e-5) and found["loss"] == pytest.approx(55.6667, rel=1e-4)
     nothing = torch.full((12,), -100)
     before = {k: v.clone() for k, v in model["t"].state_dict().items()}
@@ -138,7 +143,7 @@ def test_metrics_of_every_kind_are_averaged_right() -> None:
     mean = lambda output, target: (output.argmax(1) == target).float().mean()  # noqa: E731
     metrics = {"mean": mean, "number": lambda *given: float(mean(*given)), "each": st.accuracy}
     for batch in (12, 5):
-        found = st.evaluate(model, "t", DataLoader(TensorDataset(X, targets), batch_size=batch), metrics=metrics)  # type: ignore[arg-type]
+        found = st.evaluate(model, "t", DataLoader(TensorDataset(X, targets), batch_size=batch), metrics=metrics)
         assert [found[name] for name in metrics] == [1.0, 1.0, 1.0]
     numbers, wanted = model_with("numbers"), torch.rand(12, 3)
     expected = (numbers(X, "t") - wanted).abs().mean().item()
@@ -167,7 +172,7 @@ class Running:
 
 def test_metrics_that_keep_a_state_are_updated_and_reset() -> None:
     model = model_with("classes")
-    loader = DataLoader(TensorDataset(X, CLASSES), batch_size=5)  # type: ignore[arg-type]
+    loader = DataLoader(TensorDataset(X, CLASSES), batch_size=5)
     running = Running()
     expected = st.evaluate(model, "t", loader)["accuracy"]
     for _ in range(2):
@@ -229,14 +234,14 @@ def test_ignored_classes_of_a_loss_are_its_own() -> None:
     model, targets = model_with(None), CLASSES.clone()
     targets[:4] = 255
     loss = nn.CrossEntropyLoss(ignore_index=255)
-    found = st.evaluate(model, "t", DataLoader(TensorDataset(X, targets), batch_size=5), loss=loss)  # type: ignore[arg-type]
+    found = st.evaluate(model, "t", DataLoader(TensorDataset(X, targets), batch_size=5), loss=loss)
     assert found["loss"] == pytest.approx(loss(model(X, "t"), targets).item())
 
 
 @pytest.mark.parametrize(
     ("batches", "sentence"),
     [
-        (TensorDataset(X, CLASSES), "is a data set, and batches are wanted"),  # type: ignore[arg-type]
+        (TensorDataset(X, CLASSES), "is a data set, and batches are wanted"),
         ([(X, CLASSES, CLASSES * 0)], "features given"),
         ([(X,)], "a batch is .*not a tuple of 1"),
         ([X], "a batch is"),
@@ -247,11 +252,10 @@ def test_ignored_classes_of_a_loss_are_its_own() -> None:
 def test_what_is_no_batch_is_a_sentence(batches: Any, sentence: str) -> None:
     for call in (st.fit, st.evaluate):
         with pytest.raises(st.SideTuningError, match=sentence):
-            call(model_with(None), "t", batches, **({"steps": 1, "progress": False} if call is st.fit else {}))  # type: ignore[operator]
+            ask(call, model_with(None), batches)
 
 
 def test_numpy_and_double_precision_are_taken() -> None:
-    assert isinstance(X, Tensor)
     model = model_with(None)
     for x in (X.numpy(), X.double(), X.double().numpy()):
         st.fit(model, "t", [(x, CLASSES.numpy())], steps=1, progress=False)
@@ -288,10 +292,13 @@ def test_a_plateau_follows_the_validation() -> None:
     with pytest.raises(st.TaskError, match="give validate="):
         st.fit(model_with(None), "t", [(X, CLASSES)], scheduler=plateau, progress=False)
     held: list[torch.optim.lr_scheduler.ReduceLROnPlateau] = []
-    st.fit(
-        model_with(None), "t", [(X, CLASSES)], epochs=12, lr=0.5, validate=[(X, CLASSES.flip(0))], progress=False,
-        scheduler=lambda optimizer: held.append(plateau(optimizer)) or held[0],  # type: ignore[func-returns-value]
-    )  # fmt: skip
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        held.append(plateau(optimizer))
+        return held[0]
+
+    options: dict[str, Any] = {"epochs": 12, "lr": 0.5, "validate": [(X, CLASSES.flip(0))], "progress": False}
+    st.fit(model_with(None), "t", [(X, CLASSES)], scheduler=schedule, **options)
     assert held[0].get_last_lr()[0] < 0.5
 
 
@@ -307,7 +314,7 @@ def test_fitting_again_draws_other_orders_and_a_seed_repeats_the_script() -> Non
         model = st.SideTuner(mlp_base())
         model.add_task("t", side="mlp", head=3, seed=5)
         for _ in range(3):
-            loader = DataLoader(Data(X, CLASSES), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+            loader = DataLoader(Data(X, CLASSES), batch_size=4, shuffle=True)
             st.fit(model, "t", loader, epochs=1, progress=False)
         return [tuple(orders[i : i + 12]) for i in range(0, 36, 12)], model["t"].state_dict()
 

@@ -128,9 +128,9 @@ def test_a_run_resumes_over_cached_random_views(tmp_path: Path) -> None:
         cached = st.cache_features(model.base, toy(), tmp_path, views=3, augment=augment, progress=False)
         options: dict[str, Any] = {"steps": 20, "save_every": 0.0, "progress": False}
         if stop:
-            loader, resume = st.loader_over(cached, batch_size=32), tmp_path / "r"
+            loader = st.loader_over(cached, batch_size=32)
             with pytest.raises(Stop):
-                st.fit(model, "t", loader, resume=resume, loss=stopping(stop), **options)
+                st.fit(model, "t", loader, resume=tmp_path / "r", loss=stopping(stop), **options)
             model = build(dropout=True)
         resume = tmp_path / "r" if stop else None
         st.fit(model, "t", st.loader_over(cached, batch_size=32), resume=resume, loss=stopping(99), **options)
@@ -198,24 +198,25 @@ def test_whatever_bit_of_a_resume_file_is_flipped_nothing_is_loaded(tmp_path: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_between_two_steps_and_loses_none(number: int, tmp_path: Path) -> None:
+    calls: list[int] = []
+    options: dict[str, Any] = {"steps": 20, "save_every": 999.0, "progress": False}
+
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 7:
+        calls.append(1)
+        if len(calls) == 7:
             os.kill(os.getpid(), number)
         return F.cross_entropy(output, target)
 
-    calls, options = 0, {"steps": 20, "save_every": 999.0, "progress": False}
     whole = build(dropout=True)
-    st.fit(whole, "t", loader(), loss=F.cross_entropy, **options)  # type: ignore[arg-type]
+    st.fit(whole, "t", loader(), loss=F.cross_entropy, **options)
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt) as stopped:
-        st.fit(build(dropout=True), "t", loader(), loss=loss, resume=tmp_path / "r", **options)  # type: ignore[arg-type]
+        st.fit(build(dropout=True), "t", loader(), loss=loss, resume=tmp_path / "r", **options)
     assert stopped.value.code == 128 + number and signal.getsignal(number) is before  # type: ignore[attr-defined]
-    assert calls == 7
+    assert len(calls) == 7
     model = build(dropout=True)
-    st.fit(model, "t", loader(), loss=loss, resume=tmp_path / "r", **options)  # type: ignore[arg-type]
-    assert same(state(model), state(whole)) and calls == 20
+    st.fit(model, "t", loader(), loss=loss, resume=tmp_path / "r", **options)
+    assert same(state(model), state(whole)) and len(calls) == 20
 
 
 def test_the_resume_file_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from sidetuning.base import Base, Input, Select, call
+from sidetuning.base import Base, Input, Select
 from sidetuning.errors import ShapeError, UnknownNameError
+from sidetuning.inputs import call
 from sidetuning.sides.initialise import load_weights
 
 

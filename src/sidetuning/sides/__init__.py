@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from sidetuning.base import Features, Input, call
+from sidetuning.base import Features, Input
+from sidetuning.inputs import call
 from sidetuning.registry import Registry
 
 

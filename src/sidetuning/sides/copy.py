@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, call
+from sidetuning.base import Base
 from sidetuning.errors import ShapeError
+from sidetuning.inputs import call
 
 
 def copy(base: Base, width: float = 1.0) -> nn.Module:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input, entry
+from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError
+from sidetuning.inputs import entry
 from sidetuning.sides import Side
 from sidetuning.sides.fit import FitMap, FitTokens
 

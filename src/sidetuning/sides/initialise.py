@@ -32,6 +32,19 @@ class LowEnergy(Side):
         return self.scale * run_side(self.side, inputs, features)
 
 
+def initialise(base: Base, side: nn.Module, name: str, options: Mapping[str, Any], init: str | Path) -> None:
+    """Give a side its first weights: "xavier", "distilled", or those of a safetensors file."""
+    if init == "xavier":
+        xavier(side)
+    elif init == "distilled":
+        load_weights(side, distilled_weights(base, name, options), f"side '{name}'")
+    elif isinstance(init, Path) or "." in init or "/" in init:
+        load_weights(side, init, f"side '{name}'")
+    else:
+        names = "xavier, low-energy, zero, distilled or the path of a safetensors file"
+        raise TaskError(f"init '{init}' is not known; give {names}")
+
+
 def xavier(side: nn.Module) -> None:
     """Xavier-uniform weights and zero biases in every linear and convolutional layer; norms stay as built."""
     for module in side.modules():

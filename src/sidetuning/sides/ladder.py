@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input, entry
+from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError
+from sidetuning.inputs import entry
 from sidetuning.sides import Side
 from sidetuning.sides.fit import FitMap, FitTokens, resize
 from sidetuning.sides.generic import encoder_layer

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Input, entry
+from sidetuning.base import Base, Input
 from sidetuning.errors import ShapeError, TaskError
 from sidetuning.heads import Head
+from sidetuning.inputs import entry
 
 
 def policy(base: Base, actions: int = 4, extra: int = 0, hidden: int = 128, dropout: float = 0.0) -> nn.Module:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input, entry
+from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError
+from sidetuning.inputs import entry
 from sidetuning.sides import Side
 from sidetuning.sides.fit import FitTokens
 from sidetuning.sides.generic import encoder_layer

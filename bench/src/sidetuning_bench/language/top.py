@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input, entry
+from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError
+from sidetuning.inputs import entry
 from sidetuning.sides import Side
 from sidetuning.sides.fit import masked_mean
 

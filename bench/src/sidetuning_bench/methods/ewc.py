@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sidetuning.base import Base, Input, take_rows
+from sidetuning.base import Base, Input
 from sidetuning.errors import TrainingError
+from sidetuning.inputs import take_rows
 from sidetuning.objective import unpack
 from sidetuning_bench.methods.finetune import FineTune
 from sidetuning_bench.methods.recipe import Task

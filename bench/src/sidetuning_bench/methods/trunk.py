@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Input, Tap, call
+from sidetuning.base import Base, Input, Tap
 from sidetuning.errors import TaskError
+from sidetuning.inputs import call
 
 
 class Trunk(nn.Module):

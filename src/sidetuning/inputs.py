@@ -1,0 +1,69 @@
+"""What a network is given: one tensor or a mapping; and the networks that a callable runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# One tensor, or the keyword arguments of the network. A mapping may hold two keys that are no arguments: "x", the one
+# tensor of a network that takes no names, and "extra", (b, n) numbers that only heads see, such as an agent's compass.
+Input = Tensor | Mapping[str, Any]
+# Entries of a mapping that are images.
+IMAGES = ("x", "pixel_values")
+
+
+def call(net: Callable[..., Any], x: Input) -> Any:
+    """Run `net` on a tensor, or on a mapping splatted into keyword arguments; see `Input` for its two other keys."""
+    if isinstance(x, Tensor):
+        return net(x)
+    named = {key: value for key, value in x.items() if key not in ("x", "extra")}
+    return net(x["x"], **named) if "x" in x else net(**named)
+
+
+def entry(inputs: Input, name: str) -> Tensor | None:
+    """The tensor called `name` in a mapping, such as "attention_mask" (b, t); None where there is none."""
+    return None if isinstance(inputs, Tensor) else inputs.get(name)
+
+
+def take_rows(x: Input, rows: Tensor) -> Input:
+    """Some samples of a batch."""
+    return map_input(x, lambda tensor: tensor[rows])
+
+
+def to_device(x: Input, device: torch.device) -> Input:
+    """An input on a device."""
+    return map_input(x, lambda tensor: tensor.to(device))
+
+
+def map_input(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:
+    if isinstance(x, Tensor):
+        return fn(x)
+    return {key: fn(value) if isinstance(value, Tensor) else value for key, value in x.items()}
+
+
+def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
+    """The modules that a callable runs: itself, a method's owner, what a partial, an object or a closure holds."""
+    if isinstance(net, nn.Module):
+        return [net]
+    if depth == 0 or net is None or isinstance(net, (Tensor, str, bytes, int, float, type)):
+        return []
+    held: list[Any] = [getattr(net, "__self__", None)]
+    if isinstance(net, partial):
+        held += [net.func, *net.args, *net.keywords.values()]
+    held += [cell.cell_contents for cell in getattr(net, "__closure__", None) or () if _filled(cell)]
+    held += net if isinstance(net, (list, tuple)) else []
+    held += net.values() if isinstance(net, dict) else []
+    held += vars(net).values() if hasattr(net, "__dict__") and not callable(getattr(net, "fingerprint", None)) else []
+    found = {id(module): module for thing in held for module in modules_of(thing, depth - 1)}
+    return list(found.values())
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
