@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,7 @@ def test_an_optimizers_own_weight_decay_is_kept_and_merges_have_none() -> None:
 
 
 def test_a_plateau_follows_the_validation() -> None:
-    plateau = lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1)  # noqa: E731
+    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1)
     with pytest.raises(st.TaskError, match="give validate="):
         st.fit(model_with(None), "t", [(X, CLASSES)], scheduler=plateau, progress=False)
     held: list[torch.optim.lr_scheduler.ReduceLROnPlateau] = []
