@@ -30,6 +30,8 @@ from sidetuning.sides.initialise import mismatch
 # Version 1 had the text in `side.json` alone, without a checksum.
 FORMAT_VERSION = 2
 MEND = "fetch or save the task again"
+# What `side.json` alone tells.
+NOTES = ("metrics", "created")
 CONFIG, TENSORS = "side.json", "side.safetensors"
 # A downloaded file may hold anything. A part is its name and its options.
 PART = (str, dict)
@@ -40,6 +42,7 @@ SCHEMA = {
     "labels?": [str],
     "laterals_sha256?": dict,
     "passes?": int,
+    "metrics?": dict,
     "parts": {
         "side?": PART,
         "merge": PART,
@@ -94,7 +97,6 @@ def write_task(
         "metrics": {key: float(value) for key, value in metrics.items()},
         "laterals_sha256": dict(laterals),
         "base": {"spec": spec, **base.identity().record(), "taps": list(branch.taps)},
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     try:
         write_files(path, config, tensors)
@@ -112,12 +114,19 @@ def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, 
     """
     path = Path(path)
     config = {**config, "format_version": FORMAT_VERSION, "tensors_sha256": _sha256(tensors)}
-    config["sha256"] = _checksum(config)
-    text = json_text(config)
-    data = save(tensors, metadata={"format": "pt", "sidetuning": text})
+    # Equal tasks have equal tensor files, whenever they are saved and whatever was measured. One entry: safetensors
+    # writes several in any order.
+    inner = {key: value for key, value in config.items() if key not in NOTES}
+    data = save(tensors, metadata={"sidetuning": _signed(inner)})
+    text = _signed({**config, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")})
     with atomic_write(path / CONFIG) as config_file, atomic_write(path / TENSORS) as tensors_file:
         config_file.write_text(text, encoding="utf-8")
         tensors_file.write_bytes(data)
+
+
+def _signed(config: Mapping[str, Any]) -> str:
+    """A task's text with its checksum."""
+    return json_text({**config, "sha256": _checksum(config)})
 
 
 def _checksum(config: Mapping[str, Any]) -> str:
@@ -189,7 +198,8 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
         for name, content in ((file, config), (tensor_file, inner)):
             if content.get("sha256") != _checksum(content):
                 raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {MEND}")
-        config, sha256 = inner, _sha256(values)
+        config = {**{key: config[key] for key in NOTES if key in config}, **inner}
+        sha256 = _sha256(values)
     if sha256 != config["tensors_sha256"]:
         raise ArtifactError(f"{tensor_file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")
     return config, values

@@ -79,9 +79,10 @@ def description(
     decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
     texts = {"optimizer": how + (f", weight decay {decay:g}" if decay else ""), "clip": str(clip), "loss": _named(loss)}
     if scheduler is not None:
-        moving = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter")
-        fixed = {k: v for k, v in vars(scheduler).items() if isinstance(v, (*PLAIN, list)) and k not in moving}
-        texts["schedule"] = f"{type(scheduler).__name__} {sorted(fixed.items(), key=str)}"
+        moving = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter")
+        given = {k: v for k, v in vars(scheduler).items() if k[0] != "_" and k not in moving}
+        fixed = [f"{k} {_settled(v)}" for k, v in sorted(given.items()) if isinstance(v, (*PLAIN, list, dict))]
+        texts["schedule"] = f"{type(scheduler).__name__} {', '.join(fixed)}"
     if loader is not None:
         rows = getattr(loader, "batch_size", None) or getattr(
             getattr(loader, "batch_sampler", None), "batch_size", None
@@ -95,15 +96,24 @@ def description(
 def _named(loss: Any) -> str:
     """The name of a loss, and its code; what it closes over may count its calls."""
     if isinstance(loss, partial):
-        return f"{_named(loss.func)} {loss.args} {sorted(loss.keywords.items(), key=str)}"
+        return f"{_named(loss.func)} {_settled(loss.args)} {_settled(loss.keywords)}"
     if isinstance(loss, nn.Module):
-        plain = sorted(
-            (key, value) for key, value in vars(loss).items() if isinstance(value, PLAIN) and key != "training"
-        )
-        return f"{type(loss).__qualname__} {plain} {sorted(loss.named_buffers())}"
+        plain = {key: value for key, value in vars(loss).items() if isinstance(value, PLAIN) and key != "training"}
+        return f"{type(loss).__qualname__} {_settled(plain)} {_settled(dict(loss.named_buffers()))}"
     code = getattr(loss, "__code__", None)
     name = f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
     return name if code is None else f"{name} {hashlib.sha256(code.co_code).hexdigest()[:12]}"
+
+
+def _settled(value: Any) -> str:
+    """A setting as a text that is the same in every process."""
+    if isinstance(value, dict):
+        return str({str(key): _settled(inner) for key, inner in sorted(value.items(), key=str)})
+    if isinstance(value, (list, tuple)):
+        return str([_settled(inner) for inner in value])
+    if isinstance(value, Tensor):
+        return str(value.tolist())
+    return str(value) if isinstance(value, PLAIN) else _named(value)
 
 
 def _samples_sha256(data: Any) -> str:

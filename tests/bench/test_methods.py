@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sidetuning as st
-from conftest import BASES, GOLDEN, TAPS, conv_base, inputs, mlp_base, network
+from conftest import BASES, GOLDEN, TAPS, conv_base, conv_net, inputs, mlp_base, network
 from sidetuning.errors import TaskError
 from sidetuning.heads import run_head
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task, load_method, saved_tasks
@@ -371,7 +371,10 @@ def test_psp_covers_every_layer_and_starts_from_the_base() -> None:
 
 def test_psp_norms_by_the_batch_or_by_running_statistics_of_the_task() -> None:
     x, y = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 2
-    of_batch, of_task = (PSP(conv_base(), statistics=s) for s in ("batch", "task"))
+    # A base of any numbers, which no normalisation bounds.
+    with st.seeded(1):
+        base = st.Base(conv_net(), example=torch.zeros(1, 3, 32, 32))
+    of_batch, of_task = (PSP(base, statistics=s) for s in ("batch", "task"))
     for method in (of_batch, of_task):
         method.learn(Task("a", 2), [(x, y)], Recipe(2), progress=False)
     # The others in the batch count.

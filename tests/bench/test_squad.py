@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import sidetuning as st
+from sidetuning import loop
 from sidetuning.cli import main
 from sidetuning_bench.language import answer, squad
 from sidetuning_bench.language.methods import METHODS
@@ -138,19 +139,19 @@ def test_a_run_resumes_where_it_stopped(
     values = {"epochs": 1.0, "layers": 1, "questions": 120, "test_questions": 30, "save_every": 0.0}
     settings = settings_for(tmp_path, questions_folder, encoder, values)
     squad.run(with_values(settings, {"out": str(tmp_path / "whole")}))
-    loss, calls = squad.span_loss, 0
+    step, calls = loop._Run.step, 0
 
-    def stopped(*given: Any) -> Any:
+    def stopped(run: Any, batch: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 6:
             raise KeyboardInterrupt
-        return loss(*given)
+        step(run, batch)
 
-    monkeypatch.setattr(squad, "span_loss", stopped)
+    monkeypatch.setattr(loop._Run, "step", stopped)
     with pytest.raises(KeyboardInterrupt):
         squad.run(settings)
-    monkeypatch.setattr(squad, "span_loss", loss)
+    monkeypatch.setattr(loop._Run, "step", step)
     result = squad.run(settings)
     # The peak of the first part is not known.
     assert result.steps == 8 and result.memory_mb is None

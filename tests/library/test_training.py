@@ -183,6 +183,29 @@ def test_a_run_with_other_batches_data_schedule_clip_or_loss_is_not_gone_on_with
     st.fit(model, "t", loader(), resume=tmp_path / "r", **first)
 
 
+def test_a_run_is_told_by_texts_that_are_the_same_in_every_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, torch.nn.functional as F\n"
+        "from functools import partial\n"
+        "from torch import nn\n"
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "from sidetuning.resume import description\n"
+        "optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), lr=0.1)\n"
+        "schedules = torch.optim.lr_scheduler\n"
+        "loader = DataLoader(TensorDataset(torch.arange(12.0), torch.arange(12)), batch_size=4)\n"
+        "weight = torch.tensor([1.0, 2.0])\n"
+        "for schedule in (schedules.LambdaLR(optimizer, lambda step: 0.9**step), schedules.StepLR(optimizer, 2),\n"
+        "                 schedules.OneCycleLR(optimizer, 0.1, total_steps=9), schedules.CosineAnnealingLR(optimizer, 3)):\n"
+        "    for loss in (F.cross_entropy, partial(F.cross_entropy, weight=weight), nn.CrossEntropyLoss(weight)):\n"
+        "        print(description(optimizer, schedule, 1.0, loss, loader))\n"
+    )
+    runs = [
+        subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout for _ in range(2)
+    ]
+    assert runs[0] == runs[1] and len(set(runs[0].splitlines())) == 12 and " at 0x" not in runs[0]
+
+
 def test_whatever_bit_of_a_resume_file_is_flipped_nothing_is_loaded(tmp_path: Path) -> None:
     file, options = tmp_path / "r", {"steps": 4, "progress": False}
     st.fit(build(), "t", loader(), resume=file, **options)  # type: ignore[arg-type]

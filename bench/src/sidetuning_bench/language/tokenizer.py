@@ -39,7 +39,7 @@ def load_tokenizer(base: Base, length: int | None = None) -> Any:
     words, known = max(tokenizer.get_vocab().values()) + 1, net.get_input_embeddings().num_embeddings
     if words > known:
         raise SideTuningError(
-            f"the tokenizer of {spec.name} has {words:,} tokens its network {known:,}: it belongs to another one"
+            f"the tokenizer of {spec.name} has {words:,} tokens, its network {known:,}: it belongs to another network"
         )
     taken = inspect.signature(net.forward).parameters
     tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in taken]
