@@ -196,7 +196,8 @@ def test_a_run_is_told_by_texts_that_are_the_same_in_every_process(tmp_path: Pat
         "loader = DataLoader(TensorDataset(torch.arange(12.0), torch.arange(12)), batch_size=4)\n"
         "weight = torch.tensor([1.0, 2.0])\n"
         "for schedule in (schedules.LambdaLR(optimizer, lambda step: 0.9**step), schedules.StepLR(optimizer, 2),\n"
-        "                 schedules.OneCycleLR(optimizer, 0.1, total_steps=9), schedules.CosineAnnealingLR(optimizer, 3)):\n"
+        "                 schedules.OneCycleLR(optimizer, 0.1, total_steps=9),\n"
+        "                 schedules.CosineAnnealingLR(optimizer, 3)):\n"
         "    for loss in (F.cross_entropy, partial(F.cross_entropy, weight=weight), nn.CrossEntropyLoss(weight)):\n"
         "        print(description(optimizer, schedule, 1.0, loss, loader))\n"
     )
