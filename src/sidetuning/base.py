@@ -18,7 +18,7 @@ from sidetuning.folding import fold
 from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
 from sidetuning.inputs import IMAGES, call, map_input, modules_of, to_device
 from sidetuning.inputs import Input as Input
-from sidetuning.probe import check_base, probe_input, summary_of
+from sidetuning.probe import check_base, probe_input, probe_of, shapes_of
 from sidetuning.registry import unknown
 
 Kind = Literal["vector", "map", "sequence"]
@@ -145,8 +145,9 @@ class Base(nn.Module):
         spec: BaseSpec | None = None,
     ) -> None:
         super().__init__()
-        # A tuple: torch registers modules that are attributes, and must not register this one.
+        # Tuples: torch registers modules that are attributes, and must not register these.
         self._hidden = (net,)
+        self._modules_run = tuple(modules_of(net))
         for module in self._networks():
             module.requires_grad_(False).eval()
             for part in module.modules():
@@ -167,8 +168,8 @@ class Base(nn.Module):
         self._run_example(taps)
         self.kind: Kind = KINDS[len(self.output_shape)]
         self.width: int = self.output_shape[-1] if self.kind == "sequence" else self.output_shape[0]
-        code, self._writes = check_base(lambda x: self(x).out, self.example)
-        self.probe = summary_of(code)
+        self._writes = check_base(lambda x: self(x).out, self.example)
+        self._probe: list[float] | None = None
 
     def _run_example(self, taps: Sequence[str]) -> None:
         """Put hooks on the taps, and keep what the base makes of its example: all shapes come from there."""
@@ -198,7 +199,7 @@ class Base(nn.Module):
 
     def _networks(self) -> list[nn.Module]:
         """The modules that run: the network, or those behind a bound method, a partial or a callable object."""
-        return modules_of(self.net)
+        return list(self._modules_run)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -226,17 +227,17 @@ class Base(nn.Module):
         return {**moved, **{key: self._prepare(moved[key]) for key in IMAGES if isinstance(moved.get(key), Tensor)}}
 
     def _prepare(self, x: Tensor) -> Tensor:
-        x = x.to(self.device)
-        dtype = self.dtype if self.dtype is not None else torch.get_default_dtype()
-        if x.dtype == torch.uint8:
-            x = x.to(dtype) / 255
-        elif x.is_floating_point() and self.dtype is not None:
-            x = x.to(dtype)
+        x, own = x.to(self.device), self.dtype
+        whole = x.dtype == torch.uint8
+        if whole:
+            x = x.to(own or torch.get_default_dtype()) / 255
+        elif x.is_floating_point() and own is not None:
+            x = x.to(own)
         if self.mean is None or self.std is None:
             return x
         if x.ndim < 3 or x.shape[-3] not in (1, self.mean.shape[0]):
             raise ShapeError(f"this base takes images (b, {self.mean.shape[0]}, h, w), not {tuple(x.shape)}")
-        low, high = (float(v) for v in x.detach().aminmax()) if x.numel() else (0.0, 0.0)
+        low, high = (float(v) for v in x.detach().aminmax()) if x.numel() and not whole else (0.0, 0.0)
         # Resizing by cubic splines overshoots a little.
         if not x.is_floating_point() or low < -0.25 or high > 1.25:
             raise ShapeError(
@@ -310,7 +311,7 @@ class Base(nn.Module):
     def with_example(self, example: Input) -> Base:
         """The same network for inputs of another size; parts are built for the shapes that this example gives."""
         other = copy.copy(self)
-        other.example = example
+        other.example, other._probe, other._sha256 = example, None, None
         other._run_example(tuple(self._taps))
         return other
 
@@ -323,7 +324,7 @@ class Base(nn.Module):
         if net is None:
             return self
         other = copy.copy(self)
-        other._hidden = (net,)
+        other._hidden, other._modules_run = (net,), (net,)
         x = probe_input(self.example)
         pairs = zip(_tensors(self(x)), _tensors(other(x)), strict=True)
         # What tracing does not see, such as hooks or a method that was replaced, is lost in the copy.
@@ -340,11 +341,16 @@ class Base(nn.Module):
     def identity(self) -> Identity:
         """Its weights, preparation, choice of the output and behaviour; weights that did not change are hashed once."""
         nets = self._networks()
-        version = [weights_version(net) for net in nets] if nets else object()
+        version = [weights_version(net) for net in nets]
         if self._sha256 is None or self._sha256[0] != version:
+            # The probe is of the weights that it is taken with.
+            self._probe = None
             self._sha256 = version, weights_sha256(self.net, nets, self.output_shape)
+        if self._probe is None:
+            self._probe = probe_of(lambda x: self(x).out, self.example)
         prepared = preparation(self.mean, self.std, self.select.output, self.select.channels_last)
-        return Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self.probe))
+        shapes = shapes_of(self.example)
+        return Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self._probe), shapes)
 
     def structure(self) -> str:
         """Hash of how the network is built, which names its cached features beside the identity."""

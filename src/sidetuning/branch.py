@@ -138,11 +138,13 @@ def build_branch(
     merge_module, merge_name = _build(MERGES, merge, merge_options, base.kind, base.width, len(laterals))
     side_module: nn.Module | None = None
     side_name: tuple[str, Options] | None = None
-    # A side that the merge ignores would only be trained in vain.
+    # A side that the merge ignores would only be trained in vain; which one it would be may be named all the same.
     if not isinstance(merge_module, Merge) or merge_module.uses_side:
         if side is None:
             raise TaskError(f"merge '{merge_name[0]}' needs a side; name one, or use merge='base-only'")
         side_module, side_name = _build(SIDES, side, side_options, base)
+    elif side_options or init not in (None, "zero", "xavier", "low-energy", "distilled"):
+        raise TaskError(f"merge '{merge_name[0]}' reads no side; leave side_options= and init= out")
     head_module, head_name = _build(HEADS, *named_head(head, head_options), base)
     # What a rebuild from `side.json` must know; weights come from the file then.
     recorded: str | None = None

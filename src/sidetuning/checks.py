@@ -55,6 +55,8 @@ class Owners:
         # A tensor that was replaced, by `.to()` for example, leaves its number to others.
         known = {self._tasks[number] for number in own if number in self._tasks}
         held = [task for task in known if task in branches and own & {id(t) for t in _tensors(branches[task])}]
+        if own & self._base[1]:
+            self._base = base.net, {id(t) for net in modules_of(base.net) for t in _tensors(net)}
         others = ["the base"] if own & self._base[1] else [f"task '{task}'" for task in held]
         if others:
             raise TaskError(

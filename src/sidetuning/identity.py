@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Identity:
         output_shape: shape of the code for the base's example, without the batch.
         preparation: normalisation and choice of the output, as JSON values.
         probe: numbers that tell what the base makes of fixed inputs; equal weights may compute different things.
+        input_shape: shape of the inputs of the probe, without the batch.
     """
 
     sha256: str
@@ -36,6 +37,7 @@ class Identity:
     output_shape: tuple[int, ...]
     preparation: dict[str, Any]
     probe: tuple[float, ...]
+    input_shape: Any
 
     def record(self) -> dict[str, Any]:
         """As JSON values, for files."""
@@ -46,11 +48,12 @@ class Identity:
             "output_shape": shape,
             "preparation": self.preparation,
             "probe": probe,
+            "input_shape": self.input_shape,
         }
 
     def digest(self) -> str:
         """sha256 over what is hashed or exact: all but the probe, which other hardware rounds in another way."""
-        return hashlib.sha256(json.dumps({**self.record(), "probe": None}).encode()).hexdigest()
+        return hashlib.sha256(json.dumps({**self.record(), "probe": None, "input_shape": None}).encode()).hexdigest()
 
     def difference(self, recorded: Mapping[str, Any]) -> str | None:
         """How the base of `recorded` (by `record`, or an older file) differs from this one; None where it does not.
@@ -63,13 +66,16 @@ class Identity:
         shape = recorded.get("output_shape")
         if shape is not None and _form(tuple(shape)) != _form(self.output_shape):
             return f"it returned {tuple(shape)}, this base returns {self.output_shape}"
-        preparation = recorded.get("preparation")
-        own = self.preparation if "kind" in recorded else _older(self.preparation)
-        if preparation is not None and preparation != own:
-            return f"it prepared its inputs or picked its output otherwise: {preparation}, this base {own}"
+        preparation, own = recorded.get("preparation"), self.preparation
+        if "kind" not in recorded:
+            own = _older(own)
         probe = recorded.get("probe")
         # On inputs of another size the same network gives other numbers.
-        if probe is not None and tuple(shape or ()) == self.output_shape and not same_summary(probe, list(self.probe)):
+        same = recorded.get("input_shape") == self.input_shape
+        told = bool(probe and self.probe and same)
+        if preparation is not None and (_named(preparation) != _named(own) if told else preparation != own):
+            return f"it prepared its inputs or picked its output otherwise: {preparation}, this base {own}"
+        if told and not same_summary(list(probe or ()), list(self.probe)):
             return "it had the same weights and computed other outputs from the same input"
         return None
 
@@ -79,11 +85,16 @@ def _form(shape: tuple[int, ...]) -> tuple[int, int]:
     return len(shape), shape[-1] if len(shape) == 2 else shape[0]
 
 
+def _named(preparation: dict[str, Any]) -> dict[str, Any]:
+    """Functions by their names alone: code changes with Python's version, and the probe tells what it does."""
+    output = preparation.get("output")
+    return {**preparation, "output": output.split("#")[0] if isinstance(output, str) else output}
+
+
 def _older(preparation: dict[str, Any]) -> dict[str, Any]:
     """As version 0.1.0 wrote it: normalisation to three decimals, functions by their names alone."""
     norms = {key: None if (v := preparation[key]) is None else [round(x, 3) for x in v] for key in ("mean", "std")}
-    output = preparation["output"]
-    return {**preparation, **norms, "output": output.split("#")[0] if isinstance(output, str) else output}
+    return _named({**preparation, **norms})
 
 
 def preparation(
@@ -126,17 +137,13 @@ def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module]) -> s
         module = getattr(module, "_orig_mod", module)
         digest.update(str(getattr(module, "config", "")).encode())
         for name, part in module.named_modules():
-            plain = {k: v for k, v in vars(part).items() if isinstance(v, PLAIN) and k != "training"}
-            digest.update(f"{name} {type(part).__qualname__} {sorted(plain.items())}\n".encode())
-            own = vars(part).get("forward")
-            digest.update(b"" if own is None else function_name(own).encode())
+            state = {k: v for k, v in vars(part).items() if k[0] != "_" and k not in ("training", "config")}
+            # Buffers that are not saved are in no `state_dict`.
+            unsaved = {key: part._buffers[key] for key in sorted(part._non_persistent_buffers_set)}
+            own = type(part).forward if isinstance(type(part).forward, FunctionType) else None
+            digest.update(f"{name} {content_sha256([type(part).__qualname__, state, unsaved, own], 4)}".encode())
     if not isinstance(net, nn.Module):
-        digest.update(function_name(net).encode())
-        try:
-            digest.update(pickle.dumps(net))
-        except Exception:
-            # What cannot be pickled is told by its code and what it closes over.
-            digest.update(code_sha256(net).encode())
+        digest.update(content_sha256(net).encode())
     return digest.hexdigest()
 
 
@@ -151,7 +158,7 @@ def weights_version(module: nn.Module) -> object:
 
 def _sum(tensor: Tensor) -> int:
     """The sum of a tensor's bytes, read as 64-bit integers where they divide it: much faster than a hash."""
-    content = _bytes(tensor)
+    content = tensor.detach().contiguous().flatten().view(torch.uint8)
     return int((content.view(torch.int64) if len(content) % 8 == 0 else content).sum(dtype=torch.int64))
 
 
@@ -160,31 +167,49 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """A function's name; that of a lambda has a hash of what it does, since all in one place are called the same."""
+    """A callable's name, with a hash of its code and of all that it holds: many have one name, or none."""
     if isinstance(function, partial):
-        return f"{function_name(function.func)} {function.args} {function.keywords}"
-    name = getattr(function, "__qualname__", None)
-    if name is None:
-        return f"{type(function).__qualname__}"
-    return f"{name}#{code_sha256(function)}" if "<lambda>" in name else str(name)
+        return f"{function_name(function.func)}#{content_sha256((function.args, function.keywords))}"
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    plain = getattr(function, "__module__", None) and getattr(function, "__closure__", None) is None
+    builtin = getattr(function, "__code__", None) is None and hasattr(function, "__name__")
+    return str(name) if builtin and plain else f"{name}#{content_sha256(function)}"
 
 
-def code_sha256(function: Any) -> str:
-    """sha256 over a function's code and what it closes over; that of an object over its class's `__call__`."""
-    code: Any = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    if code is None:
-        return ""
-    cells = [_content(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()]
-    constants = [c for c in code.co_consts if not hasattr(c, "co_code")]
-    inner = [c.co_code for c in code.co_consts if hasattr(c, "co_code")]
-    return hashlib.sha256(repr((code.co_code, code.co_names, constants, inner, cells)).encode()).hexdigest()
+def content_sha256(value: Any, depth: int = 6) -> str:
+    """sha256 over what a value is: the same in every process, and another for another value.
+
+    Of functions that is their code, defaults and what they close over; of objects their class and state.
+    """
+    digest = hashlib.sha256(type(value).__qualname__.encode())
+    for part in _parts(value) if depth else ():
+        digest.update(part if isinstance(part, bytes) else content_sha256(part, depth - 1).encode())
+    return digest.hexdigest()
 
 
-def _content(value: Any) -> str:
-    """What is closed over, without the places in memory that `repr` may tell."""
+def _parts(value: Any) -> list[Any]:
+    """Bytes, and values within, that say what a value is."""
     if isinstance(value, Tensor):
-        return hashlib.sha256(_bytes(value).numpy().data).hexdigest()
-    try:
-        return hashlib.sha256(pickle.dumps(value)).hexdigest()
-    except Exception:
-        return function_name(value) if callable(value) else type(value).__qualname__
+        return [f"{tuple(value.shape)} {value.dtype}".encode(), _bytes(value).numpy().tobytes()]
+    if isinstance(value, (*PLAIN, bytes, complex)) and not isinstance(value, tuple):
+        return [repr(value).encode()]
+    if isinstance(value, CodeType):
+        return [value.co_code, value.co_names, value.co_consts]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(content_sha256(item).encode() for item in value)
+    if isinstance(value, Mapping):
+        return [part for key in sorted(value, key=str) for part in (str(key), value[key])]
+    if isinstance(value, nn.Module):
+        # Its weights are hashed elsewhere.
+        return [type(value).__qualname__]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return [f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}".encode()]
+    called = vars(type(value)).get("__call__")
+    return [type(value).__qualname__, vars(value), called if isinstance(called, FunctionType) else None]

@@ -20,8 +20,16 @@ def call(net: Callable[..., Any], x: Input) -> Any:
     """Run `net` on a tensor, or on a mapping splatted into keyword arguments; see `Input` for its two other keys."""
     if isinstance(x, Tensor):
         return net(x)
-    named = {key: value for key, value in x.items() if key not in ("x", "extra")}
-    return net(x["x"], **named) if "x" in x else net(**named)
+    own = _arguments(net)
+    named = {key: value for key, value in x.items() if key in own or key not in ("x", "extra")}
+    return net(**named) if "x" in named or "x" not in x else net(x["x"], **named)
+
+
+def _arguments(net: Callable[..., Any]) -> frozenset[str]:
+    """Which of the two keys that have a meaning of their own a network names as arguments."""
+    code = getattr(getattr(type(net), "forward", net), "__code__", None)
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code is not None else ()
+    return frozenset(("x", "extra")) & frozenset(names)
 
 
 def entry(inputs: Input, name: str) -> Tensor | None:
@@ -31,7 +39,7 @@ def entry(inputs: Input, name: str) -> Tensor | None:
 
 def take_rows(x: Input, rows: Tensor) -> Input:
     """Some samples of a batch."""
-    return map_input(x, lambda tensor: tensor[rows])
+    return map_input(x, lambda tensor: tensor[rows] if tensor.ndim else tensor)
 
 
 def to_device(x: Input, device: torch.device) -> Input:

@@ -80,7 +80,10 @@ def _builder(name: str) -> tuple[Callable[..., Base], list[str]]:
 
 def _read_by(build: Callable[..., Base]) -> list[str]:
     """The options of `load_base` that a builder reads."""
-    return [p.name for p in inspect.signature(build).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    parameters = inspect.signature(build).parameters.values()
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return list(OPTIONS)
+    return [p.name for p in parameters if p.kind == p.KEYWORD_ONLY or p.default is not p.empty]
 
 
 def load(path: str | Path, *, base: Base | None = None) -> SideTuner:

@@ -159,6 +159,7 @@ class _Run:
                 self.check()
         self.check()
         self.save()
+        stop.obey()
 
     def resumed(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """The rest of a pass, whose first batches an interrupted call has trained on."""

@@ -95,7 +95,9 @@ def loss_of(
         return (problem or Classes()).loss(*given), given, (problem or Classes()).counts(given[1])
     if problem is not None:
         problem.prepare(output, target)
-    ignored = getattr(loss, "ignore_index", IGNORED)
+    ignored = _option(loss, "ignore_index", IGNORED)
+    if _option(loss, "reduction", "mean") not in ("mean", "none"):
+        raise DataError("the loss sums over the batch, so that a step would depend on its size: use reduction='mean'")
     if _of_classes(loss):
         check_labels(output, target, ignored)
     if _is(loss, ELEMENTWISE) and target.shape != output.shape:
@@ -122,10 +124,15 @@ def loss_of(
 
 def weight_of(loss: Loss | None, target: Tensor, counts: Tensor) -> Tensor:
     """What a batch weighs in a mean over several: how many targets count, or the sum of their classes' weights."""
-    given = loss.keywords.get("weight") if isinstance(loss, partial) else getattr(loss, "weight", None)
+    given = _option(loss, "weight", None)
     if loss is not None and _of_classes(loss) and isinstance(given, Tensor) and not target.is_floating_point():
         return given.to(target.device)[target[counts]].sum()
     return counts.sum()
+
+
+def _option(loss: Loss | None, name: str, default: Any) -> Any:
+    """An option that a loss was given: as an attribute, or where some of a function's arguments are fixed."""
+    return loss.keywords.get(name, default) if isinstance(loss, partial) else getattr(loss, name, default)
 
 
 def _is(loss: Loss, kinds: tuple[Any, ...]) -> bool:

@@ -19,7 +19,7 @@ FINE, COARSE = 1e-3, 5e-2
 
 
 def probe_input(example: Input) -> Input:
-    """Two samples like the example's first, the same everywhere: its values shuffled, or noise if it is constant."""
+    """Two samples of the example's shapes and types, the same whatever its values are: noise, and ids of 0 and 1."""
     if isinstance(example, Tensor):
         return _like(example)
     return {
@@ -35,22 +35,26 @@ def _repeat(tensor: Tensor) -> Tensor:
 def _like(tensor: Tensor) -> Tensor:
     if tensor.ndim == 0 or tensor[:1].numel() == 0:
         return tensor
-    generator = torch.Generator().manual_seed(0)
-    shape, first = (2, *tensor.shape[1:]), tensor[0].detach().cpu().flatten()
-    if bool((first != first[0]).any()):
-        rows = [first[torch.randperm(len(first), generator=generator)] for _ in range(2)]
-        values = torch.stack(rows).view(shape)
-    elif tensor.dtype == torch.uint8:
-        values = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    elif tensor.is_floating_point():
-        # Images lie in [0, 1]; vectors may have both signs.
-        values = (torch.rand if tensor.ndim > 2 else torch.randn)(shape, generator=generator)
+    generator, shape = torch.Generator().manual_seed(0), (2, *tensor.shape[1:])
+    if tensor.is_floating_point() and tensor.ndim <= 2:
+        values = torch.randn(shape, generator=generator)
+    elif tensor.is_floating_point() or tensor.dtype == torch.uint8:
+        # Images, the same in both types.
+        values = torch.randint(0, 256, shape, generator=generator)
+        values = values / 255 if tensor.is_floating_point() else values
     else:
-        values = _repeat(tensor.detach().cpu())
+        values = torch.randint(0, 2, shape, generator=generator)
     return values.to(tensor.device, tensor.dtype)
 
 
-def check_base(run: Callable[[Input], Tensor], example: Input) -> tuple[Tensor, bool]:
+def shapes_of(example: Input) -> Any:
+    """Shapes of an input without the batch, as JSON values: probes of different shapes cannot be compared."""
+    if isinstance(example, Tensor):
+        return list(example.shape[1:])
+    return {key: list(value.shape[1:]) for key, value in sorted(example.items()) if isinstance(value, Tensor)}
+
+
+def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
     """Run two samples together, alone and again.
 
     Args:
@@ -58,7 +62,7 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> tuple[Tensor, 
         example: one input.
 
     Returns:
-        The code of the two samples (2, …), and whether the network writes into its input.
+        Whether the network writes into its input.
 
     Raises:
         ShapeError: the network is not batch first, mixes samples, or gives other outputs for the same input.
@@ -67,13 +71,19 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> tuple[Tensor, 
     before = copy.deepcopy(both)
     try:
         together = run(both)
-    except ShapeError:
-        raise
-    except Exception as error:
-        raise ShapeError(
-            f"the base does not take two samples at once ({error}); side-tuning needs batches: export or wrap it with "
-            "an open first dimension"
-        ) from error
+    except Exception:
+        # Some inputs must fit each other, such as boxes.
+        both = _map(example, _repeat)
+        before = copy.deepcopy(both)
+        try:
+            together = run(both)
+        except ShapeError:
+            raise
+        except Exception as error:
+            raise ShapeError(
+                f"the base does not take two samples at once ({error}); side-tuning needs batches: export or wrap it "
+                "with an open first dimension"
+            ) from error
     writes = not _equal(both, before)
     if together.ndim == 0 or len(together) != 2:
         raise ShapeError(
@@ -90,12 +100,20 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> tuple[Tensor, 
             "the base gives other outputs for a sample when another one is in its batch; side-tuning needs each sample "
             "on its own"
         )
-    return together, writes
+    return writes
+
+
+def probe_of(run: Callable[[Input], Tensor], example: Input) -> list[float]:
+    """Numbers that tell what a base makes of fixed inputs; none where it does not take them."""
+    try:
+        return summary_of(run(probe_input(example)))
+    except Exception:
+        return []
 
 
 def summary_of(code: Tensor) -> list[float]:
     """Numbers that tell a code (2, …) from others: of each sample mean, spread and six sums with fixed random signs."""
-    rows = code.detach().cpu().double().flatten(1)
+    rows = code.detach().cpu().double().flatten(1).nan_to_num()
     signs = torch.randint(0, 2, (rows.shape[1], 6), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     numbers = torch.cat(
         [rows.mean(1, True), rows.std(1, keepdim=True, correction=0), rows @ signs / len(signs) ** 0.5], 1
@@ -110,6 +128,12 @@ def same_summary(one: list[float], other: list[float]) -> bool:
     a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
     scale = torch.maximum(a.abs().max(), b.abs().max())
     return bool((a - b).abs().max() <= 5e-3 * scale) or bool(scale == 0)
+
+
+def _map(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
+    if isinstance(x, Tensor):
+        return function(x)
+    return {key: function(value) if isinstance(value, Tensor) else value for key, value in x.items()}
 
 
 def _row(x: Input, i: int) -> Input:
@@ -129,5 +153,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return False
     tolerance = FINE if a.dtype in (torch.float32, torch.float64) else COARSE
     a, b = a.double(), b.double()
-    scale = a.abs().max()
-    return bool((a - b).abs().max() <= tolerance * scale + 1e-8) or bool(scale.isnan())
+    finite = a.isfinite() & b.isfinite()
+    # What is not finite must be the same.
+    if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return False
+    a, b = a[finite], b[finite]
+    return not len(a) or bool((a - b).abs().max() <= tolerance * a.abs().max() + 1e-8)

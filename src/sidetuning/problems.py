@@ -232,7 +232,7 @@ def _check_batch(output: Tensor, target: Tensor, dimensions: int) -> None:
 
 
 def _mean(each: Tensor, counts: Tensor) -> Tensor:
-    return (each * counts).sum() / counts.sum().clamp(min=1)
+    return torch.where(counts, each, 0.0).sum() / counts.sum().clamp(min=1)
 
 
 def _name(labels: Sequence[str] | None, i: int) -> str:

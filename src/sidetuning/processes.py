@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from sidetuning.errors import DataError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +34,8 @@ class Shares:
     def __init__(self, loader: Iterable[Any], accelerator: Accelerator) -> None:
         self.loader, self.counting = loader, deque[bool]()
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
+        if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+            raise DataError("processes share the rows of each batch: give a loader without a DistributedSampler")
         if self.processes > 1 and isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             self.loader = DataLoader(
                 loader.dataset,
@@ -83,6 +87,9 @@ def weighted(loss: Tensor, weight: Tensor, accelerator: Accelerator) -> tuple[Te
     if accelerator.num_processes == 1:
         return loss, float(loss.detach())
     weight = weight.to(loss.dtype)
+    if not float(weight):
+        # Nothing weighs nothing, even where its mean is no number.
+        loss = torch.where(torch.isfinite(loss), loss, 0.0)
     both = accelerator.reduce(torch.stack([(loss.detach() * weight), weight]), "sum")
     return loss * weight / both[1].clamp(min=torch.finfo(loss.dtype).tiny), float(both[0] / both[1].clamp(min=1e-30))
 
@@ -103,10 +110,10 @@ def add_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> N
 @contextlib.contextmanager
 def whole_batch_norms(module: nn.Module, accelerator: Accelerator, counting: list[bool]) -> Iterator[None]:
     """Let batch norms see the batch of all processes; `counting[0]` says whether this one's rows count."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if accelerator.num_processes > 1:
-        for norm in norms:
-            norm.forward = _Whole(norm, counting)  # type: ignore[method-assign, assignment]
+    kinds, several = nn.modules.batchnorm._BatchNorm, accelerator.num_processes > 1
+    norms = [m for m in module.modules() if several and isinstance(m, kinds) and "forward" not in vars(m)]
+    for norm in norms:
+        norm.forward = _Whole(norm, counting)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -196,6 +196,8 @@ class Scores:
     """Sums of a loss and of metrics over batches, each with the weight of what counts in it."""
 
     def __init__(self, metrics: Mapping[str, Any] | None) -> None:
+        if metrics is not None and (not isinstance(metrics, Mapping) or metrics.keys() & {"loss", "samples"}):
+            raise DataError("metrics are given by name, as {'f1': f1}, and may not be called 'loss' or 'samples'")
         self.metrics = None if metrics is None else dict(metrics)
         self.sums: dict[str, float] = {"loss": 0.0, "samples": 0.0}
         self.weights: dict[str, float] = {"loss": 0.0}
@@ -215,7 +217,8 @@ class Scores:
             classes = isinstance(output, Tensor) and target.dtype == torch.int64 and output.ndim == target.ndim + 1
             self.metrics = problem.metrics() if problem is not None else {"accuracy": accuracy} if classes else {}
         self.sums["samples"] += len(target) * counting
-        self.sums["loss"] += float(loss) * float(weight)
+        # Nothing weighs nothing, even where its mean is no number.
+        self.sums["loss"] += float(loss) * float(weight) if float(weight) else 0.0
         self.weights["loss"] += float(weight)
         for name, metric in self.metrics.items():
             if hasattr(metric, "update") and hasattr(metric, "compute"):
@@ -226,12 +229,12 @@ class Scores:
 
     def _count(self, name: str, value: Any, counts: Tensor) -> None:
         value = torch.as_tensor(value, device=counts.device).float()
-        if value.numel() == 1:
-            weights = counts.sum().reshape(1)
-        elif value.shape == counts.shape:
+        if value.ndim and value.shape == counts.shape:
             weights = counts
         elif value.ndim and len(value) == len(counts):
             value, weights = value.flatten(1).mean(1) if value.ndim > 1 else value, counts.flatten(1).any(1)
+        elif value.numel() == 1:
+            weights = counts.sum().reshape(1)
         else:
             raise DataError(
                 f"the metric '{name}' returns {tuple(value.shape)} for {len(counts)} samples; return one number "

@@ -143,6 +143,7 @@ class SideTuner(nn.Module):
         check_shapes(name, branch, base, partial(self.lateral_outputs, branch))
         for lateral in branch.config.laterals:
             self[lateral].pinned = True
+            self[lateral].eval()
         self._owners.add(name, branch)
         self.base = base
         self.branches[name] = branch
@@ -172,6 +173,8 @@ class SideTuner(nn.Module):
     def freeze_task(self, name: str, frozen: bool = True) -> None:
         """Freeze the parameters of the task `name` (`fit` then refuses it), or thaw them with `frozen=False`."""
         self[name].requires_grad_(not frozen)
+        if frozen:
+            self[name].eval()
 
     @overload
     def forward(self, x: Input, task: str, *, features: Features | Tensor | None = None) -> Tensor: ...

@@ -233,3 +233,35 @@ def test_taps_of_a_later_task_do_not_change_a_bit_of_the_others() -> None:
         before = model(x, "first")
         model.add_task("later", side="ladder", head=2, taps=TAPS[kind])
         assert torch.equal(model(x, "first"), before), kind
+
+
+def test_nothing_of_a_lateral_or_a_frozen_task_moves_once_it_is_one() -> None:
+    x, y = inputs("conv", 8), torch.arange(8) % 3
+    model = st.SideTuner(BASES["conv"](TAPS["conv"]))
+    for name in ("a", "c"):
+        model.add_task(name, side="fusion", head=3)
+    model.train()
+    model.freeze_task("c")
+    model.add_task("b", side="fusion", head=3, laterals=["a"])
+    before = {name: {k: v.clone() for k, v in model[name].state_dict().items()} for name in ("a", "c")}
+    model(x, "c")
+    st.fit(model, "b", [(x, y)], steps=2, progress=False)
+    for name, state in before.items():
+        assert all(torch.equal(value, model[name].state_dict()[key]) for key, value in state.items())
+
+
+def test_keys_that_a_network_names_reach_it() -> None:
+    def net(mask: Tensor, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        return x * mask if extra is None else x * mask + extra
+
+    base = st.Base(net, example={"mask": torch.ones(1, 4), "x": torch.ones(1, 4)})
+    given = {"mask": torch.full((2, 4), 2.0), "x": torch.ones(2, 4), "extra": torch.ones(2, 4)}
+    assert torch.equal(base(given).out, torch.full((2, 4), 3.0))
+
+
+def test_tensors_that_a_base_has_lost_are_nobodys() -> None:
+    model = st.SideTuner(st.Base(nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(40))), example=torch.zeros(1, 4)))
+    model.add_task("first", side="mlp", head=2)
+    model.double().float()
+    for i in range(60):
+        model.add_task(f"t{i}", side="mlp", head=2, side_options={"hidden": 2})

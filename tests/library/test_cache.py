@@ -21,6 +21,9 @@ import sidetuning as st
 from conftest import conv_base, map_base, mlp_base
 from sidetuning import cache
 
+# Calls of an augmentation; what it closes over would be part of the cache's name.
+CALLS: list[int] = []
+
 
 class Toy(Dataset[tuple[Tensor, int]]):
     """Vectors (12,) with labels i % 3; remembers what was read in bulk, and fails once at a row if asked."""
@@ -162,12 +165,12 @@ def test_a_killed_writer_goes_on_without_reading_what_is_done(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache.features, "CHUNK", 4)
-    base, data, calls = mlp_base(), Toy(10, fail_at=6 if part == "data set" else None), 0
+    base, data = mlp_base(), Toy(10, fail_at=6 if part == "data set" else None)
+    CALLS.clear()
 
     def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if part == "augment" and calls == 2:
+        CALLS.append(1)
+        if part == "augment" and len(CALLS) == 2:
             raise RuntimeError("killed")
         return noise(x, generator)
 
@@ -336,3 +339,13 @@ def test_a_cache_of_version_0_1_0_is_not_taken_for_one_of_a_base_that_is_channel
     last = st.Base(base.net, example=base.example, channels_last=True)
     found = [fill(tmp_path / "caches", each, data, identity="ten vectors").folder.name for each in (base, last)]
     assert found[0] == key != found[1]
+
+
+def test_views_of_another_type_are_refused(tmp_path: Path) -> None:
+    images = TensorDataset(torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6))
+
+    def share(x: Tensor, generator: torch.Generator) -> Tensor:
+        return (x.float() / 255).flip(-1)
+
+    with pytest.raises(st.ShapeError, match=r"'x' of sample .* is float32, that of the first one uint8"):
+        st.cache_features(conv_base(), images, tmp_path, views=2, augment=share, progress=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,92 @@ def test_a_checkpoint_without_a_pooler_is_the_same_base_at_every_load(kind: str,
     assert st.load(tmp_path / "t").tasks == ["t"]
     with pytest.raises(st.UnknownNameError, match=r"holds no weights for pooler.*depends on"):
         st.load_base(name, output="pooler_output")
+
+
+class Pick:
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __call__(self, out: torch.Tensor) -> torch.Tensor:
+        return out[:, self.index : self.index + 2]
+
+
+class Activated(nn.Module):
+    """A function, a list and an unsaved buffer decide what it computes."""
+
+    def __init__(self, function: Any = torch.relu, factors: Any = (1.0,), shift: float = 0.0) -> None:
+        super().__init__()
+        self.linear, self.function, self.factors = nn.Linear(4, 3), function, list(factors)
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.function(self.linear(x)) * self.factors[0] + self.shift
+        return out
+
+
+def picked(index: int) -> Any:
+    def pick(out: torch.Tensor) -> torch.Tensor:
+        return out[:, index : index + 2]
+
+    return pick
+
+
+def default(index: int) -> Any:
+    return lambda out, i=index: out[:, i : i + 2]
+
+
+@pytest.mark.parametrize("choose", [Pick, picked, default, lambda i: partial(torch.narrow, dim=1, start=i, length=2)])
+def test_what_picks_the_output_names_the_cache(choose: Any, tmp_path: Path) -> None:
+    net, data = nn.Linear(4, 6), torch.utils.data.TensorDataset(torch.randn(5, 4), torch.arange(5))
+    for index in (0, 2):
+        base = st.Base(net, example=torch.zeros(1, 4), output=choose(index))
+        cached = st.cache_features(base, data, tmp_path, progress=False)
+        assert torch.allclose(cached.__getitems__(range(5))[1].out, base(data.tensors[0]).out, atol=1e-6)
+        again = st.Base(net, example=torch.randn(3, 4), output=choose(index))
+        assert again.identity() == base.identity() and again.structure() == base.structure()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("other", [{"function": torch.tanh}, {"factors": (2.0,)}, {"shift": 1.0}])
+def test_what_a_module_holds_beside_weights_names_the_cache(other: dict[str, Any], tmp_path: Path) -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(5, 4), torch.arange(5))
+    first, second = Activated(), Activated(**other)
+    second.load_state_dict(first.state_dict())
+    for net in (first, second):
+        base = st.Base(net, example=torch.zeros(1, 4))
+        cached = st.cache_features(base, data, tmp_path, progress=False)
+        assert torch.allclose(cached.__getitems__(range(5))[1].out, base(data.tensors[0]).out, atol=1e-6)
+
+
+def test_the_example_is_no_part_of_what_a_base_is(tmp_path: Path) -> None:
+    with st.seeded(0):
+        vector, image = nn.Linear(4, 3), conv_net()
+    examples = [torch.randn(1, 4), torch.randn(7, 4), torch.full((1, 4), -3.0)]
+    bases = [st.Base(vector, example=example) for example in examples]
+    assert bases[0].identity() == bases[1].identity() == bases[2].identity()
+    small, large = (st.Base(image, example=torch.rand(1, 3, size, size)) for size in (32, 64))
+    assert small.identity().difference(large.identity().record()) is None
+    assert large.with_example(torch.zeros(1, 3, 32, 32)).identity() == small.identity()
+    whole = st.Base(image, example=torch.zeros(1, 3, 32, 32, dtype=torch.uint8), mean=[0.5] * 3, std=[0.2] * 3)
+    share = st.Base(image, example=torch.rand(1, 3, 32, 32), mean=[0.5] * 3, std=[0.2] * 3)
+    assert whole.identity().difference(share.identity().record()) is None
+
+
+def test_outputs_that_are_no_numbers_are_the_same_base_too() -> None:
+    root = st.Base(lambda x: x.sqrt(), example=torch.ones(1, 4))
+    assert root.identity().difference(root.identity().record()) is None
+    masked = st.Base(lambda x: x.masked_fill(x > 0, float("-inf")), example=torch.ones(1, 4))
+    assert masked.identity() == masked.identity()
+
+
+def test_functions_have_one_name_in_every_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from functools import partial\n"
+        "from sidetuning.identity import content_sha256, function_name\n"
+        "def pick(x, f): return x if f else None\n"
+        "inner = lambda x: x in {'a', 'b', 'c', 'd'}\n"
+        "print(function_name(partial(pick, f=inner)), function_name(inner), content_sha256({'a', 'b', 'c'}))\n"
+    )
+    found = {subprocess.check_output([sys.executable, str(script)], text=True) for _ in range(3)}
+    assert len(found) == 1 and " at 0x" not in found.pop()

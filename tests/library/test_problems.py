@@ -330,3 +330,38 @@ def test_conv_base_reads_uint8() -> None:
     model.add_task("t", side="fcn4", head=2, problem="labels")
     x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     st.fit(model, "t", [{"x": x, "labels": torch.ones(4, 2)}], steps=1, progress=False)
+
+
+def test_a_batch_of_one_weighs_as_one_sample() -> None:
+    model, wanted = model_with("numbers", 5), torch.rand(7, 5)
+    expected = (model(X[:7], "t") - wanted).abs().sum(1).mean().item()
+    for batch in (7, 3, 2):
+        loader = DataLoader(TensorDataset(X[:7], wanted), batch_size=batch)
+        found = st.evaluate(model, "t", loader, metrics={"sum": lambda o, y: (o - y).abs().sum(1)})
+        assert found["sum"] == pytest.approx(expected)
+
+
+def test_classes_without_weight_and_ignored_ones_of_a_partial_loss_weigh_nothing() -> None:
+    model = model_with(None, 2)
+    targets = torch.tensor([0, 0, 1, 1])
+    for loss, ignored in (
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0])), targets),
+        (partial(F.cross_entropy, ignore_index=1), targets),
+        (partial(F.cross_entropy, ignore_index=-1), torch.tensor([0, 0, -1, -1])),
+    ):
+        whole = loss(model(X[:4], "t"), ignored).item()
+        for batch in (4, 2, 1):
+            loader = DataLoader(TensorDataset(X[:4], ignored), batch_size=batch)
+            assert st.evaluate(model, "t", loader, loss=loss)["loss"] == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("metrics", [["accuracy"], {"loss": st.accuracy}, {"samples": st.accuracy}])
+def test_metrics_without_a_name_of_their_own_are_refused(metrics: Any) -> None:
+    with pytest.raises(st.DataError, match="metrics are given by name"):
+        st.evaluate(model_with(None), "t", [(X, CLASSES)], metrics=metrics)
+
+
+def test_a_loss_that_sums_is_refused() -> None:
+    for loss in (nn.CrossEntropyLoss(reduction="sum"), partial(F.cross_entropy, reduction="sum")):
+        with pytest.raises(st.DataError, match="reduction='mean'"):
+            st.fit(model_with(None), "t", [(X, CLASSES)], loss=loss, progress=False)

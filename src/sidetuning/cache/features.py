@@ -102,8 +102,15 @@ def cache_features(
         raise CacheError(f"features are kept as float32 or float16, not {dtype}")
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise DataError("the data set is empty; there is nothing to keep features of")
-    how = "none" if augment is None or views == 1 else f"{augment.__module__}.{function_name(augment)} {seed}"
-    folder = folder_of(path, base, base.tap_shapes, [identity or data_identity(dataset), views, how, dtype])
+    how = older = "none"
+    if augment is not None and views > 1:
+        where = getattr(augment, "__module__", "")
+        how, older = (
+            f"{where}.{function_name(augment)} {seed}",
+            f"{where}.{getattr(augment, '__qualname__', '')} {seed}",
+        )
+    known = identity or data_identity(dataset)
+    folder = folder_of(path, base, base.tap_shapes, [known, views, how, dtype], [known, views, older, dtype])
     if (folder / "meta.json").exists():
         return CachedFeatures(folder)
     store = _store(base, dataset, folder, views, dtype)

@@ -131,13 +131,21 @@ class Store:
 
     def _put(self, files: Mapping[str, BinaryIO], name: str, value: Tensor, row: int) -> None:
         field = self.fields[name]
+        given = name in ("x", "y")
         # NumPy has no bfloat16. What float16 cannot hold becomes infinite, and is refused below.
         value = value.detach().float() if value.dtype == torch.bfloat16 else value.detach()
         with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(value.cpu().numpy().astype(field.base, copy=False))
+            found = value.cpu().numpy()
+            array = np.ascontiguousarray(found.astype(field.base, copy=False))
+        if given and found.dtype != field.base:
+            raise ShapeError(
+                f"'{name}' of sample {row} is {found.dtype}, that of the first one {field.base}; give one type, also "
+                "after augmentation"
+            )
         if array.shape[1:] != field.shape:
             raise ShapeError(f"sample {row} has the shape {array.shape[1:]}, the first one has {field.shape}")
-        if not np.isfinite(array).all():
+        # Targets may be NaN where a loss ignores them.
+        if not given and not np.isfinite(array).all():
             raise CacheError(
                 f"sample {row} has features that {field.base} cannot hold (NaN, infinite, or beyond its range); "
                 "check the base and its input, or cache with dtype='float32'"
@@ -167,8 +175,12 @@ def fields_of(out: T, taps: Mapping[str, T]) -> dict[str, T]:
     return {"out": out, **{f"tap.{name}": tap for name, tap in taps.items()}}
 
 
-def folder_of(root: str | Path, base: Base, taps: Mapping[str, tuple[int, ...]], content: Sequence[Any]) -> Path:
+def folder_of(
+    root: str | Path, base: Base, taps: Mapping[str, tuple[int, ...]], content: Sequence[Any], before: Sequence[Any]
+) -> Path:
     """The folder of a cache, named by all that its rows depend on: the base, its stored taps, and `content`.
+
+    `before` is the content as version 0.1.0 named it.
 
     A folder that version 0.1.0 named is taken where there is no newer one, but not for a base that is channels last:
     those names did not tell it from one that is not.
@@ -176,6 +188,6 @@ def folder_of(root: str | Path, base: Base, taps: Mapping[str, tuple[int, ...]],
     identity = base.identity()
     norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
     newer = [identity.digest(), base.structure(), taps, *content]
-    older = [identity.sha256, norm, identity.preparation["output"], identity.output_shape, taps, *content]
+    older = [identity.sha256, norm, identity.preparation["output"], identity.output_shape, taps, *before]
     folder, old = (Path(root) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in (newer, older))
     return old if old.exists() and not folder.exists() and not base.select.channels_last else folder

@@ -110,7 +110,8 @@ def cache_tokens(
     taps = {name: shape for name, shape in base.tap_shapes.items() if name != EMBEDDINGS}
     if any(len(shape) != 2 for shape in taps.values()):
         raise ShapeError(f"cache_tokens keeps taps that are sequences, not {base.tap_shapes}")
-    folder = folder_of(path, base, taps, [texts.fingerprint(), 1, "none", f"tokens {dtype}"])
+    content = [texts.fingerprint(), 1, "none", f"tokens {dtype}"]
+    folder = folder_of(path, base, taps, content, content)
     if not (folder / "meta.json").exists():
         fields = {name: np.dtype((dtype, shape[1:])) for name, shape in fields_of(base.output_shape, taps).items()}
         store = Store(folder, fields, len(texts), int(texts.lengths().sum()))
