@@ -103,8 +103,7 @@ class Branch(nn.Module):
         """What is frozen stays in evaluation mode: a task, a lateral, or a part whose parameters were all frozen."""
         super().train(mode and not self.pinned and not self.frozen)
         for module in self.modules() if self.training else ():
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
+            if (parameters := list(module.parameters())) and not any(p.requires_grad for p in parameters):
                 module.eval()
         return self
 
@@ -168,9 +167,7 @@ def _build(
     if isinstance(part, str):
         return registry.build(part, *given, options=dict(options or {})), (part, dict(options or {}))
     if options:
-        raise TaskError(
-            f"options {dict(options)} are for a registered {registry.kind}; build your own module with them"
-        )
+        raise TaskError(f"options {dict(options)} are for a registered {registry.kind}; give them to your own module")
     if not isinstance(part, nn.Module):
         raise TaskError(f"a {registry.kind} is a registered name or a torch module, not a {type(part).__name__}")
     return part, (CUSTOM, {})
