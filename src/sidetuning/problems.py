@@ -177,16 +177,16 @@ class Pixels(Numbers):
 
 @PROBLEMS.register("tokens")
 class Tokens(Classes):
-    """A class for each token: outputs (b, t, c) or (b, c, t), targets (b, t); -100 is ignored."""
+    """A class for each token: outputs (b, t, classes), targets (b, t); -100 is ignored."""
 
     def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if output.ndim != 3 or target.ndim != 2:
+        # Classes before the tokens cannot be taken too: of as many tokens as classes nobody knows which is which.
+        if output.ndim != 3 or output.shape[:2] != target.shape:
             raise DataError(
                 f"tokens have outputs (b, t, classes) and targets (b, t), not {tuple(output.shape)} and "
-                f"{tuple(target.shape)}"
+                f"{tuple(target.shape)}; for outputs (b, classes, t) take problem='classes'"
             )
-        last = output.shape[:2] == target.shape
-        return super().prepare(output.transpose(1, 2) if last else output, target)
+        return super().prepare(output.transpose(1, 2), target)
 
 
 @PROBLEMS.register("span")

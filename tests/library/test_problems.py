@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sidetuning as st
 from conftest import conv_base, inputs, map_base, mlp_base, sequence_base
+from sidetuning.problems import PROBLEMS
 
 NAN = float("nan")
 
@@ -104,7 +105,7 @@ def test_averages_run_over_what_counts_whatever_the_batches_are() -> None:
 
 @pytest.mark.parametrize("tokens", [3, 5, 6])
 @pytest.mark.parametrize("last", [True, False])
-def test_tokens_have_their_classes_first_or_last(tokens: int, last: bool) -> None:
+def test_tokens_have_their_classes_last(tokens: int, last: bool) -> None:
     class PerToken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -114,14 +115,18 @@ def test_tokens_have_their_classes_first_or_last(tokens: int, last: bool) -> Non
             out: Tensor = self.linear(code)
             return out if last else out.transpose(1, 2)
 
-    model = model_with("tokens", PerToken(), sequence_base())
+    model = model_with("tokens" if last else "classes", PerToken(), sequence_base())
     x = {"input_ids": torch.randint(0, 50, (4, tokens)), "attention_mask": torch.ones(4, tokens, dtype=torch.long)}
     targets = model(x, "t").argmax(2 if last else 1)
     targets[0, 0] = -100
-    if tokens == 5 and not last:
-        pytest.skip("as many tokens as classes: the classes are taken to be last")
     assert st.evaluate(model, "t", [{**x, "labels": targets}])["accuracy"] == 1.0
     st.fit(model, "t", [{**x, "labels": targets}], steps=1, progress=False)
+
+
+def test_tokens_with_their_classes_first_are_refused() -> None:
+    output, target = torch.zeros(2, 5, 3), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(st.DataError, match="take problem='classes'"):
+        PROBLEMS["tokens"]().prepare(output, target)
 
 
 def test_spans_and_pixels() -> None:
