@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
-from sidetuning.files import atomic_write, json_text, parse_json, read_json
+from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_json, safetensors_header
 from sidetuning.sides.initialise import mismatch
 
 # Version 1 had the text in `side.json` alone, without a checksum.
@@ -171,15 +171,17 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
     """
     file, tensor_file = Path(path) / CONFIG, Path(path) / TENSORS
     try:
-        found = read_json(file, {}, MEND).get("format_version")
+        content = read_json(file, {}, MEND)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} holds no task: {CONFIG} is missing") from error
+    # The version first: of another one the fields may be others.
+    found = content.get("format_version")
     if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
         raise ArtifactError(
             f"{file} has format_version {found!r} and this library reads 1 to {FORMAT_VERSION}; "
             "install the version of sidetuning that wrote it, or a newer one"
         )
-    config: dict[str, Any] = read_json(file, SCHEMA, MEND)
+    config: dict[str, Any] = check_json(content, str(file), SCHEMA, MEND)
     if found == 1 and not tensors:
         return config, {}
     try:
@@ -192,11 +194,10 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
     if found == 1:
         sha256 = hashlib.sha256(data).hexdigest()
     else:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        text = header.get("__metadata__", {}).get("sidetuning", "")
+        text = safetensors_header(data).get("sidetuning", "")
         inner: dict[str, Any] = parse_json(text, str(tensor_file), SCHEMA, MEND)
-        for name, content in ((file, config), (tensor_file, inner)):
-            if content.get("sha256") != _checksum(content):
+        for name, signed in ((file, config), (tensor_file, inner)):
+            if signed.get("sha256") != _checksum(signed):
                 raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {MEND}")
         config = {**{key: config[key] for key in NOTES if key in config}, **inner}
         sha256 = _sha256(values)

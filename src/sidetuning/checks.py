@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,6 +12,12 @@ from sidetuning.base import Base, Features
 from sidetuning.branch import Branch
 from sidetuning.errors import ShapeError, SideTuningError, TaskError
 from sidetuning.inputs import Input, modules_of
+
+
+def check_name(name: str) -> None:
+    """Raise TaskError unless `name` can be a folder, and a key of torch's module dictionaries."""
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
 
 
 def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Input, Features], list[Tensor]]) -> None:

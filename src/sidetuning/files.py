@@ -107,10 +107,21 @@ def parse_json(text: str, name: str, schema: Any, mend: str) -> Any:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{name} is not JSON ({error}); {mend}") from error
+    return check_json(content, name, schema, mend)
+
+
+def check_json(content: Any, name: str, schema: Any, mend: str) -> Any:
+    """As `parse_json`, of what was parsed already."""
     wrong = _misfit(content, schema, "")
     if wrong is not None:
         raise ArtifactError(f"{name} has no valid field '{wrong}'; {mend}")
     return content
+
+
+def safetensors_header(data: bytes) -> dict[str, str]:
+    """The texts in the header of a safetensors file: its length in 8 bytes, then JSON."""
+    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {})
 
 
 def _misfit(value: Any, schema: Any, where: str) -> str | None:

@@ -123,7 +123,7 @@ def weights_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], output
         for name, tensor in sorted(module.state_dict().items()):
             name = name.removeprefix("_orig_mod.")
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(_bytes(tensor).numpy().data)
+            digest.update(tensor_bytes(tensor).numpy().data)
     return digest.hexdigest()
 
 
@@ -162,7 +162,8 @@ def _sum(tensor: Tensor) -> int:
     return int((content.view(torch.int64) if len(content) % 8 == 0 else content).sum(dtype=torch.int64))
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def tensor_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's bytes, on the CPU, for hashes."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
@@ -190,7 +191,7 @@ def content_sha256(value: Any, depth: int = 6) -> str:
 def _parts(value: Any) -> list[Any]:
     """Bytes, and values within, that say what a value is."""
     if isinstance(value, Tensor):
-        return [f"{tuple(value.shape)} {value.dtype}".encode(), _bytes(value).numpy().tobytes()]
+        return [f"{tuple(value.shape)} {value.dtype}".encode(), tensor_bytes(value).numpy().tobytes()]
     if isinstance(value, (*PLAIN, bytes, complex)) and not isinstance(value, tuple):
         return [repr(value).encode()]
     if isinstance(value, CodeType):

@@ -37,7 +37,7 @@ def entry(inputs: Input, name: str) -> Tensor | None:
     return None if isinstance(inputs, Tensor) else inputs.get(name)
 
 
-def take_rows(x: Input, rows: Tensor) -> Input:
+def take_rows(x: Input, rows: Tensor | slice) -> Input:
     """Some samples of a batch."""
     return map_input(x, lambda tensor: tensor[rows] if tensor.ndim else tensor)
 

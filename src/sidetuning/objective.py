@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Features, Input
 from sidetuning.errors import DataError
-from sidetuning.problems import IGNORED, Classes, Problem
+from sidetuning.problems import IGNORED, Classes, Problem, check_range
 
 # (output, target) -> scalar
 Loss = Callable[[Any, Tensor], Tensor]
@@ -99,7 +99,9 @@ def loss_of(
     if _option(loss, "reduction", "mean") not in ("mean", "none"):
         raise DataError("the loss sums over the batch, so that a step would depend on its size: use reduction='mean'")
     if _of_classes(loss):
-        check_labels(output, target, ignored)
+        pairs = isinstance(output, Tensor) and output.ndim == 2 and target.ndim == 1
+        if pairs and target.dtype == torch.int64:
+            check_range(target, output.shape[1], ignored)
     if _is(loss, ELEMENTWISE) and target.shape != output.shape:
         # Torch would spread one over the other, with a warning at most.
         raise DataError(
@@ -202,21 +204,11 @@ def check_loader(loader: Any) -> None:
         )
 
 
-def check_labels(output: Any, target: Tensor, ignored: int = IGNORED) -> None:
-    """Class labels must have an output; on a GPU the loss itself would kill the process."""
-    if isinstance(output, Tensor) and output.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64:
-        outputs = output.shape[1]
-        wrong = target[((target < 0) | (target >= outputs)) & (target != ignored)]
-        if len(wrong):
-            label = int(wrong.max())
-            raise DataError(f"the label {label} is out of range: the head has {outputs} outputs, 0 … {outputs - 1}")
-
-
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
     """1 where the highest output is the target's, else 0; of maps the share of pixels whose target is not -100, which
     cross-entropy ignores: (b, c, …), (b, …) -> (b,)."""
     right = (output.argmax(1) == target).float()
     if target.ndim == 1:
         return right
-    counts = (target != -100).float()
+    counts = (target != IGNORED).float()
     return (right * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sidetuning.errors import ShapeError
+from sidetuning.inputs import Input, map_input, take_rows
 
-Input = Tensor | Mapping[str, Any]
 # Entries of a mapping that say where there is input, and are no input themselves.
 MASKS = ("attention_mask", "mask", "position_ids", "token_type_ids", "bool_masked_pos")
 # Relative differences that rounding explains: of float32, and of types with fewer bits.
@@ -73,7 +73,7 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
         together = run(both)
     except Exception:
         # Some inputs must fit each other, such as boxes.
-        both = _map(example, _repeat)
+        both = map_input(example, _repeat)
         before = copy.deepcopy(both)
         try:
             together = run(both)
@@ -94,7 +94,7 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
             "the base gives other outputs for the same input: it draws random numbers, or keeps a state; side-tuning "
             "needs a function of the input"
         )
-    alone = torch.cat([run(_row(before, i)) for i in range(2)])
+    alone = torch.cat([run(take_rows(before, slice(i, i + 1))) for i in range(2)])
     if not _close(together, alone):
         raise ShapeError(
             "the base gives other outputs for a sample when another one is in its batch; side-tuning needs each sample "
@@ -128,18 +128,6 @@ def same_summary(one: list[float], other: list[float]) -> bool:
     a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
     scale = torch.maximum(a.abs().max(), b.abs().max())
     return bool((a - b).abs().max() <= 5e-3 * scale) or bool(scale == 0)
-
-
-def _map(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
-    if isinstance(x, Tensor):
-        return function(x)
-    return {key: function(value) if isinstance(value, Tensor) else value for key, value in x.items()}
-
-
-def _row(x: Input, i: int) -> Input:
-    if isinstance(x, Tensor):
-        return x[i : i + 1]
-    return {key: value[i : i + 1] if isinstance(value, Tensor) and value.ndim else value for key, value in x.items()}
 
 
 def _equal(x: Input, y: Input) -> bool:

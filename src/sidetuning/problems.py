@@ -77,11 +77,7 @@ class Classes(Problem):
         wanted = (len(output), *output.shape[2:])
         if target.shape != wanted:
             raise DataError(f"an output {tuple(output.shape)} takes targets {wanted}, not {tuple(target.shape)}")
-        classes = output.shape[1]
-        wrong = target[((target < 0) | (target >= classes)) & (target != IGNORED)]
-        if len(wrong):
-            label = int(wrong.max())
-            raise DataError(f"the label {label} is out of range: the head has {classes} outputs, 0 … {classes - 1}")
+        check_range(target, output.shape[1], IGNORED)
         return output, target
 
     def counts(self, target: Tensor) -> Tensor:
@@ -215,6 +211,14 @@ class Span(Problem):
     def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
         starts, ends = output.float().softmax(0).max(0)
         return [(f"tokens {int(ends[0])} to {int(ends[1])}", float(starts.prod()))]
+
+
+def check_range(target: Tensor, classes: int, ignored: int) -> None:
+    """Class numbers must have an output; on a GPU the loss itself would kill the process."""
+    wrong = target[((target < 0) | (target >= classes)) & (target != ignored)]
+    if len(wrong):
+        label = int(wrong.max())
+        raise DataError(f"the label {label} is out of range: the head has {classes} outputs, 0 … {classes - 1}")
 
 
 def _right(output: Tensor, target: Tensor) -> Tensor:

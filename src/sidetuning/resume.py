@@ -24,8 +24,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sidetuning.errors import TrainingError
-from sidetuning.files import atomic_write
-from sidetuning.identity import PLAIN
+from sidetuning.files import atomic_write, safetensors_header
+from sidetuning.identity import PLAIN, tensor_bytes
 from sidetuning.seeding import seeded
 from sidetuning.sides.initialise import mismatch
 
@@ -139,9 +139,9 @@ def _samples_sha256(data: Any) -> str:
 
 def _add(digest: Any, value: Any) -> None:
     if isinstance(value, (Tensor, np.ndarray)):
-        tensor = torch.as_tensor(value).detach().cpu().contiguous()
+        tensor = torch.as_tensor(value)
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(tensor).numpy().data)
     elif isinstance(value, dict):
         for key in sorted(value, key=str):
             digest.update(str(key).encode())
@@ -265,7 +265,7 @@ def _pack(content: Any) -> bytes:
 
 
 def _unpack(data: bytes) -> Any:
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    header = safetensors_header(data)
     tensors, text = parse(data), header["sidetuning"]
     if header["sha256"] != _sha256(text, tensors):
         raise ValueError("its checksum is not that of its content")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from sidetuning.artifacts import read_branch, read_task, tensors_sha256, write_task
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch, build_branch
-from sidetuning.checks import Owners, check_shapes
+from sidetuning.checks import Owners, check_name, check_shapes
 from sidetuning.errors import ArtifactError, ShapeError, TaskError, UnknownNameError
 from sidetuning.inputs import take_rows
 from sidetuning.registry import unknown
@@ -152,8 +151,7 @@ class SideTuner(nn.Module):
     def _check_name(self, name: str) -> None:
         if name in self.branches:
             raise TaskError(f"task '{name}' exists already; remove_task('{name}') first, or choose another name")
-        if not re.fullmatch(r"[\w-]+", name) or hasattr(self.branches, name):
-            raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
+        check_name(name)
 
     def remove_task(self, name: str) -> None:
         """Remove a task. Raises TaskError where a later task has it as a lateral."""

@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from sidetuning.base import Base, Features
 from sidetuning.cache.store import Put, Store, fields_of, folder_of
 from sidetuning.errors import CacheError, DataError, ShapeError
-from sidetuning.identity import function_name
+from sidetuning.identity import function_name, tensor_bytes
 
 # Samples between two markers. Augmentation is seeded once for each chunk.
 CHUNK = 1000
@@ -160,7 +160,7 @@ def data_identity(dataset: Dataset[Any]) -> str:
         tensors = [torch.as_tensor(value) for i in rows for value in dataset[i]]
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(tensor).numpy().data)
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input
+from sidetuning.checks import check_name
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
 from sidetuning.files import write_json
 from sidetuning.heads import HEADS, named_head, run_head
@@ -188,10 +188,7 @@ class Method(nn.Module):
         return train(objective, loader, optimizer, steps=steps, clip=recipe.clip, seed=recipe.seed, label=label, **run)
 
     def _add(self, task: Task, add: Callable[[Task], None]) -> None:
-        if not re.fullmatch(r"[\w-]+", task.name) or hasattr(nn.ModuleDict(), task.name):
-            raise TaskError(
-                f"'{task.name}' cannot be a task's name; use letters, digits, - and _ (and no attribute of a dict)"
-            )
+        check_name(task.name)
         for name, value in {"head": task.head, "head_options": dict(task.head_options), **self.options}.items():
             try:
                 json.dumps(value)
