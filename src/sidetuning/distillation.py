@@ -14,6 +14,7 @@ from sidetuning.errors import TaskError
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
 from sidetuning.objective import unpack
+from sidetuning.training import trainable
 from sidetuning.tuner import SideTuner
 
 if TYPE_CHECKING:
@@ -50,15 +51,17 @@ def distill(
         loss: `loss(side, base)` on codes.
 
     Raises:
-        TaskError: the task has no side, or is frozen.
+        TaskError: the task has no side, is frozen, or is a lateral of another.
+        DataError: a data set in place of a loader.
     """
-    branch = model[task]
-    if branch.side is None or branch.frozen:
-        raise TaskError(f"task '{task}' " + ("has no side to distil into" if branch.side is None else "is frozen"))
+    side = model[task].side
+    if side is None:
+        raise TaskError(f"task '{task}' has no side to distil into")
+    trainable(model, task, loader)
     if accelerator is None:
         accelerator = default_accelerator()
     model.to(accelerator.device)
-    built = optimizer(branch.side.parameters(), lr=lr)
+    built = optimizer(side.parameters(), lr=lr)
     return train(
         _Imitation(model, task, loss),
         loader,
@@ -88,7 +91,7 @@ class _Imitation(nn.Module):
         base, branch = self._given
         x, features, _ = unpack(batch)
         inputs = base.prepare(x)
-        known = base.encode(inputs) if features is None else features
+        known = base.features(inputs, features)
         side = branch.side_output(inputs, known)
         assert side is not None
         return self.loss(side, known.out)

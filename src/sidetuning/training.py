@@ -85,16 +85,7 @@ def fit(
         TrainingError: the loss or its gradient is not finite, or `resume` belongs to another run.
         DataError: targets that the problem does not take, or no batches.
     """
-    branch = model[task]
-    check_loader(loader)
-    if branch.frozen:
-        raise TaskError(
-            f"task '{task}' has nothing to train: it is frozen, or without parameters; freeze_task('{task}', False)"
-        )
-    if users := model.users(task):
-        raise TaskError(
-            f"task '{task}' is a lateral of {', '.join(users)}, which would change with it; train another task"
-        )
+    branch = trainable(model, task, loader)
     steps = _steps(loader, epochs, steps)
     if accelerator is None:
         accelerator = default_accelerator()
@@ -123,6 +114,26 @@ def fit(
     )
     branch.passes = result.passes
     return result
+
+
+def trainable(model: SideTuner, task: str, loader: Iterable[Any]) -> Branch:
+    """The branch of a task that may be trained with what a loader gives.
+
+    Raises:
+        TaskError: the task is frozen, has nothing to train, or is a lateral of another.
+        DataError: a data set in place of a loader.
+    """
+    branch = model[task]
+    check_loader(loader)
+    if branch.frozen:
+        raise TaskError(
+            f"task '{task}' has nothing to train: it is frozen, or without parameters; freeze_task('{task}', False)"
+        )
+    if users := model.users(task):
+        raise TaskError(
+            f"task '{task}' is a lateral of {', '.join(users)}, which would change with it; train another task"
+        )
+    return branch
 
 
 def _steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int:

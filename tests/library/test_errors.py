@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import sidetuning as st
 from conftest import conv_base, inputs, map_base, mlp_base, sequence_base
@@ -255,6 +256,23 @@ def test_only_a_side_that_is_there_can_be_distilled() -> None:
     model.add_task("fixed", side=None, merge="base-only", head=2)
     with pytest.raises(st.TaskError, match="no side"):
         st.distill(model, "fixed", [batch()], steps=1, progress=False)
+
+
+@pytest.mark.parametrize("learn", [st.fit, st.distill])
+def test_what_another_task_reads_cannot_be_trained(learn: Any) -> None:
+    model = model_with("pets")
+    model.add_task("birds", side="mlp", head=2, laterals=["pets"], merge="mlp2")
+    x, y = batch()
+    before = model(x, "birds")
+    with pytest.raises(st.TaskError, match="is a lateral of birds"):
+        learn(model, "pets", [(x, y)], steps=1, progress=False)
+    assert torch.equal(model(x, "birds"), before)
+
+
+@pytest.mark.parametrize("learn", [st.fit, st.distill])
+def test_a_data_set_is_no_loader(learn: Any) -> None:
+    with pytest.raises(st.DataError, match="is a data set, and batches are wanted"):
+        learn(model_with("pets"), "pets", TensorDataset(*batch()), steps=1, progress=False)
 
 
 def test_every_error_is_of_the_library() -> None:

@@ -223,11 +223,8 @@ class Method(nn.Module):
         """
         self[task]
         inputs = self.base.prepare(x)
-        if isinstance(features, Tensor):
-            features = Features(features)
-        if features is None and self.uses_features:
-            features = self.base.encode(inputs)
-        return self.output(inputs, features, task)
+        known = self.base.features(inputs, features) if self.uses_features else None
+        return self.output(inputs, known, task)
 
     # ---- files
 
