@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sidetuning.errors import TaskError, TrainingError
 from sidetuning.launch import default_accelerator
-from sidetuning.processes import Shares, add_gradients, weighted, whole_batch_norms
+from sidetuning.processes import Shares, add_gradients, largest, weighted, whole_batch_norms
 from sidetuning.resume import Position, State, Stop, description
 from sidetuning.seeding import mix, seed_all, seed_loader, seeded
 
@@ -149,9 +149,11 @@ class _Run:
                 self.step(batch)
                 if at.step == at.steps:
                     break
-                if stop.wanted or time.monotonic() - self.saved > save_every:
+                # A process that stopped alone would leave the others waiting for it.
+                wanted = largest(stop.wanted, self.accelerator) if stop.active else 0
+                if wanted or time.monotonic() - self.saved > save_every:
                     self.save()
-                    stop.obey()
+                    stop.obey(wanted)
             else:
                 if at.batch == before == 0:
                     raise TrainingError("the loader gave no batch: its data set is empty, or its iterator was used up")
@@ -159,7 +161,7 @@ class _Run:
                 self.check()
         self.check()
         self.save()
-        stop.obey()
+        stop.obey(stop.wanted)
 
     def resumed(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """The rest of a pass, whose first batches an interrupted call has trained on."""

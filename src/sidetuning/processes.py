@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,9 @@ from sidetuning.errors import DataError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# Batches whose rows the first process tells the others at a time.
+DRAWN = 64
 
 
 class Shares:
@@ -50,12 +54,17 @@ class Shares:
 
     def __iter__(self) -> Iterator[Any]:
         """Rows of this process, as a batch sampler gives them. The first process draws the order for all."""
-        drawn = [[list(rows) for rows in self.batches] if self.process == 0 else None]
-        dist.broadcast_object_list(drawn)
-        for rows in drawn[0] or []:
-            mine = rows[self.process :: self.processes]
-            self.counting.append(bool(mine))
-            yield mine or rows[:1]
+        batches = iter(self.batches) if self.process == 0 else iter(())
+        while True:
+            # Some at a time: a sampler may have no end.
+            drawn = [[list(rows) for rows in islice(batches, DRAWN)]]
+            dist.broadcast_object_list(drawn)
+            if not drawn[0]:
+                return
+            for rows in drawn[0]:
+                mine = rows[self.process :: self.processes]
+                self.counting.append(bool(mine))
+                yield mine or rows[:1]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -92,6 +101,15 @@ def weighted(loss: Tensor, weight: Tensor, accelerator: Accelerator) -> tuple[Te
         loss = torch.where(torch.isfinite(loss), loss, 0.0)
     both = accelerator.reduce(torch.stack([(loss.detach() * weight), weight]), "sum")
     return loss * weight / both[1].clamp(min=torch.finfo(loss.dtype).tiny), float(both[0] / both[1].clamp(min=1e-30))
+
+
+def largest(number: int, accelerator: Accelerator) -> int:
+    """The largest of the processes' numbers."""
+    if accelerator.num_processes == 1:
+        return number
+    found = torch.tensor(number, device=accelerator.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 @torch.no_grad()

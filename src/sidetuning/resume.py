@@ -306,7 +306,8 @@ class Stop:
 
     def __init__(self, resumable: bool) -> None:
         self.active = resumable and threading.current_thread() is threading.main_thread()
-        self.wanted: int | None = None
+        # The signal that came, or 0.
+        self.wanted = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -319,11 +320,11 @@ class Stop:
             signal.signal(number, handler)
 
     def _take(self, number: int, _frame: Any) -> None:
-        if self.wanted is not None:
+        if self.wanted:
             raise Stopped(number)
         self.wanted = number
 
-    def obey(self) -> None:
-        """Stop, where that is wanted."""
-        if self.wanted is not None:
-            raise Stopped(self.wanted)
+    def obey(self, wanted: int) -> None:
+        """Stop for the signal `wanted`, if it is one."""
+        if wanted:
+            raise Stopped(wanted)

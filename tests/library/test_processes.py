@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,16 +65,53 @@ if PartialState().is_main_process:
 """
 
 
-def run(folder: Path, *launch: str) -> tuple[int, dict[str, Any]]:
-    (folder / "script.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, *launch, str(folder / "script.py"), str(Path(__file__).parents[1])],
+STOP = """
+import itertools, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch, torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+import sidetuning as st
+from accelerate import PartialState
+from conftest import inputs, mlp_base
+
+class Endless:
+    def __iter__(self):
+        return ([i % 7, (i + 1) % 7, (i + 2) % 7] for i in itertools.count())
+
+def loss(output, target):
+    loss.calls += 1
+    if loss.calls == 70 and PartialState().process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return F.cross_entropy(output, target)
+
+loss.calls = 0
+model = st.SideTuner(mlp_base())
+model.add_task("t", side="mlp", head=3, seed=0)
+loader = DataLoader(TensorDataset(inputs("mlp", 7), torch.arange(7) % 3), batch_sampler=Endless())
+try:
+    st.fit(model, "t", loader, steps=1000, loss=loss, resume=sys.argv[2], progress=False)
+except KeyboardInterrupt as stopped:
+    sys.stdout.write(f"STOPPED {loss.calls} {stopped.code}\\n")
+"""
+
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def started(folder: Path, text: str, *launch: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(text)
+    return subprocess.run(
+        [sys.executable, *launch, str(folder / "script.py"), str(Path(__file__).parents[1]), str(folder / "resume.pt")],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         check=False,
     )
+
+
+def run(folder: Path, *launch: str) -> tuple[int, dict[str, Any]]:
+    done = started(folder, SCRIPT, *launch)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert done.returncode == 0 and len(lines) == 1, done.stderr[-3000:]
     processes, found = json.loads(lines[0].removeprefix("RESULT"))
@@ -83,8 +121,16 @@ def run(folder: Path, *launch: str) -> tuple[int, dict[str, Any]]:
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     one, expected = run(tmp_path)
-    two, found = run(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two, found = run(tmp_path, *LAUNCH)
     assert (one, two) == (1, 2)
     for name, numbers in expected.items():
         for what, values in numbers.items():
             assert found[name][what] == pytest.approx(values, rel=1e-4, abs=2e-6), (name, what)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    done = started(tmp_path, STOP, *LAUNCH)
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("STOPPED"))
+    assert lines == [f"STOPPED 70 {128 + signal.SIGTERM}"] * 2, done.stdout + done.stderr[-3000:]
+    assert (tmp_path / "resume.pt").exists()
