@@ -42,6 +42,7 @@ SCHEMA = {
     "labels?": [str],
     "laterals_sha256?": dict,
     "passes?": int,
+    "trained_as?": {"labels", "numbers", "own"},
     "metrics?": dict,
     "parts": {
         "side?": PART,
@@ -94,6 +95,7 @@ def write_task(
         "labels": branch.labels,
         "alpha": branch.alpha,
         "passes": branch.passes,
+        "trained_as": branch.trained_as,
         "metrics": {key: float(value) for key, value in metrics.items()},
         "laterals_sha256": dict(laterals),
         "base": {"spec": spec, **base.identity().record(), "taps": list(branch.taps)},
@@ -255,6 +257,7 @@ def read_branch(
         # Options of the wrong type or value, which each part meets in its own way.
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
     branch.labels, branch.passes = config.get("labels"), config.get("passes") or 0
+    branch.trained_as = config.get("trained_as")
     problem = mismatch(branch.state_dict(), tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sidetuning.errors import ShapeError, UnknownNameError
 from sidetuning.folding import fold
 from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
-from sidetuning.inputs import IMAGES, call, map_input, modules_of, to_device
+from sidetuning.inputs import IMAGES, arguments_of, call, map_input, modules_of, to_device
 from sidetuning.inputs import Input as Input
 from sidetuning.probe import check_base, probe_input, probe_of, shapes_of
 from sidetuning.registry import unknown
@@ -162,6 +162,9 @@ class Base(nn.Module):
         self._taps: dict[str, Tap] = {}
         self._writes = False
         self.example = example
+        # Networks of transformers swallow every name, and do nothing with most.
+        optional = dict.fromkeys(["x", "extra", *(() if isinstance(example, Tensor) else example)], False)
+        self._entries = {**optional, **arguments_of(net)}
         for name, values in (("mean", mean), ("std", std)):
             norm = None if values is None else torch.tensor(values, device=self.device).view(-1, 1, 1)
             self.register_buffer(name, norm, persistent=False)
@@ -219,9 +222,14 @@ class Base(nn.Module):
 
         Raises:
             ShapeError: images of another shape, or with values of another range: normalised already, or up to 255.
+            UnknownNameError: an entry of a mapping that the network does not read, or one that it lacks.
         """
         if isinstance(x, Tensor):
             return self._prepare(x)
+        if strange := [key for key in x if key not in self._entries]:
+            raise UnknownNameError(unknown("input", strange[0], sorted(self._entries), verb="read by the network"))
+        if missing := [key for key, needed in self._entries.items() if needed and key not in x and "x" not in x]:
+            raise UnknownNameError(f"the network reads '{missing[0]}', which the input lacks; it has {', '.join(x)}")
         moved = to_device(x, self.device)
         assert not isinstance(moved, Tensor)
         return {**moved, **{key: self._prepare(moved[key]) for key in IMAGES if isinstance(moved.get(key), Tensor)}}

@@ -58,11 +58,13 @@ class Branch(nn.Module):
         self.pinned = False
         # Passes over data that it was trained for: the next ones draw other orders.
         self.passes = 0
+        # The problem of the loss that it was trained with, where that was given.
+        self.trained_as: str | None = None
 
     @property
     def problem(self) -> Problem:
-        """What its targets mean: as given, or what goes with the head."""
-        return PROBLEMS[self.config.problem or BY_HEAD.get(self.config.head[0], "classes")]()
+        """What its targets mean: as given, or what goes with the loss or the head."""
+        return PROBLEMS[self.config.problem or self.trained_as or BY_HEAD.get(self.config.head[0], "classes")]()
 
     @property
     def own_problem(self) -> Problem | None:

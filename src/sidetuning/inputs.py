@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -30,6 +31,16 @@ def _arguments(net: Callable[..., Any]) -> frozenset[str]:
     code = getattr(getattr(type(net), "forward", net), "__code__", None)
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code is not None else ()
     return frozenset(("x", "extra")) & frozenset(names)
+
+
+def arguments_of(net: Callable[..., Any]) -> dict[str, bool]:
+    """The names of a network's arguments, and whether it needs them; none where it does not tell."""
+    net = getattr(net, "_orig_mod", net)
+    try:
+        arguments = inspect.signature(net.forward if isinstance(net, nn.Module) else net).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {a.name: a.default is a.empty for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
 
 
 def entry(inputs: Input, name: str) -> Tensor | None:

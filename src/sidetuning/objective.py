@@ -148,6 +148,15 @@ def _of_classes(loss: Loss) -> bool:
     return _is(loss, (F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss))
 
 
+def meaning_of(loss: Loss) -> str | None:
+    """The problem that a loss of torch belongs to, "own" for other losses; None is what goes with the head."""
+    if _is(loss, (F.cross_entropy, nn.CrossEntropyLoss)):
+        return None
+    if _is(loss, (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss)):
+        return "labels"
+    return "numbers" if _is(loss, ELEMENTWISE) else "own"
+
+
 def _kind(value: Any) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
@@ -204,9 +213,23 @@ def check_loader(loader: Any) -> None:
         )
 
 
+def classes_second(output: Tensor, target: Tensor) -> bool:
+    """Whether an output is (b, classes, …) for targets (b, …); of as many tokens as classes nobody knows."""
+    return target.shape == (len(output), *output.shape[2:]) and (output.ndim != 3 or len(set(output.shape[1:])) == 2)
+
+
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
     """1 where the highest output is the target's, else 0; of maps the share of pixels whose target is not -100, which
-    cross-entropy ignores: (b, c, …), (b, …) -> (b,)."""
+    cross-entropy ignores: (b, c, …), (b, …) -> (b,).
+
+    Raises:
+        DataError: outputs with the classes elsewhere than in their second dimension, or perhaps so.
+    """
+    if not classes_second(output, target):
+        raise DataError(
+            f"accuracy takes outputs (b, classes, …) and targets (b, …), not {tuple(output.shape)} and "
+            f"{tuple(target.shape)}; give add_task problem='tokens' for outputs (b, t, classes), or other metrics="
+        )
     right = (output.argmax(1) == target).float()
     if target.ndim == 1:
         return right

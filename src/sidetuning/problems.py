@@ -213,6 +213,26 @@ class Span(Problem):
         return [(f"tokens {int(ends[0])} to {int(ends[1])}", float(starts.prod()))]
 
 
+@PROBLEMS.register("own")
+class Own(Problem):
+    """What a loss of the user's own alone knows: nothing is checked or scored, and outputs are shown as they are.
+
+    A task that was trained with such a loss has this problem, unless it was added with another.
+    """
+
+    def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        raise DataError(
+            "only the loss that the task was trained with knows what its targets mean: give it again, loss=, or name "
+            "the problem when you add the task"
+        )
+
+    def metrics(self) -> dict[str, Metric]:
+        return {}
+
+    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
+        return [(_name(labels, i), value) for i, value in enumerate(output.float().flatten().tolist())]
+
+
 def check_range(target: Tensor, classes: int, ignored: int) -> None:
     """Class numbers must have an output; on a GPU the loss itself would kill the process."""
     wrong = target[((target < 0) | (target >= classes)) & (target != ignored)]

@@ -88,7 +88,7 @@ def description(
             getattr(loader, "batch_sampler", None), "batch_size", None
         )
         data = getattr(loader, "dataset", loader)
-        texts["batches"] = f"of {rows} rows" if rows else ""
+        texts["batches"] = f"{rows} rows" if rows else ""
         texts["data"] = _samples_sha256(data)
     return texts
 

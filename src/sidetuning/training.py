@@ -20,7 +20,9 @@ from sidetuning.objective import (
     TaskModel,
     accuracy,
     check_loader,
+    classes_second,
     loss_of,
+    meaning_of,
     parameter_groups,
     unpack,
     weight_of,
@@ -69,7 +71,8 @@ def fit(
             that of an optimizer of one's own.
         optimizer: called as `optimizer(groups, lr=lr)`.
         scheduler: called with the optimiser; stepped after every optimiser step.
-        loss: `loss(output, target)`, by default that of the task's problem; parameters of its own are trained too.
+        loss: `loss(output, target)`, by default that of the task's problem; parameters of its own are trained too. A
+            task without a problem gets that of the loss: "labels" or "numbers" of torch's, "own" of others.
         clip: largest norm of the gradient; None does not clip.
         validate: a loader to evaluate after every pass.
         metrics: metrics of the validation, as in `evaluate`.
@@ -113,6 +116,8 @@ def fit(
         first_epoch=branch.passes,
     )
     branch.passes = result.passes
+    if loss is not None:
+        branch.trained_as = meaning_of(loss)
     return result
 
 
@@ -186,7 +191,8 @@ def evaluate(
         accelerator = default_accelerator()
     model.to(accelerator.device)
     branch = model[task]
-    problem = branch.problem if isinstance(branch, Branch) else None
+    given_problem = branch.own_problem if isinstance(branch, Branch) else None
+    problem = branch.problem if isinstance(branch, Branch) and loss is None else given_problem
     modes = [(module, module.training) for module in branch.modules()]
     branch.eval()
     scores = Scores(metrics)
@@ -194,9 +200,13 @@ def evaluate(
         for batch, counting in Shares(loader, accelerator).read():
             x, features, y = unpack(send_to_device(batch, accelerator.device))
             output = model(x, task, features=features)
-            value, given, counts = loss_of(output, y, loss, problem if loss is None else None)
+            value, given, counts = loss_of(output, y, loss, problem)
             weight = weight_of(loss, y, counts) * counting
-            scores.add(value, weight, given, counts & counting, problem if loss is None else None, counting)
+            if loss is not None and problem is not None:
+                # The loss is the user's own, and what the targets mean stays.
+                given = problem.prepare(output, y)
+                counts = problem.counts(given[1])
+            scores.add(value, weight, given, counts & counting, problem, counting)
     finally:
         for module, training in modes:
             module.training = training
@@ -225,7 +235,7 @@ class Scores:
         """Add a batch: mean loss and weight, output and target, which targets count, and whether it does."""
         output, target = given
         if self.metrics is None:
-            classes = isinstance(output, Tensor) and target.dtype == torch.int64 and output.ndim == target.ndim + 1
+            classes = isinstance(output, Tensor) and target.dtype == torch.int64 and classes_second(output, target)
             self.metrics = problem.metrics() if problem is not None else {"accuracy": accuracy} if classes else {}
         self.sums["samples"] += len(target) * counting
         # Nothing weighs nothing, even where its mean is no number.
@@ -243,7 +253,8 @@ class Scores:
         if value.ndim and value.shape == counts.shape:
             weights = counts
         elif value.ndim and len(value) == len(counts):
-            value, weights = value.flatten(1).mean(1) if value.ndim > 1 else value, counts.flatten(1).any(1)
+            value = value.flatten(1).mean(1) if value.ndim > 1 else value
+            weights = counts.reshape(len(counts), -1).any(1)
         elif value.numel() == 1:
             weights = counts.sum().reshape(1)
         else:

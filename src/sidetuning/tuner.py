@@ -95,8 +95,8 @@ class SideTuner(nn.Module):
                 this base and side. A path: a safetensors file of the side's weights.
             side_options, merge_options, head_options: keyword arguments of registered parts.
             labels: names of the classes, one per output, saved with the task.
-            problem: what targets mean: "classes", "labels" (several may be right), "numbers", "tokens", "span" or
-                "pixels"; by default what goes with the head.
+            problem: what targets mean: "classes", "labels" (several may be right), "numbers", "tokens", "span",
+                "pixels" or "own" (a loss alone knows); by default what goes with the loss or the head.
             seed: seed for the initial weights; by default torch's generator is used as it is.
 
         Returns:

@@ -265,3 +265,33 @@ def test_tensors_that_a_base_has_lost_are_nobodys() -> None:
     model.double().float()
     for i in range(60):
         model.add_task(f"t{i}", side="mlp", head=2, side_options={"hidden": 2})
+
+
+@pytest.mark.parametrize("side", ["slim", "copy", "transformer", "mlp"])
+def test_an_entry_that_the_network_does_not_read_is_refused(side: str) -> None:
+    """As "idx" in data sets, or a slip of the pen; networks of transformers would swallow any of them."""
+    model = st.SideTuner(BASES["sequence"](("embedding",)))
+    model.add_task("t", side=side, head=2)
+    right = inputs("sequence", 4)
+    assert isinstance(right, dict)
+    mask = right.pop("attention_mask")
+    for name, sentence in (
+        ("atention_mask", "did you mean 'attention_mask'"),
+        ("idx", "'idx' is not read by the network; there is attention_mask"),
+        ("input_id", "did you mean 'input_ids'"),
+        ("extra", "reads 'attention_mask', which the input lacks"),
+    ):
+        with pytest.raises(st.UnknownNameError, match=sentence):
+            st.fit(model, "t", [{**right, name: mask, "labels": torch.zeros(4).long()}], steps=1, progress=False)
+
+
+def test_a_network_of_any_names_takes_those_of_its_example() -> None:
+    class Swallows(nn.Module):
+        def forward(self, **tensors: Tensor) -> Tensor:
+            return tensors["left"] + tensors.get("right", torch.zeros(()))
+
+    x = {"left": torch.rand(3, 4), "right": torch.rand(3, 4)}
+    assert torch.equal(st.Base(Swallows(), example=x)(x).out, x["left"] + x["right"])
+    one = st.Base(torch.compile(Swallows(), backend="eager"), example={"left": torch.zeros(1, 4)})
+    with pytest.raises(st.UnknownNameError, match="'right' is not read"):
+        one(x)

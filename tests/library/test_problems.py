@@ -155,6 +155,10 @@ def test_metrics_of_every_kind_are_averaged_right() -> None:
     expected = (numbers(X, "t") - wanted).abs().mean().item()
     for each in (lambda o, y: (o - y).abs(), lambda o, y: (o - y).abs().mean(1), lambda o, y: (o - y).abs().mean()):
         assert st.evaluate(numbers, "t", [(X, wanted)], metrics={"mae": each})["mae"] == pytest.approx(expected)
+    plain = model_with(None)
+    for each in (lambda o, y: (o - y).abs(), lambda o, y: (o - y).abs().mean(1)):
+        found = st.evaluate(plain, "t", [(X, wanted)], loss=F.mse_loss, metrics={"mae": each})
+        assert found["mae"] == pytest.approx((plain(X, "t") - wanted).abs().mean().item())
     with pytest.raises(st.DataError, match="return one number for each"):
         st.evaluate(numbers, "t", [(X, wanted)], metrics={"odd": lambda o, y: torch.ones(5)})
 
@@ -214,6 +218,55 @@ def test_a_loss_of_ones_own_replaces_the_problems_and_learns() -> None:
     checked = model_with("labels", 3)
     with pytest.raises(st.DataError, match="for each label"):
         st.fit(checked, "t", [(X, CLASSES)], loss=bce, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("loss", "problem", "shown"),
+    [
+        (F.binary_cross_entropy_with_logits, "labels", torch.sigmoid),
+        (nn.BCEWithLogitsLoss(), "labels", torch.sigmoid),
+        (partial(F.mse_loss), "numbers", lambda output: output),
+        (nn.SmoothL1Loss(), "numbers", lambda output: output),
+        (lambda o, y: F.mse_loss(o.sigmoid(), y), "own", lambda output: output),
+    ],
+)
+def test_a_loss_of_ones_own_says_how_answers_are_shown(loss: Any, problem: str, shown: Any, tmp_path: Path) -> None:
+    model = model_with(None, labels=["cat", "indoor", "night"])
+    st.fit(model, "t", [(X, torch.ones(12, 3))], steps=20, lr=1e-2, loss=loss, progress=False)
+    model.save_task("t", tmp_path)
+    loaded = st.SideTuner(mlp_base())
+    loaded.load_task(tmp_path)
+    for branch in (model["t"], loaded["t"]):
+        assert isinstance(branch.problem, PROBLEMS[problem]) and branch.own_problem is None  # type: ignore[arg-type]
+        output = model(X, "t")[0]
+        answers = dict(branch.problem.answers(output, branch.labels))
+        assert [answers[name] for name in ("cat", "indoor", "night")] == pytest.approx(shown(output).tolist())
+    if problem == "own":
+        for call in (st.evaluate, st.fit):
+            with pytest.raises(st.DataError, match="give it again, loss="):
+                ask(call, loaded, [(X, torch.ones(12, 3))])
+    st.evaluate(loaded, "t", [(X, torch.ones(12, 3))], loss=loss)
+    st.fit(loaded, "t", [(X, CLASSES)], steps=1, loss=F.cross_entropy, progress=False)
+    assert isinstance(loaded["t"].problem, PROBLEMS["classes"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [4, 5, 6])
+def test_accuracy_never_takes_tokens_for_classes(tokens: int) -> None:
+    """Outputs (b, t, classes): which are classes cannot be told where there are as many tokens."""
+    loss = lambda output, target: F.cross_entropy(output.transpose(1, 2), target)  # noqa: E731
+    x = {"input_ids": torch.randint(1, 19, (3, tokens)), "attention_mask": torch.ones(3, tokens).long()}
+    for problem in (None, "tokens"):
+        model = model_with(problem, nn.Linear(16, 5), sequence_base())
+        found = st.evaluate(model, "t", [(x, right := model(x, "t").argmax(-1))], loss=loss)
+        assert found.get("accuracy") == (1.0 if problem else None)
+    with pytest.raises(st.DataError, match=r"takes outputs \(b, classes, …\).*problem='tokens'"):
+        st.evaluate(
+            model_with(None, nn.Linear(16, 5), sequence_base()),
+            "t",
+            [(x, right)],
+            loss=loss,
+            metrics={"accuracy": st.accuracy},
+        )
 
 
 @pytest.mark.parametrize(
