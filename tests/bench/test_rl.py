@@ -21,8 +21,8 @@ from sidetuning.cli import main
 from sidetuning.errors import SideTuningError
 from sidetuning_bench.agents import ppo, rl
 from sidetuning_bench.agents.curves import FREE, Result, Settings, charts, table
-from sidetuning_bench.agents.films import film
 from sidetuning_bench.agents.outcomes import Outcome, scores
+from sidetuning_bench.agents.play import film
 from sidetuning_bench.options import with_values
 from sidetuning_bench.runs import Run
 

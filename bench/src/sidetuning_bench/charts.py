@@ -10,16 +10,18 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sidetuning.errors import SideTuningError
-from sidetuning_bench.pages import write_page
+from sidetuning.files import write_text
 from sidetuning_bench.results import Estimate, number_text
 
 # Matplotlib and pandas take a second each to import, and `sidetuning bench --help` needs neither.
@@ -205,3 +207,19 @@ def draw(plot: Callable[[Figure], None], kind: str, size: tuple[int, int], descr
         text = text.replace(colour, f"var(--{name})")
     start = f'<svg class="{kind}" viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(description)}">'
     return Markup(start + " ".join(text.replace("xlink:", "").split()))
+
+
+@cache
+def _environment() -> Environment:
+    """All values are escaped."""
+    environment = Environment(loader=PackageLoader("sidetuning_bench"), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters["number"] = number_text
+    return environment
+
+
+def write_page(template: str, path: str | Path, values: dict[str, Any]) -> Path:
+    """Fill a template of this package and write the page atomically."""
+    page = _environment().get_template(template).render(version=version("sidetuning"), **values)
+    write_text(path, page.lstrip())
+    return Path(path)

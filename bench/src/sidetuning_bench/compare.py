@@ -30,7 +30,6 @@ Given = icifar.Settings | itaskonomy.Settings
 G = TypeVar("G", bound=Given)
 # A cell's variant, its method, and what else its settings change, by flat name.
 Variant = tuple[str, str, dict[str, Any]]
-SCENARIOS: dict[type, Any] = {icifar.Settings: icifar, itaskonomy.Settings: itaskonomy}
 # Settings that may differ when a grid resumes.
 FREE = ("data", "out", "cache", "progress", "seeds", "methods", "shares")
 MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", "mlp", "mlp2", "res-mlp", "concat")
@@ -241,7 +240,7 @@ def run(settings: Settings) -> list[RunResult]:
     scenario = settings.on.scenario
     todo = list(cells(settings))
     base = dry_run(todo)
-    folder = Run(settings.run.out, f"compare {scenario_name(scenario)}", settings, free=FREE)
+    folder = Run(settings.run.out, f"compare {scenario_of(todo[0].settings)}", settings, free=FREE)
     folder.belongs(data=scenario.fingerprint_of(todo[0].settings), base=base.identity().sha256)
     results: list[RunResult] = []
     galleries: list[Path] = []
@@ -266,18 +265,14 @@ def dry_run(todo: Sequence[Cell[Given]]) -> Base:
     return tapped(taps=())
 
 
-def scenario_name(scenario: Any) -> str:
-    """The name of a scenario's module, which its runs record."""
-    return str(scenario.__name__.rpartition(".")[2])
+def scenario_of(settings: Given) -> str:
+    """The name of the module of some settings, which their runs record as their scenario."""
+    return type(settings).__module__.rpartition(".")[2]
 
 
 def finished(cell: Cell[Given]) -> RunResult | None:
     """The result of a cell, where it is done; a run with other settings is refused."""
-    file = cell.folder / "result.json"
-    if not file.exists():
-        return None
-    Run(cell.folder, scenario_name(SCENARIOS[type(cell.settings)]), cell.settings)
-    return RunResult.load(file)
+    return grid.result_of(cell, scenario_of(cell.settings), RunResult.load)
 
 
 def finish(settings: Settings, results: Sequence[RunResult], galleries: Sequence[Path] = ()) -> None:

@@ -1,17 +1,32 @@
-"""`sidetuning bench demo`: five dense tasks in Doom, side-tuning beside fine-tuning one network, and a report."""
+"""`sidetuning bench demo`: five dense tasks in Doom, or with `--quick` ten digits, side-tuning beside fine-tuning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sidetuning_bench import digits
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from sidetuning.loading import load_base
+from sidetuning.training import evaluate
+from sidetuning_bench.continual import AccuracyMatrix
 from sidetuning_bench.dense import itaskonomy, render_doom
 from sidetuning_bench.doom.engine import EngineError
+from sidetuning_bench.methods import METHODS, Method, Recipe, Task
 from sidetuning_bench.options import Count, FineTuneOptions, Natural, Positive, check, with_values
 from sidetuning_bench.report import write_report
+from sidetuning_bench.results import markdown_table
+
+if TYPE_CHECKING:
+    from rich.markdown import Markdown
 
 TASKS = ("normal", "depth_euclidean", "segment_semantic", "reshading", "edge_texture")
+DIGITS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+# Images to train on and to test on, uint8 (n, 3, 32, 32), with labels 0 or 1.
+Split = tuple[TensorDataset, TensorDataset]
 
 
 @dataclass(frozen=True)
@@ -35,8 +50,7 @@ def main(settings: Settings) -> None:
     check(settings)
     out, seed = Path(settings.out), settings.seed
     if settings.quick:
-        epochs = max(1, round(settings.epochs))
-        digits.main(digits.Settings(out=str(out / "digits"), epochs=epochs, seed=seed))
+        learn_digits(out / "digits", max(1, round(settings.epochs)), seed)
         return
     frames = str(out / "frames")
     try:
@@ -64,3 +78,70 @@ def main(settings: Settings) -> None:
         f"Lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points of score, fine-tuning {lost[1]:.1f}.\n"
         f"See it: open {report} in a browser."
     )
+
+
+def digit_splits(seed: int) -> list[Split]:
+    """Scikit-learn's digits as five tasks of two, three quarters of each to train on."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the demo needs scikit-learn: pip install 'sidetuning-bench[demo]'") from error
+    images, labels = (torch.tensor(a) for a in load_digits(return_X_y=True))
+    small = images.view(-1, 1, 8, 8).float() * (255 / 16)
+    large = F.interpolate(small, (32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    rgb = large.expand(-1, 3, -1, -1).contiguous()
+    order = torch.randperm(len(rgb), generator=torch.Generator().manual_seed(seed))
+    splits = []
+    for pair in DIGITS:
+        rows = order[torch.isin(labels[order], torch.tensor(pair))]
+        x, y = rgb[rows], (labels[rows] == pair[1]).long()
+        cut = len(rows) * 3 // 4
+        splits.append((TensorDataset(x[:cut], y[:cut]), TensorDataset(x[cut:], y[cut:])))
+    return splits
+
+
+def learn_all(method: Method, splits: list[Split], out: Path, epochs: int, seed: int) -> AccuracyMatrix:
+    """Learn the tasks one after another; every task so far is tested after each."""
+    matrix = AccuracyMatrix([f"{first}-or-{second}" for first, second in DIGITS])
+    folder = out / ("tasks" if method.name == "sidetune" else method.name)
+    for k, (name, pair, (train, _)) in enumerate(zip(matrix.tasks, DIGITS, splits, strict=True)):
+        loader = DataLoader(train, 32, shuffle=True)
+        recipe = Recipe(epochs * len(loader), lr=1e-3, optimizer=torch.optim.AdamW, seed=seed)
+        method.learn(Task(name, 2, labels=[str(digit) for digit in pair], seed=seed + k), loader, recipe)
+        learned = zip(matrix.tasks[: k + 1], splits, strict=False)
+        matrix.add([evaluate(method, n, DataLoader(test, 256))["accuracy"] for n, (_, test) in learned])
+        method.save(folder, metrics={"accuracy": matrix.final[-1]})
+    return matrix
+
+
+def learn_digits(out: Path, epochs: int, seed: int) -> None:
+    """Learn the digits with both methods on a base that never saw one, and print their accuracy matrices."""
+    from rich.console import Console
+
+    console = Console()
+    splits, base = digit_splits(seed), load_base("resnet44-cifar10")
+    options = {"side": "fcn4", "merge": "mlp2", "init": "distilled"}
+    side = learn_all(METHODS.build("sidetune", base, options=options), splits, out, epochs, seed)
+    tuned = learn_all(METHODS["finetune"](base), splits, out, epochs, seed)
+    side.save(out / "matrix.json")
+    console.print(table("Side-tuning: a frozen base and small sides", side))
+    console.print(table("Fine-tuning: one network, task after task", tuned))
+    lost = [100 * (0.0 - m.backward_transfer) for m in (side, tuned)]
+    console.print(
+        f"Accuracy lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points, "
+        f"fine-tuning {lost[1]:.1f} points.\n"
+        f"The five tasks are in {out}/tasks; ask them all about an image: sidetuning predict {out} IMAGE",
+        highlight=False,
+    )
+
+
+def table(title: str, matrix: AccuracyMatrix) -> Markdown:
+    """A matrix in percent, one row per task learned; what was forgotten is bold."""
+    from pandas import DataFrame
+    from rich.markdown import Markdown
+
+    rows = [{"after learning": task} for task in matrix.tasks]
+    for row, accuracies in zip(rows, matrix.rows, strict=True):
+        for task, value, learned in zip(matrix.tasks, accuracies, matrix.learned, strict=False):
+            row[task] = f"**{100 * value:.0f}**" if value < learned - 0.1 else f"{100 * value:.0f}"
+    return Markdown(f"{title}, in %\n\n{markdown_table(DataFrame(rows).fillna(''))}")

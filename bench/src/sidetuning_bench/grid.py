@@ -26,7 +26,8 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
-from sidetuning_bench.runs import end_with_parent
+from sidetuning_bench.options import FREE
+from sidetuning_bench.runs import Run, end_with_parent
 
 S = TypeVar("S")
 S_co = TypeVar("S_co", covariant=True)
@@ -55,6 +56,15 @@ class Cell(Generic[S_co]):
 def cell_name(*parts: object) -> str:
     """A cell's name, of what tells it from the others."""
     return re.sub(r"[^\w.]+", "-", " ".join(map(str, parts)).replace("%", ""))
+
+
+def result_of(cell: Cell[Any], scenario: str, read: Callable[[Path], R], free: tuple[str, ...] = FREE) -> R | None:
+    """The result of a cell that is done, None of another; a run with other settings is refused."""
+    file = cell.folder / "result.json"
+    if not file.exists():
+        return None
+    Run(cell.folder, scenario, cell.settings, free=free)
+    return read(file)
 
 
 def run(

@@ -16,8 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from sidetuning.errors import ArtifactError, SideTuningError
-from sidetuning_bench.charts import SIZES, colours, draw
-from sidetuning_bench.pages import write_page
+from sidetuning_bench.charts import SIZES, colours, draw, write_page
 from sidetuning_bench.results import (
     MeasureRow,
     RunResult,

@@ -16,9 +16,8 @@ from sidetuning.registry import unknown
 from sidetuning_bench import grid
 from sidetuning_bench.agents import cloning
 from sidetuning_bench.agents.cloning import CloneOptions, Result
-from sidetuning_bench.agents.films import film
-from sidetuning_bench.agents.outcomes import MEASURES, difference_text, mean_text, reader, scores, show
-from sidetuning_bench.agents.play import load_player
+from sidetuning_bench.agents.outcomes import MEASURES, difference_text, mean_text, scores
+from sidetuning_bench.agents.play import film, load_player
 from sidetuning_bench.agents.trajectories import COMPASS, Steps, read_steps
 from sidetuning_bench.agents.worlds import (
     HOME,
@@ -78,7 +77,7 @@ def cells(settings: Settings, size: int) -> Iterator[Cell[cloning.Settings]]:
                 yield Cell(name, folder, cloning.Settings(method, count, seed, size, str(folder), options))
 
 
-finished = reader(Result, "imitation-run")
+finished = partial(grid.result_of, scenario="imitation-run", read=partial(read_result, Result))
 
 
 def run(settings: Settings) -> list[Result]:
@@ -249,4 +248,4 @@ FAMILIES["imitation-run"] = Family(
 
 def main(settings: Settings) -> None:
     """Run and print the tables."""
-    show(table(run(settings), settings.trajectories), settings.run.out)
+    grid.print_tables(table(run(settings), settings.trajectories), settings.run.out)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sidetuning_bench.continual import bootstrap, mean_and_error
-from sidetuning_bench.grid import Cell
-from sidetuning_bench.options import FREE
 from sidetuning_bench.results import Estimate, number_text
-from sidetuning_bench.runs import Run, read_result
 
-R = TypeVar("R")
 # 95 % of a normal distribution lie within this many standard deviations.
 Z = 1.96
 # Measures of an agent, their titles in tables, and the factor of their units there.
@@ -58,29 +54,6 @@ class Scores:
     def __post_init__(self) -> None:
         # JSON has lists in place of tuples.
         object.__setattr__(self, "episodes", [Outcome(*episode) for episode in self.episodes])
-
-
-def reader(kind: type[R], scenario: str, free: tuple[str, ...] = FREE) -> Callable[[Cell[Any]], R | None]:
-    """A function that reads the result of a finished cell; a run with other settings is refused."""
-
-    def finished(cell: Cell[Any]) -> R | None:
-        file = cell.folder / "result.json"
-        if not file.exists():
-            return None
-        Run(cell.folder, scenario, cell.settings, free=free)
-        result: R = read_result(kind, file)
-        return result
-
-    return finished
-
-
-def show(table: str, out: str) -> None:
-    """Print a table in Markdown, and where it is."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console().print(Markdown(table))
-    print(f"table: {out}/table.md; report: {out}/report.html")
 
 
 def scores(outcomes: Sequence[Outcome]) -> dict[str, Any]:

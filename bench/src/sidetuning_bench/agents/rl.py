@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from sidetuning.errors import SideTuningError, UnknownNameError
@@ -13,14 +14,12 @@ from sidetuning.registry import unknown
 from sidetuning_bench import grid
 from sidetuning_bench.agents import curves
 from sidetuning_bench.agents.curves import METHODS, SCRATCH, PPOOptions, Result, charts, table
-from sidetuning_bench.agents.films import film
-from sidetuning_bench.agents.outcomes import reader, show
-from sidetuning_bench.agents.play import load_player
+from sidetuning_bench.agents.play import film, load_player
 from sidetuning_bench.agents.worlds import HOME, make_world
 from sidetuning_bench.charts import write_charts
 from sidetuning_bench.grid import Cell
 from sidetuning_bench.options import GridOptions, Names, check, with_values
-from sidetuning_bench.runs import Run, absolute
+from sidetuning_bench.runs import Run, absolute, read_result
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def cells(settings: Settings) -> Iterator[Cell[curves.Settings]]:
             yield Cell(folder.name, folder, curves.Settings(method, seed, str(folder), options), size=rollouts)
 
 
-finished = reader(Result, "rl-run", curves.FREE)
+finished = partial(grid.result_of, scenario="rl-run", read=partial(read_result, Result), free=curves.FREE)
 
 
 def run(settings: Settings) -> list[Result]:
@@ -95,4 +94,4 @@ def lead(env: str) -> str:
 
 def main(settings: Settings) -> None:
     """Run and print the table."""
-    show(table(run(settings)), settings.run.out)
+    grid.print_tables(table(run(settings)), settings.run.out)
