@@ -31,8 +31,8 @@ def test_a_run_of_version_0_1_0_answers(monkeypatch: pytest.MonkeyPatch, capsys:
     [
         ("run", "empty.txt", "is empty"),
         ("run", "nothing.txt", "cannot be read as text"),
-        ("nowhere", "text.txt", "holds no run of squad"),
-        ("other", "text.txt", "holds no run of squad"),
+        ("nowhere", "text.txt", "holds no run that can be read"),
+        ("other", "text.txt", "holds a run of icifar; give one of squad"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(run: str, context: str, message: str, tmp_path: Path) -> None:

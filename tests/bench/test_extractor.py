@@ -25,7 +25,7 @@ from sidetuning_bench.agents.trajectories import COMPASS, compass_numbers, extra
 PARTS: dict[str, Any] = {"base": small_base, "side": "fcn4", "init": None, "hidden": 32}
 
 
-@pytest.mark.parametrize("method", ["finetune", "scratch"])
+@pytest.mark.parametrize("method", ["finetune", "scratch", "side-only"])
 def test_the_base_stays_as_it_is_and_out_of_the_zip(method: str, tmp_path: Path) -> None:
     check_learning_and_saving(learner(method, extractor=AgentExtractor), tmp_path)
 
@@ -51,7 +51,7 @@ def test_a_distilled_side_and_a_copy_survive_the_policys_initialisation() -> Non
     assert torch.allclose(code, tuned.base(x["rgb"]).out, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["finetune", "scratch"])
+@pytest.mark.parametrize("method", ["finetune", "scratch", "side-only"])
 def test_tuned_networks_may_run_in_bfloat16(method: str) -> None:
     """When acting and when learning alike, or PPO's ratios would not start at 1."""
     space, x = spaces.Dict({"rgb": PICTURE}), {"rgb": torch.rand(4, 3, 16, 16)}
@@ -73,15 +73,18 @@ def test_tuned_networks_may_run_in_bfloat16(method: str) -> None:
         AgentExtractor(space, **PARTS, precision="fp16")  # type: ignore[arg-type]
 
 
-def test_from_scratch_the_base_is_not_run() -> None:
-    extractor: Any = learner("scratch", extractor=AgentExtractor).policy.features_extractor
+@pytest.mark.parametrize("method", ["scratch", "side-only"])
+def test_from_random_weights_the_base_is_not_run(method: str) -> None:
+    extractor: Any = learner(method, extractor=AgentExtractor).policy.features_extractor
     seen: list[int] = []
     extractor.base.net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     extractor({"rgb": torch.rand(4, 3, 16, 16)})
     sidetuned: Any = learner("sidetune").policy.features_extractor
-    side = sidetuned.branch.side
-    shapes = [{name: p.shape for name, p in net.named_parameters()} for net in (extractor.trunk, side)]
-    assert not seen and shapes[0] == shapes[1]
+    like = sidetuned.branch.side if method == "side-only" else extractor.base.net
+    nets = (extractor.trunk, like) if method == "side-only" else (extractor.trunk.net, like)
+    (names, own), (wanted, given) = ([*zip(*net.named_parameters(), strict=True)] for net in nets)
+    assert not seen and names == wanted and [p.shape for p in own] == [p.shape for p in given]
+    assert not any(torch.equal(a, b) for a, b in zip(own, given, strict=True) if a.ndim == 4)
 
 
 def test_a_compass_goes_with_the_features() -> None:

@@ -28,7 +28,7 @@ from test_doom import instances, left, linux, spawn
 
 from sidetuning_bench.agents.outcomes import Outcome, Scores, difference_text, mean_text, scores, wilson
 from sidetuning_bench.agents.trajectories import COMPASS
-from sidetuning_bench.agents.worlds import SPLITS, at_random, by_compass, drawing, episodes, make_world, stops
+from sidetuning_bench.agents.worlds import SPLITS, at_random, by_compass, drawing, episodes, make_world
 from sidetuning_bench.doom import grid as doom_grid
 from sidetuning_bench.doom import nav
 from sidetuning_bench.doom.engine import EngineError
@@ -371,8 +371,9 @@ def test_pictures_of_another_data_set_may_have_their_channels_first(tmp_path: Pa
     written("floats-v0", np.float32)
     with pytest.raises(DataError, match="uint8"):
         read_steps(tmp_path / "floats-v0")
-    with pytest.raises(DataError, match="at least one"):
-        read_steps(tmp_path / "bytes-v0", 0)
+    Writer(tmp_path / "empty-v0", spaces.Dict({"rgb": spaces.Box(0, 255, shape, np.uint8)}), spaces.Discrete(4), {})
+    with pytest.raises(DataError, match="has no episodes"):
+        read_steps(tmp_path / "empty-v0")
     next((tmp_path / "bytes-v0").glob("data/*/*.arrow")).write_bytes(b"")
     with pytest.raises(DataError, match="delete the folder"):
         read_steps(tmp_path / "bytes-v0")
@@ -444,7 +445,7 @@ def test_moves_are_drawn_and_a_stop_is_taken_where_it_is_the_likeliest() -> None
 
 def test_baselines_move_at_random_and_by_the_compass(walk: Build) -> None:
     env, home = walk(DoomPointNav, "map01"), walk(DoomPointNav, "home", compass=False)
-    assert stops(env) and not stops(home) and not stops(SimpleNamespace())
+    assert env.stops and not home.stops
     for world, actions in ((env, {1, 2, 3}), (home, {0, 1, 2, 3})):
         act = at_random(world)
         assert {act({}) for _ in range(100)} == actions
@@ -524,8 +525,6 @@ def test_collecting_goes_on_after_a_kill_and_leaves_nothing(tmp_path: Path) -> N
     assert episode.observations["rgb"].shape == (len(episode) + 1, 64, 64, 3) and episode.terminations[-1]
     strayed = np.mean(episode.actions != episode.infos["expert"][: len(episode), 0])
     assert strayed < 0.5 and data.total_episodes == 40
-    with pytest.raises(DataError, match="has 40 episodes, not 41"):
-        read_steps(tmp_path / "whole-v0", 41)
     with pytest.raises(DataError, match="collect-trajectories"):
         read_steps(tmp_path / "nothing-v0")
     process = collect("whole-v0", "--stray", "0.5")

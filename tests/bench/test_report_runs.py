@@ -95,6 +95,6 @@ def test_runs_that_fit_on_no_page(tmp_path: Path) -> None:
         report([again])
     run = json.loads((again / "run.json").read_text())
     (again / "run.json").write_text(json.dumps({**run, "scenario": "walking"}))
-    with pytest.raises(SideTuningError, match=r"a run of walking; pages are of .*icifar"):
+    with pytest.raises(SideTuningError, match=r"a run of walking; give one of .*icifar"):
         report([again])
     assert not (tmp_path / "page.html").exists()

@@ -140,7 +140,7 @@ def test_tables_and_charts_leave_out_what_an_environment_has_not() -> None:
     assert not charts([replace(result, curve=[])])
 
 
-@pytest.mark.parametrize("method", ["sidetune", "features", "finetune", "scratch"])
+@pytest.mark.parametrize("method", ["sidetune", "features", "finetune", "scratch", "side-only"])
 def test_a_loaded_policy_answers_as_the_learner_did_and_a_fresh_one_does_not(
     habitat: str, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +171,34 @@ def test_a_loaded_policy_answers_as_the_learner_did_and_a_fresh_one_does_not(
     with pytest.raises(SideTuningError, match="another version of the library or damaged"):
         ppo.load_policy(settings.out)
     env.close()
+
+
+def test_runs_of_version_0_1_0_that_call_the_side_alone_scratch_are_read_and_never_resumed_as_another(
+    habitat: str, tmp_path: Path
+) -> None:
+    settings = settings_of(habitat, tmp_path, method="side-only")
+    Run(settings.out, "rl-run", settings, free=FREE)
+    env = ppo.training_env(settings)
+    policy = ppo.build(settings, env).policy
+    ppo.save_policy(policy, Path(settings.out) / "policy.safetensors")
+    env.close()
+    file = Path(settings.out) / "run.json"
+    content = json.loads(file.read_text())
+    old = {name: value for name, value in content["settings"].items() if name != "network"}
+    file.write_text(json.dumps({**content, "settings": {**old, "method": "scratch"}}))
+    found, loaded = ppo.load_policy(settings.out)
+    assert found.method == "side-only"
+    ppo.check_same(policy, loaded, tmp_path)
+    with pytest.raises(SideTuningError, match="holds a run with other settings: network None"):
+        Run(settings.out, "rl-run", replace(settings, method="scratch"), free=FREE)
+    numbers: dict[str, Any] = {"env": "x", "curve": [], "added": 1, "alpha": None, "base_passes": None, "steps_per_second": 1.0}
+    for method, known, name in (
+        ("scratch", {}, "side-only"),
+        ("scratch", {"network": "base"}, "scratch"),
+        ("features", {}, "features"),
+    ):
+        outcomes = scores([Outcome(None, None, 1.0, 9)])
+        assert Result(method=method, seed=0, settings=known, **numbers, **outcomes).method == name
 
 
 def test_learning_and_playing_in_habitat(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import tyro
 
@@ -33,6 +34,8 @@ Variant = tuple[str, str, dict[str, Any]]
 # Settings that may differ when a grid resumes.
 FREE = ("data", "out", "cache", "progress", "seeds", "methods", "shares")
 MERGES = ("base-only", "side-only", "sum", "product", "fixed", "alpha", "film", "mlp", "mlp2", "res-mlp", "concat")
+Grid = Literal["methods", "merge", "init", "side", "order", "dense", "base", "data", "boosting"]
+GRIDS: tuple[Grid, ...] = get_args(Grid)
 DENSE_GRIDS = ("methods", "merge", "init", "side", "order", "dense", "base")
 DENSE = ", dense"
 # The variant in which every task is learned first, of methods where only a run of its own tells that.
@@ -115,7 +118,7 @@ class Settings:
         Annotated[OnIcifar, tyro.conf.subcommand("icifar")]
         | Annotated[OnITaskonomy, tyro.conf.subcommand("itaskonomy")]
     )
-    grid: Literal["methods", "merge", "init", "side", "order", "dense", "base", "data", "boosting"] = "methods"
+    grid: Grid = "methods"
     """What varies: the method, or for an ablation of side-tuning its merge, initialisation (init), side, the order of
     tasks, dense laterals, what is merged (base, side, or both), the share of the data, or boosting and bigger sides."""
     methods: tuple[str, ...] = ()
@@ -134,7 +137,7 @@ def cells(settings: Settings) -> Iterator[Cell[Given]]:
         raise SideTuningError(f"--grid {settings.grid} is one of icifar's; itaskonomy has {', '.join(DENSE_GRIDS)}")
     plain: Given = settings.on.settings(settings.tasks)
     for seed in range(settings.run.seeds):
-        for variant, method, changes in GRIDS[settings.grid](settings):
+        for variant, method, changes in variants(settings):
             name = cell_name(method, variant, seed)
             folder = Path(settings.run.out) / name
             values = {"method": settings.on.scenario.METHODS[method], "seed": seed, "out": str(folder), **changes}
@@ -147,79 +150,51 @@ def cells(settings: Settings) -> Iterator[Cell[Given]]:
             yield Cell(name, folder, given, variant, given.tasks if isinstance(given.tasks, int) else len(given.tasks))
 
 
-def methods_grid(settings: Settings) -> Iterator[Variant]:
-    """Every method at the same budget."""
+def variants(settings: Settings) -> Iterator[Variant]:
+    """What varies in the grid, but for the seeds."""
     dense = isinstance(settings.on, OnITaskonomy)
-    for method in settings.methods or ALL:
-        yield "", method, {}
-        if method == "sidetune" and dense:
-            yield "recipe=best", method, {"recipe": "best", **itaskonomy.BEST}
-        if FIRST.get(method) == (method, ALONE) and not dense:
-            yield ALONE, method, {"alone": True}
-
-
-def merge_grid(settings: Settings) -> Iterator[Variant]:
-    """Every merge operator."""
-    for merge in MERGES:
-        yield f"merge={merge}", "sidetune", {"merge": merge}
-
-
-def init_grid(settings: Settings) -> Iterator[Variant]:
-    """How the side starts; "copy" is a copy of the base, slimmed to a quarter of its width, as the side."""
-    for init in ("distilled", "low-energy", "zero", "xavier"):
-        yield f"init={init}", "sidetune", {"init": settings.shared.init if init == "distilled" else init}
-    yield "init=copy", "sidetune", {"side": "copy", "side_width": 0.25, "init": None}
-
-
-def side_grid(settings: Settings) -> Iterator[Variant]:
-    """Sides of growing size, all from random weights, since distilled ones are packaged for fcn4 alone."""
-    for side in ("fcn4", "fcn5", "fcn8"):
-        yield f"side={side}", "sidetune", {"side": side, "init": "xavier"}
-    for width in (0.25, 0.5):
-        yield f"side=copy, width={width}", "sidetune", {"side": "copy", "side_width": width, "init": "xavier"}
-
-
-def order_grid(settings: Settings) -> Iterator[Variant]:
-    """Label order and two random orders of the tasks."""
-    for method in settings.methods or ("sidetune", "finetune"):
-        for order in (None, 1, 2):
-            yield f"order={'label' if order is None else f'random {order}'}", method, {"order": order}
-
-
-def dense_grid(settings: Settings) -> Iterator[Variant]:
-    """With and without the sides of earlier tasks."""
-    for merge in ("alpha", "mlp2"):
-        for dense in (False, True):
-            yield f"merge={merge}{DENSE if dense else ''}", "sidetune", {"merge": merge, "dense": dense}
-
-
-def base_grid(settings: Settings) -> Iterator[Variant]:
-    """The base alone, the side alone, and both."""
-    for name, merge in (("base alone", "base-only"), ("side alone", "side-only"), ("base and side", "mlp2")):
-        yield name, "sidetune", {"merge": merge}
-
-
-def data_grid(settings: Settings) -> Iterator[Variant]:
-    """A part of each task's images, 1, 10 and 100 %, at the same number of steps: who overfits?"""
-    assert isinstance(settings.on, OnIcifar)
-    for method in settings.methods or MAIN:
-        for share in settings.on.shares:
-            yield f"data={100 * share:g}%", method, {"share": share}
-
-
-def boosting_grid(settings: Settings) -> Iterator[Variant]:
-    """Several small sides, one after another, against one side with as many parameters, all from random weights."""
-    for stages in (1, 2, 3):
-        yield f"stages={stages}", "boosting", {"stages": stages, "init": "xavier"}
-    # Within 3 % of two and of three stages, merges included.
-    for width in (1.875, 2.625):
-        yield f"side=fcn4, width={width}", "sidetune", {"side_width": width, "init": "xavier"}
-
-
-ABLATIONS = (merge_grid, init_grid, side_grid, order_grid, dense_grid, base_grid, data_grid, boosting_grid)
-GRIDS: dict[str, Callable[[Settings], Iterator[Variant]]] = {
-    function.__name__.removesuffix("_grid"): function for function in (methods_grid, *ABLATIONS)
-}
+    match settings.grid:
+        case "methods":
+            for method in settings.methods or ALL:
+                yield "", method, {}
+                if method == "sidetune" and dense:
+                    yield "recipe=best", method, {"recipe": "best", **itaskonomy.BEST}
+                if FIRST.get(method) == (method, ALONE) and not dense:
+                    yield ALONE, method, {"alone": True}
+        case "merge":
+            for merge in MERGES:
+                yield f"merge={merge}", "sidetune", {"merge": merge}
+        case "init":
+            for init in ("distilled", "low-energy", "zero", "xavier"):
+                yield f"init={init}", "sidetune", {"init": settings.shared.init if init == "distilled" else init}
+            # A copy of the base, slimmed to a quarter of its width, as the side.
+            yield "init=copy", "sidetune", {"side": "copy", "side_width": 0.25, "init": None}
+        case "side":
+            # All from random weights, since distilled ones are packaged for fcn4 alone.
+            for side in ("fcn4", "fcn5", "fcn8"):
+                yield f"side={side}", "sidetune", {"side": side, "init": "xavier"}
+            for width in (0.25, 0.5):
+                yield f"side=copy, width={width}", "sidetune", {"side": "copy", "side_width": width, "init": "xavier"}
+        case "order":
+            for method, order in product(settings.methods or ("sidetune", "finetune"), (None, 1, 2)):
+                yield f"order={'label' if order is None else f'random {order}'}", method, {"order": order}
+        case "dense":
+            for merge, laterals in product(("alpha", "mlp2"), (False, True)):
+                yield f"merge={merge}{DENSE if laterals else ''}", "sidetune", {"merge": merge, "dense": laterals}
+        case "base":
+            for name, merge in (("base alone", "base-only"), ("side alone", "side-only"), ("base and side", "mlp2")):
+                yield name, "sidetune", {"merge": merge}
+        case "data":
+            # The number of steps stays: who overfits?
+            assert isinstance(settings.on, OnIcifar)
+            for method, share in product(settings.methods or MAIN, settings.on.shares):
+                yield f"data={100 * share:g}%", method, {"share": share}
+        case "boosting":
+            # Small sides one after another, against one with as many parameters as two and three stages (within 3 %).
+            for stages in (1, 2, 3):
+                yield f"stages={stages}", "boosting", {"stages": stages, "init": "xavier"}
+            for width in (1.875, 2.625):
+                yield f"side=fcn4, width={width}", "sidetune", {"side_width": width, "init": "xavier"}
 
 
 def run(settings: Settings) -> list[RunResult]:

@@ -189,9 +189,8 @@ class BranchOptions(SideOptions, MethodOptions):
     """Group-normalise the merged code before the head, as the original code does."""
 
     def arguments(self, base: Base, seed: int) -> dict[str, Any]:
-        side_options = {"shift": self.side_shift} if self.side == "fusion" else self.side_options(base)
-        names = ("side", "merge", "init", "prenorm")
-        return {**{name: getattr(self, name) for name in names}, "side_options": side_options}
+        own = {name: value for name, value in asdict(self).items() if name not in ("side_width", "side_shift", "taps")}
+        return {**own, "side_options": {"shift": self.side_shift} if self.side == "fusion" else self.side_options(base)}
 
     @property
     def tapped(self) -> tuple[str, ...]:
@@ -206,9 +205,6 @@ class SideTuneOptions(BranchOptions):
     dense: bool = False
     """Feed the sides of all earlier tasks into the merge (the paper's dense variant)."""
 
-    def arguments(self, base: Base, seed: int) -> dict[str, Any]:
-        return {**super().arguments(base, seed), "dense": self.dense}
-
 
 @dataclass(frozen=True)
 class BoostingOptions(BranchOptions):
@@ -217,9 +213,6 @@ class BoostingOptions(BranchOptions):
     name = "boosting"
     stages: Count = 2
     """Number of sides per task."""
-
-    def arguments(self, base: Base, seed: int) -> dict[str, Any]:
-        return {**super().arguments(base, seed), "stages": self.stages}
 
 
 @dataclass(frozen=True)
@@ -270,7 +263,7 @@ class PSPOptions(MethodOptions):
     """Statistics of batch norms in tests: those of the batch, or running ones of each task."""
 
     def arguments(self, base: Base, seed: int) -> dict[str, Any]:
-        return {"seed": seed, "statistics": self.statistics}
+        return {"seed": seed, **asdict(self)}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +68,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     # Scenarios and fingerprints of data and base, which all runs must share.
     shared: dict[str, str] = {}
     for run in runs:
-        content = _content(run)
+        content = content_of(run)
         for what, mark in {"scenario": content["scenario"], **content.get("fingerprints", {})}.items():
             if shared.setdefault(what, mark) != mark:
                 raise SideTuningError(f"the run in {run} is of another {what} than the others; give runs of one")
@@ -87,15 +87,23 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     return write_charts(charts, page, title=title, table=_table(_named(results, variants), family))
 
 
-def _content(run: Path) -> dict[str, Any]:
+def content_of(
+    run: str | Path, scenarios: Collection[str] = FAMILIES, read: Callable[[dict[str, Any]], Any] = dict
+) -> dict[str, Any]:
+    """The content of run.json, with its "scenario", and with its "settings" as `read` makes them of JSON values.
+
+    Raises:
+        SideTuningError: There is no run, or one of another scenario than these.
+    """
+    folder = Path(run)
     try:
-        content: dict[str, Any] = json.loads((run / "run.json").read_text())
-        known = content["scenario"] in FAMILIES
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SideTuningError(f"{run} holds no run ({error}); give the folder of a run") from error
-    if not known:
-        raise SideTuningError(f"{run} holds a run of {content['scenario']}; pages are of {' and of '.join(FAMILIES)}")
-    return content
+        content: dict[str, Any] = json.loads((folder / "run.json").read_text())
+        if content["scenario"] in scenarios:
+            return {**content, "settings": read(content["settings"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SideTuningError(f"{run} holds no run that can be read ({error}); give the folder of a run") from error
+    like = "".join(f", such as {file.parent}" for file in sorted(folder.glob("*/run.json"))[:1])
+    raise SideTuningError(f"{run} holds a run of {content['scenario']}; give one of {' or of '.join(scenarios)}{like}")
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -104,7 +112,7 @@ def _runs_in(folder: Path) -> list[Path]:
         return [folder]
     runs = [file.parent for file in folder.glob("*/result.json") if (folder / "run.json").exists()]
     if not runs:
-        _content(folder)
+        content_of(folder)
         raise SideTuningError(f"the run in {folder} is not finished; its command resumes it")
     # Numbers in names are sorted as numbers.
     return sorted(runs, key=lambda run: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", run.name)])

@@ -16,6 +16,7 @@ from sidetuning.base import Features, Input
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.files import write_json
 from sidetuning.sides.fusion import random_shift
+from sidetuning.training import evaluate
 from sidetuning_bench.agents.outcomes import Scores, scores
 from sidetuning_bench.agents.trajectories import Steps, extra_of, read_steps
 from sidetuning_bench.agents.worlds import AgentOptions, Player, Policy, map_base, side_options
@@ -161,11 +162,14 @@ def run(settings: Settings) -> Result:
     task = Task(TASK, "policy", seed=settings.seed, head_options=head)
     learned = method.learn(task, loader, recipe, resume=folder.resume(TASK), save_every=10.0, progress=False)
     method.save(folder.tasks())
+    tested = (
+        loader_over(Moves(steps, features), batch_size=256, shuffle=False, indices=steps.of(kept)) if kept else None
+    )
     result = Result(
         method=settings.method,
         trajectories=settings.trajectories,
         seed=settings.seed,
-        accuracy=agreement(method, Moves(steps, features), steps.of(kept)) if kept else None,
+        accuracy=None if tested is None else evaluate(method, TASK, tested)["accuracy"],
         frames=len(rows),
         added=sum(p.numel() for p in method.trained(TASK)),
         seconds=learned.seconds,
@@ -176,18 +180,6 @@ def run(settings: Settings) -> Result:
     write_json(folder.folder / "result.json", asdict(result))
     folder.done(TASK)
     return result
-
-
-@torch.no_grad()
-def agreement(method: Method, moves: Moves, rows: Tensor) -> float:
-    """The share of steps at which the most likely action is the expert's."""
-    from accelerate.utils import send_to_device
-
-    right = 0
-    for batch in loader_over(moves, batch_size=256, shuffle=False, indices=rows):
-        x, features, y = send_to_device(batch, method.base.device)
-        right += int((method(x, TASK, features=features).argmax(1) == y).sum())
-    return right / len(rows)
 
 
 def policy_of(method: Method) -> Policy:

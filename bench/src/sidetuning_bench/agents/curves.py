@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -16,16 +16,15 @@ from sidetuning_bench.report_runs import FAMILIES, Family, scaled
 from sidetuning_bench.results import estimate, number_text
 from sidetuning_bench.runs import read_result
 
-METHODS = ("sidetune", "features", "finetune", "scratch")
+METHODS = ("sidetune", "features", "finetune", "scratch", "side-only")
 # Settings that may differ when a run resumes.
 FREE = ("out", "progress", "threads")
 # Episodes that a point of a learning curve averages.
 RECENT = 100
-SCRATCH = "scratch is the side alone, from random weights (in imitation it is a network of the base's shape)."
 NOTE = (
     "Mean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the test episodes "
     "(bootstrap; of one run Wilson's, of its reward 1.96 standard errors). Success while learning is the mean of the "
-    f"learning curve. {SCRATCH}"
+    "learning curve."
 )
 Batch = Annotated[int, Rule(lambda n: None if n >= 2 else f"must be 2 or more, not {n}: PPO normalises over it")]
 
@@ -55,7 +54,7 @@ class PPOOptions:
     cached: bool = True
     """Compute the base's features once per step of the environment, not in every pass (sidetune and features)."""
     precision: Literal["no", "bf16"] = "no"
-    """Mixed precision of the networks that finetune and scratch train, when acting and when learning."""
+    """Mixed precision of the networks that finetune, scratch and side-only train, when acting and when learning."""
     threads: Count | None = None
     """Threads of torch; by default OMP_NUM_THREADS, else 1, so that runs side by side leave each other their cores."""
     agent: AgentOptions = field(default=AgentOptions(env="doom-home"))
@@ -70,6 +69,11 @@ class Settings:
     seed: int = 0
     out: str = "runs/agent"
     ppo: PPOOptions = field(default=PPOOptions())
+    # What scratch trains. Runs of version 0.1.0 have no such entry, and never go on as something else.
+    network: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "network", "base" if self.method == "scratch" else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,15 @@ class Result(Scores):
     steps_per_second: float
     resumed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "method", method_of(self.method, self.settings))
+
+
+def method_of(name: str, settings: Mapping[str, Any]) -> str:
+    """Today's name of a run's method: version 0.1.0 called the side alone "scratch"."""
+    return "side-only" if name == "scratch" and settings.get("network") is None else name
 
 
 def learning_success(curve: Sequence[dict[str, float]]) -> float | None:

@@ -1,4 +1,4 @@
-"""The encoder of agents that learn by PPO: the library's extractor with two more methods, and a compass."""
+"""The encoder of agents that learn by PPO: the library's extractor with three more methods, and a compass."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ PRECISIONS = ("no", "bf16")
 
 
 class AgentExtractor(SideTunedExtractor):
-    """Features for a navigating agent by one of four methods.
+    """Features for a navigating agent by one of five methods.
 
     Args:
         observation_space: as in `SideTunedExtractor`; a compass is (2,), distance and angle, as Habitat's.
         base, side, side_options, merge, hidden: as in `SideTunedExtractor`.
         method: "sidetune"; "features", the base alone; "finetune", a tuned copy of the base, with its batch norms
-            folded into the convolutions; "scratch", the side alone from random weights.
+            folded into the convolutions; "scratch", a network of the base's shape from random weights; "side-only", the
+            side alone from random weights.
         init: how the side of "sidetune" starts.
-        precision: "bf16" runs the network of "finetune" or "scratch" under bfloat16 autocast, when acting and when
+        precision: "bf16" runs the network of the last three methods under bfloat16 autocast, when acting and when
             learning alike; the features are float32.
     """
 
-    METHODS: ClassVar[tuple[str, ...]] = ("sidetune", "features", "finetune", "scratch")
+    METHODS: ClassVar[tuple[str, ...]] = ("sidetune", "features", "finetune", "scratch", "side-only")
 
     def __init__(
         self,
@@ -53,18 +54,19 @@ class AgentExtractor(SideTunedExtractor):
         self.precision = precision
 
     def add_networks(self, method: str, parts: Mapping[str, Any]) -> None:
-        """Build the networks of any of the four methods; `trunk` makes a code alone, without a pass of the base."""
+        """Build the networks of any of the five methods; `trunk` makes a code alone, without a pass of the base."""
         self.trunk: nn.Module | None = None
-        if method not in ("finetune", "scratch"):
+        if method in SideTunedExtractor.METHODS:
             super().add_networks(method, parts)
             return
         self.encoder, self.branch = None, None
-        if method == "finetune":
-            # Folded, since its batch norms would not move anyway.
-            self.trunk = Trunk(self.base.folded())
-        else:
+        if method == "side-only":
             alone = {**parts, "merge": "side-only", "init": None}
             self.trunk = build_branch(self.base, head="identity", **alone).side
+        else:
+            # Folded where it is tuned, since its batch norms do not move in evaluation mode.
+            tuned = method == "finetune"
+            self.trunk = Trunk(self.base.folded() if tuned else self.base, pretrained=tuned)
 
     def encode(self, inputs: Input, code: Tensor | None) -> Tensor:
         if self.trunk is None:

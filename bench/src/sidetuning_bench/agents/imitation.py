@@ -43,10 +43,9 @@ BASELINES = {
     "compass": "does not see: it turns towards the goal and goes ahead",
     "random": "moves at random and never stops",
 }
-SCRATCH = "scratch trains a network of the base's shape from random weights (in rl it is the side alone)."
 NOTE = (
     "Mean ± standard error over seeds and, in brackets, the 95 % interval of the mean over the episodes (bootstrap; of "
-    f"one run Wilson's, of its reward 1.96 standard errors). {SCRATCH}"
+    "one run Wilson's, of its reward 1.96 standard errors)."
 )
 DIFFERENCES = (
     "Differences are paired: in the same episodes, ± standard error over seeds, and the 95 % bootstrap interval over "
@@ -142,9 +141,7 @@ def check_world(options: CloneOptions, steps: Steps) -> None:
         compass = COMPASS in world.observation_space.spaces
     if compass != (steps.extra.shape[1] > 0):
         was, now = ("without", "one") if compass else ("with", "none")
-        raise DataError(
-            f"{data} was collected {was} a compass, and {env} has {now}: give the --env that it was collected in"
-        )
+        raise DataError(f"{data} was collected {was} a compass, and {env} has {now}: give the --env of its collection")
 
 
 def baselines(steps: Steps) -> list[str]:
@@ -178,10 +175,10 @@ def lead(settings: Settings) -> str:
     agent = settings.clone.agent
     spl = f"SPL: success weighted by how short the way was. {agent.test_episodes} episodes that no trajectory shows"
     if agent.env == "doom-home":
-        return f"An agent learns by imitation to find the armour of my_way_home. {HOME} {SCRATCH} {spl}."
+        return f"An agent learns by imitation to find the armour of my_way_home. {HOME} {spl}."
     return (
         "An agent learns by imitation to walk to a point that its compass shows. Success: it stops near the point. "
-        f"{spl}, in other scenes ({agent.test_split}). {SCRATCH}"
+        f"{spl}, in other scenes ({agent.test_split})."
     )
 
 

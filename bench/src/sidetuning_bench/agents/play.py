@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from sidetuning_bench.agents.worlds import TEST_SEED, Act, Player, drawing, epis
 from sidetuning_bench.charts import Film, write_charts
 from sidetuning_bench.methods import load_method
 from sidetuning_bench.options import Count, check, with_values
+from sidetuning_bench.report_runs import content_of
 from sidetuning_bench.runs import writable
 
 # Pixels of a film; what the agent sees is on the left, the map on the right.
@@ -29,7 +30,6 @@ HEIGHT = 256
 FLOOR, WALL, AGENT, EXPERT, GOAL = (238, 238, 234), (96, 102, 110), (0, 114, 178), (213, 94, 0), (0, 158, 115)
 # Positions on the map, in its units.
 Way = list[tuple[float, float]]
-GIVE = "give the folder of one run of imitation or rl"
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,15 @@ def load_player(folder: str | Path) -> Player:
     Raises:
         SideTuningError: the folder holds no finished run of imitation or rl.
     """
-    folder = Path(folder)
-    try:
-        content = json.loads((folder / "run.json").read_text())
-        scenario, saved = content["scenario"], content["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise SideTuningError(f"{folder} holds no run ({error}); {GIVE}") from error
-    if scenario == "imitation-run":
-        settings = with_values(cloning.Settings(), saved)
+    if content_of(folder, ("imitation-run", "rl-run"))["scenario"] == "imitation-run":
+        settings = content_of(folder, ("imitation-run",), partial(with_values, cloning.Settings()))["settings"]
         agent = settings.clone.agent
         base = map_base(agent.base, agent.base_weights, settings.size)
-        return cloning.player(settings, load_method(folder / "tasks", base))
-    if scenario == "rl-run":
-        # stable-baselines3 is needed for agents of rl alone.
-        from sidetuning_bench.agents import ppo
+        return cloning.player(settings, load_method(Path(folder) / "tasks", base))
+    # stable-baselines3 is needed for agents of rl alone.
+    from sidetuning_bench.agents import ppo
 
-        return ppo.player(*ppo.load_policy(folder))
-    raise SideTuningError(f"{folder} holds a run of {scenario}; {GIVE}, such as {folder}/sidetune-0")
+    return ppo.player(*ppo.load_policy(folder))
 
 
 def film(player: Player, count: int, out: Path) -> list[Film]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -26,11 +25,12 @@ from torch import Tensor
 from sidetuning.errors import SideTuningError
 from sidetuning.files import atomic_write, write_json
 from sidetuning.integrations.sb3 import VecBaseFeatures
-from sidetuning_bench.agents.curves import FREE, RECENT, Result, Settings
+from sidetuning_bench.agents.curves import FREE, RECENT, Result, Settings, method_of
 from sidetuning_bench.agents.extractor import AgentExtractor
 from sidetuning_bench.agents.outcomes import scores
 from sidetuning_bench.agents.worlds import TEST_SEED, Player, make_world, map_base, side_options
 from sidetuning_bench.options import flat, with_values
+from sidetuning_bench.report_runs import content_of
 from sidetuning_bench.runs import Run
 
 # Distance between the seeds of two runs: the environments of one have successive seeds.
@@ -225,11 +225,13 @@ def load_policy(folder: str | Path) -> tuple[Settings, Any]:
         SideTuningError: the folder holds none, or a damaged one.
     """
     folder, file = Path(folder), Path(folder) / "policy.safetensors"
-    try:
-        settings = with_values(Settings(out=str(folder)), json.loads((folder / "run.json").read_text())["settings"])
-        file.stat()
-    except Exception as error:
-        raise SideTuningError(f"{folder} holds no policy of a finished run of rl ({error})") from error
+
+    def settings_of(saved: dict[str, Any]) -> Settings:
+        return with_values(Settings(out=str(folder)), {**saved, "method": method_of(saved["method"], saved)})
+
+    settings = content_of(folder, ("rl-run",), settings_of)["settings"]
+    if not file.exists():
+        raise SideTuningError(f"{folder} holds no policy; its command resumes the run")
     # Nothing is learned here.
     small = replace(settings, ppo=replace(settings.ppo, envs=1, rollout=settings.ppo.batch))
     env = training_env(small)

@@ -13,7 +13,7 @@ from sidetuning.files import write_text
 from sidetuning.registry import unknown
 from sidetuning_bench import grid
 from sidetuning_bench.agents import curves
-from sidetuning_bench.agents.curves import METHODS, SCRATCH, PPOOptions, Result, charts, table
+from sidetuning_bench.agents.curves import METHODS, PPOOptions, Result, charts, table
 from sidetuning_bench.agents.play import film, load_player
 from sidetuning_bench.agents.worlds import HOME, make_world
 from sidetuning_bench.charts import write_charts
@@ -27,8 +27,8 @@ class Settings:
     """Learn to navigate by PPO (stable-baselines3) with four encoders; the same command resumes."""
 
     methods: Names = METHODS
-    """Methods: sidetune; features, the base alone; finetune, a tuned copy of the base; scratch, the side alone from
-    random weights."""
+    """Methods: sidetune; features, the base alone; finetune, a tuned copy of the base; scratch, a network of the base's
+    shape from random weights; side-only, the side alone from random weights."""
     ppo: PPOOptions = field(default=PPOOptions())
     run: GridOptions = field(default=GridOptions(out="runs/rl"))
 
@@ -88,8 +88,8 @@ def check_settings(settings: Settings) -> None:
 
 def lead(env: str) -> str:
     """First sentences of the report."""
-    text = "Agents learn by PPO. All have the same policy on top of features, which come from different encoders. "
-    return text + SCRATCH + (f" {HOME}" if env == "doom-home" else "")
+    text = "Agents learn by PPO. All have the same policy on top of features, which come from different encoders."
+    return text + (f" {HOME}" if env == "doom-home" else "")
 
 
 def main(settings: Settings) -> None:

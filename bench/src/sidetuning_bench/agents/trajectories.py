@@ -141,19 +141,18 @@ class Steps:
         return digest.hexdigest()
 
 
-def read_steps(folder: str | Path, episodes: int | None = None) -> Steps:
+def read_steps(folder: str | Path) -> Steps:
     """Read a data set of trajectories, ours or another of Minari's.
 
     Pictures are (h, w, 3) or (3, h, w) uint8 under "rgb"; of other observations a compass alone is read.
 
     Args:
         folder: folder that holds `data/`.
-        episodes: number of episodes to read, from the first on; None for all.
 
     Raises:
-        DataError: no data set, one without such pictures or with too few episodes, or damaged files.
+        DataError: no data set, one without such pictures or without episodes, or damaged files.
     """
-    found = _read(Path(folder), episodes)
+    found = _read(Path(folder))
     if not isinstance(found[0].observations, Mapping) or "rgb" not in found[0].observations:
         raise DataError(f"{folder} has no observations 'rgb'; these are what the base sees")
     first = found[0].observations["rgb"]
@@ -168,32 +167,25 @@ def read_steps(folder: str | Path, episodes: int | None = None) -> Steps:
     return Steps(rgb, torch.cat(extra), torch.from_numpy(np.concatenate(actions)).long(), starts)
 
 
-def _read(folder: Path, episodes: int | None) -> list[Any]:
-    """The first episodes, as Minari gives them."""
+def _read(folder: Path) -> list[Any]:
+    """The episodes, as Minari gives them."""
     try:
         from minari import MinariDataset
     except ModuleNotFoundError as error:
         raise ImportError(f"trajectories need {error.name}; type: pip install 'sidetuning-bench[agents]'") from error
-    if episodes is not None and episodes < 1:
-        raise DataError(f"read at least one episode, not {episodes}")
     path = folder.resolve() / "data"
     if not path.exists():
-        raise DataError(
-            f"{folder} holds no trajectories; make them: sidetuning bench collect-trajectories --out {folder}"
-        )
+        raise DataError(f"{folder} holds no trajectories; sidetuning bench collect-trajectories makes them")
     try:
-        data = MinariDataset(path)
-        count = int(data.total_episodes)
-        if count < (episodes or 1):
-            raise DataError(f"{folder} has {count} episodes, not {episodes or 1}; collect more")
-        return list(data.iterate_episodes(range(episodes or count)))
-    except DataError:
-        raise
+        found = list(MinariDataset(path).iterate_episodes())
     # Minari's formats raise all kinds of errors.
     except Exception as error:
         raise DataError(
             f"{folder} cannot be read ({type(error).__name__}: {error}); delete the folder, and collect it again"
         ) from error
+    if not found:
+        raise DataError(f"{folder} has no episodes; collect some")
+    return found
 
 
 def extra_of(observations: Mapping[str, Any], count: int) -> Tensor:

@@ -104,18 +104,13 @@ def check_expert(world: Any, name: str) -> None:
         raise SideTuningError(f"{name} has no goal and so no expert to imitate; use doom-pointnav or doom-home")
 
 
-def stops(world: Any) -> bool:
-    """Whether action 0 ends an episode, as in PointNav; elsewhere it does nothing."""
-    return bool(getattr(world, "stops", False))
-
-
 def drawing(world: Any, policy: Policy, seed: int) -> Act:
     """How a policy acts in tests: actions are sampled at temperature 0.5, from the squares of their probabilities.
 
     A policy that always takes the likeliest action may turn left and right for ever. Where STOP ends an episode, it is
     taken where it is the likeliest action and never sampled, since nothing takes a stop back.
     """
-    generator, first = torch.Generator().manual_seed(seed), int(stops(world))
+    generator, first = torch.Generator().manual_seed(seed), int(world.stops)
 
     def act(observation: dict[str, Any]) -> int:
         probabilities = policy(observation)
@@ -130,7 +125,7 @@ def drawing(world: Any, policy: Policy, seed: int) -> Act:
 def at_random(world: Any, seed: int = 0) -> Act:
     """An agent that moves at random and never ends an episode."""
     rng = np.random.default_rng(seed)
-    return lambda _: int(rng.integers(int(stops(world)), world.action_space.n))
+    return lambda _: int(rng.integers(int(world.stops), world.action_space.n))
 
 
 def by_compass(world: Any, seed: int = 0, wander: float = 0.15) -> Act:

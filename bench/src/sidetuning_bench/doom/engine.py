@@ -44,10 +44,7 @@ def explained(level: str) -> Iterator[None]:
     try:
         yield
     except tuple(getattr(vzd, name) for name in failures) as error:
-        raise EngineError(
-            f"the Doom engine on {level} failed ({error}); run the same command again, and reinstall vizdoom if it "
-            "fails as before"
-        ) from error
+        raise EngineError(f"the Doom engine on {level} failed ({error}); try again, or reinstall vizdoom") from error
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 from scipy.sparse import csr_matrix
@@ -229,24 +228,19 @@ def _blocks(a: Any, b: Any) -> bool:
     return abs(a.floor_height - b.floor_height) > STEP or room < HEADROOM
 
 
-@njit(cache=True)
 def keep_away(clearance: Any, low: Any, cell: float, lines: Any, radius: float) -> None:
     """Lower the clearance of cells near lines (x1, y1, x2, y2) that are `radius` thick to each side."""
     reach = FAR + radius
-    for i in range(lines.shape[0]):
-        x1, y1, x2, y2 = lines[i]
-        first_column = max(0, int((min(x1, x2) - reach - low[0]) // cell))
-        last_column = min(clearance.shape[0] - 1, int((max(x1, x2) + reach - low[0]) // cell))
-        first_row = max(0, int((min(y1, y2) - reach - low[1]) // cell))
-        last_row = min(clearance.shape[1] - 1, int((max(y1, y2) + reach - low[1]) // cell))
-        length2 = max((x2 - x1) ** 2 + (y2 - y1) ** 2, 1e-9)
-        for column in range(first_column, last_column + 1):
-            x = low[0] + (column + 0.5) * cell
-            for row in range(first_row, last_row + 1):
-                y = low[1] + (row + 0.5) * cell
-                t = min(1.0, max(0.0, ((x - x1) * (x2 - x1) + (y - y1) * (y2 - y1)) / length2))
-                away = np.hypot(x1 + t * (x2 - x1) - x, y1 + t * (y2 - y1) - y) - radius
-                clearance[column, row] = min(clearance[column, row], away)
+    for x1, y1, x2, y2 in lines:
+        corners = np.array([[min(x1, x2) - reach, min(y1, y2) - reach], [max(x1, x2) + reach, max(y1, y2) + reach]])
+        first, last = ((corners - low) // cell).astype(int).clip(0)
+        near = clearance[first[0] : last[0] + 1, first[1] : last[1] + 1]
+        x, y = (low[i] + (first[i] + np.arange(near.shape[i]) + 0.5) * cell for i in range(2))
+        along_x, along_y = x2 - x1, y2 - y1
+        length2 = max(along_x**2 + along_y**2, 1e-9)
+        t = (((x[:, None] - x1) * along_x + (y - y1) * along_y) / length2).clip(0, 1)
+        away = np.hypot(x1 + t * along_x - x[:, None], y1 + t * along_y - y) - radius
+        np.minimum(near, away, out=near, casting="same_kind")
 
 
 def save(grid: Grid, path: Path) -> None:

@@ -99,8 +99,15 @@ class DoomMap(NamedTuple):
         return cls(ends, front, back, (lines["flags"] & 1) > 0, floor, ceiling, sky, liquid)
 
     def sector_at(self, x: float, y: float) -> int:
-        """The sector around a point, -1 outside the map."""
-        return int(_sector_at(self, x, y))
+        """The sector around a point, -1 outside the map: on which side of the nearest line does a ray start?"""
+        # A direction that no line is likely to have.
+        dx, dy = 0.9238795, 0.3826834
+        (ax, ay), (ex, ey) = self.lines[:, :2].T - [[x], [y]], (self.lines[:, 2:] - self.lines[:, :2]).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            along_ray, along_line = ((ax * v - ay * u) / (dx * ey - dy * ex) for u, v in ((ex, ey), (dx, dy)))
+        away = np.where((along_ray > 1e-9) & (along_line >= 0) & (along_line <= 1), along_ray, np.inf)
+        i = int(away.argmin())
+        return -1 if away[i] == np.inf else int((self.front if ey[i] * ax[i] < ex[i] * ay[i] else self.back)[i])
 
     def look(self, x: float, y: float, eye: float, yaw: float, camera: Camera) -> View:
         """The view of a level camera at (x, y) and height `eye`; `yaw` in degrees from east, anticlockwise."""
@@ -159,26 +166,6 @@ def load_map(wad: Path, name: str) -> DoomMap:
 def _sectors_of(side: NDArray[Any], sides: NDArray[Any]) -> NDArray[np.int64]:
     sectors = sides["sector"][np.minimum(side, len(sides) - 1)].astype(np.int64)
     return np.where(side == NO_SIDE, -1, sectors)
-
-
-@njit(cache=True)
-def _sector_at(level: Any, x: float, y: float) -> int:
-    """Cast a ray, in a direction that no line is likely to have, to the nearest line: on which side does it start?"""
-    lines = level.lines
-    dx, dy = 0.9238795, 0.3826834
-    nearest, sector = np.inf, -1
-    for i in range(lines.shape[0]):
-        ax, ay = lines[i, 0] - x, lines[i, 1] - y
-        ex, ey = lines[i, 2] - lines[i, 0], lines[i, 3] - lines[i, 1]
-        cross = dx * ey - dy * ex
-        if cross == 0:
-            continue
-        t = (ax * ey - ay * ex) / cross
-        u = (ax * dy - ay * dx) / cross
-        if 1e-9 < t < nearest and 0 <= u <= 1:
-            nearest = t
-            sector = level.front[i] if ey * ax < ex * ay else level.back[i]
-    return sector
 
 
 @njit(cache=True)

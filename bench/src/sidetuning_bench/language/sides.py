@@ -130,10 +130,7 @@ class Match(Side):
         super().__init__()
         shapes = list(base.tap_shapes.values())
         if not shapes or any(len(shape) != 2 for shape in shapes) or base.kind == "map":
-            raise ShapeError(
-                "the match side compares tokens: name taps that are sequences, such as "
-                "load_base('hf:…', taps=['embeddings', 'encoder.layer.4'])"
-            )
+            raise ShapeError("the match side compares tokens: its taps must be sequences, such as 'embeddings'")
         if width % heads:
             raise ShapeError(f"the match side's width {width} is not a multiple of its {heads} heads")
         self.taps = tuple(base.tap_shapes)

@@ -187,9 +187,7 @@ def lessons(settings: Settings, train: Questions, tokenizer: Any) -> tuple[Windo
     """The training windows, and what was met in the data."""
     known = [question for question in train.items if question.teaches]
     if not known:
-        raise DataError(
-            f"no question of {settings.data} has its answer in its context; check answer_start and contexts"
-        )
+        raise DataError(f"no question of {settings.data} has its answer in its context; check answer_start")
     windows = make_windows(known, tokenizer, settings.length, settings.stride)
     problems = {f"train: {name}": count for name, count in {**train.problems, **windows.problems}.items()}
     if len(known) < len(train):

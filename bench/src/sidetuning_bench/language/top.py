@@ -39,9 +39,7 @@ class Top(Side):
         below = 0 if tap == EMBEDDINGS else 1 + int(tap.rpartition(".")[2]) if tap in layers else None
         if below is None or below == len(layers):
             last = f"{where}.{len(layers) - 2}"
-            raise ShapeError(
-                f"the top side copies the layers above the last tap, which is '{tap}': take one such as '{last}'"
-            )
+            raise ShapeError(f"the top side copies the layers above the last tap, '{tap}': take one such as '{last}'")
         net: Any = copy.deepcopy(base.net)
         net.set_submodule(where, net.get_submodule(where)[below:])
         net.set_submodule(EMBEDDINGS, Given())  # before training is asked for: the table is no part of the side
@@ -75,8 +73,6 @@ def layers_of(base: Base) -> tuple[str, list[str]]:
     modules = dict(base.net.named_modules()) if isinstance(base.net, nn.Module) else {}
     lists = {n: m for n, m in modules.items() if isinstance(m, nn.ModuleList)}
     if not lists or EMBEDDINGS not in modules:
-        raise ShapeError(
-            "the base is no text encoder: it needs a list of layers, and a module 'embeddings' before them"
-        )
+        raise ShapeError("the base is no text encoder: it needs a list of layers after a module 'embeddings'")
     name, longest = max(lists.items(), key=lambda item: len(item[1]))
     return name, [f"{name}.{i}" for i in range(len(longest))]

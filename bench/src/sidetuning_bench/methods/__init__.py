@@ -27,7 +27,7 @@ METHODS: Registry[type[Method]] = Registry(
         "residual-adapter": "sidetuning_bench.methods.residual_adapter:ResidualAdapter",
         "lora": "sidetuning_bench.methods.lora:LoRA",
         "piggyback": "sidetuning_bench.methods.piggyback:Piggyback",
-        "boosting": "sidetuning_bench.methods.boosting:Boosting",
+        "boosting": "sidetuning_bench.methods.sidetune:Boosting",
     },
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -78,7 +79,7 @@ class EWC(FineTune):
         total = torch.zeros_like(self.precision)
         self.eval()
         n = 0
-        for x, y in self._samples(loader):
+        for x, y in islice(self._samples(loader), int(self.options["samples"])):
             output = self(x, task.name)
             classes = output.ndim == 2 and output.shape[1] > 1 and y.ndim == 1 and y.dtype == torch.int64
             if self.options["labels"] == "model" and classes:
@@ -96,13 +97,9 @@ class EWC(FineTune):
         """Single samples: the square of a batch's mean gradient would be another quantity."""
         from accelerate.utils import send_to_device
 
-        left = int(self.options["samples"])
         for batch in loader:
             x, _, y = unpack(send_to_device(batch, self.centre.device))
             for row in range(len(y)):
-                if left == 0:
-                    return
-                left -= 1
                 yield take_rows(x, torch.tensor([row])), y[row : row + 1]
 
     def shared(self) -> int:

@@ -39,9 +39,7 @@ class LoRA(Method):
         self.trunk = Trunk(base, frozen=True)
         targets = [n for n, m in self.trunk.layers().items() if adaptable(m)]
         if not targets:
-            raise TaskError(
-                "lora adapts linear layers and convolutions, and this base has none; use sidetune or features"
-            )
+            raise TaskError("lora adapts linear layers and convolutions, and this base has none; use sidetune")
         # peft matches a pattern against whole names; of a list it would match the ends of names too.
         pattern = "|".join(re.escape(name) for name in targets)
         self._config = LoraConfig(r=rank, lora_alpha=scale or 2 * rank, target_modules=pattern, bias="none")

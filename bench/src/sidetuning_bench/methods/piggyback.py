@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,7 @@ class Piggyback(Method):
         self.masks[task.name] = Masks({f"net.{n}.weight": m.weight for n, m in self.trunk.layers().items()})
 
     def tuned(self, task: str) -> Masks:
-        masks = self.masks[task]
-        assert isinstance(masks, Masks)
-        return masks
+        return cast(Masks, self.masks[task])
 
     def code(self, inputs: Input, task: str) -> Tensor:
         masks = self.tuned(task).binary()

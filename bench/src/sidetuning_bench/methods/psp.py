@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,7 @@ class PSP(FineTune):
         return nn.ModuleList([self.trunk, self.heads[task], self.statistics[task]])
 
     def code(self, inputs: Input, task: str) -> Tensor:
-        signs, statistics = self._contexts[task], self.statistics[task]
-        assert isinstance(statistics, Statistics)
+        signs, statistics = self._contexts[task], cast(Statistics, self.statistics[task])
         seen = {name: superpose(self.trunk.get_parameter(name), context) for name, context in signs.items()}
         return self.trunk.view({**seen, **statistics.tensors()})(inputs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -31,18 +31,14 @@ class ResidualAdapter(Method):
         self.trunk = Trunk(base, frozen=True)
         self.adapters = nn.ModuleDict()
         if not convolutions(self.trunk):
-            raise TaskError(
-                "residual adapters sit beside convolutions larger than 1x1, and this base has none; use lora"
-            )
+            raise TaskError("residual adapters need convolutions larger than 1x1, and this base has none; use lora")
 
     def add(self, task: Task) -> None:
         super().add(task)
         self.adapters[task.name] = Adapters(self.trunk)
 
     def tuned(self, task: str) -> Adapters:
-        adapters = self.adapters[task]
-        assert isinstance(adapters, Adapters)
-        return adapters
+        return cast(Adapters, self.adapters[task])
 
     def code(self, inputs: Input, task: str) -> Tensor:
         return self.tuned(task).around(self.trunk)(inputs)
