@@ -22,7 +22,7 @@ def chart(**changes: Any) -> Chart:
 
 
 def page(tmp_path: Path, *charts: Chart) -> str:
-    return write_charts(charts, tmp_path / "charts.html", title="T & U", lead="lead", notes=["a < b"]).read_text()
+    return write_charts(charts, tmp_path / "charts.html", title="T & U", lead="a < b").read_text()
 
 
 def test_marks_stand_where_the_axes_say(tmp_path: Path) -> None:

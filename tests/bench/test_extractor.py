@@ -84,7 +84,9 @@ def test_from_random_weights_the_base_is_not_run(method: str) -> None:
     nets = (extractor.trunk, like) if method == "side-only" else (extractor.trunk.net, like)
     (names, own), (wanted, given) = ([*zip(*net.named_parameters(), strict=True)] for net in nets)
     assert not seen and names == wanted and [p.shape for p in own] == [p.shape for p in given]
-    assert not any(torch.equal(a, b) for a, b in zip(own, given, strict=True) if a.ndim == 4)
+    # One seed draws the same side for both methods.
+    same = [torch.equal(a, b) for a, b in zip(own, given, strict=True) if a.ndim == 4]
+    assert all(same) if method == "side-only" else not any(same)
 
 
 def test_a_compass_goes_with_the_features() -> None:

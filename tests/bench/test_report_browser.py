@@ -45,7 +45,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         result("ewc", tasks=["t" * 120, HOSTILE]),
     ]
     of = {"comparison": comparison(), "single": [result()], "odd": odd}
-    made = {k: write_report(v, folder / f"{k}.html", title=k * 20, notes=["n" * 300]) for k, v in of.items()}
+    made = {k: write_report(v, folder / f"{k}.html", title=k * 20) for k, v in of.items()}
     pictures = [gallery(folder / f"gallery-{i}", i) for i in range(3)]
     runs = [*dense("sidetune", "finetune", "ewc"), *seconds()]
     made["dense"] = write_report(runs, folder / "dense.html", title="dense", galleries=[*pictures, pictures[2]])

@@ -60,7 +60,7 @@ def test_a_mistake_writes_nothing_and_weights_are_found_from_everywhere(
         ({"env": "doom-pointnav", "test_split": "train"}, "agents learn in these scenes"),
         ({"test_split": "tests"}, "tests"),
         ({"test_episodes": 0}, "--test-episodes must be 1 or more"),
-        ({"methods": ("lora",)}, "not one of rl's"),
+        ({"methods": ("lora",)}, "not one of the extractor's"),
     ]
     for values, message in wrong:
         with pytest.raises(SideTuningError, match=message):
@@ -191,7 +191,14 @@ def test_runs_of_version_0_1_0_that_call_the_side_alone_scratch_are_read_and_nev
     ppo.check_same(policy, loaded, tmp_path)
     with pytest.raises(SideTuningError, match="holds a run with other settings: network None"):
         Run(settings.out, "rl-run", replace(settings, method="scratch"), free=FREE)
-    numbers: dict[str, Any] = {"env": "x", "curve": [], "added": 1, "alpha": None, "base_passes": None, "steps_per_second": 1.0}
+    numbers: dict[str, Any] = {
+        "env": "x",
+        "curve": [],
+        "added": 1,
+        "alpha": None,
+        "base_passes": None,
+        "steps_per_second": 1.0,
+    }
     for method, known, name in (
         ("scratch", {}, "side-only"),
         ("scratch", {"network": "base"}, "scratch"),

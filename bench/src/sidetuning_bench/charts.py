@@ -98,7 +98,6 @@ def write_charts(
     *,
     title: str,
     lead: str = "",
-    notes: Sequence[str] = (),
     films: Sequence[Film] = (),
     table: DataFrame | None = None,
 ) -> Path:
@@ -118,7 +117,7 @@ def write_charts(
         runs = max(p.runs for line in chart.lines for p in line.points)
         figures.append((chart, drawings, _numbers(chart), runs))
     shown = [(film, _embedded(film.path)) for film in films]
-    values = {"title": title, "lead": lead, "notes": notes, "figures": figures, "films": shown, "table": table}
+    values = {"title": title, "lead": lead, "figures": figures, "films": shown, "table": table}
     return write_page("charts.html.j2", path, values)
 
 

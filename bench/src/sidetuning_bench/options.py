@@ -116,16 +116,15 @@ class ImageTraining(Training):
     clip: Positive | None = 1.0
     """Largest norm of the gradient; None for no limit."""
 
-    def recipe(self, steps: int, seed: int, rise: float, rate: float = 1e-3) -> Recipe:
+    def recipe(self, steps: int, seed: int, rise: float) -> Recipe:
         """The recipe of these settings.
 
         Args:
             steps: optimiser steps per task.
             seed: orders the batches.
             rise: share of the steps in which one-cycle warms up.
-            rate: learning rate where none is set.
         """
-        lr = self.lr or rate
+        lr = self.lr or 1e-3
         optimizer = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         scheduler = one_cycle(lr, rise) if self.schedule == "one-cycle" else None
         return Recipe(steps, lr, self.weight_decay, self.clip, optimizer, scheduler, seed, self.precision)

@@ -43,7 +43,6 @@ def write_report(
     path: str | Path,
     *,
     title: str,
-    notes: Sequence[str] = (),
     galleries: Sequence[str | Path | None] = (),
 ) -> Path:
     """Write the report of a run or of a comparison, atomically; the same results give the same bytes.
@@ -52,7 +51,6 @@ def write_report(
         results: Results of one scenario; several seeds of a method and variant become one row.
         path: The HTML file.
         title: Heading of the page.
-        notes: Paragraphs at the end, plain text.
         galleries: For each result the folder of its pictures (`input.png`, and for each task `<task>.truth.png`,
             `<task>.learned.png` and `<task>.end.png`) or None; the report embeds those of the lowest seed of a row.
 
@@ -91,7 +89,7 @@ def write_report(
     }
     shown, content["left_out"] = _pictures(results, galleries)
     figures = [(row, pairs) for row in measure_rows(results) if (pairs := _pairs(row, shown))]
-    return write_page("report.html.j2", path, {"title": title, "notes": notes, "figures": figures, **content})
+    return write_page("report.html.j2", path, {"title": title, "figures": figures, **content})
 
 
 def _matrix(runs: Sequence[RunResult]) -> DataFrame:

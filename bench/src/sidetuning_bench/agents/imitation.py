@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from sidetuning.errors import DataError, SideTuningError, UnknownNameError
+from sidetuning.errors import DataError, SideTuningError
 from sidetuning.files import write_json, write_text
-from sidetuning.registry import unknown
 from sidetuning_bench import grid
 from sidetuning_bench.agents import cloning
 from sidetuning_bench.agents.cloning import CloneOptions, Result
 from sidetuning_bench.agents.outcomes import MEASURES, difference_text, mean_text, scores
-from sidetuning_bench.agents.play import film, load_player
+from sidetuning_bench.agents.play import film_all
 from sidetuning_bench.agents.trajectories import COMPASS, Steps, read_steps
 from sidetuning_bench.agents.worlds import (
     HOME,
@@ -32,7 +30,7 @@ from sidetuning_bench.agents.worlds import (
 from sidetuning_bench.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning_bench.continual import mean_and_error
 from sidetuning_bench.grid import Cell
-from sidetuning_bench.methods import METHODS, Task
+from sidetuning_bench.methods import Task
 from sidetuning_bench.options import FREE, Count, GridOptions, Names, Once, check, with_values
 from sidetuning_bench.report_runs import FAMILIES, Family, scaled
 from sidetuning_bench.runs import Run, absolute, read_result
@@ -89,8 +87,7 @@ def run(settings: Settings) -> list[Result]:
     for _, result in grid.run(cells(settings, size), cloning.run, finished, progress=settings.run.progress):
         results.append(result)
         write_text(out / "table.md", table(results, settings.trajectories))
-    agents = [(method, load_player(out / f"{method}-{max(settings.trajectories)}-0")) for method in settings.methods]
-    films = [one for method, player in agents for one in film(player, 2, out / "play" / method)]
+    films = film_all({method: out / f"{method}-{max(settings.trajectories)}-0" for method in settings.methods}, out)
     shown = charts(results, settings.trajectories)
     write_charts(shown, out / "report.html", title="Imitation", lead=lead(settings), films=films)
     return results
@@ -104,9 +101,6 @@ def prepared(settings: Settings) -> tuple[Steps, dict[str, Any]]:
     """
     check(settings)
     options, most = settings.clone, max(settings.trajectories)
-    for method in settings.methods:
-        if method not in METHODS:
-            raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
     # The expert is drawn beside them.
     if len(settings.methods) + 1 > COLOURS:
         raise SideTuningError(f"--methods: at most {COLOURS - 1} fit into one comparison")
@@ -122,20 +116,18 @@ def prepared(settings: Settings) -> tuple[Steps, dict[str, Any]]:
         )
     for given in {cell.settings.method: cell.settings for cell in cells(settings, size)}.values():
         cloning.build_method(given).add(Task("dry-run", "identity"))
-    check_world(options, steps)
+    check_world(options, steps, data)
     return steps, data
 
 
-def check_world(options: CloneOptions, steps: Steps) -> None:
+def check_world(options: CloneOptions, steps: Steps, about: Mapping[str, Any]) -> None:
     """Check that the test environment is the one of the trajectories, in other scenes, and has an expert."""
     data, env, split = options.data, options.agent.env, options.agent.test_split
-    # Data sets of other collectors have no such file, and say nothing of their environment.
-    if (collected := Path(data) / "run.json").exists():
-        was = json.loads(collected.read_text())["settings"]
-        if not env.startswith("habitat:") and was["env"] != env:
-            raise DataError(f"{data} was collected in {was['env']}; give --env {was['env']}")
-        if was["split"] == split and env != "doom-home":
-            raise DataError(f"{data} was collected in the scenes of '{split}'; give another --test-split")
+    # Data sets of other collectors say nothing of their environment.
+    if about.get("env", env) != env and not env.startswith("habitat:"):
+        raise DataError(f"{data} was collected in {about['env']}; give --env {about['env']}")
+    if about.get("split") == split and env != "doom-home":
+        raise DataError(f"{data} was collected in the scenes of '{split}'; give another --test-split")
     with closing(make_world(env, split, steps.rgb.shape[-1])) as world:
         check_expert(world, env)
         compass = COMPASS in world.observation_space.spaces

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +81,11 @@ def film(player: Player, count: int, out: Path) -> list[Film]:
             success = "" if outcome.success is None else "success, " if outcome.success else "no success, "
             films.append(Film(player.name, f"{success}{outcome.steps} steps, reward {outcome.reward:.1f}", file))
     return films
+
+
+def film_all(runs: Mapping[str, Path], out: Path) -> list[Film]:
+    """Two films of the agent of each run, in a folder by its name."""
+    return [one for name, run in runs.items() for one in film(load_player(run), 2, out / "play" / name)]
 
 
 def walk(

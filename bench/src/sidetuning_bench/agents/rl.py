@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from sidetuning.errors import SideTuningError, UnknownNameError
+from sidetuning.errors import SideTuningError
 from sidetuning.files import write_text
-from sidetuning.registry import unknown
 from sidetuning_bench import grid
 from sidetuning_bench.agents import curves
 from sidetuning_bench.agents.curves import METHODS, PPOOptions, Result, charts, table
-from sidetuning_bench.agents.play import film, load_player
+from sidetuning_bench.agents.play import film_all
 from sidetuning_bench.agents.worlds import HOME, make_world
 from sidetuning_bench.charts import write_charts
 from sidetuning_bench.grid import Cell
@@ -63,8 +62,7 @@ def run(settings: Settings) -> list[Result]:
     for _, result in grid.run(todo, ppo.run, finished, unit="rollout", progress=settings.run.progress):
         results.append(result)
         write_text(out / "table.md", table(results))
-    agents = [(method, load_player(out / f"{method}-0")) for method in settings.methods]
-    films = [one for method, player in agents for one in film(player, 2, out / "play" / method)]
+    films = film_all({method: out / f"{method}-0" for method in settings.methods}, out)
     write_charts(charts(results), out / "report.html", title=f"PPO in {env}", lead=lead(env), films=films)
     return results
 
@@ -77,9 +75,6 @@ def check_settings(settings: Settings) -> None:
     """
     check(settings)
     options = settings.ppo
-    for method in settings.methods:
-        if method not in METHODS:
-            raise UnknownNameError(unknown("method", method, METHODS, verb="one of rl's"))
     if options.envs * options.rollout < 2:
         raise SideTuningError("--envs and --rollout: give at least two steps between updates")
     if options.agent.test_split == "train" and options.agent.env != "doom-home":

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,10 +34,6 @@ from sidetuning_bench.results import number_text
 from sidetuning_bench.runs import Run, peak_memory_mb, read_result
 
 TASK = "squad"
-if TYPE_CHECKING:
-    MethodChoice = MethodOptions
-else:
-    MethodChoice = tyro.extras.subcommand_type_from_defaults(METHODS, prefix_names=False)
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Settings:
     """Number of training questions, spread evenly; None for all."""
     test_questions: Count | None = None
     """Number of test questions, spread evenly; None for all."""
-    method: MethodChoice = METHODS["sidetune"]
+    method: Annotated[MethodOptions, options.choice(METHODS)] = METHODS["sidetune"]
     training: Training = field(default=Training(batch=16, weight_decay=0.01))
     run: RunOptions = field(default=RunOptions(out="runs/squad", save_every=30.0))
 
