@@ -19,13 +19,13 @@ from conftest import BASES, GOLDEN, TAPS, conv_base, conv_net, inputs, mlp_base,
 from sidetuning.errors import TaskError
 from sidetuning.heads import run_head
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task, load_method, saved_tasks
-from sidetuning_bench.methods.boosting import Boosting
 from sidetuning_bench.methods.ewc import EWC
 from sidetuning_bench.methods.lora import LoRA
 from sidetuning_bench.methods.piggyback import THRESHOLD, Piggyback
 from sidetuning_bench.methods.pnn import Lateral
 from sidetuning_bench.methods.psp import PSP, superpose
 from sidetuning_bench.methods.residual_adapter import ResidualAdapter
+from sidetuning_bench.methods.sidetune import Boosting
 from sidetuning_bench.methods.trunk import Trunk
 
 SIDES = {"conv": "fcn4", "map": "fcn5", "sequence": "transformer", "mlp": "mlp"}
