@@ -12,21 +12,11 @@ from typing import Annotated, Any
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.files import write_json, write_text
 from sidetuning_bench import grid
-from sidetuning_bench.agents import cloning
+from sidetuning_bench.agents import cloning, worlds
 from sidetuning_bench.agents.cloning import CloneOptions, Result
 from sidetuning_bench.agents.outcomes import MEASURES, difference_text, mean_text, scores
 from sidetuning_bench.agents.play import film_all
 from sidetuning_bench.agents.trajectories import COMPASS, Steps, read_steps
-from sidetuning_bench.agents.worlds import (
-    HOME,
-    TEST_SEED,
-    Act,
-    at_random,
-    by_compass,
-    check_expert,
-    episodes,
-    make_world,
-)
 from sidetuning_bench.charts import COLOURS, Chart, Line, Point, write_charts
 from sidetuning_bench.continual import mean_and_error
 from sidetuning_bench.grid import Cell
@@ -128,8 +118,8 @@ def check_world(options: CloneOptions, steps: Steps, about: Mapping[str, Any]) -
         raise DataError(f"{data} was collected in {about['env']}; give --env {about['env']}")
     if about.get("split") == split and env != "doom-home":
         raise DataError(f"{data} was collected in the scenes of '{split}'; give another --test-split")
-    with closing(make_world(env, split, steps.rgb.shape[-1])) as world:
-        check_expert(world, env)
+    with closing(worlds.make_world(env, split, steps.rgb.shape[-1])) as world:
+        worlds.check_expert(world, env)
         compass = COMPASS in world.observation_space.spaces
     if compass != (steps.extra.shape[1] > 0):
         was, now = ("without", "one") if compass else ("with", "none")
@@ -147,19 +137,19 @@ def baseline(settings: Settings, name: str, size: int) -> Result:
     if file.exists():
         saved: Result = read_result(Result, file)
         return saved
-    with closing(make_world(agent.env, agent.test_split, size)) as world:
-        outcomes = list(episodes(world, acts(name, world), agent.test_episodes, TEST_SEED))
+    with closing(worlds.make_world(agent.env, agent.test_split, size)) as world:
+        outcomes = list(worlds.episodes(world, acts(name, world), agent.test_episodes, worlds.TEST_SEED))
     given = {"env": agent.env, "test_split": agent.test_split, "test_episodes": agent.test_episodes, "size": size}
     result = Result(method=name, trajectories=0, seed=0, settings=given, **scores(outcomes))
     write_json(file, asdict(result))
     return result
 
 
-def acts(name: str, world: Any) -> Act:
+def acts(name: str, world: Any) -> worlds.Act:
     """How one of BASELINES acts."""
     if name == "expert":
         return lambda _: world.expert()
-    return by_compass(world) if name == "compass" else at_random(world)
+    return worlds.by_compass(world) if name == "compass" else worlds.at_random(world)
 
 
 def lead(settings: Settings) -> str:
@@ -167,7 +157,7 @@ def lead(settings: Settings) -> str:
     agent = settings.clone.agent
     spl = f"SPL: success weighted by how short the way was. {agent.test_episodes} episodes that no trajectory shows"
     if agent.env == "doom-home":
-        return f"An agent learns by imitation to find the armour of my_way_home. {HOME} {spl}."
+        return f"An agent learns by imitation to find the armour of my_way_home. {worlds.HOME} {spl}."
     return (
         "An agent learns by imitation to walk to a point that its compass shows. Success: it stops near the point. "
         f"{spl}, in other scenes ({agent.test_split})."
@@ -195,7 +185,7 @@ def table(results: Sequence[Result], counts: Sequence[int]) -> str:
             title = f"{title.partition(',')[0]} less that of sidetune, points"
             text += "\n" + markdown(title, counts, others, rows)
         text += f"\n{DIFFERENCES}\n"
-    return text + (f"\n{HOME}\n" if results and results[0].settings["env"] == "doom-home" else "")
+    return text + (f"\n{worlds.HOME}\n" if results and results[0].settings["env"] == "doom-home" else "")
 
 
 def markdown(title: str, counts: Sequence[int], names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

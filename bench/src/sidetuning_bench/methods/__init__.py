@@ -9,8 +9,7 @@ from pathlib import Path
 
 from sidetuning.base import Base
 from sidetuning.registry import Registry
-from sidetuning_bench.methods.checkpoint import read_config, saved_tasks
-from sidetuning_bench.methods.method import Method
+from sidetuning_bench.methods.method import Method, read_config, saved_tasks
 from sidetuning_bench.methods.recipe import Recipe, Task, one_cycle
 
 METHODS: Registry[type[Method]] = Registry(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input
 from sidetuning.checks import check_name
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
-from sidetuning.files import write_json
+from sidetuning.files import atomic_write, read_json, write_json
 from sidetuning.heads import HEADS, named_head, run_head
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
@@ -21,8 +24,12 @@ from sidetuning.objective import Objective, parameter_groups
 from sidetuning.registry import unknown
 from sidetuning.seeding import seed_loader, seeded
 from sidetuning.sides.initialise import mismatch
-from sidetuning_bench.methods.checkpoint import CONFIG, FORMAT_VERSION, read_config, read_tensors, write_tensors
 from sidetuning_bench.methods.recipe import Recipe, Task
+
+FORMAT_VERSION = 1
+CONFIG = "method.json"
+TASK = {"name": str, "labels?": [str], "head_options?": dict}
+SCHEMA = {"format_version": int, "method": str, "options": dict, "base": str, "tasks": [TASK], "tensors": str}
 
 
 class Method(nn.Module):
@@ -277,14 +284,26 @@ class Method(nn.Module):
             raise
 
     def write_tensors(self, folder: Path, metrics: Mapping[str, float] | None) -> str:
-        """Write the tensors of all tasks, and return the name of their file."""
-        return write_tensors(folder, self.tensors())
+        """Write the tensors of all tasks, and return the name of their file, which holds its sha256."""
+        # Clones: safetensors refuses tied weights, which share their memory.
+        content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors().items()})
+        file = f"method-{hashlib.sha256(content).hexdigest()}.safetensors"
+        with atomic_write(folder / file) as temporary:
+            temporary.write_bytes(content)
+        return file
 
     def read_tensors(self, folder: Path, name: str) -> None:
         """Read the tensors into the tasks, which are built already."""
-        tensors = read_tensors(folder / name)
+        file = folder / name
+        try:
+            content = file.read_bytes()
+            tensors = load(content)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{file} cannot be read ({error}); learn the tasks again") from error
+        if f"method-{hashlib.sha256(content).hexdigest()}.safetensors" != file.name:
+            raise ArtifactError(f"{file} was changed: its sha256 is not the one in its name; learn the tasks again")
         if problem := mismatch(self.tensors(), tensors):
-            raise ArtifactError(f"{folder / name} does not fit: {problem}")
+            raise ArtifactError(f"{file} does not fit: {problem}")
         self.load_state_dict({**self.state_dict(), **tensors})
 
 
@@ -292,3 +311,20 @@ def count(module: nn.Module) -> int:
     """Parameters and running statistics of a module."""
     buffers = sum(b.numel() for b in module.buffers() if b.is_floating_point())
     return sum(p.numel() for p in module.parameters()) + buffers
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `method.json`, checked."""
+    file = folder / CONFIG
+    try:
+        config: dict[str, Any] = read_json(file, SCHEMA, "learn the tasks again")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{file} does not exist; give the folder that save() wrote") from error
+    if config["format_version"] != FORMAT_VERSION:
+        raise ArtifactError(f"{file} has an unknown format_version; this library reads {FORMAT_VERSION}")
+    return config
+
+
+def saved_tasks(folder: Path) -> list[str]:
+    """Names of the tasks that were saved to a folder; none where nothing was saved yet."""
+    return [task["name"] for task in read_config(folder)["tasks"]] if (folder / CONFIG).exists() else []
