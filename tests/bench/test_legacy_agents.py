@@ -22,6 +22,11 @@ from sidetuning_bench.agents.ppo import probabilities
 from sidetuning_bench.agents.trajectories import COMPASS, read_steps
 
 
+def tables_of(run: Path) -> list[str]:
+    """The rows of a run's tables."""
+    return [line for line in (run / "table.md").read_text().splitlines() if line.startswith("|")]
+
+
 @pytest.mark.parametrize("scenario", ["imitation", "rl"])
 def test_runs(scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("av")
@@ -34,11 +39,12 @@ def test_runs(scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         player = load_player(folder / "run" / cell)
         found = torch.stack([player.policy({"rgb": rgb, COMPASS: compass}) for rgb, compass in rows])
         assert not differing({cell: found}, expected, "policy/")
-    before = hashes(folder / "run")
+    before, rows = hashes(folder / "run"), tables_of(folder / "run")
     main(["bench", *about["command"].split()])
-    # It is found done; the report is made again, and so are equal tables and films.
+    # It is found done; the report is made again, and so are equal tables, with other words below them, and films.
     after = hashes(folder / "run")
-    assert {name for name in before | after if before.get(name) != after.get(name)} <= {"report.html"}
+    assert {name for name in before | after if before.get(name) != after.get(name)} <= {"report.html", "table.md"}
+    assert tables_of(folder / "run") == rows and len(rows) > 8
 
 
 def test_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
