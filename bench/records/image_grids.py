@@ -144,8 +144,7 @@ def report_compared(given: compare.Settings, file: Path) -> None:
     """Write a page of a grid, with the pictures of runs whose folders are still there."""
     runs = compared(given)
     folders = [Path(given.run.out) / cell_name(r.method, r.variant, r.seed) / "gallery" for r in runs]
-    pictures = [folder if folder.is_dir() else None for folder in folders]
-    write_report(runs, file, title=compare.title(given), galleries=pictures if any(pictures) else ())
+    write_report(runs, file, title=compare.title(given), galleries=folders)
 
 
 def run_transfer(given: transfer.Settings) -> None:

@@ -254,8 +254,7 @@ def finish(settings: Settings, results: Sequence[RunResult], galleries: Sequence
     """Write `table.md` and `report.html` of the results so far, with the pictures of dense tasks."""
     with_first, out = add_alone(results), Path(settings.run.out)
     write_text(out / "table.md", tables(with_first))
-    pictures = [folder if folder.is_dir() else None for folder in galleries]
-    write_report(with_first, out / "report.html", title=title(settings), galleries=pictures if any(pictures) else ())
+    write_report(with_first, out / "report.html", title=title(settings), galleries=galleries)
 
 
 def tables(results: Sequence[RunResult]) -> str:

@@ -51,8 +51,9 @@ def write_report(
         results: Results of one scenario; several seeds of a method and variant become one row.
         path: The HTML file.
         title: Heading of the page.
-        galleries: For each result the folder of its pictures (`input.png`, and for each task `<task>.truth.png`,
-            `<task>.learned.png` and `<task>.end.png`) or None; the report embeds those of the lowest seed of a row.
+        galleries: For each result the folder of its pictures, if there is one (`input.png`, and for each task
+            `<task>.truth.png`, `<task>.learned.png` and `<task>.end.png`), or None; the report embeds those of the
+            lowest seed of a row.
 
     Raises:
         SideTuningError: No results, two of one seed, results of different tasks or measures, not one gallery (or None)

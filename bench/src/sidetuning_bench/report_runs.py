@@ -81,8 +81,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     variants = told_apart(results)
     if isinstance(results[0], RunResult):
         named = [replace(run, variant=variant) for run, variant in zip(results, variants, strict=True)]
-        galleries = [g if (g := run / "gallery").is_dir() else None for run in runs]
-        return write_report(named, page, title=title, galleries=galleries if any(galleries) else ())
+        return write_report(named, page, title=title, galleries=[run / "gallery" for run in runs])
     charts = family.charts(_named(results, told_apart(results, family.axis)))
     return write_charts(charts, page, title=title, table=_table(_named(results, variants), family))
 
