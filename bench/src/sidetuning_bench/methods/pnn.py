@@ -39,7 +39,7 @@ class PNN(Method):
             children = base.net.named_children() if isinstance(base.net, nn.Module) else ()
             taps = list(base.tap_shapes) or [n for n, m in children if isinstance(m, nn.Sequential)]
         if not taps:
-            raise TaskError("progressive networks join columns at taps, and this base has none: name some, taps=[…]")
+            raise TaskError("progressive networks join columns at taps; this base has none: name submodules, taps=[…]")
         super().__init__(base, {"taps": list(taps)})
         self.first = base.with_taps(taps)
         self.columns = nn.ModuleDict()
