@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 import sidetuning as st
 from conftest import conv_base, conv_net, inputs, network
+from sidetuning.integrations.onnx import external_files
 
 SOURCE = Path(st.__file__).parent
 IMAGES = torch.rand(2, 3, 64, 64)
@@ -123,6 +125,77 @@ def test_onnx_session(tmp_path: Path) -> None:
     content[10] ^= 1
     weights.write_bytes(bytes(content))
     assert st.load_base(f"onnx:{path}").identity().sha256 != before
+
+
+def write_onnx(path: Path, location: str | None = None, entry: str | None = None, within: bool = False) -> None:
+    """x (b, 4) @ w -> (b, 4): w in a file beside it, or `within` a branch of an If; `entry` is a metadata entry."""
+    from onnx import TensorProto, helper, save
+
+    weights = helper.make_tensor("w", TensorProto.FLOAT, [4, 4], torch.eye(4).numpy().tobytes(), raw=True)
+    if location is not None:
+        weights.ClearField("raw_data")
+        weights.data_location = TensorProto.EXTERNAL
+        weights.external_data.add(key="location", value=location)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in "xy")
+    nodes, kept = [helper.make_node("MatMul", ["x", "w"], ["y"])], [weights]
+    if within:
+        branch = helper.make_graph(nodes, "branch", [], [y], kept)
+        true = helper.make_node("Constant", [], ["true"], value=helper.make_tensor("t", TensorProto.BOOL, [], [True]))
+        nodes = [true, helper.make_node("If", ["true"], ["y"], then_branch=branch, else_branch=branch)]
+        kept = []
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y], kept), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    if entry is not None:
+        model.metadata_props.add(key="location", value=entry)
+    save(model, path)
+
+
+@pytest.mark.parametrize("entry", ["Berlin", "/dev/zero", "../secret"])
+def test_a_metadata_entry_of_an_onnx_file_is_no_file(entry: str, tmp_path: Path) -> None:
+    write_onnx(tmp_path / "n.onnx", entry=entry)
+    assert len(st.load_base(f"onnx:{tmp_path / 'n.onnx'}").identity().sha256) == 64
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("location", ["/dev/zero", "../secret", "missing", "link", "fifo", ""])
+def test_weights_of_an_onnx_file_lie_in_its_folder(location: str, within: bool, tmp_path: Path) -> None:
+    (folder := tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_bytes(torch.eye(4).numpy().tobytes())
+    (folder / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "fifo")
+    write_onnx(folder / "n.onnx", location, within=within)
+    with pytest.raises(st.ArtifactError, match="which is no file in its folder"):
+        st.load_base(f"onnx:{folder / 'n.onnx'}")
+
+
+def test_weights_beside_an_onnx_file_are_read_also_through_the_links_of_a_cache(tmp_path: Path) -> None:
+    (blobs := tmp_path / "blobs").mkdir()
+    (snapshot := tmp_path / "snapshots" / "1").mkdir(parents=True)
+    (blobs / "b").write_bytes(torch.eye(4).numpy().tobytes())
+    write_onnx(blobs / "a", "weights.bin", within=True)
+    (snapshot / "n.onnx").symlink_to(blobs / "a")
+    (snapshot / "weights.bin").symlink_to(blobs / "b")
+    assert external_files(snapshot / "n.onnx") == [snapshot / "weights.bin"]
+    write_onnx(tmp_path / "n.onnx", "b", within=True)
+    (tmp_path / "b").write_bytes(torch.eye(4).numpy().tobytes())
+    base = st.load_base(f"onnx:{tmp_path / 'n.onnx'}")
+    assert torch.equal(base(x := torch.rand(2, 4)).out, x)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 50, b"\x3a\xff\xff\xff\x0f", b"onnx"])
+def test_a_file_that_is_no_onnx_file_is_said(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "n.onnx").write_bytes(content)
+    with pytest.raises(st.SideTuningError, match=r"n\.onnx.*export the network again"):
+        st.load_base(f"onnx:{tmp_path / 'n.onnx'}")
+
+
+def test_onnx_runtime_tells_nobody(tmp_path: Path) -> None:
+    write_onnx(tmp_path / "n.onnx")
+    script = "import os, sys, sidetuning as st; st.load_base(sys.argv[1]); print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    command = [sys.executable, "-c", script, f"onnx:{tmp_path / 'n.onnx'}"]
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout == "1\n"
 
 
 def test_a_function_is_a_base() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,19 @@ import torch
 from torch import Tensor
 
 from sidetuning.base import Base, Input
-from sidetuning.errors import UnknownNameError
+from sidetuning.errors import ArtifactError, UnknownNameError
 
+# Where tensors lie in an ONNX file (onnx.proto): message -> number of a field -> the message that it holds.
+MESSAGES = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
 TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int64)": torch.int64}
 TYPES.update({"tensor(int32)": torch.int32, "tensor(uint8)": torch.uint8})
 
@@ -22,13 +33,17 @@ class Session:
     """An ONNX Runtime session that takes and returns torch tensors on the CPU."""
 
     def __init__(self, path: str | Path, output: str | None = None) -> None:
+        # Read when ONNX Runtime is loaded: it would tell its maker about this machine.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import onnxruntime
         except ImportError as error:
             raise ImportError("onnx bases need ONNX Runtime: pip install 'sidetuning[onnx]'") from error
         self.path = Path(path)
-        if not self.path.exists():
-            raise UnknownNameError(f"{path} does not exist; give the path of an ONNX file, onnx:PATH")
+        if not self.path.is_file():
+            raise UnknownNameError(f"{path} is no file; give the path of an ONNX file, onnx:PATH")
+        # ONNX Runtime would open them wherever they lie.
+        external_files(self.path)
         try:
             self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -56,20 +71,67 @@ class Session:
 
     def fingerprint(self) -> str:
         """sha256 of the file, and of those that hold its large weights."""
-        content = self.path.read_bytes()
-        digest = hashlib.sha256(content)
-        for name in external_files(content):
-            digest.update((self.path.parent / name).read_bytes())
+        digest = hashlib.sha256(self.path.read_bytes())
+        for file in external_files(self.path):
+            with file.open("rb") as weights:
+                while block := weights.read(2**24):
+                    digest.update(block)
         return digest.hexdigest()
 
 
-def external_files(content: bytes) -> list[str]:
-    """Where an ONNX file says that weights lie: its entries "location", as protobuf writes a key and a value."""
-    names = set()
-    for entry in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]*[\x00-\x7f])", content):
-        length = sum((byte & 127) << 7 * i for i, byte in enumerate(entry[1]))
-        names.add(content[entry.end() : entry.end() + length].decode())
-    return sorted(names)
+def external_files(path: Path) -> list[Path]:
+    """The files beside an ONNX file that hold its tensors, sorted.
+
+    Raises:
+        ArtifactError: a file outside the folder, none at all, or no whole ONNX file.
+    """
+    names, messages = set(), [("model", memoryview(path.read_bytes()))]
+    try:
+        while messages:
+            kind, content = messages.pop()
+            found = [(number, value) for number, value in fields(content) if isinstance(value, memoryview)]
+            if kind == "entry" and (1, b"location") in found:
+                names.update(bytes(value).decode() for number, value in found if number == 2)
+            messages += [(MESSAGES[kind][n], value) for n, value in found if n in MESSAGES.get(kind, ())]
+    except (IndexError, ValueError) as error:
+        raise ArtifactError(f"{path} is no whole ONNX file ({error}); export the network again") from error
+    folder, files = path.parent, [path.parent / name for name in sorted(names)]
+    # The Hub's cache holds links to files that lie side by side.
+    homes = folder.resolve(), path.resolve().parent
+    for name, file in zip(sorted(names), files, strict=True):
+        if not file.is_file() or not any(file.resolve().is_relative_to(home) for home in homes):
+            raise ArtifactError(
+                f"{path} has weights in '{name}', which is no file in its folder; put it there, or export again"
+            )
+    return files
+
+
+def fields(content: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """The fields of a protobuf message: number and value; raises IndexError or ValueError where it is cut short."""
+    place = 0
+
+    def number() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte, place = content[place], place + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
+
+    while place < len(content):
+        key = number()
+        if key & 7 == 0:
+            yield key >> 3, number()
+            continue
+        length = number() if key & 7 == 2 else {1: 8, 5: 4}.get(key & 7)
+        if length is None or place + length > len(content):
+            raise ValueError("it is cut short or of another format")
+        yield key >> 3, content[place : place + length]
+        place += length
 
 
 def load(name: str, *, taps: Sequence[str] = (), output: str | None = None) -> Base:
