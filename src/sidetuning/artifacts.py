@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
-from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_json, safetensors_header
+from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_bytes, read_json, safetensors_header
 from sidetuning.sides.initialise import mismatch
 
 # Version 1 had the text in `side.json` alone, without a checksum.
@@ -187,7 +187,7 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
     if found == 1 and not tensors:
         return config, {}
     try:
-        data = tensor_file.read_bytes()
+        data = read_bytes(tensor_file)
         values = parse(data)
     except FileNotFoundError as error:
         raise ArtifactError(f"{tensor_file} is missing; {MEND}") from error

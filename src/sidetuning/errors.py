@@ -31,3 +31,7 @@ class DataError(SideTuningError, ValueError):
 
 class TrainingError(SideTuningError, RuntimeError):
     """Training that cannot go on: a loss that is not finite, or a resume file of another run."""
+
+
+class DataWarning(UserWarning):
+    """Data that were left out or mended: which, and how many."""

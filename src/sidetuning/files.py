@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -79,6 +81,18 @@ def json_text(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file; OSError for a device or a pipe, which may have no end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return Path(path).read_bytes()
+
+
+def decode_text(data: bytes) -> str:
+    """A text in UTF-8 or, by its byte-order mark, in UTF-16; UnicodeDecodeError where it is neither."""
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+
+
 def read_json(path: str | Path, schema: Any, mend: str) -> Any:
     """A JSON file whose values have the types that `schema` asks for.
 
@@ -93,7 +107,7 @@ def read_json(path: str | Path, schema: Any, mend: str) -> Any:
         ArtifactError: not JSON, or a value of another type.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = decode_text(read_bytes(path))
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:

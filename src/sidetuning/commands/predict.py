@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from sidetuning.errors import ArtifactError, DataError
+from sidetuning.errors import DataError
+from sidetuning.files import read_json
 from sidetuning.loading import load
 from sidetuning.problems import Classes
 from sidetuning.sides.fit import resize
@@ -80,16 +80,14 @@ def averages_mirror_images(run: Path) -> bool:
     file = next((f for f in (run / "run.json", run.parent.parent / "run.json") if f.exists()), None)
     if file is None:
         return False
-    try:
-        return bool(json.loads(file.read_text())["settings"].get("mirror"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error}); give the folder of a whole run or of a task") from error
+    settings = {"settings": {"mirror?": bool}}
+    return bool(read_json(file, settings, "give the folder of a whole run or of a task")["settings"].get("mirror"))
 
 
 def read(path: Path, size: tuple[int, ...]) -> Tensor:
     """An image file as (3, h, w) in [0, 1]."""
     try:
-        image = decode_image(path.read_bytes())
+        image = decode_image(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
     except DataError as error:
