@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # Pillow would start Ghostscript for EPS; icons may hold an image of another size than they say.
-FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI")
-FORMATS += ("TGA", "TIFF", "WEBP", "XBM", "XPM")
+FORMATS = ["AVIF", "BMP", "DDS", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA"]
+FORMATS += ["TIFF", "WEBP", "XBM", "XPM"]
 # Width times height: 8192 x 8192 take 200 MB in RGB.
 MOST_PIXELS = 2**26
 # "cat copy 2", "cat - Copy (2)", "cat (another copy)", "cat (1)" and "Copy of cat", where "cat" is there too.

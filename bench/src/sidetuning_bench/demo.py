@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sidetuning.terminal import say
 from sidetuning_bench import digits
 from sidetuning_bench.dense import itaskonomy, render_doom
 from sidetuning_bench.doom.engine import EngineError
@@ -43,7 +44,7 @@ def main(settings: Settings) -> None:
         count = render_doom.run(render_doom.Settings(out=frames, frames=settings.frames, seed=seed))
     except EngineError as error:
         raise EngineError(f"{error} (sidetuning bench demo --quick needs no Doom engine)") from error
-    print(f"{count} labelled frames of Doom in {frames}", flush=True)
+    say(f"{count} labelled frames of Doom in {frames}")
     source = itaskonomy.FrameOptions(data=frames, test_frames=100)
     given = itaskonomy.Settings(source=source, tasks=TASKS, epochs=settings.epochs)
     given = with_values(given, {"batch": 16, "seed": seed, "cache": str(out / "cache")})
@@ -53,14 +54,14 @@ def main(settings: Settings) -> None:
     ]
     results = []
     for run in runs:
-        print(f"{run.method.name}: {len(TASKS)} tasks one after another", flush=True)
+        say(f"{run.method.name}: {len(TASKS)} tasks one after another")
         results.append(itaskonomy.run(run))
         itaskonomy.show(results[-1], run)
     title = "Five dense tasks in Doom: side-tuning and fine-tuning"
     galleries = [Path(run.run.out) / "gallery" for run in runs]
     report = write_report(results, out / "report.html", title=title, galleries=galleries)
     lost = [100 * (0.0 - result.matrix.backward_transfer) for result in results]
-    print(
+    say(
         f"Lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points of score, fine-tuning {lost[1]:.1f}.\n"
         f"See it: open {report} in a browser."
     )

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sidetuning.loading import load_base
+from sidetuning.terminal import say, say_markdown
 from sidetuning.training import evaluate
 from sidetuning_bench.continual import AccuracyMatrix
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task
 from sidetuning_bench.results import markdown_table
-
-if TYPE_CHECKING:
-    from rich.markdown import Markdown
 
 TASKS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 
@@ -81,34 +78,29 @@ def learn_all(method: Method, splits: list[Split], settings: Settings) -> Accura
 
 def main(settings: Settings) -> None:
     """Run both and print their accuracy matrices."""
-    from rich.console import Console
-
-    console = Console()
     splits = digits(settings.seed)
     base = load_base(settings.base)
     options = {"side": "fcn4", "merge": "mlp2", "init": "distilled"}
     side = learn_all(METHODS.build("sidetune", base, options=options), splits, settings)
     tuned = learn_all(METHODS["finetune"](base), splits, settings)
     side.save(Path(settings.out) / "matrix.json")
-    console.print(table("Side-tuning: a frozen base and small sides", side))
-    console.print(table("Fine-tuning: one network, task after task", tuned))
+    say_markdown(table("Side-tuning: a frozen base and small sides", side))
+    say_markdown(table("Fine-tuning: one network, task after task", tuned))
     lost = [100 * (0.0 - m.backward_transfer) for m in (side, tuned)]
-    console.print(
+    say(
         f"Accuracy lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points, "
         f"fine-tuning {lost[1]:.1f} points.\n"
         f"The five tasks are in {settings.out}/tasks; ask them all about an image: "
-        f"sidetuning predict {settings.out} IMAGE",
-        highlight=False,
+        f"sidetuning predict {settings.out} IMAGE"
     )
 
 
-def table(title: str, matrix: AccuracyMatrix) -> Markdown:
+def table(title: str, matrix: AccuracyMatrix) -> str:
     """A matrix in percent, one row per task learned; what was forgotten is bold."""
     from pandas import DataFrame
-    from rich.markdown import Markdown
 
     rows = [{"after learning": task} for task in matrix.tasks]
     for row, accuracies in zip(rows, matrix.rows, strict=True):
         for task, value, learned in zip(matrix.tasks, accuracies, matrix.learned, strict=False):
             row[task] = f"**{100 * value:.0f}**" if value < learned - 0.1 else f"{100 * value:.0f}"
-    return Markdown(f"{title}, in %\n\n{markdown_table(DataFrame(rows).fillna(''))}")
+    return f"{title}, in %\n\n{markdown_table(DataFrame(rows).fillna(''))}"

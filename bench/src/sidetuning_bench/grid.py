@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
+from sidetuning.terminal import say, say_markdown
 from sidetuning_bench.runs import end_with_parent
 
 S = TypeVar("S")
@@ -114,9 +114,5 @@ def run_apart(cell: Cell[S], work: Callable[[S], R], bar: tqdm[Any]) -> R:
 
 def print_tables(text: str, folder: str) -> None:
     """Print the tables of a grid, which are in Markdown, and where they lie with the report."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    console = Console(width=max(120, shutil.get_terminal_size().columns))
-    console.print(Markdown(text))
-    console.print(f"table: {folder}/table.md; report: {folder}/report.html", highlight=False)
+    say_markdown(text, 120)
+    say(f"table: {folder}/table.md; report: {folder}/report.html")

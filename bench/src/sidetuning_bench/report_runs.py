@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from sidetuning.errors import SideTuningError
+from sidetuning.terminal import say
 from sidetuning_bench.charts import Chart, write_charts
 from sidetuning_bench.report import flat_settings, write_report
 from sidetuning_bench.results import RunResult, as_texts, estimate
@@ -143,4 +144,4 @@ def _table(results: Sequence[Any], family: Family) -> DataFrame:
 
 def main(settings: Settings) -> None:
     """Write the page and print its path."""
-    print(f"report: {report(settings.runs, settings.out)}")
+    say(f"report: {report(settings.runs, settings.out)}")

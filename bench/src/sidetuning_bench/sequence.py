@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from sidetuning.errors import ArtifactError, SideTuningError
+from sidetuning.terminal import say, say_markdown
 from sidetuning_bench.methods import Method, Recipe, Task, saved_tasks
 from sidetuning_bench.options import FREE, flat, with_values
 from sidetuning_bench.results import RunResult, markdown_table, own_values
@@ -208,8 +209,6 @@ def with_recipe(settings: S, best: Mapping[str, Any]) -> S:
 def print_result(result: RunResult, title: str, folder: str) -> None:
     """Print the table of a run, and what it took."""
     from pandas import DataFrame
-    from rich.console import Console
-    from rich.markdown import Markdown
 
     matrix = result.matrix
     measures, learned, ends = zip(*(own_values(result, task) for task in result.tasks), strict=True)
@@ -224,11 +223,9 @@ def print_result(result: RunResult, title: str, folder: str) -> None:
     average, lost = 100 * matrix.average, 100 * (0.0 - matrix.backward_transfer)
     added, shared = max(result.parameters), result.shared_parameters
     share = f" ({added / shared:.1%})" if shared else ""
-    console = Console()
-    console.print(Markdown(f"{title}, {result.method}, seed {result.seed}\n\n{markdown_table(DataFrame(columns))}"))
-    console.print(
+    say_markdown(f"{title}, {result.method}, seed {result.seed}\n\n{markdown_table(DataFrame(columns))}")
+    say(
         f"average score at the end: {average:.1f}; lost on earlier tasks, on average: {lost:.1f} points.\n"
         f"shared by all tasks: {shared:,} parameters; each task adds at most {added:,}{share}.\n"
-        f"base features: {result.base_seconds:.1f} s; training: {sum(result.seconds):.1f} s. Run folder: {folder}",
-        highlight=False,
+        f"base features: {result.base_seconds:.1f} s; training: {sum(result.seconds):.1f} s. Run folder: {folder}"
     )

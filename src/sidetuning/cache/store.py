@@ -26,6 +26,7 @@ from torch import Tensor
 from sidetuning.base import Base
 from sidetuning.errors import CacheError, ShapeError
 from sidetuning.files import write_json
+from sidetuning.terminal import plain
 
 FORMAT_VERSION = 1
 T = TypeVar("T")
@@ -89,7 +90,7 @@ class Store:
         show = progress and state.is_main_process
         if show:
             what = f"{self.samples:,} samples x {self.views} views: {self.size() / 1e6:,.0f} MB in {self.folder}"
-            tqdm.write(f"caching the base's features of {what}")
+            tqdm.write(plain(f"caching the base's features of {what}"))
         with ExitStack() as stack:
             files = self._reserve(stack)
             bar = stack.enter_context(tqdm(total=len(share) * chunk, unit="sample", disable=not show, leave=False))

@@ -15,6 +15,7 @@ from sidetuning.files import read_json
 from sidetuning.loading import load
 from sidetuning.problems import Classes
 from sidetuning.sides.fit import resize
+from sidetuning.terminal import plain
 from sidetuning.transforms import decode_image
 
 
@@ -99,6 +100,7 @@ def main(settings: Settings) -> None:
     """Print a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for column in ("image", "task", "answer", "value"):
@@ -108,6 +110,7 @@ def main(settings: Settings) -> None:
         if last and answer.image != last:
             table.add_section()
         image = "" if answer.image == last else answer.image
-        table.add_row(image, answer.task, answer.label, f"{answer.value:.2f}")
+        # Text, in which rich looks for no markup.
+        table.add_row(*(Text(plain(cell)) for cell in (image, answer.task, answer.label, f"{answer.value:.2f}")))
         last = answer.image
     Console().print(table)

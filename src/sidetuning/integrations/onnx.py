@@ -85,12 +85,13 @@ def external_files(path: Path) -> list[Path]:
     Raises:
         ArtifactError: a file outside the folder, none at all, or no whole ONNX file.
     """
-    names, messages = set(), [("model", memoryview(path.read_bytes()))]
+    names: set[str] = set()
+    messages = [("model", memoryview(path.read_bytes()))]
     try:
         while messages:
             kind, content = messages.pop()
             found = [(number, value) for number, value in fields(content) if isinstance(value, memoryview)]
-            if kind == "entry" and (1, b"location") in found:
+            if kind == "entry" and b"location" in [value.tobytes() for number, value in found if number == 1]:
                 names.update(bytes(value).decode() for number, value in found if number == 2)
             messages += [(MESSAGES[kind][n], value) for n, value in found if n in MESSAGES.get(kind, ())]
     except (IndexError, ValueError) as error:

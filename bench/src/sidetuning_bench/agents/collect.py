@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
+from sidetuning.terminal import say
 from sidetuning_bench.agents.trajectories import Episode, Writer
 from sidetuning_bench.agents.worlds import TEST_SEED, check_expert, make_world
 from sidetuning_bench.options import Count, Rule, check
@@ -152,4 +153,4 @@ def run(settings: Settings) -> tuple[int, int]:
 def main(settings: Settings) -> None:
     """Collect, and print what was written."""
     written, failed = run(settings)
-    print(f"{written} episodes written to {settings.out}; {failed} in which the expert failed were left out")
+    say(f"{written} episodes written to {settings.out}; {failed} in which the expert failed were left out")

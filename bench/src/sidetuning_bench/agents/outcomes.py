@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sidetuning.terminal import say, say_markdown
 from sidetuning_bench.continual import bootstrap, mean_and_error
 from sidetuning_bench.grid import Cell
 from sidetuning_bench.options import FREE
@@ -76,11 +77,8 @@ def reader(kind: type[R], scenario: str, free: tuple[str, ...] = FREE) -> Callab
 
 def show(table: str, out: str) -> None:
     """Print a table in Markdown, and where it is."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console().print(Markdown(table))
-    print(f"table: {out}/table.md; report: {out}/report.html")
+    say_markdown(table)
+    say(f"table: {out}/table.md; report: {out}/report.html")
 
 
 def scores(outcomes: Sequence[Outcome]) -> dict[str, Any]:

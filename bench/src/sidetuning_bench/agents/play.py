@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from sidetuning.errors import SideTuningError
+from sidetuning.terminal import say
 from sidetuning_bench.agents import cloning
 from sidetuning_bench.agents.films import film
 from sidetuning_bench.agents.worlds import Player, map_base
@@ -63,6 +64,6 @@ def main(settings: Settings) -> None:
     check(settings)
     films = film(load_player(settings.run), settings.episodes, out)
     for k, episode in enumerate(films):
-        print(f"episode {k}: {episode.caption}")
+        say(f"episode {k}: {episode.caption}")
     report = write_charts((), out / "report.html", title=f"{films[0].title} at play", films=films)
-    print(f"films: {out}/episode-*.mp4; page: {report}")
+    say(f"films: {out}/episode-*.mp4; page: {report}")

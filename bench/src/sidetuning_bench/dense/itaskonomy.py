@@ -20,6 +20,7 @@ from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.errors import DataError, UnknownNameError
 from sidetuning.loading import load_base
 from sidetuning.registry import unknown
+from sidetuning.terminal import plain, say
 from sidetuning_bench import options
 from sidetuning_bench.dense.gallery import Gallery
 from sidetuning_bench.dense.taskonomy import Taskonomy
@@ -276,7 +277,7 @@ def tell_absent(train: Taskonomy, test: Taskonomy) -> None:
     """Say which buildings of the split have no folder."""
     if absent := train.absent + test.absent:
         some = ", ".join(absent[:5]) + " …" * (len(absent) > 5)
-        tqdm.write(f"{len(absent)} buildings of the split have no folder here ({some})")
+        tqdm.write(plain(f"{len(absent)} buildings of the split have no folder here ({some})"))
 
 
 def ordered(settings: Settings) -> list[str]:
@@ -323,10 +324,10 @@ FAMILIES["itaskonomy"] = Family("iTaskonomy", RunResult.load)
 def main(settings: Settings) -> None:
     """Run, print the table and write the report."""
     show(run(settings), settings)
-    print(f"report: {report([settings.run.out])}")
+    say(f"report: {report([settings.run.out])}")
 
 
 def show(result: RunResult, settings: Settings) -> None:
     """Print the table of a run."""
     print_result(result, "iTaskonomy", settings.run.out)
-    print("score: 100 is perfect; for errors, 50 is the best constant guess")
+    say("score: 100 is perfect; for errors, 50 is the best constant guess")

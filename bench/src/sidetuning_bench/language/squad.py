@@ -22,6 +22,7 @@ from sidetuning.cache import CachedTokens, cache_tokens, token_loader
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.files import atomic_write, write_json
 from sidetuning.launch import default_accelerator
+from sidetuning.terminal import say
 from sidetuning_bench import options
 from sidetuning_bench.language import metric
 from sidetuning_bench.language.methods import CACHED, METHODS, RATES, BranchOptions
@@ -300,9 +301,9 @@ FAMILIES["squad"] = Family(
 def main(settings: Settings) -> None:
     """Run and print the result."""
     result, out = run(settings), settings.run.out
-    print(f"SQuAD, {result.method}, seed {result.seed}, {result.test_questions:,} questions")
+    say(f"SQuAD, {result.method}, seed {result.seed}, {result.test_questions:,} questions")
     for column, read in FAMILIES["squad"].columns.items():
-        print(f"{column}: {number_text(read(result))}")
+        say(f"{column}: {number_text(read(result))}")
     for problem, count in result.problems.items():
-        print(f"{problem}: {count}")
-    print(f'predictions: {out}/predictions.json; ask it: sidetuning bench answer {out} --context FILE "question"')
+        say(f"{problem}: {count}")
+    say(f'predictions: {out}/predictions.json; ask it: sidetuning bench answer {out} --context FILE "question"')
