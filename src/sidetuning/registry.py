@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from sidetuning.errors import UnknownNameError
+from sidetuning.errors import ShapeError, SideTuningError, UnknownNameError
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,7 +65,16 @@ class Registry(Generic[T]):
         for option in options:
             if option not in accepted:
                 raise UnknownNameError(unknown(f"option of {self.kind} '{name}':", option, accepted, verb="known"))
-        return entry(*given, **options)
+        try:
+            return entry(*given, **options)
+        except (SideTuningError, ImportError):
+            raise
+        except Exception as error:
+            # Each part meets values of the wrong type, sign or size in its own way.
+            told = ", ".join(f"{key}={value!r:.50}" for key, value in options.items()) or "these parts"
+            raise ShapeError(
+                f"{self.kind} '{name}' cannot be built with {told} ({type(error).__name__}: {error}); give other values"
+            ) from error
 
 
 def unknown(kind: str, name: str, names: Iterable[str], verb: str) -> str:

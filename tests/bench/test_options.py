@@ -73,6 +73,15 @@ def test_a_setting_of_another_method_is_refused(capsys: pytest.CaptureFixture[st
         ("tasks", (), "--tasks must name something"),
         ("tasks", ("a", "a"), "--tasks must name something, and nothing twice"),
         ("side_width", 0.0, "--side-width must be above 0"),
+        ("side_width", float("inf"), "--side-width must be above 0 and at most 64, not inf"),
+        ("side_width", 1e9, "--side-width must be above 0 and at most 64"),
+        ("lr", float("inf"), "--lr must be a finite number, not inf"),
+        ("save_every", float("inf"), "--save-every must be a finite number"),
+        ("seed", 18446744073709551616, "--seed must be below 2,147,483,648"),
+        ("seed", 2**31, "--seed must be below"),
+        ("order", -(2**63), "--order must be below"),
+        ("frames", (4, 10**400), "--frames must be below"),
+        ("side_shift", -1, "--side-shift must be 0 or more, not -1"),
     ],
 )
 def test_values_that_break_a_rule_are_named(name: str, value: Any, message: str) -> None:

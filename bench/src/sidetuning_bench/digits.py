@@ -14,6 +14,7 @@ from sidetuning.terminal import say, say_markdown
 from sidetuning.training import evaluate
 from sidetuning_bench.continual import AccuracyMatrix
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task
+from sidetuning_bench.options import Count, Natural, check
 from sidetuning_bench.results import markdown_table
 
 TASKS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
@@ -27,9 +28,9 @@ class Settings:
     """Folder for the five learned tasks."""
     base: str = "resnet44-cifar10"
     """Base network; it never saw a digit."""
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over the images of each task."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed for the split, initial weights and data order."""
 
 
@@ -78,6 +79,7 @@ def learn_all(method: Method, splits: list[Split], settings: Settings) -> Accura
 
 def main(settings: Settings) -> None:
     """Run both and print their accuracy matrices."""
+    check(settings)
     splits = digits(settings.seed)
     base = load_base(settings.base)
     options = {"side": "fcn4", "merge": "mlp2", "init": "distilled"}

@@ -23,7 +23,13 @@ def layer(
 
 
 def even(channels: float) -> int:
-    """The nearest even number, and at least 2, which the group norms of a layer can halve."""
+    """The nearest even number, and at least 2, which the group norms of a layer can halve.
+
+    Raises:
+        ShapeError: a width that gives no layer, or one of more than 16,384 channels.
+    """
+    if not 0 < channels <= 2**14:
+        raise ShapeError(f"a layer of {channels:g} channels cannot be built; give a width above 0, such as 1")
     return max(2, round(channels / 2) * 2)
 
 

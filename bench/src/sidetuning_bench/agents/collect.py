@@ -20,7 +20,7 @@ from sidetuning.errors import SideTuningError
 from sidetuning.terminal import say
 from sidetuning_bench.agents.trajectories import Episode, Writer
 from sidetuning_bench.agents.worlds import TEST_SEED, check_expert, make_world
-from sidetuning_bench.options import Count, Rule, check
+from sidetuning_bench.options import Count, Pixels, Rule, Workers, check
 from sidetuning_bench.runs import Run, end_with_parent
 
 # Episodes per process that may wait to be written.
@@ -45,13 +45,13 @@ class Settings:
     """Split of the scenes."""
     episodes: Count = 1000
     """Number of successful episodes to write; the expert's failures are counted and left out."""
-    size: Count = 64
+    size: Pixels = 64
     """Width and height of the pictures."""
     stray: Stray = 0.15
     """Share of steps with a random action instead, which show ways back; the expert's action is kept as the label."""
     seed: Seed = 0
     """Seed for episodes and random actions."""
-    workers: Count | None = None
+    workers: Workers | None = None
     """Number of processes; one per core by default."""
     progress: bool = True
     """Show a progress bar."""

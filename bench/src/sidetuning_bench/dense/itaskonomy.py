@@ -57,7 +57,7 @@ class FrameOptions:
     splits.csv."""
     test_frames: Count | None = 300
     """Largest number of test frames, drawn evenly over the test buildings; None for all."""
-    size: Count | None = None
+    size: options.Pixels | None = None
     """Resize frames to this width and height; None keeps them."""
 
 
