@@ -81,3 +81,51 @@ def test_ignored_labels_are_fine_and_negative_ones_are_not(model: st.SideTuner) 
     st.fit(model, "a", [(x, torch.tensor([0, -100, 2, 1]))], progress=False)
     with pytest.raises(st.DataError, match="label -5 is out of range"):
         st.fit(model, "a", [(x, torch.tensor([0, -100, -5, 1]))], progress=False)
+
+
+def small_cache(folder: Path) -> st.CachedFeatures:
+    with st.seeded(0):
+        data = torch.utils.data.TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8))
+    return st.cache_features(conv_base(), data, folder, progress=False)
+
+
+FIELDS: list[tuple[str, Any, str]] = [
+    ("x", {"shape": [2], "dtype": "O"}, "no valid field 'x.dtype'"),
+    ("x", {"shape": [2], "dtype": "V8"}, "no valid field 'x.dtype'"),
+    ("x", {"shape": [2], "dtype": [["a", "O"]]}, "no valid field 'x.dtype'"),
+    ("x", {"shape": [-1], "dtype": "float32"}, "a shape of no array"),
+    ("x", {"shape": [2**62, 2**62], "dtype": "float32"}, "a shape of no array"),
+    ("x", {"shape": 5, "dtype": "float32"}, "no valid field 'x.shape'"),
+    ("../secret", {"shape": [2], "dtype": "float32"}, "missing or has the wrong size"),
+    ("/dev/zero", {"shape": [0], "dtype": "float32"}, "missing or has the wrong size"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "message"), FIELDS)
+def test_a_cache_has_numbers_alone_in_its_own_folder(name: str, field: Any, message: str, tmp_path: Path) -> None:
+    folder = small_cache(tmp_path).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["fields"][name] = field
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "x").write_bytes(b"A" * 128)
+    (tmp_path / "secret").write_bytes(b"A" * 64)
+    with pytest.raises(st.CacheError, match=f"{message}.*; delete|{message} and cache again|{message}; delete"):
+        st.CachedFeatures(folder)
+
+
+@pytest.mark.parametrize("value", [{"samples": 0}, {"views": -1}, {"samples": "8"}, {"fields": {}}, {"fields": []}])
+def test_a_cache_without_features_is_refused(value: dict[str, Any], tmp_path: Path) -> None:
+    folder = small_cache(tmp_path).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, **value}))
+    with pytest.raises(st.CacheError, match="delete"):
+        st.CachedFeatures(folder)
+
+
+@pytest.mark.parametrize("name", ["x", "out", "y"])
+def test_a_cache_that_is_cut_while_it_is_open_does_not_end_the_process(name: str, tmp_path: Path) -> None:
+    cache = small_cache(tmp_path)
+    with (cache.folder / name).open("r+b") as file:
+        file.truncate(0)
+    with pytest.raises(st.CacheError, match=f"{name} was cut short or removed; delete"):
+        cache.__getitems__([0, 7])

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow
 import torch
 import torch.nn.functional as F
-from pyarrow.parquet import ParquetFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,7 +18,7 @@ from sidetuning.errors import ArtifactError, DataError, DataWarning
 from sidetuning.files import parse_json
 from sidetuning.images import ImageFolder, image_folder
 from sidetuning.transforms import decode_image
-from sidetuning_bench.from_hub import local_folder, split_files
+from sidetuning_bench.from_hub import local_folder, open_parquet, split_files
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label")
@@ -165,11 +164,8 @@ def _columns(file: Path, images: bool) -> tuple[list[Any], list[Any], list[str] 
     """Encoded images where they are asked for, labels, and the names of the classes where the file has them."""
     mend = "download it again"
     try:
-        with ParquetFile(file) as parquet:
-            rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
-            # A row takes more than a byte, unless somebody built a small file that fills the memory.
-            if rows > file.stat().st_size:
-                raise DataError(f"{file} has {rows:,} rows in {file.stat().st_size:,} bytes; {mend}")
+        with open_parquet(file) as parquet:
+            schema = parquet.schema_arrow
             column = _column(str(file), schema.names, LABEL_COLUMNS)
             image = [_column(str(file), schema.names, IMAGE_COLUMNS)] if images else []
             table = parquet.read([*image, column]).to_pydict()

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyarrow.parquet import ParquetFile
+
 from sidetuning.errors import DataError, DataWarning
 from sidetuning.images import hidden
 
@@ -31,6 +33,14 @@ def local_folder(source: str | Path, example: str) -> Path:
             f"{name} is no folder here and could not be read from the Hub ({type(error).__name__}); "
             "check the name and the network, or give the path of a local copy"
         ) from error
+
+
+def open_parquet(file: Path) -> ParquetFile:
+    """Open a parquet file; DataError where it has more rows than bytes, and would fill the memory."""
+    parquet, size = ParquetFile(file), file.stat().st_size
+    if parquet.metadata.num_rows > size:
+        raise DataError(f"{file} has {parquet.metadata.num_rows:,} rows in {size:,} bytes; download it again")
+    return parquet
 
 
 def split_files(root: Path, split: str, endings: Sequence[str]) -> list[Path]:

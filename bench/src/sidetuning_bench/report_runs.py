@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from sidetuning.terminal import say
 from sidetuning_bench.charts import Chart, write_charts
 from sidetuning_bench.report import flat_settings, write_report
 from sidetuning_bench.results import RunResult, as_texts, estimate
+from sidetuning_bench.runs import read_run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -90,7 +90,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
 def _content(run: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads((run / "run.json").read_text())
+        content: dict[str, Any] = read_run(run)
         known = content["scenario"] in FAMILIES
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SideTuningError(f"{run} holds no run ({error}); give the folder of a run") from error

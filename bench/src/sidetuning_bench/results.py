@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sidetuning.errors import ArtifactError, SideTuningError
-from sidetuning.files import write_json
+from sidetuning.files import read_json, write_json
 from sidetuning_bench.continual import AccuracyMatrix, average_rank, mean_and_error, rigidity
 
 # Pandas takes a second to import, and `sidetuning bench --help` needs none.
@@ -94,7 +93,7 @@ class RunResult:
             ArtifactError: No such file, not JSON, a key missing or unknown, or values that do not fit each other.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls(**read_json(path, {}, "it must be an object of JSON"))
         except FileNotFoundError as error:
             raise ArtifactError(f"{path} does not exist; run the comparison first") from error
         # A TypeError names a key that is missing or unknown, or comes from a text in place of a number.

@@ -9,13 +9,14 @@ import os
 import platform
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sidetuning.errors import SideTuningError
-from sidetuning.files import write_json, write_text
+from sidetuning.errors import DataWarning, SideTuningError
+from sidetuning.files import atomic_write, decode_text, parse_json, read_bytes, read_json, write_json
 from sidetuning_bench.options import FREE, defaults, flat, translated
 
 FORMAT_VERSION = 1
@@ -62,7 +63,7 @@ class Run:
         self, file: Path, scenario: str, settings: Any, wanted: Mapping[str, Any], free: tuple[str, ...]
     ) -> None:
         try:
-            found = json.loads(file.read_text())
+            found = read_run(self.folder)
             known = {k: v for k, v in as_json(defaults(settings)).items() if k in wanted}
             # Version 0.1.0 wrote no format_version.
             own = found["settings"] if "format_version" in found else translated(found["settings"], wanted)
@@ -88,7 +89,7 @@ class Run:
             SideTuningError: another was kept.
         """
         file = self.folder / "run.json"
-        content = json.loads(file.read_text())
+        content = read_run(self.folder)
         kept = content.setdefault("fingerprints", {})
         before = dict(kept)
         for name, value in what.items():
@@ -114,32 +115,54 @@ class Run:
         return self.folder / "resume" / f"{name}.pt"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
-        file = self.folder / "metrics.jsonl"
-        rows = []
-        for line in file.read_text().splitlines() if file.exists() else []:
+        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out, a damaged one with a warning."""
+        return [row for _, row in self._rows() if row is not None]
+
+    def _rows(self) -> list[tuple[bytes, dict[str, Any] | None]]:
+        """The lines of `metrics.jsonl` and what they say, None where one is damaged."""
+        file, rows = self.folder / "metrics.jsonl", []
+        lines = read_bytes(file).splitlines(keepends=True) if file.exists() else []
+        for number, line in enumerate(lines, 1):
+            row = None
             try:
-                rows.append(json.loads(line))
+                row = parse_json(decode_text(line), "", {}, "")
             except ValueError:
-                break
+                if number < len(lines) or line.endswith(b"\n"):
+                    warnings.warn(f"line {number} of {file} is damaged and was left out", DataWarning, stacklevel=3)
+            if row is not None or line.endswith(b"\n"):
+                # The whole last row of a file that somebody edited may have no end.
+                rows.append((line.rstrip(b"\r\n") + b"\n", row))
         return rows
 
     def keep(self, which: Callable[[Mapping[str, Any]], bool]) -> None:
         """Leave those rows of `metrics.jsonl` alone."""
-        rows = self.metrics()
-        if not all(map(which, rows)):
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if which(row)))
+        rows = self._rows()
+        kept = [line for line, row in rows if row is None or which(row)]
+        if len(kept) < len(rows):
+            with atomic_write(self.folder / "metrics.jsonl") as temporary:
+                temporary.write_bytes(b"".join(kept))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to `metrics.jsonl`, after dropping a line that a kill cut short."""
         file = self.folder / "metrics.jsonl"
-        text = "".join(json.dumps(r) + "\n" for r in self.metrics())
-        with file.open("r+" if file.exists() else "w") as out:
-            out.seek(len(text.encode()))
+        text = b"".join(line for line, _ in self._rows())
+        with file.open("r+b" if file.exists() else "wb") as out:
+            out.write(text + json.dumps(row).encode() + b"\n")
             out.truncate()
-            out.write(json.dumps(row) + "\n")
             out.flush()
             os.fsync(out.fileno())  # what is saved after it must not outlive it
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """What the `run.json` of a folder says.
+
+    Raises:
+        ArtifactError: it is damaged.
+        FileNotFoundError: there is none.
+    """
+    schema = {"scenario": str, "settings": {}, "fingerprints?": {}}
+    content: dict[str, Any] = read_json(Path(folder) / "run.json", schema, "give the folder of another run")
+    return content
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +196,7 @@ def read_result(kind: Callable[..., Any], file: Path) -> Any:
         SideTuningError: it cannot be read, or another version of the library wrote it.
     """
     try:
-        return kind(**json.loads(file.read_text()))
+        return kind(**read_json(file, {}, "it must be an object of JSON"))
     except (OSError, ValueError, TypeError) as error:
         raise SideTuningError(f"{file} cannot be read ({error}); delete it, and run the same command again") from error
 

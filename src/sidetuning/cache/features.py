@@ -34,7 +34,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        store = Store.open(self.folder)
+        self._store = store = Store.open(self.folder)
         self.fields, self.samples, self.views, self.seconds = store.fields, store.samples, store.views, store.seconds
         self.view: int | None = None if self.views > 1 else 0
         self._arrays = {name: np.memmap(self.folder / name, field, "r") for name, field in self.fields.items()}
@@ -45,7 +45,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
     @property
     def labels(self) -> Tensor:
         """All y, (n, …)."""
-        return torch.from_numpy(np.array(self._arrays["y"]))
+        return self._read("y", np.arange(self.samples))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Features, Tensor]:
         x, features, y = self.__getitems__([index])
@@ -60,6 +60,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
         return self._read("x", rows), Features(self._read("out", rows), taps), self._read("y", samples)
 
     def _read(self, name: str, rows: NDArray[Any]) -> Tensor:
+        self._store.check(name)
         tensor = torch.from_numpy(self._arrays[name][rows])
         return tensor.float() if tensor.dtype == torch.float16 else tensor
 

@@ -24,11 +24,16 @@ import torch
 from torch import Tensor
 
 from sidetuning.base import Base
-from sidetuning.errors import CacheError, ShapeError
-from sidetuning.files import write_json
+from sidetuning.errors import ArtifactError, CacheError, ShapeError
+from sidetuning.files import check_json, read_json, write_json
 from sidetuning.terminal import plain
 
 FORMAT_VERSION = 1
+# Numbers alone: NumPy takes the bytes of an object for addresses. The sizes of the files bound the shapes.
+TYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
+TYPES |= {"float16", "float32", "float64", "complex64", "complex128"}
+FIELD = {"dtype": TYPES, "shape": [int]}
+SCHEMA = {"format_version": {FORMAT_VERSION}, "samples": int, "views?": int, "seconds?": float, "fields": {}}
 T = TypeVar("T")
 # Stores values of a field from a row on: put(name, values, row).
 Put = Callable[[str, Tensor, int], None]
@@ -57,22 +62,32 @@ class Store:
     @staticmethod
     def open(folder: Path, rows: int | None = None) -> Store:
         """Read what a finished cache of `rows` rows, or of one per sample, holds; CacheError where that is not so."""
+        mend = f"delete {folder} and cache again"
         try:
-            meta = json.loads((folder / "meta.json").read_text())
-            if meta["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format_version {meta['format_version']}, this library reads {FORMAT_VERSION}")
-            fields = {name: np.dtype((field["dtype"], tuple(field["shape"]))) for name, field in meta["fields"].items()}
-            samples, views = int(meta["samples"]), int(meta.get("views", 1))
-            store = Store(folder, fields, samples, rows or samples, views, float(meta.get("seconds", 0)))
+            meta = read_json(folder / "meta.json", SCHEMA, mend)
+            given = check_json(meta["fields"], f"{folder}/meta.json", dict.fromkeys(meta["fields"], FIELD), mend)
+            fields = {name: np.dtype((field["dtype"], tuple(field["shape"]))) for name, field in given.items()}
+            if "out" not in fields or min(meta["samples"], meta.get("views") or 1) < 1:
+                raise ArtifactError(f"{folder}/meta.json has no features; {mend}")
         except FileNotFoundError as error:
             raise CacheError(f"{folder} is no finished cache: meta.json is missing; cache again") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"{folder}/meta.json cannot be read ({error}); delete {folder} and cache again") from error
+        except ArtifactError as error:
+            raise CacheError(str(error)) from error
+        except (ValueError, OverflowError) as error:
+            raise CacheError(f"{folder}/meta.json has a shape of no array ({error}); {mend}") from error
+        samples, views = meta["samples"], meta.get("views") or 1
+        store = Store(folder, fields, samples, rows or samples, views, float(meta.get("seconds") or 0))
         for name in fields:
             file = folder / name
-            if not file.exists() or file.stat().st_size != store.size(name):
+            if not file.is_file() or Path(name).name != name or file.stat().st_size != store.size(name):
                 raise CacheError(f"{file} is missing or has the wrong size; delete {folder} and cache again")
         return store
+
+    def check(self, name: str) -> None:
+        """Raise CacheError where the file of a field was cut short since: a read from its map would end the process."""
+        file = self.folder / name
+        if not file.is_file() or file.stat().st_size < self.size(name):
+            raise CacheError(f"{file} was cut short or removed; delete {self.folder} and cache again")
 
     def size(self, *names: str) -> int:
         """Bytes of the files of some fields, by default of all."""

@@ -44,7 +44,7 @@ class CachedTokens(Dataset[Any]):
     def __init__(self, base: Base, texts: Texts, labels: Tensor, folder: Path) -> None:
         self.texts, self.labels, self.folder = texts, labels, folder
         self._starts = np.concatenate([[0], np.cumsum(texts.lengths())])
-        store = Store.open(folder, int(self._starts[-1]))
+        self._store = store = Store.open(folder, int(self._starts[-1]))
         if store.samples != len(texts):
             raise CacheError(f"{folder} has {store.samples} texts, not {len(texts)}; delete {folder} and cache again")
         self._fields, self.seconds = store.fields, store.seconds
@@ -64,6 +64,7 @@ class CachedTokens(Dataset[Any]):
 
     def _read(self, name: str, rows: Sequence[int], longest: int) -> Tensor:
         field = self._fields[name]
+        self._store.check(name)
         out = torch.zeros(len(rows), longest, *field.shape)
         for k, row in enumerate(rows):
             first, last = int(self._starts[row]), int(self._starts[row + 1])

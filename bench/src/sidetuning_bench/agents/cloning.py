@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from sidetuning_bench.agents.worlds import AgentOptions, Player, Policy, map_bas
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task
 from sidetuning_bench.methods.recipe import one_cycle
 from sidetuning_bench.options import FREE, Count, Natural, Rule, SideOptions, Training, flat
-from sidetuning_bench.runs import Run
+from sidetuning_bench.runs import Run, read_run
 
 TASK = "navigate"
 # Trajectories that are held out for the accuracy, at most a tenth of all.
@@ -112,7 +111,7 @@ class Moves(Dataset[Any]):
 def about(folder: str, steps: Steps) -> dict[str, Any]:
     """Fingerprint and number of trajectories, and the settings that they were collected with, where these are known."""
     collected = Path(folder) / "run.json"
-    settings = json.loads(collected.read_text())["settings"] if collected.exists() else {}
+    settings = read_run(folder)["settings"] if collected.exists() else {}
     return {"fingerprint": steps.fingerprint(), "episodes": len(steps.starts) - 1, **settings}
 
 

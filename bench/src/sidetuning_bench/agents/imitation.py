@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -36,7 +35,7 @@ from sidetuning_bench.grid import Cell
 from sidetuning_bench.methods import METHODS, Task
 from sidetuning_bench.options import FREE, Count, GridOptions, Names, Once, check, with_values
 from sidetuning_bench.report_runs import FAMILIES, Family, scaled
-from sidetuning_bench.runs import Run, absolute, read_result
+from sidetuning_bench.runs import Run, absolute, read_result, read_run
 
 # Rows that learn nothing; "compass" only where the environment has one.
 BASELINES = {
@@ -132,11 +131,11 @@ def check_world(options: CloneOptions, steps: Steps) -> None:
     """Check that the test environment is the one of the trajectories, in other scenes, and has an expert."""
     data, env, split = options.data, options.agent.env, options.agent.test_split
     # Data sets of other collectors have no such file, and say nothing of their environment.
-    if (collected := Path(data) / "run.json").exists():
-        was = json.loads(collected.read_text())["settings"]
-        if not env.startswith("habitat:") and was["env"] != env:
-            raise DataError(f"{data} was collected in {was['env']}; give --env {was['env']}")
-        if was["split"] == split and env != "doom-home":
+    if (Path(data) / "run.json").exists():
+        was = read_run(data)["settings"]
+        if not env.startswith("habitat:") and was.get("env") != env:
+            raise DataError(f"{data} was collected in {was.get('env')}; give --env {was.get('env')}")
+        if was.get("split") == split and env != "doom-home":
             raise DataError(f"{data} was collected in the scenes of '{split}'; give another --test-split")
     with closing(make_world(env, split, steps.rgb.shape[-1])) as world:
         check_expert(world, env)

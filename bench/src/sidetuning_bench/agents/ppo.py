@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -31,7 +30,7 @@ from sidetuning_bench.agents.extractor import AgentExtractor
 from sidetuning_bench.agents.outcomes import scores
 from sidetuning_bench.agents.worlds import TEST_SEED, Player, make_world, map_base, side_options
 from sidetuning_bench.options import flat, with_values
-from sidetuning_bench.runs import Run
+from sidetuning_bench.runs import Run, read_run
 
 # Distance between the seeds of two runs: the environments of one have successive seeds.
 SEEDS = 1000
@@ -226,7 +225,7 @@ def load_policy(folder: str | Path) -> tuple[Settings, Any]:
     """
     folder, file = Path(folder), Path(folder) / "policy.safetensors"
     try:
-        settings = with_values(Settings(out=str(folder)), json.loads((folder / "run.json").read_text())["settings"])
+        settings = with_values(Settings(out=str(folder)), read_run(folder)["settings"])
         file.stat()
     except Exception as error:
         raise SideTuningError(f"{folder} holds no policy of a finished run of rl ({error})") from error

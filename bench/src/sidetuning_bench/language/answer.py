@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from sidetuning.errors import DataError, SideTuningError
+from sidetuning.files import decode_text, read_bytes
 from sidetuning.loading import load_base
 from sidetuning.terminal import say
 from sidetuning_bench.language import squad
@@ -17,6 +17,7 @@ from sidetuning_bench.language.questions import Prediction, Question, make_windo
 from sidetuning_bench.language.tokenizer import load_tokenizer, tokenizer_fingerprint
 from sidetuning_bench.methods import load_method
 from sidetuning_bench.options import Count, check
+from sidetuning_bench.runs import read_run
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ def answer(settings: Settings) -> Answers:
     """
     check(settings)
     try:
-        content = json.loads((Path(settings.run) / "run.json").read_text())
+        content = read_run(settings.run)
         if content["scenario"] != "squad":
             raise KeyError(content["scenario"])
         given = squad.settings_of(content["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SideTuningError(f"{settings.run} holds no run of squad ({error}); give the folder of --out") from error
     try:
-        text = Path(settings.context).read_text(encoding="utf-8")
+        text = decode_text(read_bytes(settings.context))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{settings.context} cannot be read as text ({error}); give a text file") from error
     if not text.strip() or not settings.question.strip():
