@@ -65,6 +65,35 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def held_folder(folder: str | Path) -> Iterator[None]:
+    """Hold a folder: no other process may work in it meanwhile, but for those that were launched together.
+
+    The system lets it go when the process ends, however it ends. Windows has no such lock.
+
+    Raises:
+        ArtifactError: another process holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if os.name == "nt" or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(f"another process works in {folder}; wait until it ends, or give another") from error
+        except OSError:
+            # Some file systems of networks have no locks.
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
     with atomic_write(path) as temporary:

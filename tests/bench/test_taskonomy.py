@@ -153,7 +153,8 @@ def test_a_mask_of_ones_is_valid_as_well(root: Path) -> None:
 def test_missing_domains_and_files_are_told(root: Path) -> None:
     remove(root / "edge_texture")
     with pytest.raises(
-        DataError, match=r"has no folder edge_texture; its domains: class_object, .*Ask for these, or download it"
+        DataError,
+        match=r"has no folder edge_texture; its domains: class_object, .*Ask for these, or download it .*--tasks",
     ):
         Taskonomy(root, domains=("rgb", "edge_texture"))
     (root / "normal").rename(root / "normals")
@@ -341,3 +342,21 @@ def test_names_come_from_the_folder_or_are_those_of_taskonomy(root: Path) -> Non
         table.write_text(bad)
         with pytest.raises(DataError, match=r"names.json .*mend it or remove it"):
             names(root, "segment_semantic")
+
+
+def test_all_missing_domains_are_named(root: Path) -> None:
+    for name in ("edge_texture", "normal", "reshading"):
+        remove(root / name)
+    (root / "normals").mkdir()
+    asked = ("rgb", "edge_texture", "normal", "reshading", "normal")
+    with pytest.raises(
+        DataError, match=r"no folder edge_texture, normal, reshading; .*folder normals .*them .*--tasks"
+    ):
+        Taskonomy(root, domains=asked)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_without_buildings_is_told(split: str, root: Path) -> None:
+    (root / "splits.csv").write_text("hanson,1,0,0\nmerom,1,0,0\n")
+    with pytest.raises(DataError, match=rf"names no building of {split} \(2 of train, 0 of val, 0 of test\); choose"):
+        Taskonomy(root, domains=("rgb",), split=split, subset=None)

@@ -62,8 +62,8 @@ Share = Annotated[float, must("be above 0 and at most 1", lambda x: 0 < x <= 1)]
 Probability = Annotated[float, must("be from 0 to 1", lambda x: 0 <= x <= 1)]
 # Wider sides and larger pictures fill the memory; more processes do not start.
 Width = Annotated[float, must("be above 0 and at most 64", lambda x: 0 < x <= 64)]
-Pixels = Annotated[int, must("be from 1 to 8192", lambda n: 1 <= n <= 8192)]
-Workers = Annotated[int, must("be from 1 to 1024", lambda n: 1 <= n <= 1024)]
+Pixels = Annotated[Count, must("be at most 8192", lambda n: n <= 8192)]
+Workers = Annotated[Count, must("be at most 1024", lambda n: n <= 1024)]
 Once = must("name something, and nothing twice", lambda values: 0 < len(values) == len(set(values)))
 Names = Annotated[tuple[str, ...], Once]
 

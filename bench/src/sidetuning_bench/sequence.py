@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from sidetuning.errors import ArtifactError, SideTuningError
+from sidetuning.files import held_folder
 from sidetuning.terminal import say, say_markdown
 from sidetuning_bench.methods import Method, Recipe, Task, saved_tasks
 from sidetuning_bench.options import FREE, flat, with_values
@@ -79,25 +80,26 @@ def learn_in_order(folder: Run, course: Course) -> RunResult:
     former stands. What the folder holds already is not learned again.
 
     Raises:
-        ArtifactError: a task is saved, and its row of metrics is lost.
+        ArtifactError: a task is saved, and its row of metrics is lost; or another process works in the folder.
     """
-    done = saved_rows(folder, course)
-    methods = [course.build() for _ in done] if course.alone and done else [course.build()]
-    for method, name in zip(methods, done, strict=False):
-        method.load(folder.tasks(name if course.alone else ""))
-    file = folder.folder / "result.json"
-    if len(done) == len(course.lessons) and file.exists():
-        return RunResult.load(file)
-    for i, name in enumerate(course.names):
-        if name not in done:
-            if course.alone and i:
-                methods.append(course.build())
-            learn_lesson(folder, course, methods[-1], i, done)
-        folder.done(name)
-    result = result_of(course, [done[name] for name in course.names], methods[0].uses_features)
-    result.matrix.save(folder.folder / "matrix.json")
-    result.save(file)
-    return result
+    with held_folder(folder.folder):
+        done = saved_rows(folder, course)
+        methods = [course.build() for _ in done] if course.alone and done else [course.build()]
+        for method, name in zip(methods, done, strict=False):
+            method.load(folder.tasks(name if course.alone else ""))
+        file = folder.folder / "result.json"
+        if len(done) == len(course.lessons) and file.exists():
+            return RunResult.load(file)
+        for i, name in enumerate(course.names):
+            if name not in done:
+                if course.alone and i:
+                    methods.append(course.build())
+                learn_lesson(folder, course, methods[-1], i, done)
+            folder.done(name)
+        result = result_of(course, [done[name] for name in course.names], methods[0].uses_features)
+        result.matrix.save(folder.folder / "matrix.json")
+        result.save(file)
+        return result
 
 
 def saved_rows(folder: Run, course: Course) -> dict[str, Row]:

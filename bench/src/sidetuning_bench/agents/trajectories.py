@@ -63,6 +63,10 @@ class Writer:
         if self._copy.exists():
             shutil.copyfile(self._copy, self._metadata)
             self._storage = MinariStorage.read(path)
+            # An episode that a kill cut short.
+            for left in path.iterdir():
+                if left.is_dir() and left.name.isdigit() and int(left.name) >= len(self):
+                    shutil.rmtree(left)
             return
         # A process that was killed before its first episode was whole may have left a part.
         shutil.rmtree(path, ignore_errors=True)

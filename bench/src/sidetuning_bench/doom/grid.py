@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 from scipy.sparse import csr_matrix
@@ -22,6 +21,7 @@ from scipy.sparse.csgraph import connected_components, dijkstra
 
 from sidetuning.errors import DataError
 from sidetuning.files import atomic_write
+from sidetuning_bench.doom import compiled
 
 # Radius of a player, with a margin.
 RADIUS = 20.0
@@ -229,7 +229,7 @@ def _blocks(a: Any, b: Any) -> bool:
     return abs(a.floor_height - b.floor_height) > STEP or room < HEADROOM
 
 
-@njit(cache=True)
+@compiled
 def keep_away(clearance: Any, low: Any, cell: float, lines: Any, radius: float) -> None:
     """Lower the clearance of cells near lines (x1, y1, x2, y2) that are `radius` thick to each side."""
     reach = FAR + radius
