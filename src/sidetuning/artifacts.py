@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -16,10 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
@@ -250,7 +253,10 @@ def read_branch(
     shared = {key: getattr(parts, key) for key in ("laterals", "prenorm", "init", "problem")}
     try:
         tapped = base.with_taps(recorded["taps"]) if recorded.get("taps") else base
-        branch = build_branch(tapped, **chosen, **shared)
+        with Sized(tensors):
+            branch = build_branch(tapped, **chosen, **shared)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path / CONFIG} describes parts that do not fit {TENSORS}: {error}; {MEND}") from error
     except SideTuningError:
         raise
     except Exception as error:
@@ -263,6 +269,28 @@ def read_branch(
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
     branch.load_state_dict(tensors)
     return branch
+
+
+class Sized(TorchFunctionMode):
+    """Inside it a part cannot take much more memory than its file: a small one may describe a large network.
+
+    Args:
+        tensors: those of the file.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        # In numbers; every tensor counts for some, so that a billion small layers end too.
+        self.left = 10_000_000 + sum(20_000 + 4 * tensor.numel() for tensor in tensors.values())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count what a function of torch allocates before it does."""
+        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full, torch.arange):
+            shape = (kwargs or {}).get("size") or (args[0] if args and isinstance(args[0], (tuple, list)) else args)
+            self.left -= 10_000 + math.prod(size for size in shape if isinstance(size, int))
+            if self.left < 0:
+                raise ArtifactError("it would take far more memory than its tensors")
+        return func(*args, **(kwargs or {}))
 
 
 def _part(path: Path, kind: str, recorded: Any, module: nn.Module | None) -> tuple[Any, dict[str, Any] | None]:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from sidetuning import __version__
 from sidetuning.errors import DataWarning, SideTuningError
@@ -88,10 +88,19 @@ def guarded(command: Callable[[], None]) -> None:
         sys.exit(fail(str(error)))
 
 
-def show_warning(message: Warning | str, category: type[Warning], filename: str, line: int, *more: Any) -> None:
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Print what was left out of data without the line of code that says so, and other warnings as Python does."""
     data = issubclass(category, DataWarning)
-    say(f"note: {message}" if data else warnings.formatwarning(message, category, filename, line).rstrip(), error=True)
+    say(
+        f"note: {message}" if data else warnings.formatwarning(message, category, filename, lineno).rstrip(), error=True
+    )
 
 
 def fail(message: str, code: int = 1) -> int:

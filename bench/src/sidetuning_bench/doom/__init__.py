@@ -13,7 +13,9 @@ def compiled(function: F) -> F:
     from numba import njit
 
     try:
-        return njit(cache=True)(function)  # type: ignore[no-any-return]
+        machine: Any = njit(cache=True)(function)
     except RuntimeError:
         # Neither this package nor the home can be written to, as in some containers.
-        return njit(function)  # type: ignore[no-any-return]
+        machine = njit(function)
+    compiled_function: F = machine
+    return compiled_function
