@@ -41,7 +41,7 @@ class Session:
             raise ImportError("onnx bases need ONNX Runtime: pip install 'sidetuning[onnx]'") from error
         self.path = Path(path)
         if not self.path.is_file():
-            raise UnknownNameError(f"{path} is no file; give the path of an ONNX file, onnx:PATH")
+            raise UnknownNameError(f"{path} does not exist, or is no file; give the path of an ONNX file, onnx:PATH")
         # ONNX Runtime would open them wherever they lie.
         external_files(self.path)
         try:
