@@ -20,7 +20,6 @@ translated(old, flat(settings))                  # what version 0.1.0 wrote, by 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from types import UnionType
@@ -60,8 +59,7 @@ Positive = Annotated[float, must("be above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, must("be 0 or more", lambda x: x >= 0)]
 Share = Annotated[float, must("be above 0 and at most 1", lambda x: 0 < x <= 1)]
 Probability = Annotated[float, must("be from 0 to 1", lambda x: 0 <= x <= 1)]
-# Wider sides and larger pictures fill the memory; more processes do not start.
-Width = Annotated[float, must("be above 0 and at most 64", lambda x: 0 < x <= 64)]
+# Larger pictures fill the memory, and more processes do not start.
 Pixels = Annotated[Count, must("be at most 8192", lambda n: n <= 8192)]
 Workers = Annotated[Count, must("be at most 1024", lambda n: n <= 1024)]
 Once = must("name something, and nothing twice", lambda values: 0 < len(values) == len(set(values)))
@@ -142,7 +140,7 @@ class SideOptions:
 
     side: str = "fcn4"
     """Side network."""
-    side_width: Width = 1.0
+    side_width: Positive = 1.0
     """Width of the side network: fraction of the channels of fcn4 and fcn5, or of the base's that copy keeps."""
     merge: str = "mlp2"
     """How base and side are fused: mlp2, alpha, base-only, side-only, …"""
@@ -380,21 +378,12 @@ def check(settings: Any) -> None:
     """
     for owner, field, value in leaves(settings):
         hint = get_type_hints(owner, include_extras=True)[field.name]
-        for problem in (*problems(hint, value), *extremes(value)):
+        for problem in problems(hint, value):
             raise SideTuningError(f"--{field.name.replace('_', '-')} {problem}")
 
 
-def extremes(value: Any) -> Iterator[str]:
-    """What is wrong with a number of any setting: seeds and counts have 31 bits, and no setting is infinite."""
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, int) and abs(number) >= 2**31:
-            yield f"must be below {2**31:,}"
-        if isinstance(number, float) and not math.isfinite(number):
-            yield f"must be a finite number, not {number}"
-
-
 def problems(hint: Any, value: Any) -> Iterator[str]:
-    """What the rules inside a type say of a value; None breaks none of them."""
+    """What the rules inside a type say of a value, a number below 2**31; None breaks none of them."""
     origin, arms = get_origin(hint), get_args(hint)
     if value is None:
         return
@@ -407,3 +396,5 @@ def problems(hint: Any, value: Any) -> Iterator[str]:
     elif origin in (Union, UnionType):
         for arm in arms:
             yield from problems(arm, value)
+    elif isinstance(value, (int, float)) and not abs(value) < 2**31:
+        yield f"must be a number between -{2**31:,} and {2**31:,}"
