@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sidetuning.errors import TrainingError
-from sidetuning.files import atomic_write, safetensors_header
+from sidetuning.files import atomic_write, read_bytes, safetensors_header
 from sidetuning.identity import PLAIN, tensor_bytes
 from sidetuning.seeding import seeded
 from sidetuning.sides.initialise import mismatch
@@ -192,7 +192,7 @@ class State:
     def _restore(self, path: Path) -> None:
         mend = "give another resume file, or delete this one to start over"
         try:
-            data = path.read_bytes()
+            data = read_bytes(path)
             # Version 0.1.0 wrote them with torch.save.
             old = data[:2] == b"PK"
             content = torch.load(path, weights_only=True, map_location="cpu") if old else _unpack(data)

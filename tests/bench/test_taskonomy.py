@@ -88,9 +88,11 @@ def test_split_files_are_found_in_order(root: Path, monkeypatch: pytest.MonkeyPa
     (root / "empty.csv").write_text("id,train,val,test\r")
     with pytest.raises(DataError, match=r"empty.csv names no building"):
         read_split("empty.csv", root)
-    (root / "utf16.csv").write_bytes("id,train".encode("utf-16"))
-    with pytest.raises(DataError, match=r"utf16.csv cannot be read as text"):
-        read_split("utf16.csv", root)
+    (root / "utf16.csv").write_bytes("ihlen,1,0,0".encode("utf-16"))
+    assert read_split("utf16.csv", root)["train"] == ["ihlen"]
+    (root / "latin.csv").write_bytes("Zürich,1,0,0".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin.csv cannot be read as text"):
+        read_split("latin.csv", root)
     with pytest.raises(DataError, match=r"no split file .*splits.csv in .*; there is .*train_val_test_tiny.csv"):
         Taskonomy(root, subset=None)
     (root / "splits.csv").write_text("merom,0,0,1")

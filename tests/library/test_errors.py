@@ -303,3 +303,11 @@ def test_numbers_that_no_part_can_have_are_one_sentence(parts: dict[str, Any], m
     with pytest.raises(st.ShapeError, match=message):
         model.add_task("a", **{"head": 2, **parts})
     assert model.tasks == []
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**64), 0.5, "0", None])
+def test_a_seed_that_torch_does_not_take_is_one_sentence(seed: Any) -> None:
+    with pytest.raises(st.SideTuningError, match="a seed is a whole number of at most 64 bits, not"), st.seeded(seed):
+        raise AssertionError
+    with st.seeded(2**63 - 1):
+        assert torch.rand(()).shape == ()

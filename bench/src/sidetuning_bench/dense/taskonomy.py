@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sidetuning.errors import DataError, UnknownNameError
+from sidetuning.files import decode_text, read_bytes
 from sidetuning.registry import unknown
 from sidetuning_bench.dense.targets import resize
 from sidetuning_bench.domains import DOMAINS, INVALID, Domain, domain_of, names, path_of, read, tensor_domain
@@ -253,7 +254,7 @@ def read_split(path_or_name: str | Path, root: str | Path) -> dict[str, list[str
     """
     path = _split_file(path_or_name, Path(root))
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = decode_text(read_bytes(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text ({error}); download it again") from error
     rows = [[cell.strip() for cell in row] for row in csv.reader(re.split(r"\r\n|\r|\n", text)) if "".join(row).strip()]

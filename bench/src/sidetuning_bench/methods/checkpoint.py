@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sidetuning.errors import ArtifactError
-from sidetuning.files import atomic_write, read_json
+from sidetuning.files import atomic_write, read_bytes, read_json
 
 FORMAT_VERSION = 1
 CONFIG = "method.json"
@@ -33,7 +33,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> str:
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The content of a file of `write_tensors`, checked by its name."""
     try:
-        content = file.read_bytes()
+        content = read_bytes(file)
         tensors = load(content)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{file} cannot be read ({error}); learn the tasks again") from error
