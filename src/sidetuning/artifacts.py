@@ -8,7 +8,6 @@ written.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -24,7 +23,16 @@ from torch import Tensor, nn
 from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
-from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_json, safetensors_header
+from sidetuning.files import (
+    atomic_write,
+    check_json,
+    check_signed,
+    json_text,
+    parse_json,
+    read_json,
+    safetensors_header,
+    signed,
+)
 from sidetuning.sides.initialise import mismatch
 
 # Version 1 had the text in `side.json` alone, without a checksum.
@@ -117,22 +125,12 @@ def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, 
     # Equal tasks have equal tensor files, whenever they are saved and whatever was measured. One entry: safetensors
     # writes several in any order.
     inner = {key: value for key, value in config.items() if key not in NOTES}
-    data = save(tensors, metadata={"sidetuning": _signed(inner)})
-    text = _signed({**config, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+    data = save(tensors, metadata={"sidetuning": json_text(signed(inner))})
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    text = json_text(signed({**config, "created": created}))
     with atomic_write(path / CONFIG) as config_file, atomic_write(path / TENSORS) as tensors_file:
         config_file.write_text(text, encoding="utf-8")
         tensors_file.write_bytes(data)
-
-
-def _signed(config: Mapping[str, Any]) -> str:
-    """A task's text with its checksum."""
-    return json_text({**config, "sha256": _checksum(config)})
-
-
-def _checksum(config: Mapping[str, Any]) -> str:
-    """sha256 over a task's text, but for the checksum itself."""
-    content = {key: value for key, value in config.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
@@ -196,10 +194,8 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
     else:
         text = safetensors_header(data).get("sidetuning", "")
         inner: dict[str, Any] = parse_json(text, str(tensor_file), SCHEMA, MEND)
-        for name, signed in ((file, config), (tensor_file, inner)):
-            if signed.get("sha256") != _checksum(signed):
-                raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {MEND}")
-        config = {**{key: config[key] for key in NOTES if key in config}, **inner}
+        notes = check_signed(config, str(file), MEND)
+        config = {key: notes[key] for key in NOTES if key in notes} | check_signed(inner, str(tensor_file), MEND)
         sha256 = _sha256(values)
     if sha256 != config["tensors_sha256"]:
         raise ArtifactError(f"{tensor_file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import platform
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,33 @@ def check_json(content: Any, name: str, schema: Any, mend: str) -> Any:
     if wrong is not None:
         raise ArtifactError(f"{name} has no valid field '{wrong}'; {mend}")
     return content
+
+
+def signed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with their checksum, under "sha256"."""
+    return {**content, "sha256": _checksum(content)}
+
+
+def check_signed(content: Mapping[str, Any], name: str, mend: str, needed: bool = True) -> dict[str, Any]:
+    """What `signed` was given.
+
+    Args:
+        content: JSON values as they were read.
+        name, mend: as of `read_json`.
+        needed: False for files of older versions, which have no checksum.
+
+    Raises:
+        ArtifactError: there is no checksum where one is needed, or it is another.
+    """
+    if (needed or "sha256" in content) and content.get("sha256") != _checksum(content):
+        raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {mend}")
+    return {key: value for key, value in content.items() if key != "sha256"}
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """sha256 over JSON values, but for the checksum itself."""
+    values = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def safetensors_header(data: bytes) -> dict[str, str]:

@@ -98,7 +98,7 @@ def run_apart(cell: Cell[S], work: Callable[[S], R], bar: tqdm[Any]) -> R:
         try:
             while not future.done():
                 time.sleep(0.2)
-                learned = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+                learned = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
                 bar.update(start + min(learned, cell.size) - bar.n)
             return future.result()
         except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from sidetuning.errors import SideTuningError
 from sidetuning_bench.charts import Chart, write_charts
 from sidetuning_bench.report import flat_settings, write_report
 from sidetuning_bench.results import RunResult, as_texts, estimate
+from sidetuning_bench.runs import read_run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -88,12 +88,8 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
 
 def _content(run: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads((run / "run.json").read_text())
-        known = content["scenario"] in FAMILIES
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SideTuningError(f"{run} holds no run ({error}); give the folder of a run") from error
-    if not known:
+    content = read_run(run)
+    if content["scenario"] not in FAMILIES:
         raise SideTuningError(f"{run} holds a run of {content['scenario']}; pages are of {' and of '.join(FAMILIES)}")
     return content
 

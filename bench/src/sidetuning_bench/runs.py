@@ -10,15 +10,19 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sidetuning.errors import SideTuningError
-from sidetuning.files import write_json, write_text
+from sidetuning.errors import ArtifactError, SideTuningError
+from sidetuning.files import atomic_write, check_signed, parse_json, read_json, signed, write_json
 from sidetuning_bench.options import FREE, defaults, flat, translated
 
-FORMAT_VERSION = 1
+# Version 1 had no checksums; version 0.1.0 of the library wrote no version.
+FORMAT_VERSION = 2
+MEND = "choose another folder with --out, or delete this one"
+SCHEMA = {"scenario": str, "settings": dict, "format_version?": int, "fingerprints?": dict}
 
 
 class Run:
@@ -41,7 +45,7 @@ class Run:
         file = self.folder / "run.json"
         # What failed before it began, by a mistake in its settings, may begin again with others.
         if file.exists() and any(other != file for other in self.folder.iterdir()):
-            self._check(file, scenario, settings, as_json(wanted), free)
+            self._check(scenario, settings, as_json(wanted), free)
             return
         versions = {name: version(name) for name in ("sidetuning", "torch", "numpy", "accelerate")}
         content = {
@@ -52,34 +56,23 @@ class Run:
             "command": sys.argv,
         }
         try:
-            write_json(file, content)
+            write_json(file, signed(content))
         except OSError as error:
             raise SideTuningError(
                 f"{folder} cannot be written to ({error.strerror}); choose another with --out"
             ) from error
 
-    def _check(
-        self, file: Path, scenario: str, settings: Any, wanted: Mapping[str, Any], free: tuple[str, ...]
-    ) -> None:
-        try:
-            found = json.loads(file.read_text())
-            known = {k: v for k, v in as_json(defaults(settings)).items() if k in wanted}
-            # Version 0.1.0 wrote no format_version.
-            own = found["settings"] if "format_version" in found else translated(found["settings"], wanted)
-            saved, was = {**known, **own}, found["scenario"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SideTuningError(
-                f"{file} is damaged ({error}); choose another folder with --out, or delete this one"
-            ) from error
+    def _check(self, scenario: str, settings: Any, wanted: Mapping[str, Any], free: tuple[str, ...]) -> None:
+        found = read_run(self.folder)
+        known = {k: v for k, v in as_json(defaults(settings)).items() if k in wanted}
+        own = found["settings"] if "format_version" in found else translated(found["settings"], wanted)
+        saved, was = {**known, **own}, found["scenario"]
         if was != scenario:
             raise SideTuningError(f"{self.folder} holds a run of {was}; choose another folder with --out")
         names = [*wanted, *(name for name in saved if name not in wanted and name not in free)]
         other = [f"{n} {saved.get(n)!r} (now {wanted.get(n)!r})" for n in names if saved.get(n) != wanted.get(n)]
         if other:
-            raise SideTuningError(
-                f"{self.folder} holds a run with other settings: {', '.join(other)}; choose another folder with --out, "
-                "or delete this one"
-            )
+            raise SideTuningError(f"{self.folder} holds a run with other settings: {', '.join(other)}; {MEND}")
 
     def belongs(self, **what: str) -> None:
         """Keep fingerprints of what the run is of, such as its data, and refuse others when it goes on.
@@ -87,17 +80,14 @@ class Run:
         Raises:
             SideTuningError: another was kept.
         """
-        file = self.folder / "run.json"
-        content = json.loads(file.read_text())
+        content = read_run(self.folder)
         kept = content.setdefault("fingerprints", {})
         before = dict(kept)
         for name, value in what.items():
             if kept.setdefault(name, value) != value:
-                raise SideTuningError(
-                    f"{self.folder} holds a run of another {name}; choose another folder with --out, or delete this one"
-                )
+                raise SideTuningError(f"{self.folder} holds a run of another {name}; {MEND}")
         if kept != before:
-            write_json(file, content)
+            write_json(self.folder / "run.json", signed(content))
 
     def tasks(self, name: str = "") -> Path:
         """Where a method saves its tasks; a method that has one task alone goes by that task's name."""
@@ -114,32 +104,55 @@ class Run:
         return self.folder / "resume" / f"{name}.pt"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
+        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out.
+
+        Raises:
+            SideTuningError: another line is damaged.
+        """
+        return [row for row, _ in self._rows()]
+
+    def _rows(self) -> list[tuple[dict[str, Any], bytes]]:
+        """The rows, each with its line."""
         file = self.folder / "metrics.jsonl"
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         rows = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+        for number, line in enumerate(lines, start=1):
+            name = f"{file}, line {number},"
+            row = parse_json(line.decode(errors="replace"), name, {}, MEND)
+            rows.append((check_signed(row, name, MEND, needed=False), line + b"\n"))
         return rows
 
     def keep(self, which: Callable[[Mapping[str, Any]], bool]) -> None:
         """Leave those rows of `metrics.jsonl` alone."""
-        rows = self.metrics()
-        if not all(map(which, rows)):
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if which(row)))
+        lines = [line if which(row) else b"" for row, line in self._rows()]
+        if not all(lines):
+            with atomic_write(self.folder / "metrics.jsonl") as temporary:
+                temporary.write_bytes(b"".join(lines))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to `metrics.jsonl`, after dropping a line that a kill cut short."""
         file = self.folder / "metrics.jsonl"
-        text = "".join(json.dumps(r) + "\n" for r in self.metrics())
-        with file.open("r+" if file.exists() else "w") as out:
-            out.seek(len(text.encode()))
+        whole = sum(len(line) for _, line in self._rows())
+        with file.open("r+b" if file.exists() else "wb") as out:
+            out.seek(whole)
             out.truncate()
-            out.write(json.dumps(row) + "\n")
+            out.write(json.dumps(signed(row)).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())  # what is saved after it must not outlive it
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """What the run in a folder is, by its `run.json`.
+
+    Raises:
+        SideTuningError: there is no run, or its file is damaged.
+    """
+    file = Path(folder) / "run.json"
+    try:
+        content = read_json(file, SCHEMA, MEND)
+    except FileNotFoundError as error:
+        raise SideTuningError(f"{folder} holds no run: run.json is missing; give the folder of a run") from error
+    return check_signed(content, str(file), MEND, needed=(content.get("format_version") or 0) > 1)
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,10 +185,18 @@ def read_result(kind: Callable[..., Any], file: Path) -> Any:
     Raises:
         SideTuningError: it cannot be read, or another version of the library wrote it.
     """
+    mend = "delete it, and run the same command again"
     try:
-        return kind(**json.loads(file.read_text()))
+        return kind(**check_signed(read_json(file, {}, mend), str(file), mend, needed=False))
+    except ArtifactError:
+        raise
     except (OSError, ValueError, TypeError) as error:
-        raise SideTuningError(f"{file} cannot be read ({error}); delete it, and run the same command again") from error
+        raise SideTuningError(f"{file} cannot be read ({error}); {mend}") from error
+
+
+def write_result(file: Path, result: Any) -> None:
+    """Write a result, a dataclass, for `read_result`."""
+    write_json(file, signed(as_json(asdict(result))))
 
 
 def peak_memory_mb(anew: bool = False) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from sidetuning.errors import ArtifactError, DataError
+from sidetuning.errors import DataError
+from sidetuning.files import check_signed, read_json
 from sidetuning.loading import load
 from sidetuning.problems import Classes
 from sidetuning.sides.fit import resize
@@ -80,10 +80,10 @@ def averages_mirror_images(run: Path) -> bool:
     file = next((f for f in (run / "run.json", run.parent.parent / "run.json") if f.exists()), None)
     if file is None:
         return False
-    try:
-        return bool(json.loads(file.read_text())["settings"].get("mirror"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error}); give the folder of a whole run or of a task") from error
+    mend = "give the folder of a whole run or of a task"
+    content = read_json(file, {"settings": {"mirror?": bool}, "format_version?": int}, mend)
+    check_signed(content, str(file), mend, needed=(content.get("format_version") or 0) > 1)
+    return bool(content["settings"].get("mirror"))
 
 
 def read(path: Path, size: tuple[int, ...]) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from sidetuning.errors import DataError, SideTuningError, UnknownNameError
-from sidetuning.files import write_json, write_text
+from sidetuning.files import write_text
 from sidetuning.registry import unknown
 from sidetuning_bench import grid
 from sidetuning_bench.agents import cloning
@@ -36,7 +35,7 @@ from sidetuning_bench.grid import Cell
 from sidetuning_bench.methods import METHODS, Task
 from sidetuning_bench.options import FREE, Count, GridOptions, Names, Once, check, with_values
 from sidetuning_bench.report_runs import FAMILIES, Family, scaled
-from sidetuning_bench.runs import Run, absolute, read_result
+from sidetuning_bench.runs import Run, absolute, read_result, read_run, write_result
 
 # Rows that learn nothing; "compass" only where the environment has one.
 BASELINES = {
@@ -132,8 +131,8 @@ def check_world(options: CloneOptions, steps: Steps) -> None:
     """Check that the test environment is the one of the trajectories, in other scenes, and has an expert."""
     data, env, split = options.data, options.agent.env, options.agent.test_split
     # Data sets of other collectors have no such file, and say nothing of their environment.
-    if (collected := Path(data) / "run.json").exists():
-        was = json.loads(collected.read_text())["settings"]
+    if (Path(data) / "run.json").exists():
+        was = read_run(data)["settings"]
         if not env.startswith("habitat:") and was["env"] != env:
             raise DataError(f"{data} was collected in {was['env']}; give --env {was['env']}")
         if was["split"] == split and env != "doom-home":
@@ -163,7 +162,7 @@ def baseline(settings: Settings, name: str, size: int) -> Result:
         outcomes = list(episodes(world, acts(name, world), agent.test_episodes, TEST_SEED))
     given = {"env": agent.env, "test_split": agent.test_split, "test_episodes": agent.test_episodes, "size": size}
     result = Result(method=name, trajectories=0, seed=0, settings=given, **scores(outcomes))
-    write_json(file, asdict(result))
+    write_result(file, result)
     return result
 
 

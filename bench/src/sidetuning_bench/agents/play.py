@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ from sidetuning_bench.agents.worlds import Player, map_base
 from sidetuning_bench.charts import write_charts
 from sidetuning_bench.methods import load_method
 from sidetuning_bench.options import Count, check, with_values
+from sidetuning_bench.runs import read_run
 
 GIVE = "give the folder of one run of imitation or rl"
 
@@ -39,11 +39,8 @@ def load_player(folder: str | Path) -> Player:
         SideTuningError: the folder holds no finished run of imitation or rl.
     """
     folder = Path(folder)
-    try:
-        content = json.loads((folder / "run.json").read_text())
-        scenario, saved = content["scenario"], content["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise SideTuningError(f"{folder} holds no run ({error}); {GIVE}") from error
+    content = read_run(folder)
+    scenario, saved = content["scenario"], content["settings"]
     if scenario == "imitation-run":
         settings = with_values(cloning.Settings(), saved)
         agent = settings.clone.agent

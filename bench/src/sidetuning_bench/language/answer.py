@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from sidetuning_bench.language.questions import Prediction, Question, make_windo
 from sidetuning_bench.language.tokenizer import load_tokenizer, tokenizer_fingerprint
 from sidetuning_bench.methods import load_method
 from sidetuning_bench.options import Count, check
+from sidetuning_bench.runs import read_run
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def answer(settings: Settings) -> Answers:
     """
     check(settings)
     try:
-        content = json.loads((Path(settings.run) / "run.json").read_text())
+        content = read_run(settings.run)
         if content["scenario"] != "squad":
             raise KeyError(content["scenario"])
         given = squad.settings_of(content["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SideTuningError(f"{settings.run} holds no run of squad ({error}); give the folder of --out") from error
     try:
         text = Path(settings.context).read_text(encoding="utf-8")

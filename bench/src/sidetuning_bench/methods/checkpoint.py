@@ -12,9 +12,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sidetuning.errors import ArtifactError
-from sidetuning.files import atomic_write, read_json
+from sidetuning.files import atomic_write, check_signed, read_json
 
-FORMAT_VERSION = 1
+# Version 1 had no checksum.
+FORMAT_VERSION = 2
+MEND = "learn the tasks again"
 CONFIG = "method.json"
 TASK = {"name": str, "labels?": [str], "head_options?": dict}
 SCHEMA = {"format_version": int, "method": str, "options": dict, "base": str, "tasks": [TASK], "tensors": str}
@@ -46,11 +48,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of `method.json`, checked."""
     file = folder / CONFIG
     try:
-        config: dict[str, Any] = read_json(file, SCHEMA, "learn the tasks again")
+        config: dict[str, Any] = read_json(file, SCHEMA, MEND)
     except FileNotFoundError as error:
         raise ArtifactError(f"{file} does not exist; give the folder that save() wrote") from error
-    if config["format_version"] != FORMAT_VERSION:
-        raise ArtifactError(f"{file} has an unknown format_version; this library reads {FORMAT_VERSION}")
+    version = config["format_version"]
+    if not 1 <= version <= FORMAT_VERSION:
+        raise ArtifactError(f"{file} has the format_version {version}; this library reads 1 to {FORMAT_VERSION}")
+    config = check_signed(config, str(file), MEND, needed=version > 1)
+    if Path(config["tensors"]).name != config["tensors"]:
+        raise ArtifactError(f"{file} names a file of another folder, {config['tensors']}; {MEND}")
     return config
 
 
