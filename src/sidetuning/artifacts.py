@@ -30,6 +30,7 @@ from sidetuning.files import (
     json_text,
     parse_json,
     read_json,
+    read_safetensors,
     safetensors_header,
     signed,
 )
@@ -183,7 +184,7 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
     if found == 1 and not tensors:
         return config, {}
     try:
-        data = tensor_file.read_bytes()
+        data = read_safetensors(tensor_file)
         values = parse(data)
     except FileNotFoundError as error:
         raise ArtifactError(f"{tensor_file} is missing; {MEND}") from error
@@ -254,6 +255,10 @@ def read_branch(
     problem = mismatch(branch.state_dict(), tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
+    # In the type in which it was saved: no number is rounded on the way.
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(types) == 1:
+        branch.to(types.pop())
     branch.load_state_dict(tensors)
     return branch
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sidetuning.errors import ArtifactError
+
+# The largest JSON, in bytes: a file that says more is none of ours.
+LONGEST_TEXT = 1 << 28
 
 
 @contextlib.contextmanager
@@ -94,7 +98,7 @@ def read_json(path: str | Path, schema: Any, mend: str) -> Any:
         ArtifactError: not JSON, or a value of another type.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_bytes(path, LONGEST_TEXT).decode()
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:
@@ -144,6 +148,36 @@ def _checksum(content: Mapping[str, Any]) -> str:
     """sha256 over JSON values, but for the checksum itself."""
     values = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_bytes(path: str | Path, longest: int | None = None) -> bytes:
+    """The content of a file of at most `longest` bytes; an OSError of a device or a pipe, which may have no end."""
+    about = Path(path).stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("it is no file")
+    if longest is not None and about.st_size > longest:
+        raise OSError(f"it has {about.st_size:,} bytes, and at most {longest:,} are read")
+    return Path(path).read_bytes()
+
+
+def read_safetensors(path: str | Path) -> bytes:
+    """The content of a safetensors file, whose header is checked before so much memory is taken.
+
+    Raises:
+        OSError: it cannot be read, or is none.
+    """
+    about = Path(path).stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("it is no file")
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError, LookupError):
+            header = json.loads(file.read(length) if length <= LONGEST_TEXT else b"")
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            if about.st_size == 8 + length + max(ends, default=0):
+                file.seek(0)
+                return file.read()
+    raise OSError("it is no whole safetensors file")
 
 
 def safetensors_header(data: bytes) -> dict[str, str]:

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from sidetuning.errors import ArtifactError, SideTuningError
-from sidetuning.files import atomic_write, check_signed, parse_json, read_json, signed, write_json
+from sidetuning.files import (
+    LONGEST_TEXT,
+    atomic_write,
+    check_signed,
+    parse_json,
+    read_bytes,
+    read_json,
+    signed,
+    write_json,
+)
 from sidetuning_bench.options import FREE, defaults, flat, translated
 
 # Version 1 had no checksums; version 0.1.0 of the library wrote no version.
@@ -114,7 +123,10 @@ class Run:
     def _rows(self) -> list[tuple[dict[str, Any], bytes]]:
         """The rows, each with its line."""
         file = self.folder / "metrics.jsonl"
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        try:
+            lines = read_bytes(file, LONGEST_TEXT).split(b"\n")[:-1] if file.exists() else []
+        except OSError as error:
+            raise SideTuningError(f"{file} cannot be read ({error}); {MEND}") from error
         rows = []
         for number, line in enumerate(lines, start=1):
             name = f"{file}, line {number},"

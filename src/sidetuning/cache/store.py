@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -132,6 +133,9 @@ class Store:
         if show:
             what = f"{self.samples:,} samples x {self.views} views: {self.size() / 1e6:,.0f} MB in {self.folder}"
             tqdm.write(f"caching the base's features of {what}")
+        if state.is_main_process:
+            self._clear()
+        state.wait_for_everyone()
         with ExitStack() as stack:
             files = self._reserve(stack)
             bar = stack.enter_context(tqdm(total=len(share) * chunk, unit="sample", disable=not show, leave=False))
@@ -157,6 +161,14 @@ class Store:
         about = {"format_version": FORMAT_VERSION, "samples": self.samples, "views": self.views, "fields": fields}
         write_json(self.folder / "meta.json", signed({**about, "seconds": seconds}))
         state.wait_for_everyone()
+
+    def _clear(self) -> None:
+        """Begin anew where something else lies in place of a file: through a link, others' files would be written."""
+        done = self.folder / "done"
+        for path in self.folder.rglob("*"):
+            if path.is_symlink() or not (path.is_dir() if path == done else path.is_file()):
+                shutil.rmtree(self.folder)
+                return
 
     def _reserve(self, stack: ExitStack) -> dict[str, BinaryIO]:
         """Open all files at their full size: a full disk is found before hours of work."""

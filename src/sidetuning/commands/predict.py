@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from sidetuning.errors import DataError
-from sidetuning.files import check_signed, read_json
+from sidetuning.files import LONGEST_TEXT, check_signed, read_bytes, read_json
 from sidetuning.loading import load
 from sidetuning.problems import Classes
 from sidetuning.sides.fit import resize
@@ -89,9 +89,9 @@ def averages_mirror_images(run: Path) -> bool:
 def read(path: Path, size: tuple[int, ...]) -> Tensor:
     """An image file as (3, h, w) in [0, 1]."""
     try:
-        image = decode_image(path.read_bytes())
+        image = decode_image(read_bytes(path, LONGEST_TEXT))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); give the path of an image file") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return resize(image.unsqueeze(0).float() / 255, size)[0]

@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sidetuning.errors import DataError
+from sidetuning.files import read_bytes
 from sidetuning_bench.from_hub import local_folder
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val")}
 HUB = "rajpurkar/squad_v2"
+# The longest file of JSON, in bytes; SQuAD's have 40 MB.
+LARGEST = 1 << 30
 # The longest answer, in tokens.
 LONGEST = 30
 # How many of the most likely starts and ends are tried with each other.
@@ -151,14 +154,22 @@ def _rows(file: Path) -> Iterator[Raw]:
                 given = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
                 yield row["id"], row["question"], row["context"], [Answer(*answer) for answer in given]
             return
-        for article in json.loads(file.read_text(encoding="utf-8"))["data"]:
+        for article in json.loads(read_bytes(file, LARGEST))["data"]:
             for paragraph in article["paragraphs"]:
                 for entry in paragraph["qas"]:
                     # Some files keep plausible answers where there is none.
                     answers = [] if entry.get("is_impossible") else entry.get("answers") or []
                     found = [Answer(answer["text"], answer["answer_start"]) for answer in answers]
                     yield str(entry["id"]), entry["question"], paragraph["context"], found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        pyarrow.ArrowException,
+    ) as error:
         kind = "parquet file of SQuAD" if parquet else "SQuAD file"
         raise DataError(f"{file} is no {kind} ({type(error).__name__}: {error}); download it again") from error
 

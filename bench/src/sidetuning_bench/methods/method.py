@@ -269,7 +269,7 @@ class Method(nn.Module):
         try:
             for t in config["tasks"]:
                 options = t.get("head_options", {})
-                self._add(Task(t["name"], t["head"], labels=t["labels"], head_options=options), self.rebuild)
+                self._add(Task(t["name"], t["head"], labels=t.get("labels"), head_options=options), self.rebuild)
             self.read_tensors(folder, config["tensors"])
         except BaseException:
             for task in list(self.tasks):
