@@ -8,9 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +176,14 @@ def check_isolation(case: Case) -> None:
         assert same(answer(case, model), before)
     outputs = model.forward_all(inputs(case, ROWS))
     assert same(outputs["old"], before)
+    # As in a loop of somebody's own, where what is frozen stays.
+    model.freeze_task("old")
     model.train()
     model.forward_all(inputs(case, ROWS))
     model.eval()
     assert same(answer(case, copy.deepcopy(model)), before)
     if "reads" in model:
         model.remove_task("reads")
-    model.freeze_task("old")
     model.remove_task("new")
     assert same(answer(case, model), before)
     assert same(model(taken(inputs(case, ROWS), slice(0, 1)), "old"), one)
@@ -246,10 +246,85 @@ CHECKS = [check_isolation, check_saved, check_cached, check_threads]
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_it_holds(check: Any) -> None:
-    drawn(10)(given(cases())(check))()
+    drawn(15)(given(cases())(check))()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_it_holds_for_many(check: Any) -> None:
     drawn(60)(given(cases())(check))()
+
+
+# Draws the cases that its arguments name, in one process or in two that train together, and prints what came out.
+SCRIPT = """
+import json, sys
+sys.path[:0] = sys.argv[2:4]
+import torch
+from accelerate import PartialState
+from hypothesis import given
+from hypothesis import strategies as draw
+import sidetuning as st
+from test_properties import added, answer, cases, drawn, loader
+
+found = []
+
+def check(case):
+    model = added(case)
+    if sys.argv[1] == "load":
+        model.remove_task("old")
+        folder = f"{sys.argv[4]}/{len(found)}"
+        model.load_task(folder)
+        found.append(answer(case, model).float().flatten().tolist())
+        return
+    how = {"steps": 3, "lr": 1e-2, "optimizer": torch.optim.SGD, "progress": False}
+    result = st.fit(model, "old", loader(case, model), seed=case.seed, **how)
+    scores = st.evaluate(model, "old", loader(case, model, shuffle=False))
+    weights = [float(p.double().sum()) for p in model["old"].state_dict().values()]
+    found.append([result.losses, weights, list(scores.values())])
+
+chosen = cases() if sys.argv[1] == "load" else cases().filter(lambda case: case.dtype != "bfloat16")
+drawn(int(sys.argv[5]))(given(chosen)(check))()
+if PartialState().is_main_process:
+    print("RESULT" + json.dumps(found))
+"""
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def started(folder: Path, what: str, count: int, *launch: str) -> list[Any]:
+    (folder / "script.py").write_text(SCRIPT)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, *launch, folder / "script.py", what, here, here.parent, folder, str(count)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert done.returncode == 0 and len(lines) == 1, done.stderr[-3000:]
+    found: list[Any] = json.loads(lines[0].removeprefix("RESULT"))
+    return found
+
+
+@pytest.mark.slow
+def test_a_fresh_process_says_the_same(tmp_path: Path) -> None:
+    expected: list[Any] = []
+
+    def save(case: Case) -> None:
+        model = added(case)
+        learn(case, model)
+        model.save_task("old", tmp_path / str(len(expected)))
+        expected.append(answer(case, model).float().flatten().tolist())
+
+    drawn(5)(given(cases())(save))()
+    assert started(tmp_path, "load", 5) == expected
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    one, two = started(tmp_path, "fit", 8), started(tmp_path, "fit", 8, *LAUNCH)
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        for first, second in zip(a, b, strict=True):
+            assert second == pytest.approx(first, rel=1e-4, abs=1e-5, nan_ok=True)
