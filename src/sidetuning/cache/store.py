@@ -89,9 +89,11 @@ class Store:
             raise CacheError(f"{folder} is no finished cache: meta.json is missing; cache again") from error
         except ArtifactError as error:
             raise CacheError(str(error)) from error
+        except (ValueError, OverflowError) as error:
+            raise CacheError(f"{file} has a shape of no array ({error}); {mend}") from error
         samples, views, seconds = meta["samples"], meta.get("views") or 1, float(meta.get("seconds") or 0)
         store = Store(folder, fields, samples, rows or samples, views, seconds, meta["format_version"] > 1)
-        if min(samples, views, *(min(field.shape, default=0) for field in fields.values())) < 0 or not fields:
+        if min(samples, views) < 1 or "out" not in fields:
             raise CacheError(f"{file} has no valid sizes; {mend}")
         for name, size in store.files().items():
             if not re.fullmatch(r"[\w. -]+", name) or not (folder / name).is_file():
