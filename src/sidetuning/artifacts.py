@@ -8,7 +8,6 @@ written.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,7 +26,17 @@ from torch.overrides import TorchFunctionMode
 from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
-from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_bytes, read_json, safetensors_header
+from sidetuning.files import (
+    atomic_write,
+    check_json,
+    check_signed,
+    json_text,
+    parse_json,
+    read_json,
+    read_safetensors,
+    safetensors_header,
+    signed,
+)
 from sidetuning.sides.initialise import mismatch
 
 # Version 1 had the text in `side.json` alone, without a checksum.
@@ -122,22 +131,12 @@ def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, 
     # Equal tasks have equal tensor files, whenever they are saved and whatever was measured. One entry: safetensors
     # writes several in any order.
     inner = {key: value for key, value in config.items() if key not in NOTES}
-    data = save(tensors, metadata={"sidetuning": _signed(inner)})
-    text = _signed({**config, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+    data = save(tensors, metadata={"sidetuning": json_text(signed(inner))})
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    text = json_text(signed({**config, "created": created}))
     with atomic_write(path / CONFIG) as config_file, atomic_write(path / TENSORS) as tensors_file:
         config_file.write_text(text, encoding="utf-8")
         tensors_file.write_bytes(data)
-
-
-def _signed(config: Mapping[str, Any]) -> str:
-    """A task's text with its checksum."""
-    return json_text({**config, "sha256": _checksum(config)})
-
-
-def _checksum(config: Mapping[str, Any]) -> str:
-    """sha256 over a task's text, but for the checksum itself."""
-    content = {key: value for key, value in config.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
@@ -190,7 +189,7 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
     if found == 1 and not tensors:
         return config, {}
     try:
-        data = read_bytes(tensor_file)
+        data = read_safetensors(tensor_file)
         values = parse(data)
     except FileNotFoundError as error:
         raise ArtifactError(f"{tensor_file} is missing; {MEND}") from error
@@ -201,10 +200,8 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
     else:
         text = safetensors_header(data).get("sidetuning", "")
         inner: dict[str, Any] = parse_json(text, str(tensor_file), SCHEMA, MEND)
-        for name, signed in ((file, config), (tensor_file, inner)):
-            if signed.get("sha256") != _checksum(signed):
-                raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {MEND}")
-        config = {**{key: config[key] for key in NOTES if key in config}, **inner}
+        notes = check_signed(config, str(file), MEND)
+        config = {key: notes[key] for key in NOTES if key in notes} | check_signed(inner, str(tensor_file), MEND)
         sha256 = _sha256(values)
     if sha256 != config["tensors_sha256"]:
         raise ArtifactError(f"{tensor_file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")
@@ -267,6 +264,10 @@ def read_branch(
     problem = mismatch(branch.state_dict(), tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
+    # In the type in which it was saved: no number is rounded on the way.
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(types) == 1:
+        branch.to(types.pop())
     branch.load_state_dict(tensors)
     return branch
 

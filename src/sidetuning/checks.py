@@ -27,7 +27,7 @@ def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Inpu
         ShapeError: parts that do not fit each other.
         TaskError: labels that are not one per output.
     """
-    branch.eval().to(base.device)
+    branch.eval().to(base.device, base.dtype or torch.get_default_dtype())
     inputs, features = base.prepare(base.example), base.example_features
     try:
         with torch.no_grad():

@@ -1,8 +1,18 @@
 """The errors of the library. Each message says what was given, what was expected and what to do."""
 
+import re
+
+# Of a message, in characters: those of other libraries may hold a whole file.
+LONGEST = 1200
+
 
 class SideTuningError(Exception):
     """Anything a user can mend; the command line prints its message alone and exits with 1."""
+
+    def __str__(self) -> str:
+        """The message in one line, which what others say within it must not break."""
+        text = re.sub(r"\s*[\x00-\x1f\x7f]+\s*", " ", super().__str__()).strip()
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 class UnknownNameError(SideTuningError, ValueError):

@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 
 import sidetuning as st
-from sidetuning.errors import DataWarning
+from sidetuning.errors import DataWarning, SideTuningError
 from sidetuning_bench.domains import names
 from sidetuning_bench.language.questions import read_questions
 from sidetuning_bench.methods import load_method
 from sidetuning_bench.results import RunResult
-from sidetuning_bench.runs import Run, read_result, read_run
+from sidetuning_bench.runs import Run, read_result, read_run, write_result
 
 
 @dataclass(frozen=True)
 class Settings:
-    """No settings but a folder."""
+    """A folder, and a setting."""
 
     out: str = ""
+    rate: float = 0.1
 
 
 def test_memory_is_counted_anew() -> None:
@@ -71,7 +72,7 @@ def test_a_last_row_that_was_cut_short_makes_room_for_the_next(cut: bytes, tmp_p
     file.write_bytes(file.read_bytes() + cut)
     assert run.metrics() == [{"task": "t0"}]
     run.append({"task": "t1"})
-    assert file.read_bytes() == b'{"task": "t0"}\n{"task": "t1"}\n'
+    assert [row["task"] for row in run.metrics()] == ["t0", "t1"] and file.read_bytes().endswith(b"}\n")
     file.write_bytes(file.read_bytes()[:-1])
     run.append({"task": "t2"})
     assert [row["task"] for row in run.metrics()] == ["t0", "t1", "t2"]
@@ -104,3 +105,49 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     for encoding in ("utf-8-sig", "utf-16"):
         (tmp_path / "run.json").write_text('{"scenario": "ü", "settings": {}}', encoding=encoding)
         assert read_run(tmp_path)["scenario"] == "ü"
+
+
+def run_with_rows(folder: Path) -> Run:
+    run = Run(folder, "toy", Settings())
+    for k in range(4):
+        run.append({"task": f"task-{k}"})
+    return run
+
+
+def changed(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_a_row_that_was_changed_is_reported_and_the_others_stay(tmp_path: Path) -> None:
+    run = run_with_rows(tmp_path)
+    changed(tmp_path / "metrics.jsonl", '"task-1"', '"task-9"')
+    with pytest.warns(DataWarning, match="line 2 of"):
+        assert [row["task"] for row in run.metrics()] == ["task-0", "task-2", "task-3"]
+
+
+def test_a_row_that_a_kill_cut_short_is_written_again(tmp_path: Path) -> None:
+    run, file = run_with_rows(tmp_path), tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert [row["task"] for row in run.metrics()] == ["task-0", "task-1", "task-2"]
+    run.append({"task": "task-3"})
+    assert [row["task"] for row in run.metrics()] == ["task-0", "task-1", "task-2", "task-3"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("0.1", "0.2"), ('"toy"', '"boy"'), ('"format_version": 2', '"format_version": 1')]
+)
+def test_a_changed_run_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    run_with_rows(tmp_path)
+    changed(tmp_path / "run.json", old, new)
+    with pytest.raises(SideTuningError, match=r"run\.json was changed"):
+        Run(tmp_path, "toy", Settings())
+
+
+def test_a_changed_result_is_refused(tmp_path: Path) -> None:
+    write_result(tmp_path / "result.json", Settings())
+    assert read_result(Settings, tmp_path / "result.json") == Settings()
+    changed(tmp_path / "result.json", "0.1", "0.2")
+    with pytest.raises(SideTuningError, match=r"result\.json was changed"):
+        read_result(Settings, tmp_path / "result.json")

@@ -23,6 +23,7 @@ from torch import nn
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base, network
 from sidetuning import artifacts, identity
+from sidetuning.files import signed
 
 
 def scrambled(model: st.SideTuner, task: str) -> None:
@@ -45,7 +46,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     config = json.loads((path / "side.json").read_text())
     tensors = parse((path / "side.safetensors").read_bytes())
     change(config)
-    config["sha256"] = artifacts._checksum(config)
+    config = signed(config)
     text = json.dumps(config)
     (path / "side.json").write_text(text)
     (path / "side.safetensors").write_bytes(save(tensors, metadata={"format": "pt", "sidetuning": text}))

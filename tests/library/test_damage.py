@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,49 @@ def test_a_cache_that_is_cut_while_it_is_open_does_not_end_the_process(name: str
         file.truncate(0)
     with pytest.raises(st.CacheError, match=f"{name} was cut short or removed; delete"):
         cache.__getitems__([0, 7])
+
+
+def test_a_resume_file_of_an_older_version_is_checked_too(model: st.SideTuner, tmp_path: Path) -> None:
+    file = tmp_path / "resume.pt"
+    # An archive, as torch.save writes it.
+    torch.save({"position": {"losses": [0.5] * 99}}, file)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 0x40
+    file.write_bytes(data)
+    with pytest.raises(st.TrainingError, match="cannot be read as a resume file"):
+        st.fit(model, "a", [(inputs("conv"), torch.tensor([0, 1, 2, 0]))], resume=file, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "folder"])
+def test_what_is_no_file_is_refused(model: st.SideTuner, tmp_path: Path, kind: str) -> None:
+    model.save_task("a", tmp_path / "task")
+    for name in ("task/side.safetensors", "task/side.json", "resume.pt"):
+        file = tmp_path / name
+        file.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(file)
+        elif kind == "folder":
+            file.mkdir()
+        else:
+            file.symlink_to("/dev/zero" if kind == "device" else file.name)
+        with pytest.raises((st.ArtifactError, st.TrainingError)):
+            if name == "resume.pt":
+                st.fit(model, "a", [(inputs("conv"), torch.tensor([0, 1, 2, 0]))], resume=file, progress=False)
+            else:
+                model.load_task(tmp_path / "task", name="b")
+
+
+def test_a_task_is_loaded_in_the_type_in_which_it_was_saved(tmp_path: Path) -> None:
+    model = st.SideTuner(conv_base()).to(torch.float64)
+    model.add_task("a", side="mlp", head=3)
+    st.fit(model, "a", [(inputs("conv"), torch.tensor([0, 1, 2, 0]))], progress=False)
+    model.save_task("a", tmp_path)
+    fresh = st.SideTuner(conv_base()).to(torch.float64)
+    fresh.load_task(tmp_path)
+    assert all(torch.equal(v, fresh["a"].state_dict()[k]) for k, v in model["a"].state_dict().items())
+
+
+def test_a_message_is_one_line() -> None:
+    error = st.DataError("file 'a\x1b[31m' is damaged (first\n  second\r\nthird); " + "x" * 5000 + "; fetch it again")
+    assert str(error).startswith("file 'a [31m' is damaged (first second third)")
+    assert len(str(error)) < 1300 and str(error).endswith("; fetch it again")

@@ -130,7 +130,7 @@ def read(path: str | Path, domain: str) -> npt.NDArray[Any]:
         DataError: the file is missing, damaged, or has other bits or channels than the domain.
     """
     d, path = tensor_domain(domain), Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise DataError(f"{d.name} has no file {path}; download or render it, or leave the domain {d.name} out")
     if d.bits == 32:
         return _scores(path, d)

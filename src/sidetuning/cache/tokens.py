@@ -47,7 +47,7 @@ class CachedTokens(Dataset[Any]):
         self._store = store = Store.open(folder, int(self._starts[-1]))
         if store.samples != len(texts):
             raise CacheError(f"{folder} has {store.samples} texts, not {len(texts)}; delete {folder} and cache again")
-        self._fields, self.seconds = store.fields, store.seconds
+        self.seconds = store.seconds
         self.taps = [name[4:] for name in store.fields if name.startswith("tap.")]
         net: Any = base.net
         self._embeddings = net.get_submodule(EMBEDDINGS) if EMBEDDINGS in base.tap_shapes else None
@@ -63,14 +63,10 @@ class CachedTokens(Dataset[Any]):
         return inputs, Features(self._read("out", rows, longest), taps), self.labels[list(rows)]
 
     def _read(self, name: str, rows: Sequence[int], longest: int) -> Tensor:
-        field = self._fields[name]
-        self._store.check(name)
-        out = torch.zeros(len(rows), longest, *field.shape)
+        out = torch.zeros(len(rows), longest, *self._store.fields[name].shape)
         for k, row in enumerate(rows):
             first, last = int(self._starts[row]), int(self._starts[row + 1])
-            # Read, not mapped: the pages of a map would count as this process's memory.
-            tokens = np.fromfile(self.folder / name, field, last - first, offset=first * field.itemsize)
-            out[k, : last - first] = torch.from_numpy(tokens)
+            out[k, : last - first] = torch.from_numpy(self._store.read(name, np.arange(first, last)))
         return out
 
 

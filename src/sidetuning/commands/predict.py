@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from sidetuning.errors import DataError
-from sidetuning.files import read_json
+from sidetuning.files import check_signed, read_json
 from sidetuning.loading import load
 from sidetuning.problems import Classes
 from sidetuning.sides.fit import resize
@@ -81,8 +81,10 @@ def averages_mirror_images(run: Path) -> bool:
     file = next((f for f in (run / "run.json", run.parent.parent / "run.json") if f.exists()), None)
     if file is None:
         return False
-    settings = {"settings": {"mirror?": bool}}
-    return bool(read_json(file, settings, "give the folder of a whole run or of a task")["settings"].get("mirror"))
+    mend = "give the folder of a whole run or of a task"
+    content = read_json(file, {"settings": {"mirror?": bool}, "format_version?": int}, mend)
+    check_signed(content, str(file), mend, needed=(content.get("format_version") or 0) > 1)
+    return bool(content["settings"].get("mirror"))
 
 
 def read(path: Path, size: tuple[int, ...]) -> Tensor:
@@ -90,7 +92,7 @@ def read(path: Path, size: tuple[int, ...]) -> Tensor:
     try:
         image = decode_image(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); give the path of an image file") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return resize(image.unsqueeze(0).float() / 255, size)[0]

@@ -40,11 +40,8 @@ def load_player(folder: str | Path) -> Player:
         SideTuningError: the folder holds no finished run of imitation or rl.
     """
     folder = Path(folder)
-    try:
-        content = read_run(folder)
-        scenario, saved = content["scenario"], content["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise SideTuningError(f"{folder} holds no run ({error}); {GIVE}") from error
+    content = read_run(folder)
+    scenario, saved = content["scenario"], content["settings"]
     if scenario == "imitation-run":
         settings = with_values(cloning.Settings(), saved)
         agent = settings.clone.agent

@@ -68,7 +68,7 @@ def answer(settings: Settings) -> Answers:
         if content["scenario"] != "squad":
             raise KeyError(content["scenario"])
         given = squad.settings_of(content["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SideTuningError(f"{settings.run} holds no run of squad ({error}); give the folder of --out") from error
     try:
         text = decode_text(read_bytes(settings.context))

@@ -24,6 +24,8 @@ from sidetuning_bench.from_hub import local_folder, open_parquet, split_files
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val")}
 HUB = "rajpurkar/squad_v2"
+# The longest file of JSON, in bytes; SQuAD's have 40 MB.
+LARGEST = 1 << 30
 # The longest answer, in tokens.
 LONGEST = 30
 # How many of the most likely starts and ends are tried with each other.
@@ -147,7 +149,7 @@ def _rows(file: Path) -> Iterator[Raw]:
             with open_parquet(file) as opened:
                 yield from _entries(opened.read(["id", "question", "context", "answers"]).to_pylist())
             return
-        text = decode_text(read_bytes(file))
+        text = decode_text(read_bytes(file, LARGEST))
         try:
             content = json.loads(text)
         except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from sidetuning_bench.methods import Method, Recipe, Task
 from sidetuning_bench.options import Count, MethodOptions, Natural, Positive, RunOptions, Training
 from sidetuning_bench.report_runs import FAMILIES, Family, scaled
 from sidetuning_bench.results import number_text
-from sidetuning_bench.runs import Run, peak_memory_mb, read_result
+from sidetuning_bench.runs import Run, peak_memory_mb, read_result, write_result
 
 TASK = "squad"
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def run(settings: Settings) -> Result:
         settings={name: value for name, value in options.flat(settings).items() if name not in options.FREE},
         **costs,
     )
-    write_json(file, asdict(result))
+    write_result(file, result)
     folder.done(TASK)
     folder.done("imitation")
     return result

@@ -12,12 +12,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sidetuning.errors import ArtifactError
-from sidetuning.files import atomic_write, read_bytes, read_json
+from sidetuning.files import atomic_write, check_signed, read_json, read_safetensors
 
-FORMAT_VERSION = 1
+# Version 1 had no checksum.
+FORMAT_VERSION = 2
+MEND = "learn the tasks again"
 CONFIG = "method.json"
 TASK = {"name": str, "labels?": [str], "head_options?": dict}
-SCHEMA = {"format_version": int, "method": str, "options": dict, "base": str, "tasks": [TASK], "tensors": str}
+BASE = {"base": str, "probe?": [float], "preparation?": dict, "output_shape?": [int]}
+SCHEMA = {"format_version": int, "method": str, "options": dict, "tasks": [TASK], "tensors": str, **BASE}
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -33,7 +36,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> str:
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The content of a file of `write_tensors`, checked by its name."""
     try:
-        content = read_bytes(file)
+        content = read_safetensors(file)
         tensors = load(content)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{file} cannot be read ({error}); learn the tasks again") from error
@@ -46,11 +49,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of `method.json`, checked."""
     file = folder / CONFIG
     try:
-        config: dict[str, Any] = read_json(file, SCHEMA, "learn the tasks again")
+        config: dict[str, Any] = read_json(file, SCHEMA, MEND)
     except FileNotFoundError as error:
         raise ArtifactError(f"{file} does not exist; give the folder that save() wrote") from error
-    if config["format_version"] != FORMAT_VERSION:
-        raise ArtifactError(f"{file} has an unknown format_version; this library reads {FORMAT_VERSION}")
+    version = config["format_version"]
+    if not 1 <= version <= FORMAT_VERSION:
+        raise ArtifactError(f"{file} has the format_version {version}; this library reads 1 to {FORMAT_VERSION}")
+    config = check_signed(config, str(file), MEND, needed=version > 1)
+    if not all(isinstance(task.get("head"), (int, str)) for task in config["tasks"]):
+        raise ArtifactError(f"{file} has no valid field 'tasks.head'; {MEND}")
+    if Path(config["tensors"]).name != config["tensors"]:
+        raise ArtifactError(f"{file} names a file of another folder, {config['tensors']}; {MEND}")
     return config
 
 

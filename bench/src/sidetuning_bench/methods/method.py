@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.checks import check_name
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
-from sidetuning.files import write_json
+from sidetuning.files import signed, write_json
 from sidetuning.heads import HEADS, named_head, run_head
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
@@ -246,7 +246,7 @@ class Method(nn.Module):
         ]
         config = {"format_version": FORMAT_VERSION, "method": self.name, "options": self.options}
         config |= {"base": base.pop("sha256"), **base, "tasks": tasks, "metrics": dict(metrics or {}), "tensors": file}
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, signed(config))
         for old in folder.glob("method-*.safetensors"):
             if old.name != file:
                 old.unlink()
@@ -269,7 +269,7 @@ class Method(nn.Module):
         try:
             for t in config["tasks"]:
                 options = t.get("head_options", {})
-                self._add(Task(t["name"], t["head"], labels=t["labels"], head_options=options), self.rebuild)
+                self._add(Task(t["name"], t["head"], labels=t.get("labels"), head_options=options), self.rebuild)
             self.read_tensors(folder, config["tensors"])
         except BaseException:
             for task in list(self.tasks):
