@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 Input = Tensor | Mapping[str, Any]
 # Entries of a mapping that are images.
 IMAGES = ("x", "pixel_values")
+# Types of inputs in a description, up to how many of their values it holds, and the largest input that is believed.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool)
+DTYPES = (*DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FEW, MANY = 4096, 2**27
 
 
 def call(net: Callable[..., Any], x: Input) -> Any:
@@ -86,3 +91,29 @@ def _filled(cell: Any) -> bool:
         return cell.cell_contents is not None
     except ValueError:
         return False
+
+
+def describe(x: Input) -> Any:
+    """Shapes and types of an input as JSON values, with the values where they are few whole numbers."""
+    if isinstance(x, Tensor):
+        whole = not (x.is_floating_point() or x.is_complex()) and x.numel() <= FEW
+        return [list(x.shape), str(x.dtype).removeprefix("torch."), *([x.tolist()] if whole else [])]
+    return {key: describe(value) if isinstance(value, Tensor) else {"value": value} for key, value in x.items()}
+
+
+def described(record: Any) -> Input:
+    """An input of this description, with zeros where no values are told.
+
+    Raises:
+        TypeError: it is no description, or one of an input that is far too large.
+    """
+    if isinstance(record, dict):
+        return {k: v.get("value") if isinstance(v, dict) else described(v) for k, v in record.items()}
+    shape, name, *values = record if isinstance(record, list) and len(record) in (2, 3) else ((), "", ())
+    kind = next((t for t in DTYPES if str(t) == f"torch.{name}"), None)
+    if kind is None or not all(type(size) is int and size >= 0 for size in shape) or math.prod(shape) > MANY:
+        raise TypeError(f"no example has the form {str(record)[:80]}")
+    try:
+        return torch.tensor(values[0], dtype=kind).reshape(shape) if values else torch.zeros(shape, dtype=kind)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"the example's values do not fit it ({error})") from error

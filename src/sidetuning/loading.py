@@ -10,6 +10,7 @@ from typing import Any
 from sidetuning.artifacts import CONFIG, read_config
 from sidetuning.base import Base, BaseSpec
 from sidetuning.errors import ArtifactError, UnknownNameError
+from sidetuning.inputs import Input, describe, described
 from sidetuning.registry import Registry
 from sidetuning.tuner import SideTuner
 
@@ -34,6 +35,8 @@ def load_base(
     revision: str | None = None,
     pretrained: bool = True,
     weights: str | Path | None = None,
+    example: Input | None = None,
+    nhwc: Sequence[str] = (),
 ) -> Base:
     """Build a pretrained base by name.
 
@@ -45,6 +48,8 @@ def load_base(
         revision: revision of a transformers model on the Hub.
         pretrained: False builds timm and transformers models with random weights.
         weights: a safetensors file to use instead of the weights that the name stands for.
+        example: one input of the size that will be used; an ONNX file that leaves sizes open needs it.
+        nhwc: names of the inputs and outputs of an ONNX file that are (b, h, w, c).
 
     Raises:
         UnknownNameError: no such base, scheme or tap, or an option that this kind of base does not read.
@@ -52,15 +57,23 @@ def load_base(
         OSError: the weights can neither be found nor downloaded.
     """
     path = None if weights is None else str(Path(weights).resolve())
-    options = {"taps": list(taps), "output": output, "revision": revision, "pretrained": pretrained, "weights": path}
-    given = {key: value for key, value in options.items() if value not in (None, [], True)}
+    options = {"taps": list(taps), "output": output, "revision": revision, "weights": path, "nhwc": list(nhwc)}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value not in (None, [])}
+    given |= {} if pretrained else {"pretrained": False}
+    given |= {} if example is None else {"example": example}
     build, arguments = _builder(name)
     for option in given:
-        if option not in _read_by(build):
+        if option not in (*_read_by(build), "example"):
             raise UnknownNameError(
                 f"{name} does not read {option}=; leave it out (it reads {', '.join(_read_by(build))})"
             )
+    # What is built for one size is built again for another.
+    later = given.pop("example", None) if "example" not in _read_by(build) else None
     base = build(*arguments, **given)
+    if later is not None:
+        base = base.with_example(later)
+    if example is not None:
+        given["example"] = describe(example)
     if name.startswith(("hf:", "onnx:")) and Path(arguments[0]).exists():
         # Found from every folder.
         name = f"{name.partition(':')[0]}:{Path(arguments[0]).resolve()}"
@@ -128,8 +141,10 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
     options = {"revision": spec.get("revision"), **spec["options"]}
     build, _ = _builder(spec["name"])
     # Version 0.1.0 recorded options that the base did not read; they changed nothing.
-    read = {key: value for key, value in options.items() if key in _read_by(build) or key not in OPTIONS}
+    read = {key: value for key, value in options.items() if key in _read_by(build) or key not in UNREAD}
     try:
+        if "example" in read:
+            read["example"] = described(read["example"])
         return load_base(spec["name"], **read)
     except TypeError as error:
         raise ArtifactError(
@@ -137,7 +152,8 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
         ) from error
 
 
-OPTIONS = ("taps", "output", "revision", "pretrained", "weights")
+UNREAD = ("taps", "output", "revision", "pretrained", "weights")
+OPTIONS = (*UNREAD, "example", "nhwc")
 
 
 def _task_folders(path: Path) -> list[Path]:
