@@ -25,7 +25,8 @@ from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
 from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_json, safetensors_header
-from sidetuning.sides.initialise import mismatch
+from sidetuning.sides.copy import Dead
+from sidetuning.sides.initialise import layout, mismatch, plain
 
 # Version 1 had the text in `side.json` alone, without a checksum.
 FORMAT_VERSION = 2
@@ -85,6 +86,7 @@ def write_task(
     Raises:
         TaskError: an option of a part, or another value, that JSON does not have.
     """
+    _check_built(name, branch)
     tensors = _tensors(branch)
     spec = None if base.spec is None else asdict(base.spec)
     config = {
@@ -106,6 +108,19 @@ def write_task(
         raise TaskError(
             f"task '{name}' cannot be saved: {error}; give its options as plain numbers and texts"
         ) from error
+
+
+def _check_built(name: str, branch: Branch) -> None:
+    """Raise TaskError where a registered part was changed after it was built, so that a rebuild would not fit."""
+    own = tuple(kind for kind in ("side", "merge", "head") if (getattr(branch.config, kind) or (CUSTOM,))[0] == CUSTOM)
+    found = layout(branch)
+    for key in sorted(found.keys() | branch.built.keys()):
+        was, now = branch.built.get(key, "not there"), found.get(key, "gone")
+        if was != now and key.partition(".")[0] not in own:
+            raise TaskError(
+                f"task '{name}' was changed after it was built: '{key}' was {was} and is {now}, so it could not be "
+                "loaded; change a module of your own, and give that to add_task"
+            )
 
 
 def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -153,7 +168,7 @@ def tensors_sha256(module: nn.Module | None) -> str:
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     # A clone each: safetensors refuses tensors that share memory.
-    return {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
+    return {plain(key): value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
@@ -258,10 +273,19 @@ def read_branch(
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
     branch.labels, branch.passes = config.get("labels"), config.get("passes") or 0
     branch.trained_as = config.get("trained_as")
-    problem = mismatch(branch.state_dict(), tensors)
+    state = {plain(name): (name, tensor) for name, tensor in branch.state_dict().items()}
+    # Earlier versions kept parts that the code does not depend on.
+    dead = tuple(f"{plain(name)}." for name, part in branch.named_modules() if isinstance(part, Dead))
+    tensors = {plain(name): tensor for name, tensor in tensors.items() if not dead or not name.startswith(dead)}
+    problem = mismatch({name: tensor for name, (_, tensor) in state.items()}, tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
-    branch.load_state_dict(tensors)
+    for name, tensor in (*branch.named_parameters(), *branch.named_buffers()):
+        saved = tensors.get(plain(name), tensor)
+        if saved.dtype != tensor.dtype and not difference:
+            # As it was saved: another type would round.
+            tensor.data = tensor.data.to(saved.dtype)
+    branch.load_state_dict({state[name][0]: tensor for name, tensor in tensors.items()})
     return branch
 
 

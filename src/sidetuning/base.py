@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sidetuning.errors import ShapeError, UnknownNameError
+from sidetuning.errors import ShapeError, SideTuningError, UnknownNameError
 from sidetuning.folding import fold
 from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
-from sidetuning.inputs import IMAGES, arguments_of, call, map_input, modules_of, to_device
+from sidetuning.inputs import IMAGES, arguments_of, call, freeze, map_input, modules_of, to_device
 from sidetuning.inputs import Input as Input
 from sidetuning.probe import check_base, probe_input, probe_of, shapes_of
 from sidetuning.registry import unknown
@@ -149,7 +149,7 @@ class Base(nn.Module):
         self._hidden = (net,)
         self._modules_run = tuple(modules_of(net))
         for module in self._networks():
-            module.requires_grad_(False).eval()
+            freeze(module)
             for part in module.modules():
                 # A hook turns torch's fused path off, which rounds in another way: no task's taps may decide that.
                 if isinstance(part, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)):
@@ -178,7 +178,13 @@ class Base(nn.Module):
         """Put hooks on the taps, and keep what the base makes of its example: all shapes come from there."""
         self._taps = {name: self._hook(name) for name in taps}
         self.example = to_device(self.example, self.device)
-        features = self(self.example)
+        try:
+            features = self(self.example)
+        except SideTuningError:
+            raise
+        except Exception as error:
+            told = str(error).partition("\n")[0]
+            raise ShapeError(f"the base does not run on its example ({told}); give another example=") from error
         self.output_shape = tuple(features.out.shape[1:])
         if len(self.output_shape) not in KINDS:
             raise ShapeError(
@@ -257,7 +263,7 @@ class Base(nn.Module):
     def encode(self, inputs: Input) -> Features:
         """Run the network on a prepared input; without a graph, unless the input asks for its gradient."""
         for module in self._networks():
-            if module.training:
+            if getattr(module, "training", False):
                 # Whoever has the network put it there, and its statistics would move.
                 module.eval()
         if self._writes:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sidetuning.base import Base, Features
 from sidetuning.branch import Branch
@@ -18,6 +19,17 @@ def check_name(name: str) -> None:
     """Raise TaskError unless `name` can be a folder, and a key of torch's module dictionaries."""
     if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
         raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
+
+
+def check_state(name: str, branch: Branch) -> None:
+    """Raise TaskError unless a file can hold all that the branch holds: before it is trained, and not after."""
+    for key, value in branch.state_dict().items():
+        plain = isinstance(value, Tensor) and not hasattr(value, "__tensor_flatten__") and not is_lazy(value)
+        if not plain or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise TaskError(
+                f"'{key}' of task '{name}' is a {type(value).__name__} that a task's file cannot hold: give parts of "
+                "plain tensors, not quantised or sparse ones"
+            )
 
 
 def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Input, Features], list[Tensor]]) -> None:

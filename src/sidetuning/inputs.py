@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from sidetuning.errors import ShapeError
 
 # One tensor, or the keyword arguments of the network. A mapping may hold two keys that are no arguments: "x", the one
 # tensor of a network that takes no names, and "extra", (b, n) numbers that only heads see, such as an agent's compass.
@@ -84,6 +87,33 @@ def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
     held += vars(net).values() if hasattr(net, "__dict__") and not callable(getattr(net, "fingerprint", None)) else []
     found = {id(module): module for thing in held for module in modules_of(thing, depth - 1)}
     return list(found.values())
+
+
+def original(module: Any) -> Any:
+    """The module that `torch.compile` wraps, or itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def freeze(module: nn.Module) -> None:
+    """Put a network into evaluation mode, without gradients.
+
+    Raises:
+        ShapeError: its weights are not in memory.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(is_lazy(tensor) or tensor.is_meta for tensor in tensors):
+        raise ShapeError(
+            "some weights of the base are not in memory (offloaded, on the device 'meta', or not initialised yet): "
+            "load all of it onto one device, without a device map, and run it once"
+        )
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    try:
+        module.eval()
+    except NotImplementedError:
+        # An exported program has one mode, that of its export.
+        for part in module.modules():
+            part.training = False
 
 
 def _filled(cell: Any) -> bool:

@@ -94,7 +94,15 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
             "the base gives other outputs for the same input: it draws random numbers, or keeps a state; side-tuning "
             "needs a function of the input"
         )
-    alone = torch.cat([run(take_rows(before, slice(i, i + 1))) for i in range(2)])
+    try:
+        alone = torch.cat([run(take_rows(before, slice(i, i + 1))) for i in range(2)])
+    except ShapeError:
+        raise
+    except Exception as error:
+        raise ShapeError(
+            f"the base does not take one sample alone ({error}); side-tuning needs batches of any size: export or wrap "
+            "it with an open first dimension"
+        ) from error
     if not _close(together, alone):
         raise ShapeError(
             "the base gives other outputs for a sample when another one is in its batch; side-tuning needs each sample "

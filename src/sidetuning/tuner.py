@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sidetuning.artifacts import read_branch, read_task, tensors_sha256, write_task
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch, build_branch
-from sidetuning.checks import Owners, check_name, check_shapes
+from sidetuning.checks import Owners, check_name, check_shapes, check_state
 from sidetuning.errors import ArtifactError, ShapeError, TaskError, UnknownNameError
 from sidetuning.inputs import take_rows
 from sidetuning.registry import unknown
@@ -140,6 +140,7 @@ class SideTuner(nn.Module):
         more = [tap for tap in branch.taps if tap not in self.base.tap_shapes]
         base = self.base.with_taps([*self.base.tap_shapes, *more]) if more else self.base
         check_shapes(name, branch, base, partial(self.lateral_outputs, branch))
+        check_state(name, branch)
         for lateral in branch.config.laterals:
             self[lateral].pinned = True
             self[lateral].eval()

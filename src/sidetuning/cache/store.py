@@ -26,6 +26,7 @@ from torch import Tensor
 from sidetuning.base import Base
 from sidetuning.errors import CacheError, ShapeError
 from sidetuning.files import write_json
+from sidetuning.launch import processes
 
 FORMAT_VERSION = 1
 T = TypeVar("T")
@@ -80,10 +81,9 @@ class Store:
 
     def write(self, work: Work, chunk: int, progress: bool) -> None:
         """Do the work that no earlier call has finished, in chunks of `chunk` samples; several processes share it."""
-        from accelerate import PartialState
         from tqdm import tqdm
 
-        state, done = PartialState(), self.folder / "done"
+        state, done = processes(), self.folder / "done"
         chunks = [(view, start) for view in range(self.views) for start in range(0, self.samples, chunk)]
         share = chunks[state.process_index :: state.num_processes]
         show = progress and state.is_main_process
