@@ -25,12 +25,15 @@ from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
 from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_json, safetensors_header
+from sidetuning.identity import Identity
 from sidetuning.sides.copy import Dead
 from sidetuning.sides.initialise import layout, mismatch, plain
 
 # Version 1 had the text in `side.json` alone, without a checksum.
 FORMAT_VERSION = 2
 MEND = "fetch or save the task again"
+# What a task is, as its text has it, and its tensors.
+SavedTask = tuple[dict[str, Any], dict[str, Tensor]]
 # What `side.json` alone tells.
 NOTES = ("metrics", "created")
 CONFIG, TENSORS = "side.json", "side.safetensors"
@@ -180,7 +183,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return read_task(path, tensors=False)[0]
 
 
-def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_task(path: str | Path, tensors: bool = True) -> SavedTask:
     """What the task at `path` is, and its tensors, of one version even while another process saves it anew.
 
     Raises:
@@ -225,8 +228,9 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
 
 def read_branch(
     path: str | Path,
-    task: tuple[dict[str, Any], dict[str, Tensor]],
+    task: SavedTask,
     base: Base,
+    identity: Identity,
     own: Mapping[str, nn.Module | None],
     *,
     any_base: bool = False,
@@ -237,7 +241,8 @@ def read_branch(
         path: the folder.
         task: what `read_task` gave of it.
         base: what it is built on.
-        own: instances of the parts "side", "merge" and "head" that were the user's own modules, None for the others.
+        identity: that of the base.
+        own: instances of the parts "side", "merge" and "head" that were the user's own modules.
         any_base: take another base than the one that it was trained on.
 
     Raises:
@@ -246,7 +251,7 @@ def read_branch(
     """
     path, (config, tensors) = Path(path), task
     recorded = config["base"]
-    difference = base.identity().difference(recorded)
+    difference = identity.difference(recorded)
     if difference and not any_base:
         raise ArtifactError(
             f"{path} was trained on another base: {difference}; load its own base, {_spec_text(config)}, or pass "
@@ -259,8 +264,8 @@ def read_branch(
             f"{path / CONFIG} has a field in 'parts' that this library does not know ({error})"
         ) from error
     chosen: dict[str, Any] = {}
-    for kind, module in own.items():
-        chosen[kind], options = _part(path, kind, getattr(parts, kind), module)
+    for kind in ("side", "merge", "head"):
+        chosen[kind], options = _part(path, kind, getattr(parts, kind), own.get(kind))
         chosen[f"{kind}_options"] = options
     shared = {key: getattr(parts, key) for key in ("laterals", "prenorm", "init", "problem")}
     try:

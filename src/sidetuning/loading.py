@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sidetuning.artifacts import CONFIG, read_config
+from sidetuning.artifacts import CONFIG, read_task
 from sidetuning.base import Base, BaseSpec
 from sidetuning.errors import ArtifactError, UnknownNameError
 from sidetuning.inputs import Input, describe, described
@@ -116,19 +116,18 @@ def load(path: str | Path, *, base: Base | None = None) -> SideTuner:
         if other is not None:
             raise ArtifactError(f"{other} holds tasks of another method than side-tuning; load them with load_method")
         raise ArtifactError(f"{path} holds no saved task ({CONFIG}); give the folder of a task or of a run")
-    waiting = {folder: read_config(folder) for folder in folders}
+    waiting = {folder: read_task(folder) for folder in folders}
     if base is None:
-        base = _recorded_base(path, next(iter(waiting.values()))["base"].get("spec"))
-    model = SideTuner(base)
+        base = _recorded_base(path, next(iter(waiting.values()))[0]["base"].get("spec"))
+    model, identity = SideTuner(base), base.identity()
     # Tasks come after their laterals.
     while waiting:
-        ready = [f for f, c in waiting.items() if all(t in model for t in c["parts"].get("laterals", []))]
+        ready = [f for f, (c, _) in waiting.items() if all(t in model for t in c["parts"].get("laterals", []))]
         if not ready:
-            names = ", ".join(config["task"] for config in waiting.values())
+            names = ", ".join(config["task"] for config, _ in waiting.values())
             raise ArtifactError(f"{path}: the laterals of {names} are not there")
         for folder in ready:
-            model.load_task(folder)
-            del waiting[folder]
+            model.add_saved(folder, waiting.pop(folder), identity)
     return model
 
 

@@ -6,16 +6,18 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from sidetuning.artifacts import read_branch, read_task, tensors_sha256, write_task
+from sidetuning.artifacts import SavedTask, read_branch, read_task, tensors_sha256, write_task
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch, build_branch
 from sidetuning.checks import Owners, check_name, check_shapes, check_state
 from sidetuning.errors import ArtifactError, ShapeError, TaskError, UnknownNameError
+from sidetuning.identity import Identity
 from sidetuning.inputs import take_rows
 from sidetuning.registry import unknown
 from sidetuning.seeding import seeded
@@ -284,7 +286,21 @@ class SideTuner(nn.Module):
             ArtifactError: missing, truncated, tampered with, of another base or an unknown format.
             TaskError: the task exists already, or a part of your own must be passed, or is given and not needed.
         """
-        config, tensors = read_task(path)
+        own = {"side": side, "merge": merge, "head": head}
+        return self.add_saved(path, read_task(path), self.base.identity(), name=name, own=own, any_base=any_base)
+
+    def add_saved(
+        self,
+        path: str | Path,
+        task: SavedTask,
+        identity: Identity,
+        *,
+        name: str | None = None,
+        own: Mapping[str, nn.Module | None] = MappingProxyType({}),
+        any_base: bool = False,
+    ) -> str:
+        """As `load_task`, of what was read at `path` already, on the base of this `identity`."""
+        config = task[0]
         name = name or str(config["task"])
         self._check_name(name)
         recorded = config.get("laterals_sha256", {})
@@ -296,8 +312,7 @@ class SideTuner(nn.Module):
                     f"{path} was trained beside another task '{lateral}' than this model's; load that one, or pass "
                     "any_base=True"
                 )
-        own = {"side": side, "merge": merge, "head": head}
-        self.add_branch(name, read_branch(path, (config, tensors), self.base, own, any_base=any_base))
+        self.add_branch(name, read_branch(path, task, self.base, identity, own, any_base=any_base))
         return name
 
     def summary(self) -> Summary:
