@@ -178,6 +178,14 @@ def _sha256(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()
 
 
+def _sha256_of(data: bytes) -> str:
+    """What `_sha256` gives of the tensors in a safetensors file, without writing them again."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps({**json.loads(data[8 : 8 + size]), "__metadata__": {"format": "pt"}}, separators=(",", ":"))
+    text = header.encode() + b" " * (-len(header.encode()) % 8)
+    return hashlib.sha256(len(text).to_bytes(8, "little") + text + data[8 + size :]).hexdigest()
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """What the task at `path` is, without its tensors; raises as `read_task`."""
     return read_task(path, tensors=False)[0]
@@ -215,12 +223,17 @@ def read_task(path: str | Path, tensors: bool = True) -> SavedTask:
         sha256 = hashlib.sha256(data).hexdigest()
     else:
         text = safetensors_header(data).get("sidetuning", "")
-        inner: dict[str, Any] = parse_json(text, str(tensor_file), SCHEMA, MEND)
+        inner: dict[str, Any] = parse_json(text, str(tensor_file), dict, MEND)
         for name, signed in ((file, config), (tensor_file, inner)):
             if signed.get("sha256") != _checksum(signed):
                 raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {MEND}")
+        # Texts that say the same need not be looked through twice.
+        if inner["sha256"] != _checksum({key: value for key, value in config.items() if key not in NOTES}):
+            check_json(inner, str(tensor_file), SCHEMA, MEND)
         config = {**{key: config[key] for key in NOTES if key in config}, **inner}
-        sha256 = _sha256(values)
+        sha256 = _sha256_of(data)
+        # Another version of safetensors may have written the same tensors in another order.
+        sha256 = sha256 if sha256 == config["tensors_sha256"] else _sha256(values)
     if sha256 != config["tensors_sha256"]:
         raise ArtifactError(f"{tensor_file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")
     return config, values
@@ -279,17 +292,20 @@ def read_branch(
     branch.labels, branch.passes = config.get("labels"), config.get("passes") or 0
     branch.trained_as = config.get("trained_as")
     state = {plain(name): (name, tensor) for name, tensor in branch.state_dict().items()}
-    # Earlier versions kept parts that the code does not depend on.
-    dead = tuple(f"{plain(name)}." for name, part in branch.named_modules() if isinstance(part, Dead))
-    tensors = {plain(name): tensor for name, tensor in tensors.items() if not dead or not name.startswith(dead)}
+    tensors = {plain(name): tensor for name, tensor in tensors.items()}
+    if tensors.keys() - state.keys():
+        # Earlier versions kept parts that the code does not depend on.
+        dead = tuple(f"{plain(name)}." for name, part in branch.named_modules() if isinstance(part, Dead))
+        tensors = {name: tensor for name, tensor in tensors.items() if not dead or not name.startswith(dead)}
     problem = mismatch({name: tensor for name, (_, tensor) in state.items()}, tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
-    for name, tensor in (*branch.named_parameters(), *branch.named_buffers()):
-        saved = tensors.get(plain(name), tensor)
-        if saved.dtype != tensor.dtype and not difference:
-            # As it was saved: another type would round.
-            tensor.data = tensor.data.to(saved.dtype)
+    kind = base.dtype or base.example_features.out.dtype
+    others = [t.dtype for t in tensors.values() if t.is_floating_point() and t.dtype != kind]
+    if others and not any_base:
+        raise ArtifactError(
+            f"{path} holds weights in {others[0]} and this model computes in {kind}; pass any_base=True to round them"
+        )
     branch.load_state_dict({state[name][0]: tensor for name, tensor in tensors.items()})
     return branch
 

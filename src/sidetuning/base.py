@@ -159,6 +159,7 @@ class Base(nn.Module):
         # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
         self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._sha256: tuple[object, str] | None = None
+        self._found: tuple[Any, nn.Module, str, Tensor | None] = (), nn.Module(), "", None
         self._taps: dict[str, Tap] = {}
         self._writes = False
         self.example = example
@@ -213,8 +214,20 @@ class Base(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """The type of the network's weights; None where it has none of floating point."""
-        weights = chain.from_iterable(net.parameters() for net in self._networks())
-        return next((weight.dtype for weight in weights if weight.is_floating_point()), None)
+        weight = self._weight()
+        return None if weight is None else weight.dtype
+
+    def _weight(self) -> Tensor | None:
+        """The first weight of floating point. Each pass asks for it, so the place where it was is looked at first."""
+        nets, owner, name, weight = self._found
+        if nets is self._modules_run and owner._parameters.get(name) is weight:
+            return weight
+        for part in chain.from_iterable(net.modules() for net in self._modules_run):
+            for name, weight in part._parameters.items():
+                if weight is not None and weight.is_floating_point():
+                    self._found = self._modules_run, part, name, weight
+                    return weight
+        return None
 
     @property
     def tap_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -348,6 +361,8 @@ class Base(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network's weights lie; of a network without any, where the example lies."""
+        if (weight := self._weight()) is not None:
+            return weight.device
         weights = chain.from_iterable(chain(net.parameters(), net.buffers()) for net in self._networks())
         values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
         return next(chain(weights, (value for value in values if isinstance(value, Tensor)))).device

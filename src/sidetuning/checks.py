@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 
 import torch
@@ -39,7 +40,7 @@ def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Inpu
         ShapeError: parts that do not fit each other.
         TaskError: labels that are not one per output.
     """
-    branch.eval().to(base.device)
+    branch.eval().to(base.device, base.dtype or base.example_features.out.dtype)
     inputs, features = base.prepare(base.example), base.example_features
     try:
         with torch.no_grad():
@@ -53,6 +54,22 @@ def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Inpu
     labels = branch.labels
     if labels is not None and isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] != len(labels):
         raise TaskError(f"task '{name}' has {len(labels)} labels for {out.shape[1]} outputs; give one per output")
+
+
+class Lock:
+    """A lock that a copy of its owner, or a pickled one, has of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
 
 
 class Owners:

@@ -19,10 +19,8 @@ from sidetuning.errors import ShapeError
 Input = Tensor | Mapping[str, Any]
 # Entries of a mapping that are images.
 IMAGES = ("x", "pixel_values")
-# Types of inputs in a description, up to how many of their values it holds, and the largest input that is believed.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool)
-DTYPES = (*DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-FEW, MANY = 4096, 2**27
+# Numbers of an example that are written down with it, at most.
+WRITTEN = 4096
 
 
 def call(net: Callable[..., Any], x: Input) -> Any:
@@ -123,27 +121,30 @@ def _filled(cell: Any) -> bool:
         return False
 
 
-def describe(x: Input) -> Any:
-    """Shapes and types of an input as JSON values, with the values where they are few whole numbers."""
-    if isinstance(x, Tensor):
-        whole = not (x.is_floating_point() or x.is_complex()) and x.numel() <= FEW
-        return [list(x.shape), str(x.dtype).removeprefix("torch."), *([x.tolist()] if whole else [])]
-    return {key: describe(value) if isinstance(value, Tensor) else {"value": value} for key, value in x.items()}
+def example_record(example: Input) -> Any:
+    """An example as JSON values: shapes and types, and the numbers where they may matter, as of ids and masks."""
+    if isinstance(example, Tensor):
+        noted = example.numel() <= WRITTEN and not (example.is_floating_point() or example.is_complex())
+        values = example.tolist() if noted else None
+        return {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch."), "values": values}
+    return {"inputs": {key: example_record(v) if isinstance(v, Tensor) else v for key, v in example.items()}}
 
 
-def described(record: Any) -> Input:
-    """An input of this description, with zeros where no values are told.
+def example_from(record: Any) -> Input:
+    """The example of a record; zeros where the values do not matter.
 
     Raises:
-        TypeError: it is no description, or one of an input that is far too large.
+        ShapeError: a record that is damaged, or of an input that takes too much memory.
     """
-    if isinstance(record, dict):
-        return {k: v.get("value") if isinstance(v, dict) else described(v) for k, v in record.items()}
-    shape, name, *values = record if isinstance(record, list) and len(record) in (2, 3) else ((), "", ())
-    kind = next((t for t in DTYPES if str(t) == f"torch.{name}"), None)
-    if kind is None or not all(type(size) is int and size >= 0 for size in shape) or math.prod(shape) > MANY:
-        raise TypeError(f"no example has the form {str(record)[:80]}")
     try:
-        return torch.tensor(values[0], dtype=kind).reshape(shape) if values else torch.zeros(shape, dtype=kind)
-    except (ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"the example's values do not fit it ({error})") from error
+        if "inputs" in record:
+            entries = {str(key): value for key, value in record["inputs"].items()}
+            return {k: example_from(v) if isinstance(v, dict) else v for k, v in entries.items()}  # type: ignore[misc]
+        dtype = getattr(torch, str(record["dtype"]))
+        shape = [int(n) for n in record["shape"]]
+        if not isinstance(dtype, torch.dtype) or min(shape, default=0) < 0 or math.prod(shape) > 2**27:
+            raise ValueError(f"{record['dtype']} {shape}")
+        values = record.get("values")
+        return torch.zeros(shape, dtype=dtype) if values is None else torch.tensor(values, dtype=dtype).view(shape)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ShapeError(f"the recorded example of a base is damaged ({error}); give example=, an input") from error

@@ -10,7 +10,7 @@ from typing import Any
 from sidetuning.artifacts import CONFIG, read_task
 from sidetuning.base import Base, BaseSpec
 from sidetuning.errors import ArtifactError, UnknownNameError
-from sidetuning.inputs import Input, describe, described
+from sidetuning.inputs import Input, example_from, example_record
 from sidetuning.registry import Registry
 from sidetuning.tuner import SideTuner
 
@@ -73,7 +73,7 @@ def load_base(
     if later is not None:
         base = base.with_example(later)
     if example is not None:
-        given["example"] = describe(example)
+        given["example"] = example_record(example)
     if name.startswith(("hf:", "onnx:")) and Path(arguments[0]).exists():
         # Found from every folder.
         name = f"{name.partition(':')[0]}:{Path(arguments[0]).resolve()}"
@@ -141,9 +141,9 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
     build, _ = _builder(spec["name"])
     # Version 0.1.0 recorded options that the base did not read; they changed nothing.
     read = {key: value for key, value in options.items() if key in _read_by(build) or key not in UNREAD}
+    if options.get("example") is not None:
+        read["example"] = example_from(options["example"])
     try:
-        if "example" in read:
-            read["example"] = described(read["example"])
         return load_base(spec["name"], **read)
     except TypeError as error:
         raise ArtifactError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sidetuning.artifacts import SavedTask, read_branch, read_task, tensors_sha256, write_task
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch, build_branch
-from sidetuning.checks import Owners, check_name, check_shapes, check_state
+from sidetuning.checks import Lock, Owners, check_name, check_shapes, check_state
 from sidetuning.errors import ArtifactError, ShapeError, TaskError, UnknownNameError
 from sidetuning.identity import Identity
 from sidetuning.inputs import take_rows
@@ -40,7 +40,9 @@ class SideTuner(nn.Module):
             raise TaskError(f"SideTuner takes a Base, not a {type(base).__name__}: wrap it, Base(module, example=x)")
         self.base = base
         self.branches = nn.ModuleDict()
-        self._owners = Owners()
+        self._owners, self._changes = Owners(), Lock()
+        # The taps that it came with; others come and go with the tasks.
+        self._taps = tuple(base.tap_shapes)
         self.eval()
 
     @property
@@ -49,10 +51,9 @@ class SideTuner(nn.Module):
         return list(self.branches)
 
     def __getitem__(self, task: str) -> Branch:
-        if task not in self.branches:
+        branch = self.branches._modules.get(task)
+        if not isinstance(branch, Branch):
             raise UnknownNameError(unknown("task", task, self.tasks, verb="in this model"))
-        branch = self.branches[task]
-        assert isinstance(branch, Branch)
         return branch
 
     def __contains__(self, task: str) -> bool:
@@ -134,7 +135,11 @@ class SideTuner(nn.Module):
 
     def add_branch(self, name: str, branch: Branch) -> Branch:
         """Add a branch that is built already, under a task's name; `add_task` and `load_task` end here."""
-        self._check_name(name)
+        with self._changes:
+            self._check_name(name)
+            return self._add(name, branch)
+
+    def _add(self, name: str, branch: Branch) -> Branch:
         for lateral in branch.config.laterals:
             if self[lateral].side is None:
                 raise TaskError(f"task '{lateral}' has no side, so it cannot be a lateral of '{name}'")
@@ -158,14 +163,16 @@ class SideTuner(nn.Module):
 
     def remove_task(self, name: str) -> None:
         """Remove a task. Raises TaskError where a later task has it as a lateral."""
-        self[name]
-        if users := self.users(name):
-            raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
-        laterals = self[name].config.laterals
-        del self.branches[name]
-        self._owners.remove(name)
-        for lateral in laterals:
-            self[lateral].pinned = bool(self.users(lateral))
+        with self._changes:
+            laterals = self[name].config.laterals
+            if users := self.users(name):
+                raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
+            del self.branches[name]
+            self._owners.remove(name)
+            for lateral in laterals:
+                self[lateral].pinned = bool(self.users(lateral))
+            needed = {*self._taps, *(tap for task in self.tasks for tap in self[task].taps)}
+            self.base = self.base.with_taps([tap for tap in self.base.tap_shapes if tap in needed])
 
     def users(self, name: str) -> list[str]:
         """The tasks that have this one as a lateral."""
@@ -240,7 +247,7 @@ class SideTuner(nn.Module):
         branches |= {lateral: self[lateral] for lateral in users if lateral not in branches}
         sides: dict[str, Tensor | None] = {}
         for name, branch in branches.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name in tasks):
+            with contextlib.nullcontext() if name in tasks else torch.no_grad():
                 sides[name] = branch.side_output(inputs, features)
         outputs = {}
         for task in tasks:
