@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sidetuning.errors import ShapeError, SideTuningError, UnknownNameError
+from sidetuning.errors import ShapeError, UnknownNameError, told
 from sidetuning.folding import fold
 from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
-from sidetuning.inputs import IMAGES, arguments_of, call, freeze, map_input, modules_of, to_device
+from sidetuning.inputs import IMAGES, FirstWeight, arguments_of, call, freeze, map_input, modules_of, to_device
 from sidetuning.inputs import Input as Input
 from sidetuning.probe import check_base, probe_input, probe_of, shapes_of
 from sidetuning.registry import unknown
@@ -159,7 +159,7 @@ class Base(nn.Module):
         # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
         self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._sha256: tuple[object, str] | None = None
-        self._found: tuple[Any, nn.Module, str, Tensor | None] = (), nn.Module(), "", None
+        self._first = FirstWeight(self._modules_run)
         self._taps: dict[str, Tap] = {}
         self._writes = False
         self.example = example
@@ -179,13 +179,8 @@ class Base(nn.Module):
         """Put hooks on the taps, and keep what the base makes of its example: all shapes come from there."""
         self._taps = {name: self._hook(name) for name in taps}
         self.example = to_device(self.example, self.device)
-        try:
+        with told("the base does not run on its example ({}); give another example="):
             features = self(self.example)
-        except SideTuningError:
-            raise
-        except Exception as error:
-            told = str(error).partition("\n")[0]
-            raise ShapeError(f"the base does not run on its example ({told}); give another example=") from error
         self.output_shape = tuple(features.out.shape[1:])
         if len(self.output_shape) not in KINDS:
             raise ShapeError(
@@ -214,20 +209,7 @@ class Base(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """The type of the network's weights; None where it has none of floating point."""
-        weight = self._weight()
-        return None if weight is None else weight.dtype
-
-    def _weight(self) -> Tensor | None:
-        """The first weight of floating point. Each pass asks for it, so the place where it was is looked at first."""
-        nets, owner, name, weight = self._found
-        if nets is self._modules_run and owner._parameters.get(name) is weight:
-            return weight
-        for part in chain.from_iterable(net.modules() for net in self._modules_run):
-            for name, weight in part._parameters.items():
-                if weight is not None and weight.is_floating_point():
-                    self._found = self._modules_run, part, name, weight
-                    return weight
-        return None
+        return self._first.dtype
 
     @property
     def tap_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -351,7 +333,7 @@ class Base(nn.Module):
         if net is None:
             return self
         other = copy.copy(self)
-        other._hidden, other._modules_run = (net,), (net,)
+        other._hidden, other._modules_run, other._first = (net,), (net,), FirstWeight((net,))
         x = probe_input(self.example)
         pairs = zip(_tensors(self(x)), _tensors(other(x)), strict=True)
         # What tracing does not see, such as hooks or a method that was replaced, is lost in the copy.
@@ -361,11 +343,10 @@ class Base(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network's weights lie; of a network without any, where the example lies."""
-        if (weight := self._weight()) is not None:
-            return weight.device
         weights = chain.from_iterable(chain(net.parameters(), net.buffers()) for net in self._networks())
         values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
-        return next(chain(weights, (value for value in values if isinstance(value, Tensor)))).device
+        others = chain(weights, (value for value in values if isinstance(value, Tensor)))
+        return self._first.device or next(others).device
 
     def identity(self) -> Identity:
         """Its weights, preparation, choice of the output and behaviour; weights that did not change are hashed once."""

@@ -12,8 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from sidetuning.base import Base, Features
 from sidetuning.branch import Branch
-from sidetuning.errors import ShapeError, SideTuningError, TaskError
+from sidetuning.errors import TaskError, told
 from sidetuning.inputs import Input, modules_of
+from sidetuning.probe import shapes_of
 
 
 def check_name(name: str) -> None:
@@ -42,15 +43,9 @@ def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Inpu
     """
     branch.eval().to(base.device, base.dtype or base.example_features.out.dtype)
     inputs, features = base.prepare(base.example), base.example_features
-    try:
-        with torch.no_grad():
-            out = branch(inputs, features, laterals(inputs, features))
-    except SideTuningError:
-        raise
-    except Exception as error:
-        example = base.example if isinstance(base.example, Tensor) else next(iter(base.example.values()))
-        shapes = f"input {tuple(example.shape)}, base output {tuple(features.out.shape)}"
-        raise ShapeError(f"the parts of task '{name}' do not fit each other ({shapes}): {error}") from error
+    shapes = f"input {shapes_of(base.example)}, base output {shapes_of(features.out)}"
+    with torch.no_grad(), told(f"the parts of task '{name}' do not fit each other ({shapes}): {{}}"):
+        out = branch(inputs, features, laterals(inputs, features))
     labels = branch.labels
     if labels is not None and isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] != len(labels):
         raise TaskError(f"task '{name}' has {len(labels)} labels for {out.shape[1]} outputs; give one per output")

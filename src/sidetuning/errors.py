@@ -1,5 +1,10 @@
 """The errors of the library. Each message says what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class SideTuningError(Exception):
     """Anything a user can mend; the command line prints its message alone and exits with 1."""
@@ -31,3 +36,14 @@ class DataError(SideTuningError, ValueError):
 
 class TrainingError(SideTuningError, RuntimeError):
     """Training that cannot go on: a loss that is not finite, or a resume file of another run."""
+
+
+@contextlib.contextmanager
+def told(sentence: str) -> Iterator[None]:
+    """Turn what somebody else's code raises into a ShapeError: `sentence`, with what happened in place of "{}"."""
+    try:
+        yield
+    except SideTuningError:
+        raise
+    except Exception as error:
+        raise ShapeError(sentence.replace("{}", str(error).partition("\n")[0])) from error

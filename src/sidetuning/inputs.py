@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -90,6 +91,39 @@ def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
 def original(module: Any) -> Any:
     """The module that `torch.compile` wraps, or itself."""
     return getattr(module, "_orig_mod", module)
+
+
+class FirstWeight:
+    """Type and place of the first weight of floating point; None without one.
+
+    Each pass asks for them, so the place where the weight was is looked at first.
+    """
+
+    def __init__(self, nets: tuple[nn.Module, ...]) -> None:
+        self.nets, self.owner, self.name = nets, nn.Module(), ""
+
+    def _find(self) -> Tensor | None:
+        weight = self.owner._parameters.get(self.name)
+        if weight is not None and weight.is_floating_point():
+            return weight
+        for part in chain.from_iterable(net.modules() for net in self.nets):
+            for name, weight in part._parameters.items():
+                if weight is not None and weight.is_floating_point():
+                    self.owner, self.name = part, name
+                    return weight
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its type."""
+        weight = self._find()
+        return None if weight is None else weight.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where it lies."""
+        weight = self._find()
+        return None if weight is None else weight.device
 
 
 def freeze(module: nn.Module) -> None:
