@@ -300,11 +300,11 @@ def read_branch(
     problem = mismatch({name: tensor for name, (_, tensor) in state.items()}, tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
-    kind = base.dtype or base.example_features.out.dtype
-    others = [t.dtype for t in tensors.values() if t.is_floating_point() and t.dtype != kind]
+    dtype = base.dtype or base.example_features.out.dtype
+    others = [t.dtype for t in tensors.values() if t.is_floating_point() and t.dtype != dtype]
     if others and not any_base:
         raise ArtifactError(
-            f"{path} holds weights in {others[0]} and this model computes in {kind}; pass any_base=True to round them"
+            f"{path} holds weights in {others[0]} and this model computes in {dtype}; pass any_base=True to round them"
         )
     branch.load_state_dict({state[name][0]: tensor for name, tensor in tensors.items()})
     return branch

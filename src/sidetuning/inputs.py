@@ -103,12 +103,12 @@ class FirstWeight:
         self.nets, self.owner, self.name = nets, nn.Module(), ""
 
     def _find(self) -> Tensor | None:
-        weight = self.owner._parameters.get(self.name)
-        if weight is not None and weight.is_floating_point():
-            return weight
+        kept = getattr(self.owner, self.name, None)
+        if isinstance(kept, Tensor) and kept.is_floating_point():
+            return kept
         for part in chain.from_iterable(net.modules() for net in self.nets):
-            for name, weight in part._parameters.items():
-                if weight is not None and weight.is_floating_point():
+            for name, weight in part.named_parameters(recurse=False):
+                if weight.is_floating_point():
                     self.owner, self.name = part, name
                     return weight
         return None

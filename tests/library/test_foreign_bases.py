@@ -19,7 +19,7 @@ import sidetuning as st
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def plain(shift: float = 0.0) -> nn.Module:
+def plain(shift: float = 0.0) -> nn.Sequential:
     with st.seeded(0):
         net = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16)).eval()
     with torch.no_grad():
@@ -167,7 +167,7 @@ class Two(Tensor):
         return ["one", "two"], None
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return cls(args[0].one, args[0].two)
         unwrapped = [a.one + a.two if isinstance(a, Two) else a for a in args]

@@ -139,7 +139,7 @@ def test_inputs_that_a_file_does_not_take_are_refused_in_a_sentence(
 @pytest.mark.parametrize(("batch", "length"), [("b", "t"), ("b", 6), (1, 6), (3, 6)])
 def test_texts_get_the_vocabulary_that_is_said(batch: Any, length: Any, tmp_path: Path) -> None:
     base = st.load_base(texts(tmp_path, batch, length))
-    assert base.kind == "sequence" and base.example["attention_mask"].all()  # type: ignore[call-overload]
+    assert base.kind == "sequence" and base.example["attention_mask"].all()  # type: ignore[call-overload, index]
     mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]] * 2)
     x = {"input_ids": torch.randint(0, 50, (4, 6)), "attention_mask": mask}
     shorter = {name: value[1:2, :3] for name, value in x.items()} if length == "t" else x

@@ -124,8 +124,17 @@ def test_many_tasks_are_read_once_and_compared_with_one_identity(
     read: list[Any] = []
     asked: list[int] = []
     read_task, identity = artifacts.read_task, Base.identity
-    monkeypatch.setattr(loading, "read_task", lambda path: read.append(path) or read_task(path))
-    monkeypatch.setattr(Base, "identity", lambda base: asked.append(1) or identity(base))
+
+    def reading(path: Any) -> Any:
+        read.append(path)
+        return read_task(path)
+
+    def asking(base: Base) -> Any:
+        asked.append(1)
+        return identity(base)
+
+    monkeypatch.setattr(loading, "read_task", reading)
+    monkeypatch.setattr(Base, "identity", asking)
     again = st.load(tmp_path, base=mlp_base())
     assert len(read) == 12 == len(again) and len(asked) == 1
     x = inputs("mlp")

@@ -143,7 +143,7 @@ class Session:
             # Sides see inputs in float32, whatever the file computes in.
             kind = torch.float32 if kind.is_floating_point else kind
             fill = torch.ones if name in MASKS[:2] else torch.zeros
-            tensors[name] = fill([int(size) for size in sizes], dtype=kind)
+            tensors[name] = fill([size for size in sizes if isinstance(size, int)], dtype=kind)
         return tensors if len(tensors) > 1 else next(iter(tensors.values()))
 
     def __call__(self, *tensors: Tensor, **named: Tensor) -> Tensor:
