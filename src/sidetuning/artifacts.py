@@ -8,6 +8,7 @@ written.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -37,11 +38,15 @@ from sidetuning.files import (
     safetensors_header,
     signed,
 )
-from sidetuning.sides.initialise import mismatch
+from sidetuning.identity import Identity
+from sidetuning.sides.copy import Dead
+from sidetuning.sides.initialise import layout, mismatch, plain
 
 # Version 1 had the text in `side.json` alone, without a checksum.
 FORMAT_VERSION = 2
 MEND = "fetch or save the task again"
+# What a task is, as its text has it, and its tensors.
+SavedTask = tuple[dict[str, Any], dict[str, Tensor]]
 # What `side.json` alone tells.
 NOTES = ("metrics", "created")
 CONFIG, TENSORS = "side.json", "side.safetensors"
@@ -97,6 +102,7 @@ def write_task(
     Raises:
         TaskError: an option of a part, or another value, that JSON does not have.
     """
+    _check_built(name, branch)
     tensors = _tensors(branch)
     spec = None if base.spec is None else asdict(base.spec)
     config = {
@@ -118,6 +124,19 @@ def write_task(
         raise TaskError(
             f"task '{name}' cannot be saved: {error}; give its options as plain numbers and texts"
         ) from error
+
+
+def _check_built(name: str, branch: Branch) -> None:
+    """Raise TaskError where a registered part was changed after it was built, so that a rebuild would not fit."""
+    own = tuple(kind for kind in ("side", "merge", "head") if (getattr(branch.config, kind) or (CUSTOM,))[0] == CUSTOM)
+    found = layout(branch)
+    for key in sorted(found.keys() | branch.built.keys()):
+        was, now = branch.built.get(key, "not there"), found.get(key, "gone")
+        if was != now and key.partition(".")[0] not in own:
+            raise TaskError(
+                f"task '{name}' was changed after it was built: '{key}' was {was} and is {now}, so it could not be "
+                "loaded; change a module of your own, and give that to add_task"
+            )
 
 
 def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -155,11 +174,19 @@ def tensors_sha256(module: nn.Module | None) -> str:
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     # A clone each: safetensors refuses tensors that share memory.
-    return {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
+    return {plain(key): value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()
+
+
+def _sha256_of(data: bytes) -> str:
+    """What `_sha256` gives of the tensors in a safetensors file, without writing them again."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps({**json.loads(data[8 : 8 + size]), "__metadata__": {"format": "pt"}}, separators=(",", ":"))
+    text = header.encode() + b" " * (-len(header.encode()) % 8)
+    return hashlib.sha256(len(text).to_bytes(8, "little") + text + data[8 + size :]).hexdigest()
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -167,7 +194,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return read_task(path, tensors=False)[0]
 
 
-def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_task(path: str | Path, tensors: bool = True) -> SavedTask:
     """What the task at `path` is, and its tensors, of one version even while another process saves it anew.
 
     Raises:
@@ -199,10 +226,15 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
         sha256 = hashlib.sha256(data).hexdigest()
     else:
         text = safetensors_header(data).get("sidetuning", "")
-        inner: dict[str, Any] = parse_json(text, str(tensor_file), SCHEMA, MEND)
-        notes = check_signed(config, str(file), MEND)
-        config = {key: notes[key] for key in NOTES if key in notes} | check_signed(inner, str(tensor_file), MEND)
-        sha256 = _sha256(values)
+        inner: dict[str, Any] = parse_json(text, str(tensor_file), dict, MEND)
+        notes, inner = check_signed(config, str(file), MEND), check_signed(inner, str(tensor_file), MEND)
+        # Texts that say the same need not be looked through twice.
+        if inner != {key: value for key, value in notes.items() if key not in NOTES}:
+            check_json(inner, str(tensor_file), SCHEMA, MEND)
+        config = {key: notes[key] for key in NOTES if key in notes} | inner
+        sha256 = _sha256_of(data)
+        # Another version of safetensors may have written the same tensors in another order.
+        sha256 = sha256 if sha256 == config["tensors_sha256"] else _sha256(values)
     if sha256 != config["tensors_sha256"]:
         raise ArtifactError(f"{tensor_file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")
     return config, values
@@ -210,8 +242,9 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
 
 def read_branch(
     path: str | Path,
-    task: tuple[dict[str, Any], dict[str, Tensor]],
+    task: SavedTask,
     base: Base,
+    identity: Identity,
     own: Mapping[str, nn.Module | None],
     *,
     any_base: bool = False,
@@ -222,7 +255,8 @@ def read_branch(
         path: the folder.
         task: what `read_task` gave of it.
         base: what it is built on.
-        own: instances of the parts "side", "merge" and "head" that were the user's own modules, None for the others.
+        identity: that of the base.
+        own: instances of the parts "side", "merge" and "head" that were the user's own modules.
         any_base: take another base than the one that it was trained on.
 
     Raises:
@@ -231,7 +265,7 @@ def read_branch(
     """
     path, (config, tensors) = Path(path), task
     recorded = config["base"]
-    difference = base.identity().difference(recorded)
+    difference = identity.difference(recorded)
     if difference and not any_base:
         raise ArtifactError(
             f"{path} was trained on another base: {difference}; load its own base, {_spec_text(config)}, or pass "
@@ -244,8 +278,8 @@ def read_branch(
             f"{path / CONFIG} has a field in 'parts' that this library does not know ({error})"
         ) from error
     chosen: dict[str, Any] = {}
-    for kind, module in own.items():
-        chosen[kind], options = _part(path, kind, getattr(parts, kind), module)
+    for kind in ("side", "merge", "head"):
+        chosen[kind], options = _part(path, kind, getattr(parts, kind), own.get(kind))
         chosen[f"{kind}_options"] = options
     shared = {key: getattr(parts, key) for key in ("laterals", "prenorm", "init", "problem")}
     try:
@@ -261,14 +295,22 @@ def read_branch(
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
     branch.labels, branch.passes = config.get("labels"), config.get("passes") or 0
     branch.trained_as = config.get("trained_as")
-    problem = mismatch(branch.state_dict(), tensors)
+    state = {plain(name): (name, tensor) for name, tensor in branch.state_dict().items()}
+    tensors = {plain(name): tensor for name, tensor in tensors.items()}
+    if tensors.keys() - state.keys():
+        # Earlier versions kept parts that the code does not depend on.
+        dead = tuple(f"{plain(name)}." for name, part in branch.named_modules() if isinstance(part, Dead))
+        tensors = {name: tensor for name, tensor in tensors.items() if not dead or not name.startswith(dead)}
+    problem = mismatch({name: tensor for name, (_, tensor) in state.items()}, tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
-    # In the type in which it was saved: no number is rounded on the way.
-    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(types) == 1:
-        branch.to(types.pop())
-    branch.load_state_dict(tensors)
+    dtype = base.dtype or base.example_features.out.dtype
+    others = [t.dtype for t in tensors.values() if t.is_floating_point() and t.dtype != dtype]
+    if others and not any_base:
+        raise ArtifactError(
+            f"{path} holds weights in {others[0]} and this model computes in {dtype}; pass any_base=True to round them"
+        )
+    branch.load_state_dict({state[name][0]: tensor for name, tensor in tensors.items()})
     return branch
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sidetuning.errors import ShapeError, UnknownNameError
+from sidetuning.errors import ShapeError, UnknownNameError, told
 from sidetuning.folding import fold
 from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
-from sidetuning.inputs import IMAGES, arguments_of, call, map_input, modules_of, to_device
+from sidetuning.inputs import IMAGES, FirstWeight, arguments_of, call, freeze, map_input, modules_of, to_device
 from sidetuning.inputs import Input as Input
 from sidetuning.probe import check_base, probe_input, probe_of, shapes_of
 from sidetuning.registry import unknown
@@ -149,7 +149,7 @@ class Base(nn.Module):
         self._hidden = (net,)
         self._modules_run = tuple(modules_of(net))
         for module in self._networks():
-            module.requires_grad_(False).eval()
+            freeze(module)
             for part in module.modules():
                 # A hook turns torch's fused path off, which rounds in another way: no task's taps may decide that.
                 if isinstance(part, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)):
@@ -159,6 +159,7 @@ class Base(nn.Module):
         # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
         self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._sha256: tuple[object, str] | None = None
+        self._first = FirstWeight(self._modules_run)
         self._taps: dict[str, Tap] = {}
         self._writes = False
         self.example = example
@@ -178,7 +179,8 @@ class Base(nn.Module):
         """Put hooks on the taps, and keep what the base makes of its example: all shapes come from there."""
         self._taps = {name: self._hook(name) for name in taps}
         self.example = to_device(self.example, self.device)
-        features = self(self.example)
+        with told("the base does not run on its example ({}); give another example="):
+            features = self(self.example)
         self.output_shape = tuple(features.out.shape[1:])
         if len(self.output_shape) not in KINDS:
             raise ShapeError(
@@ -207,8 +209,7 @@ class Base(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """The type of the network's weights; None where it has none of floating point."""
-        weights = chain.from_iterable(net.parameters() for net in self._networks())
-        return next((weight.dtype for weight in weights if weight.is_floating_point()), None)
+        return self._first.dtype
 
     @property
     def tap_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -257,7 +258,7 @@ class Base(nn.Module):
     def encode(self, inputs: Input) -> Features:
         """Run the network on a prepared input; without a graph, unless the input asks for its gradient."""
         for module in self._networks():
-            if module.training:
+            if getattr(module, "training", False):
                 # Whoever has the network put it there, and its statistics would move.
                 module.eval()
         if self._writes:
@@ -332,7 +333,7 @@ class Base(nn.Module):
         if net is None:
             return self
         other = copy.copy(self)
-        other._hidden, other._modules_run = (net,), (net,)
+        other._hidden, other._modules_run, other._first = (net,), (net,), FirstWeight((net,))
         x = probe_input(self.example)
         pairs = zip(_tensors(self(x)), _tensors(other(x)), strict=True)
         # What tracing does not see, such as hooks or a method that was replaced, is lost in the copy.
@@ -344,7 +345,8 @@ class Base(nn.Module):
         """Where the network's weights lie; of a network without any, where the example lies."""
         weights = chain.from_iterable(chain(net.parameters(), net.buffers()) for net in self._networks())
         values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
-        return next(chain(weights, (value for value in values if isinstance(value, Tensor)))).device
+        others = chain(weights, (value for value in values if isinstance(value, Tensor)))
+        return self._first.device or next(others).device
 
     def identity(self) -> Identity:
         """Its weights, preparation, choice of the output and behaviour; weights that did not change are hashed once."""

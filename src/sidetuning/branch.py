@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError, TaskError, UnknownNameError
 from sidetuning.heads import HEADS, named_head, run_head
+from sidetuning.inputs import original
 from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm, Merge
 from sidetuning.problems import PROBLEMS, Problem
 from sidetuning.registry import unknown
 from sidetuning.sides import SIDES, Side, run_side
-from sidetuning.sides.initialise import LowEnergy, initialise
+from sidetuning.sides.initialise import LowEnergy, initialise, layout
 
 # The problem that goes with a head; with others it is "classes".
 BY_HEAD = {"span": "span"}
@@ -53,6 +54,8 @@ class Branch(nn.Module):
         super().__init__()
         self.side, self.merge, self.norm, self.head = side, merge, norm, head
         self.config = config
+        # As a rebuild from `side.json` makes it.
+        self.built = layout(self)
         self.labels: list[str] | None = None
         # A lateral of another task, which must not move.
         self.pinned = False
@@ -74,7 +77,8 @@ class Branch(nn.Module):
     @property
     def taps(self) -> tuple[str, ...]:
         """The base's inner activations that the side reads."""
-        return self.side.taps if isinstance(self.side, Side) else ()
+        side = original(self.side)
+        return side.taps if isinstance(side, Side) else ()
 
     def side_output(self, inputs: Input, features: Features) -> Tensor | None:
         """S(x) of the prepared inputs and the base's features, of the base's output shape; None without a side."""
@@ -112,7 +116,7 @@ class Branch(nn.Module):
     @property
     def alpha(self) -> float | None:
         """The weight of the base, where the merge is alpha."""
-        merge = self.merge.merge if isinstance(self.merge, Gated) else self.merge
+        merge = original(self.merge.merge if isinstance(self.merge, Gated) else self.merge)
         return float(merge.weights[0].detach()) if isinstance(merge, Alpha) else None
 
     @property
@@ -140,7 +144,7 @@ def build_branch(
     side_module: nn.Module | None = None
     side_name: tuple[str, Options] | None = None
     # A side that the merge ignores would only be trained in vain; which one it would be may be named all the same.
-    if not isinstance(merge_module, Merge) or merge_module.uses_side:
+    if not isinstance(original(merge_module), Merge) or merge_module.uses_side:
         if side is None:
             raise TaskError(f"merge '{merge_name[0]}' needs a side; name one, or use merge='base-only'")
         side_module, side_name = _build(SIDES, side, side_options, base)

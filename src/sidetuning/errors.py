@@ -1,6 +1,10 @@
 """The errors of the library. Each message says what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
+import contextlib
 import re
+from collections.abc import Iterator
 
 # Of a message, in characters: those of other libraries may hold a whole file.
 LONGEST = 1200
@@ -45,3 +49,14 @@ class TrainingError(SideTuningError, RuntimeError):
 
 class DataWarning(UserWarning):
     """Data that were left out or mended: which, and how many."""
+
+
+@contextlib.contextmanager
+def told(sentence: str) -> Iterator[None]:
+    """Turn what somebody else's code raises into a ShapeError: `sentence`, with what happened in place of "{}"."""
+    try:
+        yield
+    except SideTuningError:
+        raise
+    except Exception as error:
+        raise ShapeError(sentence.replace("{}", str(error).partition("\n")[0])) from error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Input, Kind
 from sidetuning.errors import TaskError
-from sidetuning.inputs import entry
+from sidetuning.inputs import entry, original
 from sidetuning.registry import Registry
 from sidetuning.sides.fit import masked_mean
 
@@ -34,7 +34,7 @@ class Head(nn.Module):
 
 def run_head(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
     """Call a head as its kind wants it."""
-    out: Tensor = head(code, inputs) if isinstance(head, Head) else head(code)
+    out: Tensor = head(code, inputs) if isinstance(original(head), Head) else head(code)
     return out
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from sidetuning.errors import ShapeError
 
 # One tensor, or the keyword arguments of the network. A mapping may hold two keys that are no arguments: "x", the one
 # tensor of a network that takes no names, and "extra", (b, n) numbers that only heads see, such as an agent's compass.
 Input = Tensor | Mapping[str, Any]
 # Entries of a mapping that are images.
 IMAGES = ("x", "pixel_values")
+# Numbers of an example that are written down with it, at most.
+WRITTEN = 4096
 
 
 def call(net: Callable[..., Any], x: Input) -> Any:
@@ -81,8 +88,97 @@ def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
     return list(found.values())
 
 
+def original(module: Any) -> Any:
+    """The module that `torch.compile` wraps, or itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+class FirstWeight:
+    """Type and place of the first weight of floating point; None without one.
+
+    Each pass asks for them, so the place where the weight was is looked at first.
+    """
+
+    def __init__(self, nets: tuple[nn.Module, ...]) -> None:
+        self.nets, self.owner, self.name = nets, nn.Module(), ""
+
+    def _find(self) -> Tensor | None:
+        kept = getattr(self.owner, self.name, None)
+        if isinstance(kept, Tensor) and kept.is_floating_point():
+            return kept
+        for part in chain.from_iterable(net.modules() for net in self.nets):
+            for name, weight in part.named_parameters(recurse=False):
+                if weight.is_floating_point():
+                    self.owner, self.name = part, name
+                    return weight
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its type."""
+        weight = self._find()
+        return None if weight is None else weight.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where it lies."""
+        weight = self._find()
+        return None if weight is None else weight.device
+
+
+def freeze(module: nn.Module) -> None:
+    """Put a network into evaluation mode, without gradients.
+
+    Raises:
+        ShapeError: its weights are not in memory.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(is_lazy(tensor) or tensor.is_meta for tensor in tensors):
+        raise ShapeError(
+            "some weights of the base are not in memory (offloaded, on the device 'meta', or not initialised yet): "
+            "load all of it onto one device, without a device map, and run it once"
+        )
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    try:
+        module.eval()
+    except NotImplementedError:
+        # An exported program has one mode, that of its export.
+        for part in module.modules():
+            part.training = False
+
+
 def _filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
     except ValueError:
         return False
+
+
+def example_record(example: Input) -> Any:
+    """An example as JSON values: shapes and types, and the numbers where they may matter, as of ids and masks."""
+    if isinstance(example, Tensor):
+        noted = example.numel() <= WRITTEN and not (example.is_floating_point() or example.is_complex())
+        values = example.tolist() if noted else None
+        return {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch."), "values": values}
+    return {"inputs": {key: example_record(v) if isinstance(v, Tensor) else v for key, v in example.items()}}
+
+
+def example_from(record: Any) -> Input:
+    """The example of a record; zeros where the values do not matter.
+
+    Raises:
+        ShapeError: a record that is damaged, or of an input that takes too much memory.
+    """
+    try:
+        if "inputs" in record:
+            entries = {str(key): value for key, value in record["inputs"].items()}
+            return {k: example_from(v) if isinstance(v, dict) else v for k, v in entries.items()}  # type: ignore[misc]
+        dtype = getattr(torch, str(record["dtype"]))
+        shape = [int(n) for n in record["shape"]]
+        if not isinstance(dtype, torch.dtype) or min(shape, default=0) < 0 or math.prod(shape) > 2**27:
+            raise ValueError(f"{record['dtype']} {shape}")
+        values = record.get("values")
+        return torch.zeros(shape, dtype=dtype) if values is None else torch.tensor(values, dtype=dtype).view(shape)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ShapeError(f"the recorded example of a base is damaged ({error}); give example=, an input") from error

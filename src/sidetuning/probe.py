@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidetuning.errors import ShapeError
+from sidetuning.errors import ShapeError, told
 from sidetuning.inputs import Input, map_input, take_rows
 
 # Entries of a mapping that say where there is input, and are no input themselves.
@@ -75,15 +75,11 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
         # Some inputs must fit each other, such as boxes.
         both = map_input(example, _repeat)
         before = copy.deepcopy(both)
-        try:
+        with told(
+            "the base does not take two samples at once ({}); side-tuning needs batches: export or wrap it with an "
+            "open first dimension"
+        ):
             together = run(both)
-        except ShapeError:
-            raise
-        except Exception as error:
-            raise ShapeError(
-                f"the base does not take two samples at once ({error}); side-tuning needs batches: export or wrap it "
-                "with an open first dimension"
-            ) from error
     writes = not _equal(both, before)
     if together.ndim == 0 or len(together) != 2:
         raise ShapeError(
@@ -94,7 +90,11 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
             "the base gives other outputs for the same input: it draws random numbers, or keeps a state; side-tuning "
             "needs a function of the input"
         )
-    alone = torch.cat([run(take_rows(before, slice(i, i + 1))) for i in range(2)])
+    with told(
+        "the base does not take one sample alone ({}); side-tuning needs batches of any size: export or wrap it with "
+        "an open first dimension"
+    ):
+        alone = torch.cat([run(take_rows(before, slice(i, i + 1))) for i in range(2)])
     if not _close(together, alone):
         raise ShapeError(
             "the base gives other outputs for a sample when another one is in its batch; side-tuning needs each sample "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -61,7 +62,7 @@ class Registry(Generic[T]):
         """Call entry `name` with `given` and the user's `options`; an option it does not have is a clear error."""
         entry = self[name]
         assert callable(entry)
-        accepted = list(inspect.signature(entry).parameters)[len(given) :]
+        accepted = _parameters(entry)[len(given) :]
         for option in options:
             if option not in accepted:
                 raise UnknownNameError(unknown(f"option of {self.kind} '{name}':", option, accepted, verb="known"))
@@ -75,6 +76,11 @@ class Registry(Generic[T]):
             raise ShapeError(
                 f"{self.kind} '{name}' cannot be built with {told} ({type(error).__name__}: {error}); give other values"
             ) from error
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(entry: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(entry).parameters)
 
 
 def unknown(kind: str, name: str, names: Iterable[str], verb: str) -> str:

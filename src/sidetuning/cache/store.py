@@ -30,6 +30,7 @@ from torch import Tensor
 from sidetuning.base import Base
 from sidetuning.errors import ArtifactError, CacheError, ShapeError, SideTuningError
 from sidetuning.files import check_json, check_signed, read_json, signed, write_json
+from sidetuning.launch import processes
 from sidetuning.terminal import plain
 
 # Version 1 had no checksums.
@@ -121,10 +122,9 @@ class Store:
 
     def write(self, work: Work, chunk: int, progress: bool) -> None:
         """Do the work that no earlier call has finished, in chunks of `chunk` samples; several processes share it."""
-        from accelerate import PartialState
         from tqdm import tqdm
 
-        state, done = PartialState(), self.folder / "done"
+        state, done = processes(), self.folder / "done"
         chunks = [(view, start) for view in range(self.views) for start in range(0, self.samples, chunk)]
         share = chunks[state.process_index :: state.num_processes]
         show = progress and state.is_main_process

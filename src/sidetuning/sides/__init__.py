@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from sidetuning.base import Features, Input
-from sidetuning.inputs import call
+from sidetuning.inputs import call, original
 from sidetuning.registry import Registry
 
 
@@ -36,7 +36,7 @@ class Side(nn.Module):
 
 def run_side(side: nn.Module, inputs: Input, features: Features) -> Tensor:
     """Call a side as its kind wants it."""
-    out: Tensor = side(inputs, features) if isinstance(side, Side) else call(side, inputs)
+    out: Tensor = side(inputs, features) if isinstance(original(side), Side) else call(side, inputs)
     return out
 
 

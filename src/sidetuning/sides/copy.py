@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base
 from sidetuning.errors import ShapeError
-from sidetuning.inputs import call
+from sidetuning.inputs import call, map_input
 
 
 def copy(base: Base, width: float = 1.0) -> nn.Module:
@@ -26,10 +27,60 @@ def copy(base: Base, width: float = 1.0) -> nn.Module:
         raise ShapeError("the copy side copies a network, and this base is only callable; use another side")
     if not 0 < width <= 1:
         raise ShapeError(f"the copy side keeps a fraction of the channels in (0, 1], not {width}")
-    net = copying.deepcopy(base.net).requires_grad_(True)
+    try:
+        net = copying.deepcopy(base.net).requires_grad_(True)
+    except Exception as error:
+        # Compiled and quantised networks refuse it, each in its own way.
+        raise ShapeError(f"the network cannot be copied and trained ({error}); use another side") from error
     if width < 1:
         _slim(net, base, width)
+    _drop_dead(net.eval(), base)
     return CopySide(net, base)
+
+
+class Dead(nn.Module):
+    """Stands for a part that is run, though the code does not depend on it, such as a pooler."""
+
+    def forward(self, first: Any, *others: Any, **named: Any) -> Any:
+        return first
+
+
+def _drop_dead(net: nn.Module, base: Base) -> None:
+    """Take out parts that are run and change nothing. One that is not run, such as an expert, may be run next time."""
+    ran: set[str] = set()
+
+    def code() -> Tensor:
+        return base.select(call(net, map_input(base.prepare(base.example), torch.clone)))
+
+    weights = dict(net.named_parameters())
+    handles = [part.register_forward_hook(partial(_note, ran, name)) for name, part in net.named_modules() if name]
+    with torch.enable_grad():
+        before = code()
+        for handle in handles:
+            handle.remove()
+        if not before.requires_grad:
+            return
+        gradients = torch.autograd.grad(before.sum(), list(weights.values()), allow_unused=True)
+        unused = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is None}
+        for name in sorted(ran):
+            own = {key for key in unused if key.startswith(f"{name}.")}
+            if not own or own != {key for key in weights if key.startswith(f"{name}.")}:
+                continue
+            unused -= own
+            place, _, last = name.rpartition(".")
+            parent, part = net.get_submodule(place), net.get_submodule(name)
+            setattr(parent, last, Dead())
+            try:
+                same = torch.equal(code(), before)
+            except Exception:
+                # What follows may not take what comes before, and fails in its own way.
+                same = False
+            if not same:
+                setattr(parent, last, part)
+
+
+def _note(ran: set[str], name: str, *_: Any) -> None:
+    ran.add(name)
 
 
 class CopySide(nn.Module):

@@ -11,24 +11,27 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError
-from sidetuning.inputs import entry
+from sidetuning.inputs import entry, modules_of
 from sidetuning.sides import Side
 from sidetuning.sides.fit import FitMap, FitTokens
 
 
-def mlp(base: Base, hidden: int = 64) -> nn.Module:
+def mlp(base: Base, hidden: int = 64, vocabulary: int | None = None) -> nn.Module:
     """A perceptron of one hidden layer, on the flattened input or on each token of a sequence.
 
     Args:
         base: gives the input and output shapes.
         hidden: width of the hidden layer.
+        vocabulary: how many token ids there are, where the base's network does not tell.
     """
     x = base.example
     ids = not isinstance(x, Tensor) or not x.is_floating_point()
     sequence = isinstance(x, Tensor) and x.ndim == 3
     if ids or (sequence and base.kind != "map"):
-        return TokenMLP(base, hidden)
+        return TokenMLP(base, hidden, vocabulary)
     assert isinstance(x, Tensor)
+    if vocabulary is not None:
+        raise ShapeError(f"the base reads numbers {tuple(x.shape)} and no token ids; leave vocabulary= out")
     return FlatMLP(math.prod(x.shape[1:]), hidden, base.output_shape)
 
 
@@ -50,9 +53,9 @@ class FlatMLP(nn.Module):
 class TokenMLP(Side):
     """Shape: ids (b, t) or a sequence (b, t, c) -> (b, t, d), or (b, d) where the base returns vectors."""
 
-    def __init__(self, base: Base, hidden: int) -> None:
+    def __init__(self, base: Base, hidden: int, vocabulary: int | None = None) -> None:
         super().__init__()
-        self.embed = Embed(base, hidden)
+        self.embed = Embed(base, hidden, vocabulary)
         self.net = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU())
         self.fit = FitTokens(base, hidden)
 
@@ -68,15 +71,18 @@ class Transformer(Side):
         width: channels of the tokens; a multiple of `heads`.
         layers: number of layers.
         heads: attention heads per layer.
+        vocabulary: how many token ids there are, where the base's network does not tell.
 
     Shape: images (b, c, h, w), ids (b, t) or sequences (b, t, c) -> the base's output shape.
     """
 
-    def __init__(self, base: Base, width: int = 64, layers: int = 2, heads: int = 4) -> None:
+    def __init__(
+        self, base: Base, width: int = 64, layers: int = 2, heads: int = 4, vocabulary: int | None = None
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ShapeError(f"the transformer side's width {width} is not a multiple of its {heads} heads")
-        self.embed = Embed(base, width)
+        self.embed = Embed(base, width, vocabulary)
         self.layers = nn.ModuleList(encoder_layer(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         if self.embed.grid is None and base.kind == "map":
@@ -117,12 +123,14 @@ class Embed(nn.Module):
     Shape: (b, t) ids, (b, c, h, w) images, (b, t, c) sequences or (b, c) vectors -> (b, t, width).
     """
 
-    def __init__(self, base: Base, width: int) -> None:
+    def __init__(self, base: Base, width: int, vocabulary: int | None = None) -> None:
         super().__init__()
         x = _read(base.example)
         self.grid: tuple[int, int] | None = None
         if not x.is_floating_point() and x.ndim == 2:
-            self.layer: nn.Module = nn.Embedding(_vocabulary(base, x), width)
+            self.layer: nn.Module = nn.Embedding(vocabulary or _vocabulary(base), width)
+        elif vocabulary is not None:
+            raise ShapeError(f"the base reads {tuple(x.shape)} and no token ids; leave vocabulary= out")
         elif x.ndim == 4:
             patch = max(1, min(x.shape[-2:]) // 8)
             self.layer = nn.Conv2d(x.shape[1], width, patch, stride=patch)
@@ -158,8 +166,10 @@ def _positions(tokens: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)[:, :width].to(tokens.dtype)
 
 
-def _vocabulary(base: Base, ids: Tensor) -> int:
+def _vocabulary(base: Base) -> int:
     """The size of the base's first embedding table, positions aside: the largest one."""
-    modules = base.net.modules() if isinstance(base.net, nn.Module) else ()
-    tables = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
-    return max(tables, default=int(ids.max()) + 1)
+    parts = [part for net in modules_of(base.net) for part in net.modules()]
+    tables = [part.num_embeddings for part in parts if isinstance(part, nn.Embedding)]
+    if not tables:
+        raise ShapeError("the base does not tell how many token ids it knows: give side_options={'vocabulary': 30000}")
+    return max(tables)
