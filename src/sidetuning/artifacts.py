@@ -25,6 +25,7 @@ from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
 from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_json, safetensors_header
+from sidetuning.outputs import Layout
 from sidetuning.sides.initialise import mismatch
 
 # Version 1 had the text in `side.json` alone, without a checksum.
@@ -52,6 +53,7 @@ SCHEMA = {
         "prenorm": bool,
         "init?": {"zero", "low-energy"},
         "problem?": str,
+        "layouts?": dict,
     },
     "base": {
         "sha256": str,
@@ -86,12 +88,13 @@ def write_task(
         TaskError: an option of a part, or another value, that JSON does not have.
     """
     tensors = _tensors(branch)
+    layouts = {tap: layout for tap, layout in branch.config.layouts.items() if tap in branch.taps}
     spec = None if base.spec is None else asdict(base.spec)
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": version("sidetuning"),
         "task": name,
-        "parts": asdict(branch.config),
+        "parts": {**asdict(branch.config), "layouts": layouts},
         "labels": branch.labels,
         "alpha": branch.alpha,
         "passes": branch.passes,
@@ -247,9 +250,16 @@ def read_branch(
     for kind, module in own.items():
         chosen[kind], options = _part(path, kind, getattr(parts, kind), module)
         chosen[f"{kind}_options"] = options
+    taps, layouts = recorded.get("taps") or [], config["parts"].get("layouts")
+    if layouts is None and base.causal and chosen["side"] in ("transformer", "ladder"):
+        # Sides of older files saw later tokens, whatever the base did.
+        chosen["side_options"] = {"causal": False, **(chosen["side_options"] or {})}
     shared = {key: getattr(parts, key) for key in ("laterals", "prenorm", "init", "problem")}
     try:
-        tapped = base.with_taps(recorded["taps"]) if recorded.get("taps") else base
+        # Older files know one layout for all maps of a network, right or not; their tasks were trained on that.
+        last = (recorded.get("preparation") or {}).get("channels_last")
+        every: Layout | None = None if layouts is not None else "nhwc" if last else "nchw"
+        tapped = base.with_taps({tap: (layouts or {}).get(tap) for tap in taps}, every) if taps else base
         branch = build_branch(tapped, **chosen, **shared)
     except SideTuningError:
         raise

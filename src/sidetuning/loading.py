@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sidetuning.artifacts import CONFIG, read_config
 from sidetuning.base import Base, BaseSpec
 from sidetuning.errors import ArtifactError, UnknownNameError
+from sidetuning.inputs import Input, example_from
+from sidetuning.outputs import Taps
 from sidetuning.registry import Registry
 from sidetuning.tuner import SideTuner
 
@@ -29,22 +31,27 @@ SCHEMES: Registry[Callable[..., Base]] = Registry(
 def load_base(
     name: str,
     *,
-    taps: Sequence[str] = (),
+    taps: Taps = (),
     output: str | None = None,
     revision: str | None = None,
     pretrained: bool = True,
     weights: str | Path | None = None,
+    dtype: str | None = None,
+    example: Input | None = None,
 ) -> Base:
     """Build a pretrained base by name.
 
     Args:
         name: a packaged base ("resnet44-cifar10"), "timm:NAME", "hf:NAME_OR_FOLDER" or "onnx:PATH".
-        taps: names of submodules whose outputs are returned too.
+        taps: names of submodules whose outputs are returned too, or a mapping to their layouts, as of `Base`.
         output: which output to use; "map" gives a timm model's spatial features instead of the pooled ones, and a
             transformers model takes the name of a field ("last_hidden_state" by default).
         revision: revision of a transformers model on the Hub.
         pretrained: False builds timm and transformers models with random weights.
         weights: a safetensors file to use instead of the weights that the name stands for.
+        dtype: type of the weights of timm and transformers models: "float32", "bfloat16", "float16" or "float64". Sides
+            are trained in full precision all the same.
+        example: an input of the size that parts are built for, as of `Base.with_example`.
 
     Raises:
         UnknownNameError: no such base, scheme or tap, or an option that this kind of base does not read.
@@ -52,8 +59,10 @@ def load_base(
         OSError: the weights can neither be found nor downloaded.
     """
     path = None if weights is None else str(Path(weights).resolve())
-    options = {"taps": list(taps), "output": output, "revision": revision, "pretrained": pretrained, "weights": path}
-    given = {key: value for key, value in options.items() if value not in (None, [], True)}
+    named = dict(taps) if isinstance(taps, Mapping) else list(taps)
+    options = {"taps": named, "output": output, "revision": revision, "pretrained": pretrained, "weights": path}
+    options["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+    given = {key: value for key, value in options.items() if value not in (None, [], {}, True)}
     build, arguments = _builder(name)
     for option in given:
         if option not in _read_by(build):
@@ -65,7 +74,7 @@ def load_base(
         # Found from every folder.
         name = f"{name.partition(':')[0]}:{Path(arguments[0]).resolve()}"
     base.spec = BaseSpec(name, {key: value for key, value in given.items() if key != "revision"}, revision)
-    return base
+    return base if example is None else base.with_example(example)
 
 
 def _builder(name: str) -> tuple[Callable[..., Base], list[str]]:
@@ -129,6 +138,8 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
     build, _ = _builder(spec["name"])
     # Version 0.1.0 recorded options that the base did not read; they changed nothing.
     read = {key: value for key, value in options.items() if key in _read_by(build) or key not in OPTIONS}
+    if options.get("example") is not None:
+        read["example"] = example_from(options["example"])
     try:
         return load_base(spec["name"], **read)
     except TypeError as error:
@@ -137,7 +148,7 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
         ) from error
 
 
-OPTIONS = ("taps", "output", "revision", "pretrained", "weights")
+OPTIONS = ("taps", "output", "revision", "pretrained", "weights", "dtype", "example")
 
 
 def _task_folders(path: Path) -> list[Path]:
