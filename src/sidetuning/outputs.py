@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -152,6 +153,8 @@ class Evidence:
         # Shapes without the batch -> the layouts that some module gave them in.
         self._shapes: dict[tuple[int, ...], set[Layout]] = {}
         self._widths: set[int] = set()
+        # Other threads may run the same network on other inputs meanwhile.
+        self._thread = threading.get_ident()
 
     @contextmanager
     def of(self, nets: Sequence[nn.Module]) -> Iterator[Evidence]:
@@ -165,7 +168,7 @@ class Evidence:
                 handle.remove()
 
     def _see(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not isinstance(output, Tensor):
+        if not isinstance(output, Tensor) or threading.get_ident() != self._thread:
             return
         width = _width(module)
         layout: Layout | None = "nchw" if isinstance(module, FIRST) else "nhwc"

@@ -112,10 +112,15 @@ def is_causal(run: Callable[[Input], Tensor], example: Input) -> bool:
     """
     both = probe_input(example)
     key = "" if isinstance(both, Tensor) else next((k for k in ("input_ids", "inputs_embeds", "x") if k in both), "")
-    tokens = both if isinstance(both, Tensor) else both.get(key)
-    whole = isinstance(tokens, Tensor) and not tokens.is_floating_point() and tokens.ndim == 2
-    if not isinstance(tokens, Tensor) or not (whole or tokens.ndim == 3) or tokens.shape[1] < 3:
+    found = both if isinstance(both, Tensor) else both.get(key)
+    if not isinstance(found, Tensor) or found.ndim != 2 + found.is_floating_point():
         return False
+    # Three tokens at least, and all of them real: padding has no say in anything.
+    t, times = found.shape[1], -(-3 // max(1, found.shape[1]))
+    both = map_input(both, lambda x: torch.cat([x] * times, 1) if x.ndim > 1 and x.shape[1] == t else x)
+    if not isinstance(both, Tensor) and isinstance(mask := both.get("attention_mask"), Tensor):
+        both = {**both, "attention_mask": torch.ones_like(mask)}
+    tokens = torch.cat([found] * times, 1)
 
     def code(place: int | None) -> Tensor:
         changed = tokens.clone()

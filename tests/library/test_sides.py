@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sidetuning as st
-from conftest import sequence_base
+from conftest import TinyBert, sequence_base
 from sidetuning.artifacts import read_config, write_files
 from sidetuning.folding import may_be_channels_last
 
@@ -59,6 +59,10 @@ def test_a_base_is_known_as_a_decoder_by_what_it_computes() -> None:
     table = nn.Embedding(50, 16)
     # Each token alone: nothing is lost by looking at the others.
     assert not st.Base(lambda input_ids: table(input_ids), example={"input_ids": IDS[:1]}).causal
+    for example in (text(IDS[:1, :1]), text(IDS[:1, :2]), text(IDS[:1, :4], after=3)):
+        with st.seeded(1):
+            assert st.Base(Decoder(), example=example).causal
+            assert not st.Base(TinyBert(), example=example).causal
     mean = st.Base(lambda x: x.cumsum(1), example=torch.zeros(1, 5, 4))
     assert mean.causal
     assert not st.Base(lambda x: x.flip(1).cumsum(1), example=torch.zeros(1, 5, 4)).causal

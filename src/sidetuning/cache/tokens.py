@@ -78,7 +78,7 @@ def _embed(layer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     device = next(layer.parameters()).device
     given = {name: inputs[name].to(device) for name in ("input_ids", "token_type_ids") if name in inputs}
     vectors: Tensor = layer(given["input_ids"]) if isinstance(layer, nn.Embedding) else layer(**given)
-    return vectors.to(inputs["attention_mask"].device) * inputs["attention_mask"].unsqueeze(-1)
+    return vectors.float().to(inputs["attention_mask"].device) * inputs["attention_mask"].unsqueeze(-1)
 
 
 def looked_up(base: Base) -> nn.Module | None:

@@ -53,9 +53,8 @@ class CopySide(nn.Module):
 
     def forward(self, *tensors: Tensor, **named: Any) -> Tensor:
         given: Input = {**dict(zip(("x",), tensors, strict=True)), **named} if tensors else named
-        if self.channels_last:
-            form = torch.channels_last
-            given = map_input(given, lambda x: x.contiguous(memory_format=form) if x.ndim == 4 else x)
+        form = torch.channels_last if self.channels_last else torch.contiguous_format
+        given = map_input(given, lambda x: x.contiguous(memory_format=form) if x.ndim == 4 else x)
         code = self.select(call(self.net, given))
         return self.project(code)  # type: ignore[no-any-return]
 

@@ -55,8 +55,9 @@ class Trunk(nn.Module):
     def forward(self, inputs: Input) -> Tensor:
         if not isinstance(inputs, Tensor) and "x" in inputs:
             inputs = inputs["x"]
-        if self.images and isinstance(inputs, Tensor) and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if isinstance(inputs, Tensor) and inputs.ndim == 4:
+            form = torch.channels_last if self.images else torch.contiguous_format
+            inputs = inputs.contiguous(memory_format=form)
         return self.select(call(self.net, inputs))
 
     def train(self, mode: bool = True) -> Trunk:
