@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import zoo
+from record import RESULTS
 from sidetuning.errors import ShapeError
 from zoo_models import IMAGES, TEXTS, TIMM
 
@@ -58,7 +59,7 @@ def test_a_process_that_dies_costs_one_model_and_no_other(tmp_path: Path, monkey
 
 def test_the_zoo_is_large_and_its_record_has_no_silent_cell() -> None:
     assert len(set(TIMM)) == len(TIMM) >= 150 and len({*TEXTS, *IMAGES}) >= 60
-    rows = json.loads((zoo.RESULTS / "zoo.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "zoo.json").read_text())["rows"]
     faults = {
         (name, cell): text
         for name, row in rows.items()

@@ -75,7 +75,7 @@ def test_cached_features_are_those_of_each_text_alone(
 class Boxes(nn.Embedding):
     """Embeddings that read where words stand on a page."""
 
-    def forward(self, input_ids: Tensor, bbox: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, bbox: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(input_ids) + bbox.sum(-1, keepdim=True)
 
 

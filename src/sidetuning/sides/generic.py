@@ -112,7 +112,8 @@ def attend(layer: nn.Module, x: Tensor, mask: Tensor | None, causal: bool) -> Te
     if padding is not None:
         # Padding before a text sees itself: a row of nothing would be NaN.
         hidden = (hidden | padding.unsqueeze(1)) & ~itself
-    heads = layer.self_attn.num_heads  # type: ignore[union-attr]
+    assert isinstance(layer, nn.TransformerEncoderLayer)
+    heads = layer.self_attn.num_heads
     # (b heads, t, t)
     out = layer(x, src_mask=hidden.repeat_interleave(heads, 0))
     return out
