@@ -37,6 +37,7 @@ RECORDS: Registry[Record] = Registry(
         "rl": "agent_grids:RL",
         "rl-speed": "agent_worlds:RL_SPEED",
         "pointnav-episodes": "agent_worlds:EPISODES",
+        "zoo": "zoo:ZOO",
     },
 )
 

@@ -39,6 +39,7 @@ from sidetuning.files import (
     signed,
 )
 from sidetuning.identity import Identity
+from sidetuning.outputs import Layout
 from sidetuning.sides.copy import Dead
 from sidetuning.sides.initialise import layout, mismatch, plain
 
@@ -69,6 +70,7 @@ SCHEMA = {
         "prenorm": bool,
         "init?": {"zero", "low-energy"},
         "problem?": str,
+        "layouts?": dict,
     },
     "base": {
         "sha256": str,
@@ -104,12 +106,13 @@ def write_task(
     """
     _check_built(name, branch)
     tensors = _tensors(branch)
+    layouts = {tap: layout for tap, layout in branch.config.layouts.items() if tap in branch.taps}
     spec = None if base.spec is None else asdict(base.spec)
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": version("sidetuning"),
         "task": name,
-        "parts": asdict(branch.config),
+        "parts": {**asdict(branch.config), "layouts": layouts},
         "labels": branch.labels,
         "alpha": branch.alpha,
         "passes": branch.passes,
@@ -281,9 +284,16 @@ def read_branch(
     for kind in ("side", "merge", "head"):
         chosen[kind], options = _part(path, kind, getattr(parts, kind), own.get(kind))
         chosen[f"{kind}_options"] = options
+    taps, layouts = recorded.get("taps") or [], config["parts"].get("layouts")
+    if layouts is None and base.causal and chosen["side"] in ("transformer", "ladder"):
+        # Sides of older files saw later tokens, whatever the base did.
+        chosen["side_options"] = {"causal": False, **(chosen["side_options"] or {})}
     shared = {key: getattr(parts, key) for key in ("laterals", "prenorm", "init", "problem")}
     try:
-        tapped = base.with_taps(recorded["taps"]) if recorded.get("taps") else base
+        # Older files know one layout for all maps of a network, right or not; their tasks were trained on that.
+        last = (recorded.get("preparation") or {}).get("channels_last")
+        every: Layout | None = None if layouts is not None else "nhwc" if last else "nchw"
+        tapped = base.with_taps({tap: (layouts or {}).get(tap) for tap in taps}, every) if taps else base
         with Sized(tensors):
             branch = build_branch(tapped, **chosen, **shared)
     except ArtifactError as error:
@@ -304,7 +314,7 @@ def read_branch(
     problem = mismatch({name: tensor for name, (_, tensor) in state.items()}, tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
-    dtype = base.dtype or base.example_features.out.dtype
+    dtype = base.like.dtype
     others = [t.dtype for t in tensors.values() if t.is_floating_point() and t.dtype != dtype]
     if others and not any_base:
         raise ArtifactError(

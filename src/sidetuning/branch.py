@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input
+from sidetuning.base import Base, Features, Input, Layout
 from sidetuning.errors import ShapeError, TaskError, UnknownNameError
 from sidetuning.heads import HEADS, named_head, run_head
 from sidetuning.inputs import original
@@ -37,6 +37,7 @@ class BranchConfig:
     prenorm: bool = False
     init: str | None = None
     problem: str | None = None
+    layouts: dict[str, Layout] = field(default_factory=dict)
 
 
 class Branch(nn.Module):
@@ -162,7 +163,7 @@ def build_branch(
     norm = GroupNorm(base.kind, base.width) if prenorm else nn.Identity()
     if problem is not None and problem not in PROBLEMS:
         raise UnknownNameError(unknown("problem", problem, PROBLEMS.names(), verb="registered"))
-    config = BranchConfig(side_name, merge_name, head_name, list(laterals), prenorm, recorded, problem)
+    config = BranchConfig(side_name, merge_name, head_name, list(laterals), prenorm, recorded, problem, base.layouts)
     return Branch(side_module, merge_module, head_module, norm, config).eval()
 
 

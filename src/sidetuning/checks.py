@@ -34,6 +34,24 @@ def check_state(name: str, branch: Branch) -> None:
             )
 
 
+def tapped_for(name: str, branch: Branch, base: Base) -> Base:
+    """The base with what the branch reads beside its own taps.
+
+    Raises:
+        TaskError: the side was built for a tap in another layout than the base has it in.
+    """
+    layouts = branch.config.layouts
+    for tap in branch.taps:
+        own = base.layouts.get(tap)
+        if own is not None and layouts.get(tap, own) != own:
+            raise TaskError(
+                f"task '{name}' reads the tap '{tap}' as {layouts[tap]}, and this model's base as {own}; give all "
+                f"tasks one layout, taps={{'{tap}': '{own}'}}"
+            )
+    more = {tap: layouts.get(tap) for tap in branch.taps if tap not in base.tap_shapes}
+    return base.with_taps({**dict.fromkeys(base.tap_shapes), **base.layouts, **more})
+
+
 def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Input, Features], list[Tensor]]) -> None:
     """Run the branch on what the base made of its example: shapes that do not fit are found now.
 
@@ -41,7 +59,7 @@ def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Inpu
         ShapeError: parts that do not fit each other.
         TaskError: labels that are not one per output.
     """
-    branch.eval().to(base.device, base.dtype or base.example_features.out.dtype)
+    branch.eval().to(base.device, base.like.dtype)
     inputs, features = base.prepare(base.example), base.example_features
     shapes = f"input {shapes_of(base.example)}, base output {shapes_of(features.out)}"
     with torch.no_grad(), told(f"the parts of task '{name}' do not fit each other ({shapes}): {{}}"):

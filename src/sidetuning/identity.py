@@ -102,12 +102,18 @@ def _older(preparation: dict[str, Any]) -> dict[str, Any]:
 
 
 def preparation(
-    mean: Tensor | None, std: Tensor | None, output: str | int | Callable[..., Any] | None, channels_last: bool
+    mean: Tensor | None,
+    std: Tensor | None,
+    output: str | int | Callable[..., Any] | None,
+    channels_last: bool,
+    bgr: bool,
 ) -> dict[str, Any]:
     """Normalisation and choice of the output as JSON values. float32 holds seven digits."""
     norm = [None if t is None else [float(f"{v:.7g}") for v in t.flatten().tolist()] for t in (mean, std)]
     name = function_name(output) if callable(output) else output
-    return {"mean": norm[0], "std": norm[1], "output": name, "channels_last": channels_last}
+    # Files of bases that take RGB never had the last entry.
+    reverse = {"bgr": True} if bgr else {}
+    return {"mean": norm[0], "std": norm[1], "output": name, "channels_last": channels_last, **reverse}
 
 
 def weights_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], output_shape: tuple[int, ...]) -> str:

@@ -11,6 +11,7 @@ from sidetuning.artifacts import CONFIG, read_task
 from sidetuning.base import Base, BaseSpec
 from sidetuning.errors import ArtifactError, UnknownNameError
 from sidetuning.inputs import Input, example_from, example_record
+from sidetuning.outputs import Taps
 from sidetuning.registry import Registry
 from sidetuning.tuner import SideTuner
 
@@ -30,11 +31,12 @@ SCHEMES: Registry[Callable[..., Base]] = Registry(
 def load_base(
     name: str,
     *,
-    taps: Sequence[str] = (),
+    taps: Taps = (),
     output: str | None = None,
     revision: str | None = None,
     pretrained: bool = True,
     weights: str | Path | None = None,
+    dtype: str | None = None,
     example: Input | None = None,
     nhwc: Sequence[str] = (),
 ) -> Base:
@@ -42,13 +44,16 @@ def load_base(
 
     Args:
         name: a packaged base ("resnet44-cifar10"), "timm:NAME", "hf:NAME_OR_FOLDER" or "onnx:PATH".
-        taps: names of submodules whose outputs are returned too.
+        taps: names of submodules whose outputs are returned too, or a mapping to their layouts, as of `Base`.
         output: which output to use; "map" gives a timm model's spatial features instead of the pooled ones, and a
             transformers model takes the name of a field ("last_hidden_state" by default).
         revision: revision of a transformers model on the Hub.
         pretrained: False builds timm and transformers models with random weights.
         weights: a safetensors file to use instead of the weights that the name stands for.
-        example: one input of the size that will be used; an ONNX file that leaves sizes open needs it.
+        dtype: type of the weights of timm and transformers models: "float32", "bfloat16", "float16" or "float64". Sides
+            are trained in full precision all the same.
+        example: an input of the size that parts are built for, as of `Base.with_example`; an ONNX file that leaves
+            sizes open needs it.
         nhwc: names of the inputs and outputs of an ONNX file that are (b, h, w, c).
 
     Raises:
@@ -57,8 +62,10 @@ def load_base(
         OSError: the weights can neither be found nor downloaded.
     """
     path = None if weights is None else str(Path(weights).resolve())
-    options = {"taps": list(taps), "output": output, "revision": revision, "weights": path, "nhwc": list(nhwc)}
-    given: dict[str, Any] = {key: value for key, value in options.items() if value not in (None, [])}
+    named = dict(taps) if isinstance(taps, Mapping) else list(taps)
+    options = {"taps": named, "output": output, "revision": revision, "weights": path, "nhwc": list(nhwc)}
+    options["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+    given: dict[str, Any] = {key: value for key, value in options.items() if value not in (None, [], {})}
     given |= {} if pretrained else {"pretrained": False}
     given |= {} if example is None else {"example": example}
     build, arguments = _builder(name)
@@ -78,7 +85,7 @@ def load_base(
         # Found from every folder.
         name = f"{name.partition(':')[0]}:{Path(arguments[0]).resolve()}"
     base.spec = BaseSpec(name, {key: value for key, value in given.items() if key != "revision"}, revision)
-    return base
+    return base if example is None else base.with_example(example)
 
 
 def _builder(name: str) -> tuple[Callable[..., Base], list[str]]:
@@ -152,7 +159,7 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
 
 
 UNREAD = ("taps", "output", "revision", "pretrained", "weights")
-OPTIONS = (*UNREAD, "example", "nhwc")
+OPTIONS = (*UNREAD, "dtype", "example", "nhwc")
 
 
 def _task_folders(path: Path) -> list[Path]:

@@ -103,6 +103,42 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
     return writes
 
 
+def is_causal(run: Callable[[Input], Tensor], example: Input) -> bool:
+    """Whether a token's code depends on earlier tokens and on no later one.
+
+    Args:
+        run: gives the code of raw inputs, (b, t, d).
+        example: one input.
+    """
+    both = probe_input(example)
+    key = "" if isinstance(both, Tensor) else next((k for k in ("input_ids", "inputs_embeds", "x") if k in both), "")
+    found = both if isinstance(both, Tensor) else both.get(key)
+    if not isinstance(found, Tensor) or found.ndim != 2 + found.is_floating_point():
+        return False
+    # Three tokens at least, and all of them real: padding has no say in anything.
+    t, times = found.shape[1], -(-3 // max(1, found.shape[1]))
+    both = map_input(both, lambda x: torch.cat([x] * times, 1) if x.ndim > 1 and x.shape[1] == t else x)
+    if not isinstance(both, Tensor) and isinstance(mask := both.get("attention_mask"), Tensor):
+        both = {**both, "attention_mask": torch.ones_like(mask)}
+    tokens = torch.cat([found] * times, 1)
+
+    def code(place: int | None) -> Tensor:
+        changed = tokens.clone()
+        if place is not None:
+            # Ids of a probe are 0 and 1.
+            changed[:, place] = 1 - changed[:, place]
+        return run(changed if isinstance(both, Tensor) else {**both, key: changed})
+
+    try:
+        plain, first, last = code(None), code(0), code(-1)
+    except Exception:
+        # A network that does not take the probe, as of boxes that must fit each other.
+        return False
+    if plain.ndim != 3 or plain.shape[1] != tokens.shape[1]:
+        return False
+    return _close(plain[:, :-1], last[:, :-1]) and not torch.equal(plain[:, 1:], first[:, 1:])
+
+
 def probe_of(run: Callable[[Input], Tensor], example: Input) -> list[float]:
     """Numbers that tell what a base makes of fixed inputs; none where it does not take them."""
     try:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sidetuning.artifacts import SavedTask, read_branch, read_task, tensors_sha256, write_task
-from sidetuning.base import Base, Features, Input
+from sidetuning.base import Base, Features, Input, Taps
 from sidetuning.branch import Branch, build_branch
-from sidetuning.checks import Lock, Owners, check_name, check_shapes, check_state
+from sidetuning.checks import Lock, Owners, check_name, check_shapes, check_state, tapped_for
 from sidetuning.errors import ArtifactError, ShapeError, TaskError, UnknownNameError
 from sidetuning.identity import Identity
 from sidetuning.inputs import take_rows
@@ -72,7 +72,7 @@ class SideTuner(nn.Module):
         side: str | nn.Module | None,
         head: int | str | nn.Module,
         merge: str | nn.Module = "alpha",
-        taps: Sequence[str] | None = None,
+        taps: Taps | None = None,
         laterals: Sequence[str] = (),
         prenorm: bool = False,
         init: str | Path | None = None,
@@ -90,7 +90,7 @@ class SideTuner(nn.Module):
             side: a registered side, your own module, or None with a merge that ignores it.
             head: number of outputs of a linear head, a registered head, or your own module.
             merge: a registered merge, or your own module, called as `merge(base, side, laterals)`.
-            taps: names of the base's inner modules that the side reads; by default all that the base returns.
+            taps: the base's inner modules that the side reads, as `Base` takes them; by default all that it returns.
             laterals: earlier tasks whose side outputs, detached, the merge reads too; they can no longer be trained.
             prenorm: group-normalise the merged code before the head, as the original code does.
             init: how the side starts. None: as built. "xavier". "low-energy": its output scaled to 1 %. "zero": the
@@ -144,8 +144,7 @@ class SideTuner(nn.Module):
             if self[lateral].side is None:
                 raise TaskError(f"task '{lateral}' has no side, so it cannot be a lateral of '{name}'")
         self._owners.check(name, branch, self.base, self.branches._modules)  # type: ignore[arg-type]
-        more = [tap for tap in branch.taps if tap not in self.base.tap_shapes]
-        base = self.base.with_taps([*self.base.tap_shapes, *more]) if more else self.base
+        base = tapped_for(name, branch, self.base)
         check_shapes(name, branch, base, partial(self.lateral_outputs, branch))
         check_state(name, branch)
         for lateral in branch.config.laterals:

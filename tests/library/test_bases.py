@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import sidetuning as st
 from conftest import conv_base, conv_net, inputs, network
+from sidetuning.inputs import example_from
 from sidetuning.integrations.onnx import external_files
 
 SOURCE = Path(st.__file__).parent
@@ -313,3 +316,115 @@ def test_importing_needs_no_optional_package() -> None:
     code = f"import sys, sidetuning, sidetuning.api; bad = {{*{optional}, 'av'}} & set(sys.modules)"
     code += "; sys.exit(str(bad) if bad else 0)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("told", "by_hand"),
+    [
+        ({"image_mean": 0.5, "image_std": [0.5, 0.25, 0.5]}, lambda x: (x - 0.5) / stack(0.5, 0.25, 0.5)),
+        ({"do_normalize": False}, lambda x: x),
+        (
+            {"rescale_factor": 1 / 127.5, "offset": True, "image_mean": [0.5] * 3, "image_std": [0.2] * 3},
+            lambda x: (2 * x - 1 - 0.5) / 0.2,
+        ),
+        (
+            {"image_processor_type": "VivitImageProcessor", "rescale_factor": 1 / 127.5, "do_normalize": False},
+            lambda x: 2 * x - 1,
+        ),
+        (
+            {"image_processor_type": "EfficientNetImageProcessor", "image_mean": [0.4] * 3, "image_std": [0.2] * 3},
+            lambda x: (x - 0.4) / 0.2 / 0.2,
+        ),
+        ({"include_top": False, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}, lambda x: (x - 0.4) / 0.2),
+        ({"do_rescale": False, "image_mean": [100.0] * 3, "image_std": [50.0] * 3}, lambda x: (255 * x - 100) / 50),
+        ({"feature_extractor_type": "MobileViTFeatureExtractor", "do_normalize": False}, lambda x: x.flip(1)),
+        (
+            {"do_flip_channel_order": True, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3},
+            lambda x: ((x - stack(0.4, 0.5, 0.6)) / 0.2).flip(1),
+        ),
+    ],
+)
+def test_images_are_prepared_as_the_models_own_processor_does(
+    told: dict[str, Any], by_hand: Any, tmp_path: Path
+) -> None:
+    from transformers import ResNetConfig, ResNetModel
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_channels=3)
+    ResNetModel(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    base, x = st.load_base(f"hf:{tmp_path}"), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for given in (x, {"pixel_values": x}, x / 255):
+        prepared = base.prepare(given)
+        prepared = prepared if isinstance(prepared, torch.Tensor) else prepared["pixel_values"]
+        assert torch.allclose(prepared, by_hand(x / 255), atol=1e-5)
+
+
+def stack(*values: float) -> torch.Tensor:
+    return torch.tensor(values).view(3, 1, 1)
+
+
+def tiny_bert(folder: Path) -> str:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    BertModel(config).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", torch.bfloat16])
+def test_a_base_in_half_precision_is_loaded_and_its_tasks_load_again(dtype: Any, tmp_path: Path) -> None:
+    base = st.load_base(tiny_bert(tmp_path / "bert"), dtype=dtype, taps=["encoder.layer.0"])
+    assert str(base.dtype).endswith(str(dtype).removeprefix("torch."))
+    model = st.SideTuner(base)
+    model.add_task("t", side="ladder", head=2)
+    model.save_task("t", tmp_path / "t")
+    x = {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    again = st.load(tmp_path / "t")
+    assert again.base.dtype == base.dtype and torch.equal(again(x, "t"), model(x, "t"))
+    full = st.load_base(f"hf:{tmp_path / 'bert'}")
+    assert full.dtype == torch.float32 and full.identity().difference(base.identity().record())
+    for wrong in ("bf16", "int8"):
+        with pytest.raises(st.UnknownNameError, match=f"dtype '{wrong}' is not known"):
+            st.load_base(f"hf:{tmp_path / 'bert'}", dtype=wrong)
+    with pytest.raises(st.UnknownNameError, match="does not read dtype="):
+        st.load_base("resnet44-cifar10", dtype="bfloat16")
+
+
+def test_the_example_of_a_base_is_built_again_with_its_tasks(tmp_path: Path) -> None:
+    text = st.load_base(tiny_bert(tmp_path / "bert"))
+    ids = {"input_ids": torch.arange(12)[None] % 50, "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    image = st.load_base("resnet44-cifar10")
+    for base, example in ((image, torch.rand(1, 3, 48, 48)), (text, ids)):
+        model = st.SideTuner(base.with_example(example))
+        model.add_task("t", side="mlp", head=2)
+        folder = tmp_path / str(base.kind)
+        model.save_task("t", folder)
+        again = st.load(folder)
+        assert torch.equal(again(example, "t"), model(example, "t"))
+        assert again.base.identity() == model.base.identity()
+        assert json.loads((folder / "side.json").read_text())["base"]["spec"]["options"]["example"]
+    larger = st.load_base("resnet44-cifar10", example=torch.zeros(1, 3, 48, 48)).example
+    assert isinstance(larger, torch.Tensor) and larger.shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize("record", [{}, {"shape": [2**30, 9], "dtype": "float32"}, {"shape": [1], "dtype": "load"}, 3])
+def test_a_damaged_example_of_a_file_is_refused(record: Any) -> None:
+    with pytest.raises(st.ShapeError, match="the recorded example of a base is damaged"):
+        example_from(record)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0", "repvit_m1", "mobilenetv3_small_050"])
+def test_weights_with_a_classifier_fit_whatever_the_classifier_is_called(name: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    with st.seeded(0):
+        net = timm.create_model(name).eval()
+    state = {key: value.contiguous().clone() for key, value in net.state_dict().items()}
+    save_file(state, tmp_path / "net.safetensors")
+    base = st.load_base(f"timm:{name}", weights=tmp_path / "net.safetensors")
+    net.reset_classifier(0)
+    x = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(base(x).out, net(base.prepare(x)))
+    save_file({**state, "other.weight": torch.zeros(1)}, tmp_path / "net.safetensors")
+    with pytest.raises(st.ArtifactError, match=r"too many, the first is other\.weight"):
+        st.load_base(f"timm:{name}", weights=tmp_path / "net.safetensors")

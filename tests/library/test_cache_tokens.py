@@ -73,6 +73,45 @@ def test_cached_features_are_those_of_each_text_alone(
     assert sum(file.stat().st_size for file in files) == texts.lengths().sum() * 3 * 32 * 4
 
 
+class Boxes(nn.Embedding):
+    """Embeddings that read where words stand on a page."""
+
+    def forward(self, input_ids: Tensor, bbox: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids) + bbox.sum(-1, keepdim=True)
+
+
+class Before(nn.Embedding):
+    """Embeddings that depend on the whole text, whatever they are called with."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids).cumsum(1)
+
+
+@pytest.mark.parametrize(("embeddings", "stored"), [(nn.Embedding, False), (Boxes, True), (Before, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_are_looked_up_where_token_ids_tell_them(
+    embeddings: type[nn.Embedding], stored: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = embeddings(50, 16)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            boxes = () if embeddings is not Boxes else (torch.ones(*input_ids.shape, 4, dtype=dtype),)
+            out: Tensor = self.embeddings(input_ids, *boxes) * attention_mask.unsqueeze(-1).to(dtype)
+            return out
+
+    texts = Lines()
+    base = st.Base(Net().to(dtype), example=texts.batch([0]), taps=["embeddings"])
+    cached = cache_tokens(base, texts, torch.arange(40), tmp_path, dtype="float32", progress=False)
+    assert cached.taps == (["embeddings"] if stored else [])
+    inputs, features, _ = cached.__getitems__([3, 5])
+    live = base(inputs).taps["embeddings"] * inputs["attention_mask"].unsqueeze(-1)
+    assert features.taps["embeddings"].dtype == torch.float32
+    assert torch.allclose(features.taps["embeddings"], live, atol=1e-5)
+
+
 def test_a_killed_writer_of_tokens_resumes_and_half_precision_is_near(
     base: st.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -280,10 +280,13 @@ def folder_of(
     """
     identity = base.identity()
     norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
-    newer = [identity.digest(), base.structure(), taps, *content]
+    # Taps that have not the layout of the network's output.
+    usual = "nhwc" if base.select.channels_last else "nchw"
+    other = {tap: base.layouts[tap] for tap in taps if base.layouts.get(tap, usual) != usual}
+    newer = [identity.digest(), base.structure(), taps, *content, *([other] if other else [])]
     older = [identity.sha256, norm, identity.preparation["output"], identity.output_shape, taps, *before]
     folder, old = (Path(root) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in (newer, older))
-    return old if old.exists() and not folder.exists() and not base.select.channels_last else folder
+    return old if old.exists() and not folder.exists() and not other and usual == "nchw" else folder
 
 
 def _field(recorded: Mapping[str, Any]) -> np.dtype[Any]:

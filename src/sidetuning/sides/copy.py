@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidetuning.base import Base
+from sidetuning.base import Base, Input
 from sidetuning.errors import ShapeError
+from sidetuning.folding import may_be_channels_last
 from sidetuning.inputs import call, map_input
 
 
-def copy(base: Base, width: float = 1.0) -> nn.Module:
+def copy(base: Base, width: float = 1.0, channels_last: bool | None = None) -> nn.Module:
     """A trainable copy of the base's network with its weights.
 
     Args:
         base: must wrap a module.
         width: fraction of the channels to keep; below 1 the least important ones (by the L2 norm of their weights) are
             pruned with `torch-pruning` (extra "slim") and the code is projected back to the base's width.
+        channels_last: memory layout of images and convolutions; by default where it is faster and safe.
     """
     if not isinstance(base.net, nn.Module):
         raise ShapeError("the copy side copies a network, and this base is only callable; use another side")
@@ -35,7 +37,7 @@ def copy(base: Base, width: float = 1.0) -> nn.Module:
     if width < 1:
         _slim(net, base, width)
     _drop_dead(net.eval(), base)
-    return CopySide(net, base)
+    return CopySide(net, base, may_be_channels_last(net) if channels_last is None else channels_last)
 
 
 class Dead(nn.Module):
@@ -86,13 +88,12 @@ def _note(ran: set[str], name: str, *_: Any) -> None:
 class CopySide(nn.Module):
     """Shape: as the base's input -> the base's output shape."""
 
-    def __init__(self, net: nn.Module, base: Base) -> None:
+    def __init__(self, net: nn.Module, base: Base, channels_last: bool) -> None:
         super().__init__()
         self.net = net
-        self.images = any(isinstance(m, nn.Conv2d) for m in net.modules())
-        if self.images:
-            # Convolutions are faster so, on CPUs and tensor cores alike.
-            net.to(memory_format=torch.channels_last)
+        self.channels_last = channels_last
+        if channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.select = base.select
         code = base.select(call(net.eval(), base.prepare(base.example)))
         channels = code.shape[-1] if base.kind == "sequence" else code.shape[1]
@@ -102,10 +103,11 @@ class CopySide(nn.Module):
             self.project = nn.Conv2d(channels, base.width, 1) if base.kind == "map" else nn.Linear(channels, base.width)
 
     def forward(self, *tensors: Tensor, **named: Any) -> Tensor:
-        if self.images:
-            tensors = tuple(t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors)
-        code = self.select(self.net(*tensors, **named))
-        return self.project(code)
+        given: Input = {**dict(zip(("x",), tensors, strict=True)), **named} if tensors else named
+        form = torch.channels_last if self.channels_last else torch.contiguous_format
+        given = map_input(given, lambda x: x.contiguous(memory_format=form) if x.ndim == 4 else x)
+        code = self.select(call(self.net, given))
+        return self.project(code)  # type: ignore[no-any-return]
 
 
 def _slim(net: nn.Module, base: Base, width: float) -> None:
