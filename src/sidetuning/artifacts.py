@@ -25,6 +25,7 @@ from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
 from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_json, safetensors_header
+from sidetuning.heads import IN_UNITS
 from sidetuning.sides.initialise import mismatch
 
 # Version 1 had the text in `side.json` alone, without a checksum.
@@ -91,7 +92,7 @@ def write_task(
         "format_version": FORMAT_VERSION,
         "library_version": version("sidetuning"),
         "task": name,
-        "parts": asdict(branch.config),
+        "parts": {**asdict(branch.config), "head": recorded_head(branch)},
         "labels": branch.labels,
         "alpha": branch.alpha,
         "passes": branch.passes,
@@ -106,6 +107,15 @@ def write_task(
         raise TaskError(
             f"task '{name}' cannot be saved: {error}; give its options as plain numbers and texts"
         ) from error
+
+
+def recorded_head(branch: Branch) -> tuple[str, dict[str, Any]]:
+    """Name and options of a head, with the units that were measured since it was built."""
+    name, options = branch.config.head
+    if branch.units is None or name not in IN_UNITS:
+        return name, options
+    centre, scale = branch.units.tolist()
+    return name, {**options, "centre": centre, "scale": scale}
 
 
 def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -34,6 +34,11 @@ def texts(n):
     x = inputs("sequence", n)
     return [{**{k: v[i] for k, v in x.items()}, "labels": torch.tensor(i % 3)} for i in range(n)]
 
+def numbers(n):
+    y = torch.stack([torch.arange(n) * 0.01 - 0.97, torch.arange(n) * 1000.0], 1)
+    y[0, 1] = torch.nan
+    return TensorDataset(inputs("mlp", n), torch.cat([y, y[:, :1] ** 2], 1))
+
 weights = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 10.0, 100.0]))
 mlp = dict(side="mlp")
 cases = {
@@ -47,6 +52,7 @@ cases = {
     "merge norms": (conv_base(), dict(side="mlp", merge="mlp2"), images(9), {}),
     "unused gate": (mlp_base(), dict(side="ladder", taps=("0",)), data(10), {}),
     "copy": (sequence_base(), dict(side="copy"), texts(9), {}),
+    "numbers": (mlp_base(), dict(side="mlp", problem="numbers"), numbers(9), {}),
     "a list of batches": (conv_base(("2", "4")), dict(side="fusion"), [images(5)[:], images(4)[:]], {}),
 }
 found = {}
