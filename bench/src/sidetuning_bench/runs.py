@@ -12,13 +12,20 @@ import threading
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
 from sidetuning.files import write_json, write_text
-from sidetuning_bench.options import FREE, defaults, flat, translated
+from sidetuning_bench.options import FREE, defaults, flat, translated, with_values
 
 FORMAT_VERSION = 1
+S = TypeVar("S")
+# A setting of dense tasks that came later, and what it was for all runs before.
+BEFORE = {"units": "range"}
+# What is the default of another, and was then.
+WAS = {"merge": ("mlp2", "alpha")}
 
 
 class Run:
@@ -63,7 +70,7 @@ class Run:
     ) -> None:
         try:
             found = json.loads(file.read_text())
-            known = {k: v for k, v in as_json(defaults(settings)).items() if k in wanted}
+            known = {k: v for k, v in {**as_json(defaults(settings)), **BEFORE}.items() if k in wanted}
             # Version 0.1.0 wrote no format_version.
             own = found["settings"] if "format_version" in found else translated(found["settings"], wanted)
             saved, was = {**known, **own}, found["scenario"]
@@ -140,6 +147,27 @@ class Run:
             out.write(json.dumps(row) + "\n")
             out.flush()
             os.fsync(out.fileno())  # what is saved after it must not outlive it
+
+
+def dated(settings: S, folder: str | Path) -> S:
+    """Settings of dense tasks whose `units` are "labels" where they are not given.
+
+    In the folder of a run that began before there was a choice they are "range", and defaults are what they were then.
+    """
+    now = flat(settings)
+    if now["units"] is not None:
+        return settings
+    try:
+        saved = json.loads((Path(folder) / "run.json").read_text())["settings"]
+        began = "units" not in saved
+    except (OSError, ValueError, KeyError, TypeError):
+        # A damaged file is refused by what opens the run.
+        began = False
+    if not began:
+        return with_values(settings, {"units": "labels"})
+    was = {name: old for name, (new, old) in WAS.items() if (now.get(name), saved.get(name)) == (new, old)}
+    tqdm.write(f"{folder} holds a run of an earlier version, and goes on with its defaults: {BEFORE | was}")
+    return with_values(settings, BEFORE | was)
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
