@@ -132,7 +132,8 @@ def prefix(given: compare.Settings) -> str:
 def run_compare(given: compare.Settings) -> None:
     """Run and record a grid."""
     small = isinstance(given.on, compare.OnIcifar)
-    given = given if small else with_values(given, {"units": units(given.on.source)})
+    if isinstance(given.on, compare.OnITaskonomy):
+        given = with_values(given, {"units": units(given.on.source)})
     # The precision of small images was not part of a comparison.
     free = {"seed", *({"precision"} if small else ())}
     work = given.on.scenario.run

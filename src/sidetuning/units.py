@@ -66,6 +66,7 @@ def measured(
         both = [units]
         dist.broadcast_object_list(both)
         units = both[0]
+    assert isinstance(head, InUnits)
     problem.units = head.units = units.to(accelerator.device)
     versions = [p._version for p in branch.parameters()]
     try:
@@ -79,18 +80,17 @@ def measured(
 def some(loader: Iterable[Any]) -> tuple[Iterator[Any], Iterable[Any]]:
     """Batches spread evenly over a pass of a loader, or its first ones, and the loader to read in its place."""
     # A subclass may make other batches of the same rows.
-    plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
-    sampler: Any = (loader.batch_sampler or loader.sampler) if plain else loader
+    rows: Any = loader if type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset) else None
+    batched = rows is not None and rows.batch_sampler is not None
+    sampler = loader if rows is None else rows.batch_sampler if batched else rows.sampler
     once = iter(sampler) is sampler
-    if plain and not once:
-        batched = loader.batch_sampler is not None
-        drawn = list(itertools.islice(sampler, _length(loader)))
+    if rows is not None and not once:
+        drawn = list(itertools.islice(sampler, _length(rows)))
         size = len(drawn[0]) if drawn and isinstance(drawn[0], (list, tuple)) else SAMPLES // BATCHES
         picked = _spread(drawn, -(-SAMPLES // max(1, size)))
         how: dict[str, Any] = {"batch_sampler": picked} if batched else {"sampler": picked, "batch_size": None}
-        how |= {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "worker_init_fn")}
-        how["multiprocessing_context"] = loader.multiprocessing_context
-        return iter(DataLoader(loader.dataset, **how)), loader
+        names = ("collate_fn", "num_workers", "worker_init_fn", "multiprocessing_context")
+        return iter(DataLoader(rows.dataset, **how, **{name: getattr(rows, name) for name in names})), loader
     if isinstance(loader, Sequence):
         return iter(_spread(loader, BATCHES)), loader
     batches = iter(loader)

@@ -47,8 +47,7 @@ def test_channels_of_any_units_are_learned_alike_and_answered_in_their_own() -> 
     x, y = rows()
     model = build()
     fit(model, loader(x, y), epochs=20)
-    units = model["t"].units
-    assert units is not None
+    units = units_in(model)
     assert torch.allclose(units[0], y.median(0).values, rtol=1e-2)
     assert torch.allclose(units[1], y.std(0), rtol=0.15)
     with torch.no_grad():
@@ -58,6 +57,13 @@ def test_channels_of_any_units_are_learned_alike_and_answered_in_their_own() -> 
     # The metric is in the targets' units, the loss in units of their scale.
     assert scores["mae"] == pytest.approx(float(errors.abs().mean()), rel=1e-3)
     assert scores["loss"] == pytest.approx(float((errors / units[1]).square().mean()), rel=1e-3)
+
+
+def units_in(model: st.SideTuner) -> Tensor:
+    """The units of a task that has some."""
+    units = model["t"].units
+    assert units is not None
+    return units
 
 
 class Decoded(nn.Module):
@@ -98,7 +104,7 @@ def test_targets_that_are_ignored_odd_or_constant() -> None:
     y = torch.cat([y, torch.full((len(y), 1), 7.0), torch.full((len(y), 1), torch.nan)], 1)
     model = build(4)
     fit(model, loader(x, y), steps=1)
-    centre, scale = (row.tolist() for row in model["t"].units)
+    centre, scale = (row.tolist() for row in units_in(model))
     assert centre == pytest.approx([-0.97, 5e4, 7, 0], rel=5e-3)
     assert scale == pytest.approx([0.01, 1e3, 1, 1], rel=0.2)
     assert model(x, "t").isfinite().all()
@@ -110,7 +116,7 @@ def test_whole_numbers_and_columns() -> None:
     for target in (ages, ages[:, None], ages.double(), ages.to(torch.int32)):
         model = build(1)
         fit(model, loader(x, target), steps=1)
-        assert model["t"].units is not None and abs(float(model["t"].units[0]) - 40) < 3
+        assert abs(float(units_in(model)[0]) - 40) < 3
 
 
 def test_few_numbers_that_are_not_zero_have_a_scale() -> None:
@@ -136,9 +142,9 @@ def test_units_stay_when_a_task_is_fitted_again() -> None:
     x, y = rows()
     model = build()
     fit(model, loader(x, y))
-    before = model["t"].units.clone()
+    before = units_in(model).clone()
     fit(model, loader(x, 3 * y + 5))
-    assert torch.equal(model["t"].units, before)
+    assert torch.equal(units_in(model), before)
 
 
 def test_a_task_that_was_trained_without_units_keeps_none() -> None:
@@ -212,7 +218,7 @@ def test_given_units_are_used_and_wrong_ones_refused() -> None:
     x, y = rows()
     model = build(head_options={"centre": 40, "scale": [12, 3]})
     fit(model, loader(x, y), steps=1)
-    assert model["t"].units.tolist() == [[40, 40], [12, 3]]
+    assert units_in(model).tolist() == [[40, 40], [12, 3]]
     wrong: list[dict[str, Any]] = [
         {"centre": 1},
         {"centre": 0, "scale": 0},
@@ -272,7 +278,10 @@ LOADERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "batches": lambda x, y: list(zip(x.split(32), y.split(32), strict=True)),
     "iterator": lambda x, y: iter(list(zip(x.split(32), y.split(32), strict=True))),
     "stream": lambda x, y: DataLoader(Stream(x, y), batch_size=32),
-    "mappings": lambda x, y: DataLoader([{"x": a, "labels": b} for a, b in zip(x, y, strict=True)], batch_size=32),
+    "mappings": lambda x, y: DataLoader(
+        [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)],  # type: ignore[arg-type]
+        batch_size=32,
+    ),
     "single rows": lambda x, y: DataLoader(TensorDataset(x, y), batch_sampler=[[i] for i in range(len(x))]),
     "unbatched": lambda x, y: DataLoader(
         list(zip(x.split(32), y.split(32), strict=True)),  # type: ignore[arg-type]
@@ -287,7 +296,7 @@ def test_labels_of_every_loader_are_read_and_none_is_lost(kind: str) -> None:
     model, given = build(), LOADERS[kind](x, y)
     result = fit(model, given, steps=8)
     assert len(result.losses) == 8
-    assert torch.allclose(model["t"].units[0], y.median(0).values, rtol=1e-2)
+    assert torch.allclose(units_in(model)[0], y.median(0).values, rtol=1e-2)
 
 
 def test_an_order_without_end_and_sorted_labels() -> None:
@@ -309,7 +318,7 @@ def test_an_order_without_end_and_sorted_labels() -> None:
         steps=1,
         epochs=None,
     )
-    assert float(model["t"].units[0, 1]) == pytest.approx(float(y[:, 1].median()), rel=0.01)
+    assert float(units_in(model)[0, 1]) == pytest.approx(float(y[:, 1].median()), rel=0.01)
 
 
 def test_a_fit_that_is_refused_leaves_no_units(tmp_path: Path) -> None:
@@ -361,4 +370,4 @@ def test_labels_are_read_from_a_cache_and_a_base_that_trains_stays(tmp_path: Pat
     fit(model, st.loader_over(cached, batch_size=32))
     direct = build()
     fit(direct, loader(x, y))
-    assert torch.equal(model["t"].units, direct["t"].units)
+    assert torch.equal(units_in(model), units_in(direct))
