@@ -155,6 +155,10 @@ class Numbers(Problem):
             target = target.unsqueeze(-1)
         if target.shape != output.shape:
             raise DataError(f"an output {tuple(output.shape)} takes as many numbers, not {tuple(target.shape)}")
+        if target.is_complex():
+            raise DataError(
+                f"targets are real numbers, not {target.dtype}: give real and imaginary part as two channels"
+            )
         return output, target.to(output.dtype)
 
     def counts(self, target: Tensor) -> Tensor:

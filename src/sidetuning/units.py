@@ -71,10 +71,9 @@ def measured(
     versions = [p._version for p in branch.parameters()]
     try:
         yield loader
-    except BaseException:
+    finally:
         if versions == [p._version for p in branch.parameters()]:
             head.units = None
-        raise
 
 
 def some(loader: Iterable[Any]) -> tuple[Iterator[Any], Iterable[Any]]:
@@ -93,9 +92,12 @@ def some(loader: Iterable[Any]) -> tuple[Iterator[Any], Iterable[Any]]:
         return iter(DataLoader(rows.dataset, **how, **{name: getattr(rows, name) for name in names})), loader
     if isinstance(loader, Sequence):
         return iter(_spread(loader, BATCHES)), loader
+    if not once:
+        return itertools.islice(loader, BATCHES), loader
     batches = iter(loader)
-    first = list(itertools.islice(batches, BATCHES))
-    return iter(first), itertools.chain(first, batches) if once else loader
+    # They are held until they are trained on.
+    first = list(itertools.islice(batches, BATCHES // 4))
+    return iter(first), itertools.chain(first, batches)
 
 
 def _length(loader: DataLoader[Any]) -> int:
@@ -119,7 +121,7 @@ def read(
     from accelerate.utils import send_to_device
 
     shape: tuple[int, ...] | None = None
-    rows = []
+    rows, samples = [], 0
     for batch in batches:
         if shape is None:
             x, features, y = unpack(send_to_device(batch, device))
@@ -133,6 +135,9 @@ def read(
         )
         values = problem.prepare(like, y)[1].transpose(0, 1).flatten(1)
         rows.append(_few(values, VALUES * len(y)))
+        samples += len(y)
+        if samples >= SAMPLES:
+            break
     return torch.cat(rows, 1).numpy() if rows else np.empty((1, 0))
 
 

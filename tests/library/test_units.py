@@ -331,6 +331,11 @@ def test_a_fit_that_is_refused_leaves_no_units(tmp_path: Path) -> None:
         with pytest.raises((st.DataError, st.TrainingError), match=error):
             fit(model, data)
         assert model["t"].units is None
+    model = build()
+    fit(model, [])
+    assert model["t"].units is None
+    with pytest.raises(st.DataError, match="real numbers"):
+        fit(model, loader(x, y.to(torch.complex64)))
     (tmp_path / "resume.pt").write_bytes(b"nothing")
     model = build()
     with pytest.raises(st.TrainingError, match="cannot be read"):
