@@ -38,6 +38,7 @@ from sidetuning.files import (
     safetensors_header,
     signed,
 )
+from sidetuning.heads import IN_UNITS
 from sidetuning.identity import Identity
 from sidetuning.outputs import Layout
 from sidetuning.sides.copy import Dead
@@ -112,7 +113,7 @@ def write_task(
         "format_version": FORMAT_VERSION,
         "library_version": version("sidetuning"),
         "task": name,
-        "parts": {**asdict(branch.config), "layouts": layouts},
+        "parts": {**asdict(branch.config), "layouts": layouts, "head": recorded_head(branch)},
         "labels": branch.labels,
         "alpha": branch.alpha,
         "passes": branch.passes,
@@ -135,11 +136,21 @@ def _check_built(name: str, branch: Branch) -> None:
     found = layout(branch)
     for key in sorted(found.keys() | branch.built.keys()):
         was, now = branch.built.get(key, "not there"), found.get(key, "gone")
-        if was != now and key.partition(".")[0] not in own:
+        # Units are measured later.
+        if was != now and key.partition(".")[0] not in own and key != "head.units":
             raise TaskError(
                 f"task '{name}' was changed after it was built: '{key}' was {was} and is {now}, so it could not be "
                 "loaded; change a module of your own, and give that to add_task"
             )
+
+
+def recorded_head(branch: Branch) -> tuple[str, dict[str, Any]]:
+    """Name and options of a head, with the units that were measured since it was built."""
+    name, options = branch.config.head
+    if branch.units is None or name not in IN_UNITS:
+        return name, options
+    centre, scale = branch.units.tolist()
+    return name, {**options, "centre": centre, "scale": scale}
 
 
 def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -315,7 +326,9 @@ def read_branch(
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
     dtype = base.like.dtype
-    others = [t.dtype for t in tensors.values() if t.is_floating_point() and t.dtype != dtype]
+    # Units stay in single precision.
+    weights = [tensor for name, tensor in tensors.items() if tensor.is_floating_point() and name != "head.units"]
+    others = [weight.dtype for weight in weights if weight.dtype != dtype]
     if others and not any_base:
         raise ArtifactError(
             f"{path} holds weights in {others[0]} and this model computes in {dtype}; pass any_base=True to round them"

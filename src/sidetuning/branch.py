@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input, Layout
 from sidetuning.errors import ShapeError, TaskError, UnknownNameError
-from sidetuning.heads import HEADS, named_head, run_head
+from sidetuning.heads import HEADS, InUnits, named_head, run_head
 from sidetuning.inputs import original
 from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm, Merge
 from sidetuning.problems import PROBLEMS, Problem
@@ -66,9 +66,17 @@ class Branch(nn.Module):
         self.trained_as: str | None = None
 
     @property
+    def units(self) -> Tensor | None:
+        """Centres and scales (2, channels) of the targets, where its head answers in their units."""
+        return self.head.units if isinstance(self.head, InUnits) else None
+
+    @property
     def problem(self) -> Problem:
         """What its targets mean: as given, or what goes with the loss or the head."""
-        return PROBLEMS[self.config.problem or self.trained_as or BY_HEAD.get(self.config.head[0], "classes")]()
+        name = self.config.problem or self.trained_as or BY_HEAD.get(self.config.head[0], "classes")
+        problem = PROBLEMS[name]()
+        problem.units = self.units
+        return problem
 
     @property
     def own_problem(self) -> Problem | None:

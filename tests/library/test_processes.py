@@ -36,6 +36,11 @@ def texts(n):
 
 # What asks first how many processes there are.
 cached = st.cache_features(mlp_base(), data(10), sys.argv[2] + os.environ.get("WORLD_SIZE", "1"), progress=False)
+def numbers(n):
+    y = torch.stack([torch.arange(n) * 0.01 - 0.97, torch.arange(n) * 1000.0], 1)
+    y[0, 1] = torch.nan
+    return TensorDataset(inputs("mlp", n), torch.cat([y, y[:, :1] ** 2], 1))
+
 weights = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 10.0, 100.0]))
 mlp = dict(side="mlp")
 cases = {
@@ -50,6 +55,7 @@ cases = {
     "unused gate": (mlp_base(), dict(side="ladder", taps=("0",)), data(10), {}),
     "copy": (sequence_base(), dict(side="copy"), texts(9), {}),
     "cached": (mlp_base(), mlp, st.loader_over(cached, batch_size=4), {}),
+    "numbers": (mlp_base(), dict(side="mlp", problem="numbers"), numbers(9), {}),
     "a list of batches": (conv_base(("2", "4")), dict(side="fusion"), [images(5)[:], images(4)[:]], {}),
 }
 found = {}

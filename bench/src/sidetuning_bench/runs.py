@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from sidetuning.errors import ArtifactError, DataWarning, SideTuningError
 from sidetuning.files import (
@@ -28,12 +30,18 @@ from sidetuning.files import (
     signed,
     write_json,
 )
-from sidetuning_bench.options import FREE, defaults, flat, translated
+from sidetuning.terminal import plain
+from sidetuning_bench.options import FREE, defaults, flat, translated, with_values
 
 # Version 1 had no checksums; version 0.1.0 of the library wrote no version.
 FORMAT_VERSION = 2
 MEND = "choose another folder with --out, or delete this one"
 SCHEMA = {"scenario": str, "settings": dict, "format_version?": int, "fingerprints?": dict}
+S = TypeVar("S")
+# A setting of dense tasks that came later, and what it was for all runs before.
+BEFORE = {"units": "range"}
+# What is the default of another, and was then.
+WAS = {"merge": ("mlp2", "alpha")}
 
 
 class Run:
@@ -75,7 +83,7 @@ class Run:
 
     def _check(self, scenario: str, settings: Any, wanted: Mapping[str, Any], free: tuple[str, ...]) -> None:
         found = read_run(self.folder)
-        known = {k: v for k, v in as_json(defaults(settings)).items() if k in wanted}
+        known = {k: v for k, v in {**as_json(defaults(settings)), **BEFORE}.items() if k in wanted}
         own = found["settings"] if "format_version" in found else translated(found["settings"], wanted)
         saved, was = {**known, **own}, found["scenario"]
         if was != scenario:
@@ -169,6 +177,22 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise SideTuningError(f"{folder} holds no run: run.json is missing; give the folder of a run") from error
     return check_signed(content, str(file), MEND, needed=(content.get("format_version") or 0) > 1)
+
+
+def dated(settings: S, folder: str | Path) -> S:
+    """Settings of dense tasks whose `units` are "labels" where they are not given.
+
+    In the folder of a run that began before there was a choice they are "range", and defaults are what they were then.
+    """
+    now = flat(settings)
+    if now["units"] is not None:
+        return settings
+    saved = read_run(folder)["settings"] if (Path(folder) / "run.json").exists() else {"units": "labels"}
+    if "units" in saved:
+        return with_values(settings, {"units": "labels"})
+    was = {name: old for name, (new, old) in WAS.items() if (now.get(name), saved.get(name)) == (new, old)}
+    tqdm.write(plain(f"{folder} holds a run of an earlier version, and goes on with its defaults: {BEFORE | was}"))
+    return with_values(settings, BEFORE | was)
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
