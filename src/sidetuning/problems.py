@@ -49,6 +49,14 @@ class Problem:
         """The scores that are reported by default, functions of (output, target) that return one number per entry."""
         raise NotImplementedError
 
+    def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What a regression takes for targets: the numbers (n, k) of those that count, and which do, as booleans.
+
+        Raises:
+            DataError: targets of another form, or a problem that a regression does not solve.
+        """
+        raise DataError(f"the problem '{type(self).__name__.lower()}' is not solved in closed form; use fit")
+
     def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
         """What is shown of one sample's output: names with probabilities, or values; the first first."""
         raise NotImplementedError
@@ -99,6 +107,13 @@ class Classes(Problem):
             return F.cross_entropy(output, target)
         return 0.0 * output.sum()
 
+    def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        output, target = self.prepare(output, target)
+        counts = self.counts(target)
+        if target.is_floating_point():
+            return target.movedim(1, -1).flatten(0, -2), counts
+        return F.one_hot(target[counts], output.shape[1]), counts
+
     def metrics(self) -> dict[str, Metric]:
         return {"accuracy": _right}
 
@@ -132,6 +147,9 @@ class Labels(Problem):
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         each = F.binary_cross_entropy_with_logits(output, target.nan_to_num(), reduction="none")
         return _mean(each, self.counts(target))
+
+    def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return whole_rows(*self.prepare(output, target))
 
     def metrics(self) -> dict[str, Metric]:
         return {"accuracy": lambda output, target: (output > 0) == (target > 0.5)}
@@ -171,6 +189,10 @@ class Numbers(Problem):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return _mean(self.errors(output, target).square(), self.counts(target))
+
+    def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        rows, counts = whole_rows(*self.prepare(output, target))
+        return rows if self.units is None else (rows - self.units[0]) / self.units[1], counts
 
     def metrics(self) -> dict[str, Metric]:
         return {"mae": lambda output, target: (output - target).abs()}
@@ -283,6 +305,15 @@ def units_of(targets: NDArray[np.float64]) -> Tensor:
             )
         rows.append((centre, scale or 1.0))
     return torch.tensor(rows, dtype=torch.float32).T.contiguous()
+
+
+def whole_rows(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (n, k) of targets that count, and which do; raises DataError where a row counts in part."""
+    target = target.flatten(0, -2) if target.ndim > 2 else target
+    counts = ~target.isnan()
+    if bool((counts.any(1) != counts.all(1)).any()):
+        raise DataError("some rows have targets that are ignored in part, which only fit takes; leave those rows out")
+    return target[counts.all(1)], counts.all(1)
 
 
 def check_range(target: Tensor, classes: int, ignored: int) -> None:
