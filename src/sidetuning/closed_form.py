@@ -45,8 +45,8 @@ class SolveResult:
     Attributes:
         rows: rows that counted.
         strength: the ridge strength, as a multiple of the features' mean sum of squares.
-        error: mean square error that is expected of rows that were not seen (generalised cross-validation), in the task's
-            units where it has them.
+        error: mean square error that is expected of rows that were not seen (generalised cross-validation); in the
+            task's units, where it has them.
         seconds: time of all of it.
     """
 
