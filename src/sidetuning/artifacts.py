@@ -316,6 +316,12 @@ def read_branch(
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
     branch.labels, branch.passes = config.get("labels"), config.get("passes") or 0
     branch.trained_as = config.get("trained_as")
+    _fill(path, branch, tensors, base.like.dtype, any_base)
+    return branch
+
+
+def _fill(path: Path, branch: Branch, tensors: dict[str, Tensor], dtype: torch.dtype, any_base: bool) -> None:
+    """Give a branch its weights; ArtifactError where they are not those of such a branch, or of another type."""
     state = {plain(name): (name, tensor) for name, tensor in branch.state_dict().items()}
     tensors = {plain(name): tensor for name, tensor in tensors.items()}
     if tensors.keys() - state.keys():
@@ -325,7 +331,6 @@ def read_branch(
     problem = mismatch({name: tensor for name, (_, tensor) in state.items()}, tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
-    dtype = base.like.dtype
     # Units stay in single precision.
     weights = [tensor for name, tensor in tensors.items() if tensor.is_floating_point() and name != "head.units"]
     others = [weight.dtype for weight in weights if weight.dtype != dtype]
@@ -334,7 +339,6 @@ def read_branch(
             f"{path} holds weights in {others[0]} and this model computes in {dtype}; pass any_base=True to round them"
         )
     branch.load_state_dict({state[name][0]: tensor for name, tensor in tensors.items()})
-    return branch
 
 
 class Sized(TorchFunctionMode):
