@@ -306,7 +306,15 @@ class SideTuner(nn.Module):
         own: Mapping[str, nn.Module | None] = MappingProxyType({}),
         any_base: bool = False,
     ) -> str:
-        """As `load_task`, of what was read at `path` already, on the base of this `identity`."""
+        """As `load_task`, of a task that was read already.
+
+        Args:
+            path: the folder.
+            task: what was read there.
+            identity: that of the base.
+            name, any_base: as of `load_task`.
+            own: its instances "side", "merge" and "head".
+        """
         config = task[0]
         name = name or str(config["task"])
         self._check_name(name)
