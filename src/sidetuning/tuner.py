@@ -294,9 +294,9 @@ class SideTuner(nn.Module):
             TaskError: the task exists already, or a part of your own must be passed, or is given and not needed.
         """
         own = {"side": side, "merge": merge, "head": head}
-        return self.add_saved(path, read_task(path), self.base.identity(), name=name, own=own, any_base=any_base)
+        return self._add_saved(path, read_task(path), self.base.identity(), name=name, own=own, any_base=any_base)
 
-    def add_saved(
+    def _add_saved(
         self,
         path: str | Path,
         task: SavedTask,
