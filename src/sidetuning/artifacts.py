@@ -338,6 +338,8 @@ def _fill(path: Path, branch: Branch, tensors: dict[str, Tensor], dtype: torch.d
         raise ArtifactError(
             f"{path} holds weights in {others[0]} and this model computes in {dtype}; pass any_base=True to round them"
         )
+    # In its type before the weights are there: none is rounded on the way.
+    branch.to(dtype)
     branch.load_state_dict({state[name][0]: tensor for name, tensor in tensors.items()})
 
 

@@ -134,7 +134,7 @@ def load(path: str | Path, *, base: Base | None = None) -> SideTuner:
             names = ", ".join(config["task"] for config, _ in waiting.values())
             raise ArtifactError(f"{path}: the laterals of {names} are not there")
         for folder in ready:
-            model.add_saved(folder, waiting.pop(folder), identity)
+            model._add_saved(folder, waiting.pop(folder), identity)
     return model
 
 

@@ -293,9 +293,9 @@ class SideTuner(nn.Module):
             TaskError: the task exists already, or a part of your own must be passed, or is given and not needed.
         """
         own = {"side": side, "merge": merge, "head": head}
-        return self.add_saved(path, read_task(path), self.base.identity(), name=name, own=own, any_base=any_base)
+        return self._add_saved(path, read_task(path), self.base.identity(), name=name, own=own, any_base=any_base)
 
-    def add_saved(
+    def _add_saved(
         self,
         path: str | Path,
         task: SavedTask,
@@ -305,7 +305,15 @@ class SideTuner(nn.Module):
         own: Mapping[str, nn.Module | None] = MappingProxyType({}),
         any_base: bool = False,
     ) -> str:
-        """As `load_task`, of what was read at `path` already, on the base of this `identity`."""
+        """As `load_task`, of a task that was read already.
+
+        Args:
+            path: the folder.
+            task: what was read there.
+            identity: that of the base.
+            name, any_base: as of `load_task`.
+            own: its instances "side", "merge" and "head".
+        """
         config = task[0]
         name = name or str(config["task"])
         self._check_name(name)

@@ -52,10 +52,12 @@ def test_it_learns_about_what_gradients_learn(problem: str) -> None:
     held = batches(TARGETS[problem], rows=slice(400, 600))
     solved, fitted = model_with(problem), model_with(problem)
     st.solve(solved, "t", batches(TARGETS[problem]), progress=False)
-    st.fit(fitted, "t", batches(TARGETS[problem]), steps=800, lr=2e-2 if problem != "numbers" else 1, progress=False)
+    st.fit(fitted, "t", batches(TARGETS[problem]), steps=800, lr=2e-2, progress=False)
     ours, theirs = (st.evaluate(model, "t", held) for model in (solved, fitted))
-    assert ours["loss"] < 1.08 * theirs["loss"]
-    if problem != "numbers":
+    if problem == "numbers":
+        assert ours["mae"] < 1.05 * theirs["mae"]
+    else:
+        assert ours["loss"] < 1.08 * theirs["loss"]
         assert ours["accuracy"] > theirs["accuracy"] - 0.04
 
 

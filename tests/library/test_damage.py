@@ -12,6 +12,7 @@ import torch
 
 import sidetuning as st
 from conftest import conv_base, inputs
+from sidetuning.files import signed, write_json
 
 
 @pytest.fixture
@@ -91,14 +92,14 @@ def small_cache(folder: Path) -> st.CachedFeatures:
 
 
 FIELDS: list[tuple[str, Any, str]] = [
-    ("x", {"shape": [2], "dtype": "O"}, "no valid field 'x.dtype'"),
-    ("x", {"shape": [2], "dtype": "V8"}, "no valid field 'x.dtype'"),
-    ("x", {"shape": [2], "dtype": [["a", "O"]]}, "no valid field 'x.dtype'"),
+    ("x", {"shape": [2], "dtype": "O"}, "no valid field 'dtype'"),
+    ("x", {"shape": [2], "dtype": "V8"}, "no valid field 'dtype'"),
+    ("x", {"shape": [2], "dtype": [["a", "O"]]}, "no valid field 'dtype'"),
     ("x", {"shape": [-1], "dtype": "float32"}, "a shape of no array"),
     ("x", {"shape": [2**62, 2**62], "dtype": "float32"}, "a shape of no array"),
-    ("x", {"shape": 5, "dtype": "float32"}, "no valid field 'x.shape'"),
-    ("../secret", {"shape": [2], "dtype": "float32"}, "missing or has the wrong size"),
-    ("/dev/zero", {"shape": [0], "dtype": "float32"}, "missing or has the wrong size"),
+    ("x", {"shape": 5, "dtype": "float32"}, "no valid field 'shape'"),
+    ("../secret", {"shape": [2], "dtype": "float32"}, "secret is missing"),
+    ("/dev/zero", {"shape": [0], "dtype": "float32"}, "zero is missing"),
 ]
 
 
@@ -107,7 +108,8 @@ def test_a_cache_has_numbers_alone_in_its_own_folder(name: str, field: Any, mess
     folder = small_cache(tmp_path).folder
     meta = json.loads((folder / "meta.json").read_text())
     meta["fields"][name] = field
-    (folder / "meta.json").write_text(json.dumps(meta))
+    # As somebody who knows the format would write it.
+    write_json(folder / "meta.json", signed(meta))
     (folder / "x").write_bytes(b"A" * 128)
     (tmp_path / "secret").write_bytes(b"A" * 64)
     with pytest.raises(st.CacheError, match=f"{message}.*; delete|{message} and cache again|{message}; delete"):
@@ -118,7 +120,7 @@ def test_a_cache_has_numbers_alone_in_its_own_folder(name: str, field: Any, mess
 def test_a_cache_without_features_is_refused(value: dict[str, Any], tmp_path: Path) -> None:
     folder = small_cache(tmp_path).folder
     meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, **value}))
+    write_json(folder / "meta.json", signed({**meta, **value}))
     with pytest.raises(st.CacheError, match="delete"):
         st.CachedFeatures(folder)
 
@@ -128,7 +130,7 @@ def test_a_cache_that_is_cut_while_it_is_open_does_not_end_the_process(name: str
     cache = small_cache(tmp_path)
     with (cache.folder / name).open("r+b") as file:
         file.truncate(0)
-    with pytest.raises(st.CacheError, match=f"{name} was cut short or removed; delete"):
+    with pytest.raises(st.CacheError, match=f"{name} was cut; delete"):
         cache.__getitems__([0, 7])
 
 
