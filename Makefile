@@ -7,7 +7,7 @@ CODE := src bench examples tests
 # A process per core; in each, torch's own threads would only be in the way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-oldest lint format clean
+.PHONY: demo test test-all test-oldest lint format zoo clean
 
 demo: .venv/demo-ready
 	$(BIN)/sidetuning bench demo
@@ -46,6 +46,10 @@ format: .venv/dev-ready
 	$(OLDEST)/python -m pip install --quiet --requirement requirements-oldest.txt
 	$(OLDEST)/python -m pip install --quiet --no-deps --editable . --editable bench
 	touch $@
+
+# Every family of timm and transformers, tried. It resumes where it was stopped.
+zoo: .venv/dev-ready
+	OMP_NUM_THREADS=1 $(BIN)/python bench/records/run.py zoo
 
 clean:
 	rm -rf .venv .venv-oldest runs

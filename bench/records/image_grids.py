@@ -113,14 +113,27 @@ def icifar_table(given: Icifar) -> str:
     return text
 
 
+# Tasks without numbers, which have no units.
+UNITLESS = ("class_object", "segment_semantic")
+
+
+def units(given: Any) -> str:
+    """What a result's numbers were learned in, by its settings; "range" in those that are older than the choice."""
+    return str(given.settings.get("units") or "range") if isinstance(given, RunResult) else given.units or "labels"
+
+
 def prefix(given: compare.Settings) -> str:
-    """The start of the names of a grid's results."""
-    return f"compare-{given.grid}" if isinstance(given.on, compare.OnIcifar) else f"compare-itaskonomy-{given.grid}"
+    """The start of the names of a grid's results; those of numbers in the files' range came first."""
+    if isinstance(given.on, compare.OnIcifar):
+        return f"compare-{given.grid}"
+    return f"compare-itaskonomy-{given.grid}" + ("-labels" if units(given.on.source) == "labels" else "")
 
 
 def run_compare(given: compare.Settings) -> None:
     """Run and record a grid."""
     small = isinstance(given.on, compare.OnIcifar)
+    if isinstance(given.on, compare.OnITaskonomy):
+        given = with_values(given, {"units": units(given.on.source)})
     # The precision of small images was not part of a comparison.
     free = {"seed", *({"precision"} if small else ())}
     work = given.on.scenario.run
@@ -130,7 +143,10 @@ def run_compare(given: compare.Settings) -> None:
 
 def compared(given: compare.Settings) -> list[RunResult]:
     """All recorded runs of a grid, in the grid's order, of the given methods alone where there are some."""
-    found = {(r.method, r.variant, r.seed): r for r in read_results(RunResult, f"{prefix(given)}-*.json")}
+    results = read_results(RunResult, f"{prefix(given)}-*.json")
+    if isinstance(given.on, compare.OnITaskonomy):
+        results = [r for r in results if units(r) == units(given.on.source)]
+    found = {(r.method, r.variant, r.seed): r for r in results}
     for what in ("data", "base"):
         if len({run.settings.get("fingerprints", {}).get(what, "") for run in found.values()} - {""}) > 1:
             sys.exit(f"the results of {prefix(given)} are of more than one {what}; move those of the other away")
@@ -153,20 +169,25 @@ def run_transfer(given: transfer.Settings) -> None:
     def content(cell: Cell[itaskonomy.Settings], result: RunResult) -> dict[str, Any]:
         return of_run(transfer.named(cell, result), cell.variant)
 
-    cells = transfer.cells(given)
-    run_cells(cells, itaskonomy.run, compare.finished, lambda cell: f"transfer-{cell.name}", content)
+    def name(cell: Cell[itaskonomy.Settings]) -> str:
+        old = units(cell.settings.source) == "range" or cell.settings.tasks[0] in UNITLESS
+        return f"transfer-{cell.name}" if old else f"transfer-labels-{cell.name}"
+
+    cells = transfer.cells(with_values(given, {"units": units(given.source)}))
+    run_cells(cells, itaskonomy.run, compare.finished, name, content)
 
 
-def transferred() -> list[RunResult]:
-    """All recorded runs of transfer, in the order of methods."""
+def transferred(given: transfer.Settings) -> list[RunResult]:
+    """All recorded runs of transfer, in the order of methods; of numbers those in the given units."""
     order = [*transfer.Settings.methods, *METHODS.names()]
     runs = read_results(RunResult, "transfer-*.json")
+    runs = [run for run in runs if run.tasks[0] in UNITLESS or units(run) == units(given.source)]
     return sorted(runs, key=lambda run: (order.index(run.method), run.variant, run.seed))
 
 
 def report_transferred(given: transfer.Settings, file: Path) -> None:
     """Write a page of the curves."""
-    charts = list(transfer.charts(transferred(), given.targets, given.frames))
+    charts = list(transfer.charts(transferred(given), given.targets, given.frames))
     write_charts(charts, file, title="Transfer from curvature", lead=transfer.lead(given.steps))
 
 
@@ -180,6 +201,6 @@ COMPARE = Record(
 TRANSFER = Record(
     with_values(transfer.Settings(), {"out": "runs/records/transfer"}),
     run_transfer,
-    lambda given: transfer.tables(transferred(), given.targets, given.frames),
+    lambda given: transfer.tables(transferred(given), given.targets, given.frames),
     report_transferred,
 )

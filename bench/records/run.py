@@ -30,12 +30,14 @@ RECORDS: Registry[Record] = Registry(
         "step-cost": "step_cost:STEP_COST",
         "squad": "text_grid:SQUAD",
         "squad-cost": "text_step_cost:SQUAD_COST",
+        "campaign": "campaign:CAMPAIGN",
         "doom": "doom_frames:DOOM",
         "contact-sheet": "doom_frames:CONTACT_SHEET",
         "imitation": "agent_grids:IMITATION",
         "rl": "agent_grids:RL",
         "rl-speed": "agent_worlds:RL_SPEED",
         "pointnav-episodes": "agent_worlds:EPISODES",
+        "zoo": "zoo:ZOO",
     },
 )
 

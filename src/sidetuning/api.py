@@ -3,6 +3,7 @@
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
+from sidetuning.closed_form import SolveResult, solve
 from sidetuning.distillation import distill
 from sidetuning.errors import (
     ArtifactError,
@@ -44,6 +45,7 @@ __all__ = [
     "Side",
     "SideTuner",
     "SideTuningError",
+    "SolveResult",
     "TaskError",
     "TrainResult",
     "TrainingError",
@@ -60,5 +62,6 @@ __all__ = [
     "pull",
     "push",
     "seeded",
+    "solve",
     "train",
 ]

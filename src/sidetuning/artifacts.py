@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -16,20 +17,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
-from sidetuning.files import atomic_write, check_json, json_text, parse_json, read_json, safetensors_header
-from sidetuning.sides.initialise import mismatch
+from sidetuning.files import (
+    atomic_write,
+    check_json,
+    check_signed,
+    json_text,
+    parse_json,
+    read_json,
+    read_safetensors,
+    safetensors_header,
+    signed,
+)
+from sidetuning.heads import IN_UNITS
+from sidetuning.identity import Identity
+from sidetuning.outputs import Layout
+from sidetuning.sides.copy import Dead
+from sidetuning.sides.initialise import layout, mismatch, plain
 
 # Version 1 had the text in `side.json` alone, without a checksum.
 FORMAT_VERSION = 2
 MEND = "fetch or save the task again"
+# What a task is, as its text has it, and its tensors.
+SavedTask = tuple[dict[str, Any], dict[str, Tensor]]
 # What `side.json` alone tells.
 NOTES = ("metrics", "created")
 CONFIG, TENSORS = "side.json", "side.safetensors"
@@ -52,6 +71,7 @@ SCHEMA = {
         "prenorm": bool,
         "init?": {"zero", "low-energy"},
         "problem?": str,
+        "layouts?": dict,
     },
     "base": {
         "sha256": str,
@@ -85,13 +105,15 @@ def write_task(
     Raises:
         TaskError: an option of a part, or another value, that JSON does not have.
     """
+    _check_built(name, branch)
     tensors = _tensors(branch)
+    layouts = {tap: layout for tap, layout in branch.config.layouts.items() if tap in branch.taps}
     spec = None if base.spec is None else asdict(base.spec)
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": version("sidetuning"),
         "task": name,
-        "parts": asdict(branch.config),
+        "parts": {**asdict(branch.config), "layouts": layouts, "head": recorded_head(branch)},
         "labels": branch.labels,
         "alpha": branch.alpha,
         "passes": branch.passes,
@@ -108,6 +130,29 @@ def write_task(
         ) from error
 
 
+def _check_built(name: str, branch: Branch) -> None:
+    """Raise TaskError where a registered part was changed after it was built, so that a rebuild would not fit."""
+    own = tuple(kind for kind in ("side", "merge", "head") if (getattr(branch.config, kind) or (CUSTOM,))[0] == CUSTOM)
+    found = layout(branch)
+    for key in sorted(found.keys() | branch.built.keys()):
+        was, now = branch.built.get(key, "not there"), found.get(key, "gone")
+        # Units are measured later.
+        if was != now and key.partition(".")[0] not in own and key != "head.units":
+            raise TaskError(
+                f"task '{name}' was changed after it was built: '{key}' was {was} and is {now}, so it could not be "
+                "loaded; change a module of your own, and give that to add_task"
+            )
+
+
+def recorded_head(branch: Branch) -> tuple[str, dict[str, Any]]:
+    """Name and options of a head, with the units that were measured since it was built."""
+    name, options = branch.config.head
+    if branch.units is None or name not in IN_UNITS:
+        return name, options
+    centre, scale = branch.units.tolist()
+    return name, {**options, "centre": centre, "scale": scale}
+
+
 def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a task's two files, the tensors' with the text in it first.
 
@@ -119,22 +164,12 @@ def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, 
     # Equal tasks have equal tensor files, whenever they are saved and whatever was measured. One entry: safetensors
     # writes several in any order.
     inner = {key: value for key, value in config.items() if key not in NOTES}
-    data = save(tensors, metadata={"sidetuning": _signed(inner)})
-    text = _signed({**config, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+    data = save(tensors, metadata={"sidetuning": json_text(signed(inner))})
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    text = json_text(signed({**config, "created": created}))
     with atomic_write(path / CONFIG) as config_file, atomic_write(path / TENSORS) as tensors_file:
         config_file.write_text(text, encoding="utf-8")
         tensors_file.write_bytes(data)
-
-
-def _signed(config: Mapping[str, Any]) -> str:
-    """A task's text with its checksum."""
-    return json_text({**config, "sha256": _checksum(config)})
-
-
-def _checksum(config: Mapping[str, Any]) -> str:
-    """sha256 over a task's text, but for the checksum itself."""
-    content = {key: value for key, value in config.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
@@ -153,11 +188,19 @@ def tensors_sha256(module: nn.Module | None) -> str:
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     # A clone each: safetensors refuses tensors that share memory.
-    return {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
+    return {plain(key): value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()
+
+
+def _sha256_of(data: bytes) -> str:
+    """What `_sha256` gives of the tensors in a safetensors file, without writing them again."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps({**json.loads(data[8 : 8 + size]), "__metadata__": {"format": "pt"}}, separators=(",", ":"))
+    text = header.encode() + b" " * (-len(header.encode()) % 8)
+    return hashlib.sha256(len(text).to_bytes(8, "little") + text + data[8 + size :]).hexdigest()
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -165,7 +208,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return read_task(path, tensors=False)[0]
 
 
-def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_task(path: str | Path, tensors: bool = True) -> SavedTask:
     """What the task at `path` is, and its tensors, of one version even while another process saves it anew.
 
     Raises:
@@ -187,7 +230,7 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
     if found == 1 and not tensors:
         return config, {}
     try:
-        data = tensor_file.read_bytes()
+        data = read_safetensors(tensor_file)
         values = parse(data)
     except FileNotFoundError as error:
         raise ArtifactError(f"{tensor_file} is missing; {MEND}") from error
@@ -197,12 +240,15 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
         sha256 = hashlib.sha256(data).hexdigest()
     else:
         text = safetensors_header(data).get("sidetuning", "")
-        inner: dict[str, Any] = parse_json(text, str(tensor_file), SCHEMA, MEND)
-        for name, signed in ((file, config), (tensor_file, inner)):
-            if signed.get("sha256") != _checksum(signed):
-                raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {MEND}")
-        config = {**{key: config[key] for key in NOTES if key in config}, **inner}
-        sha256 = _sha256(values)
+        inner: dict[str, Any] = parse_json(text, str(tensor_file), dict, MEND)
+        notes, inner = check_signed(config, str(file), MEND), check_signed(inner, str(tensor_file), MEND)
+        # Texts that say the same need not be looked through twice.
+        if inner != {key: value for key, value in notes.items() if key not in NOTES}:
+            check_json(inner, str(tensor_file), SCHEMA, MEND)
+        config = {key: notes[key] for key in NOTES if key in notes} | inner
+        sha256 = _sha256_of(data)
+        # Another version of safetensors may have written the same tensors in another order.
+        sha256 = sha256 if sha256 == config["tensors_sha256"] else _sha256(values)
     if sha256 != config["tensors_sha256"]:
         raise ArtifactError(f"{tensor_file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")
     return config, values
@@ -210,8 +256,9 @@ def read_task(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], d
 
 def read_branch(
     path: str | Path,
-    task: tuple[dict[str, Any], dict[str, Tensor]],
+    task: SavedTask,
     base: Base,
+    identity: Identity,
     own: Mapping[str, nn.Module | None],
     *,
     any_base: bool = False,
@@ -222,7 +269,8 @@ def read_branch(
         path: the folder.
         task: what `read_task` gave of it.
         base: what it is built on.
-        own: instances of the parts "side", "merge" and "head" that were the user's own modules, None for the others.
+        identity: that of the base.
+        own: instances of the parts "side", "merge" and "head" that were the user's own modules.
         any_base: take another base than the one that it was trained on.
 
     Raises:
@@ -231,7 +279,7 @@ def read_branch(
     """
     path, (config, tensors) = Path(path), task
     recorded = config["base"]
-    difference = base.identity().difference(recorded)
+    difference = identity.difference(recorded)
     if difference and not any_base:
         raise ArtifactError(
             f"{path} was trained on another base: {difference}; load its own base, {_spec_text(config)}, or pass "
@@ -244,13 +292,23 @@ def read_branch(
             f"{path / CONFIG} has a field in 'parts' that this library does not know ({error})"
         ) from error
     chosen: dict[str, Any] = {}
-    for kind, module in own.items():
-        chosen[kind], options = _part(path, kind, getattr(parts, kind), module)
+    for kind in ("side", "merge", "head"):
+        chosen[kind], options = _part(path, kind, getattr(parts, kind), own.get(kind))
         chosen[f"{kind}_options"] = options
+    taps, layouts = recorded.get("taps") or [], config["parts"].get("layouts")
+    if layouts is None and base.causal and chosen["side"] in ("transformer", "ladder"):
+        # Sides of older files saw later tokens, whatever the base did.
+        chosen["side_options"] = {"causal": False, **(chosen["side_options"] or {})}
     shared = {key: getattr(parts, key) for key in ("laterals", "prenorm", "init", "problem")}
     try:
-        tapped = base.with_taps(recorded["taps"]) if recorded.get("taps") else base
-        branch = build_branch(tapped, **chosen, **shared)
+        # Older files know one layout for all maps of a network, right or not; their tasks were trained on that.
+        last = (recorded.get("preparation") or {}).get("channels_last")
+        every: Layout | None = None if layouts is not None else "nhwc" if last else "nchw"
+        tapped = base.with_taps({tap: (layouts or {}).get(tap) for tap in taps}, every) if taps else base
+        with Sized(tensors):
+            branch = build_branch(tapped, **chosen, **shared)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path / CONFIG} describes parts that do not fit {TENSORS}: {error}; {MEND}") from error
     except SideTuningError:
         raise
     except Exception as error:
@@ -258,11 +316,53 @@ def read_branch(
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
     branch.labels, branch.passes = config.get("labels"), config.get("passes") or 0
     branch.trained_as = config.get("trained_as")
-    problem = mismatch(branch.state_dict(), tensors)
+    _fill(path, branch, tensors, base.like.dtype, any_base)
+    return branch
+
+
+def _fill(path: Path, branch: Branch, tensors: dict[str, Tensor], dtype: torch.dtype, any_base: bool) -> None:
+    """Give a branch its weights; ArtifactError where they are not those of such a branch, or of another type."""
+    state = {plain(name): (name, tensor) for name, tensor in branch.state_dict().items()}
+    tensors = {plain(name): tensor for name, tensor in tensors.items()}
+    if tensors.keys() - state.keys():
+        # Earlier versions kept parts that the code does not depend on.
+        dead = tuple(f"{plain(name)}." for name, part in branch.named_modules() if isinstance(part, Dead))
+        tensors = {name: tensor for name, tensor in tensors.items() if not dead or not name.startswith(dead)}
+    problem = mismatch({name: tensor for name, (_, tensor) in state.items()}, tensors)
     if problem:
         raise ArtifactError(f"{path / TENSORS} does not fit {path / CONFIG}: {problem}")
-    branch.load_state_dict(tensors)
-    return branch
+    # Units stay in single precision.
+    weights = [tensor for name, tensor in tensors.items() if tensor.is_floating_point() and name != "head.units"]
+    others = [weight.dtype for weight in weights if weight.dtype != dtype]
+    if others and not any_base:
+        raise ArtifactError(
+            f"{path} holds weights in {others[0]} and this model computes in {dtype}; pass any_base=True to round them"
+        )
+    # In its type before the weights are there: none is rounded on the way.
+    branch.to(dtype)
+    branch.load_state_dict({state[name][0]: tensor for name, tensor in tensors.items()})
+
+
+class Sized(TorchFunctionMode):
+    """Inside it a part cannot take much more memory than its file: a small one may describe a large network.
+
+    Args:
+        tensors: those of the file.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        # In numbers; every tensor counts for some, so that a billion small layers end too.
+        self.left = 10_000_000 + sum(20_000 + 4 * tensor.numel() for tensor in tensors.values())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count what a function of torch allocates before it does."""
+        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full, torch.arange):
+            shape = (kwargs or {}).get("size") or (args[0] if args and isinstance(args[0], (tuple, list)) else args)
+            self.left -= 10_000 + math.prod(size for size in shape if isinstance(size, int))
+            if self.left < 0:
+                raise ArtifactError("it would take far more memory than its tensors")
+        return func(*args, **(kwargs or {}))
 
 
 def _part(path: Path, kind: str, recorded: Any, module: nn.Module | None) -> tuple[Any, dict[str, Any] | None]:

@@ -4,43 +4,49 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sidetuning.errors import ShapeError, UnknownNameError
+from sidetuning.errors import ShapeError, told
 from sidetuning.folding import fold
 from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
-from sidetuning.inputs import IMAGES, arguments_of, call, map_input, modules_of, to_device
+from sidetuning.inputs import (
+    IMAGES,
+    FirstWeight,
+    call,
+    check_entries,
+    entries_of,
+    example_record,
+    freeze,
+    map_input,
+    modules_of,
+    to_device,
+)
 from sidetuning.inputs import Input as Input
-from sidetuning.probe import check_base, probe_input, probe_of, shapes_of
-from sidetuning.registry import unknown
+from sidetuning.outputs import Features as Features
+from sidetuning.outputs import Layout as Layout
+from sidetuning.outputs import (
+    Select,
+    channels_first,
+    hooks_on,
+    layouts_of,
+    layouts_told,
+    seen,
+    tap_of,
+    version,
+)
+from sidetuning.outputs import Tap as Tap
+from sidetuning.outputs import Taps as Taps
+from sidetuning.probe import check_base, is_causal, probe_input, probe_of, shapes_of
 
 Kind = Literal["vector", "map", "sequence"]
 # By dimensions without the batch.
 KINDS: dict[int, Kind] = {1: "vector", 2: "sequence", 3: "map"}
-
-
-class Features(NamedTuple):
-    """What a base returns.
-
-    Attributes:
-        out: the code that merges see: (b, d), (b, c, h, w) or (b, t, d).
-        taps: named inner activations, batch first; channels first where they are maps.
-    """
-
-    out: Tensor
-    # Named tuples share their defaults; nothing writes to this one.
-    taps: dict[str, Tensor] = {}  # noqa: RUF012
-
-    def rows(self, rows: Tensor) -> Features:
-        """The features of some samples of the batch."""
-        return Features(self.out[rows], {name: tap[rows] for name, tap in self.taps.items()})
 
 
 @dataclass(frozen=True)
@@ -50,62 +56,6 @@ class BaseSpec:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Select:
-    """Picks the code out of what a network (the base, or a copy of it) returned, channels first."""
-
-    output: str | int | Callable[[Any], Tensor] | None
-    channels_last: bool
-
-    def __call__(self, returned: Any) -> Tensor:
-        output = self.output
-        if callable(output):
-            returned = output(returned)
-        elif isinstance(output, str):
-            try:
-                returned = returned[output] if isinstance(returned, Mapping) else getattr(returned, output)
-            except (KeyError, AttributeError) as error:
-                names = list(returned) if isinstance(returned, Mapping) else [n for n in dir(returned) if n[0] != "_"]
-                raise UnknownNameError(unknown("output", output, names, verb="of the network")) from error
-        elif output is not None:
-            returned = returned[output]
-        if not isinstance(returned, Tensor):
-            raise ShapeError(f"the base returns a {type(returned).__name__}, not a tensor: pick one with output=")
-        return self.channels_first(returned)
-
-    def channels_first(self, x: Tensor) -> Tensor:
-        """(b, h, w, c) to (b, c, h, w) where the network is channels last; others as they are."""
-        return x.permute(0, 3, 1, 2) if self.channels_last and x.ndim == 4 else x
-
-
-# What the taps of the pass under way have seen, in this thread: tap -> (output, its version). None outside of a pass.
-_seen: ContextVar[dict[Tap, tuple[Any, int]] | None] = ContextVar("taps", default=None)
-
-
-class Tap:
-    """A forward hook, put on a module of the network once: it hands each output to the pass that runs."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        seen = _seen.get()
-        if seen is not None:
-            # The layers of transformers return tuples.
-            tensor = output[0] if isinstance(output, (tuple, list)) else output
-            seen[self] = (tensor, _version(tensor))
-
-    def __deepcopy__(self, memo: Any) -> Tap:
-        # A copy of the network, such as the folded one, is tapped in the same places.
-        return self
-
-
-def _tap_of(module: nn.Module) -> Tap:
-    """The hook on a module, which is put there once, whoever asks for it."""
-    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, Tap)]
-    if not hooks:
-        hooks = [Tap()]
-        module.register_forward_hook(hooks[0])
-    return hooks[0]
 
 
 class Base(nn.Module):
@@ -119,18 +69,27 @@ class Base(nn.Module):
         example: one input as the network takes it, batch dimension included; sets the shapes of everything else.
         output: picks the code out of what `net` returns: a key or attribute, an index, or a function; by default the
             tensor itself.
-        taps: names of submodules of `net` whose outputs are returned too.
-        channels_last: 4-d outputs and taps are (b, h, w, c) and are turned channels first.
+        taps: names of submodules of `net` whose outputs are returned too. Maps are turned channels first: where their
+            channels are is told by the network's modules, or by you, `taps={"blocks.11": "nhwc"}`.
+        channels_last: a 4-d output is (b, h, w, c) and is turned channels first; by default as the modules tell.
         mean, std: per-channel normalisation of image inputs in [0, 1]; uint8 inputs are divided by 255 first.
+        bgr: the network takes the channels of images in reverse order.
         spec: how `load_base` builds it again; None for a base of your own.
+
+    Attributes:
+        layouts: of each tap that is a map, where the network has its channels.
+        causal: the code of a token depends on it and on earlier ones alone.
 
     Raises:
         UnknownNameError: a tap or an output that `net` does not have.
-        ShapeError: an output that is not (b, d), (b, t, d) or (b, c, h, w); a tap that is not run, or is written over.
+        ShapeError: an output that is not (b, d), (b, t, d) or (b, c, h, w); a tap that is not run, or is written over,
+            or whose channels cannot be told; a network that does not take the example.
     """
 
     mean: Tensor | None
     std: Tensor | None
+    # Empty; of the type that features have, which `.to()` changes with everything else.
+    like: Tensor
 
     def __init__(
         self,
@@ -138,10 +97,11 @@ class Base(nn.Module):
         *,
         example: Input,
         output: str | int | Callable[[Any], Tensor] | None = None,
-        taps: Sequence[str] = (),
-        channels_last: bool = False,
+        taps: Taps = (),
+        channels_last: bool | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        bgr: bool = False,
         spec: BaseSpec | None = None,
     ) -> None:
         super().__init__()
@@ -149,51 +109,63 @@ class Base(nn.Module):
         self._hidden = (net,)
         self._modules_run = tuple(modules_of(net))
         for module in self._networks():
-            module.requires_grad_(False).eval()
+            freeze(module)
             for part in module.modules():
                 # A hook turns torch's fused path off, which rounds in another way: no task's taps may decide that.
                 if isinstance(part, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)):
-                    _tap_of(part)
-        self.select = Select(output, channels_last)
-        self.spec = spec
+                    tap_of(part)
+        self.select = Select(output, bool(channels_last))
+        self.spec, self.bgr = spec, bgr
         # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
         self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._sha256: tuple[object, str] | None = None
-        self._taps: dict[str, Tap] = {}
+        self._first = FirstWeight(self._modules_run)
         self._writes = False
         self.example = example
         # Networks of transformers swallow every name, and do nothing with most.
-        optional = dict.fromkeys(["x", "extra", *(() if isinstance(example, Tensor) else example)], False)
-        self._entries = {**optional, **arguments_of(net)}
+        self._entries = entries_of(net, example)
+        if (mean is None) != (std is None):
+            raise ShapeError("normalisation needs both mean= and std=; give both, or neither")
         for name, values in (("mean", mean), ("std", std)):
             norm = None if values is None else torch.tensor(values, device=self.device).view(-1, 1, 1)
             self.register_buffer(name, norm, persistent=False)
-        self._run_example(taps)
+        # Sides of a half-precision network are trained in full precision.
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.get_default_dtype()
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=self.device), persistent=False)
+        self._run_example(taps, channels_last=channels_last)
         self.kind: Kind = KINDS[len(self.output_shape)]
         self.width: int = self.output_shape[-1] if self.kind == "sequence" else self.output_shape[0]
         self._writes = check_base(lambda x: self(x).out, self.example)
+        self.causal = self.kind == "sequence" and is_causal(lambda x: self(x).out, self.example)
         self._probe: list[float] | None = None
 
-    def _run_example(self, taps: Sequence[str]) -> None:
+    def _run_example(self, taps: Taps, every: Layout | None = None, channels_last: bool | None = False) -> None:
         """Put hooks on the taps, and keep what the base makes of its example: all shapes come from there."""
-        self._taps = {name: self._hook(name) for name in taps}
+        self._taps, self.layouts = hooks_on(self.net, taps), {}
         self.example = to_device(self.example, self.device)
-        features = self(self.example)
-        self.output_shape = tuple(features.out.shape[1:])
-        if len(self.output_shape) not in KINDS:
+        with told("the base does not run on its example ({}); give another example="):
+            features = self(self.example)
+        if features.out.ndim - 1 not in KINDS:
             raise ShapeError(
                 f"the base returns {tuple(features.out.shape)}; side-tuning needs (b, d), (b, t, d) or (b, c, h, w): "
                 "pick one tensor with output="
             )
-        self.example_features = features
-
-    def _hook(self, tap: str) -> Tap:
-        """The hook on the module `tap`."""
-        modules = dict(self.net.named_modules()) if isinstance(self.net, nn.Module) else {}
-        if not tap or tap not in modules:
-            names = [name for name in modules if name][:40]
-            raise UnknownNameError(unknown("tap", tap, names, verb="in the base"))
-        return _tap_of(modules[tap])
+        for name, tap in features.taps.items():
+            if tap.ndim == 0 or len(tap) != len(features.out):
+                raise ShapeError(
+                    f"the tap '{name}' returns {tuple(tap.shape)} for a batch of {len(features.out)}; tap a module "
+                    "whose first dimension is the batch"
+                )
+        out = features.out
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in [*features.taps.items(), ("", out)]}
+        known = {**layouts_told(taps), "": None if channels_last is None else "nchw"}
+        layouts = layouts_of(shapes, known, every, self._networks(), lambda: self(self.example))
+        if layouts.pop("", None) == "nhwc":
+            self.select, out = Select(self.select.output, True), channels_first(out, "nhwc")
+        self.layouts = layouts
+        turned = {name: channels_first(tap, layouts.get(name)) for name, tap in features.taps.items()}
+        self.example_features = Features(out, turned)
+        self.output_shape = tuple(out.shape[1:])
 
     @property
     def net(self) -> Callable[..., Any]:
@@ -207,8 +179,12 @@ class Base(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """The type of the network's weights; None where it has none of floating point."""
-        weights = chain.from_iterable(net.parameters() for net in self._networks())
-        return next((weight.dtype for weight in weights if weight.is_floating_point()), None)
+        return self._first.dtype
+
+    def _given(self) -> torch.dtype | None:
+        """The type of floats that the network is given where it is not that of its sides."""
+        own = self.dtype
+        return None if own == self.like.dtype else own
 
     @property
     def tap_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -216,20 +192,18 @@ class Base(nn.Module):
         return {name: tuple(tap.shape[1:]) for name, tap in self.example_features.taps.items()}
 
     def prepare(self, x: Input) -> Input:
-        """Turn a raw input into what base and side see, on the base's device and of its type.
+        """Turn a raw input into what base and side see, on the base's device and of the type of its features.
 
         Images are uint8 or in [0, 1]; they are normalised, also as the entries "x" and "pixel_values" of a mapping.
 
         Raises:
-            ShapeError: images of another shape, or with values of another range: normalised already, or up to 255.
+            ShapeError: images of another shape, or with values of another range: normalised already, or up to 255; or
+                the state of an earlier part of a text.
             UnknownNameError: an entry of a mapping that the network does not read, or one that it lacks.
         """
         if isinstance(x, Tensor):
             return self._prepare(x)
-        if strange := [key for key in x if key not in self._entries]:
-            raise UnknownNameError(unknown("input", strange[0], sorted(self._entries), verb="read by the network"))
-        if missing := [key for key, needed in self._entries.items() if needed and key not in x and "x" not in x]:
-            raise UnknownNameError(f"the network reads '{missing[0]}', which the input lacks; it has {', '.join(x)}")
+        check_entries(self._entries, x)
         moved = to_device(x, self.device)
         assert not isinstance(moved, Tensor)
         return {**moved, **{key: self._prepare(moved[key]) for key in IMAGES if isinstance(moved.get(key), Tensor)}}
@@ -238,11 +212,16 @@ class Base(nn.Module):
         x, own = x.to(self.device), self.dtype
         whole = x.dtype == torch.uint8
         if whole:
-            x = x.to(own or torch.get_default_dtype()) / 255
+            x = x.to(self.like.dtype) / 255
         elif x.is_floating_point() and own is not None:
-            x = x.to(own)
+            x = x.to(self.like.dtype)
         if self.mean is None or self.std is None:
-            return x
+            if whole and (trained := _trained_with(self.net)):
+                raise ShapeError(
+                    f"this network was trained on images normalised by {trained}; give Base mean= and std= to take "
+                    "uint8 images, or give floats that are normalised already"
+                )
+            return x.flip(-3) if self.bgr else x
         if x.ndim < 3 or x.shape[-3] not in (1, self.mean.shape[0]):
             raise ShapeError(f"this base takes images (b, {self.mean.shape[0]}, h, w), not {tuple(x.shape)}")
         low, high = (float(v) for v in x.detach().aminmax()) if x.numel() and not whole else (0.0, 0.0)
@@ -252,27 +231,34 @@ class Base(nn.Module):
                 "this base takes images as uint8, or as floats in [0, 1], and normalises them itself; these are "
                 f"{x.dtype} from {low:.3g} to {high:.3g}"
             )
-        return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+        x = (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+        return x.flip(-3) if self.bgr else x
 
     def encode(self, inputs: Input) -> Features:
         """Run the network on a prepared input; without a graph, unless the input asks for its gradient."""
         for module in self._networks():
-            if module.training:
+            if getattr(module, "training", False):
                 # Whoever has the network put it there, and its statistics would move.
                 module.eval()
         if self._writes:
             inputs = map_input(inputs, torch.clone)
         tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
         wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
-        seen: dict[Tap, tuple[Any, int]] = {}
-        token = _seen.set(seen if self._taps else None)
+        activations: dict[Tap, tuple[Any, int]] = {}
+        token = seen.set(activations if self._taps else None)
+        given = self._given()
         try:
             # Not inference_mode: its tensors cannot be saved for the backward pass of a merge.
             with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+                if given is not None:
+                    inputs = map_input(inputs, lambda x: x.to(given) if x.is_floating_point() else x)
                 out = self.select(call(self.net, inputs))
         finally:
-            _seen.reset(token)
-        return Features(out, {name: self._tapped(name, seen.get(tap)) for name, tap in self._taps.items()})
+            seen.reset(token)
+        features = Features(out, {name: self._tapped(name, activations.get(tap)) for name, tap in self._taps.items()})
+        if given is None and self.dtype is not None:
+            return features
+        return features.each(lambda tensor: tensor.to(self.like.dtype))
 
     def features(self, inputs: Input, given: Features | Tensor | None = None) -> Features:
         """What the network makes of prepared `inputs`, or the features of them that are `given`, checked."""
@@ -284,43 +270,57 @@ class Base(nn.Module):
             raise ShapeError(f"the features given are {tuple(given.out.shape)}; this base returns (b, {expected})")
         return given
 
-    def _tapped(self, name: str, seen: tuple[Any, int] | None) -> Tensor:
+    def _tapped(self, name: str, activation: tuple[Any, int] | None) -> Tensor:
         """What the tap `name` has seen, checked."""
-        if seen is None:
+        if activation is None:
             raise ShapeError(f"the tap '{name}' is not run by the network; tap a module that is")
-        tensor, version = seen
+        tensor, before = activation
         if not isinstance(tensor, Tensor):
             raise ShapeError(
                 f"the tap '{name}' returns a {type(tensor).__name__}, not a tensor; tap a module within it"
             )
-        if _version(tensor) != version:
+        if version(tensor) != before:
             raise ShapeError(
                 f"what the tap '{name}' returns is written over in place by what follows it; tap that instead"
             )
-        return self.select.channels_first(tensor)
+        return channels_first(tensor, self.layouts.get(name))
 
     def forward(self, x: Input) -> Features:
         """Prepare and encode a raw input."""
         return self.encode(self.prepare(x))
 
-    def with_taps(self, taps: Sequence[str]) -> Base:
-        """The same network with these taps instead; no pass is made where all of them are here already."""
-        if tuple(taps) == tuple(self._taps):
+    def with_taps(self, taps: Taps, every: Layout | None = None) -> Base:
+        """The same network with these taps instead; no pass is made where all of them are here already.
+
+        Args:
+            taps: their names, or a mapping of names to "nchw", "nhwc", or None where the network tells.
+            every: the layout of all maps that have none in `taps`.
+        """
+        named: dict[str, Any] = layouts_told(taps)
+        same = every is None and all(
+            tap in self._taps and layout in (None, self.layouts.get(tap)) for tap, layout in named.items()
+        )
+        if same and list(named) == list(self._taps):
             return self
         other = copy.copy(self)
-        if all(tap in self._taps for tap in taps):
-            other._taps = {tap: self._taps[tap] for tap in taps}
-            kept = {tap: self.example_features.taps[tap] for tap in taps}
+        if same:
+            other._taps = {tap: self._taps[tap] for tap in named}
+            other.layouts = {tap: self.layouts[tap] for tap in named if tap in self.layouts}
+            kept = {tap: self.example_features.taps[tap] for tap in named}
             other.example_features = Features(self.example_features.out, kept)
         else:
-            other._run_example(taps)
+            before = {} if every else self.layouts
+            other._run_example({tap: layout or before.get(tap) for tap, layout in named.items()}, every)
         return other
 
     def with_example(self, example: Input) -> Base:
         """The same network for inputs of another size; parts are built for the shapes that this example gives."""
         other = copy.copy(self)
         other.example, other._probe, other._sha256 = example, None, None
-        other._run_example(tuple(self._taps))
+        other._run_example({tap: self.layouts.get(tap) for tap in self._taps})
+        if self.spec is not None:
+            options = {**self.spec.options, "example": example_record(example)}
+            other.spec = replace(self.spec, options=options)
         return other
 
     def folded(self) -> Base:
@@ -332,9 +332,9 @@ class Base(nn.Module):
         if net is None:
             return self
         other = copy.copy(self)
-        other._hidden, other._modules_run = (net,), (net,)
+        other._hidden, other._modules_run, other._first = (net,), (net,), FirstWeight((net,))
         x = probe_input(self.example)
-        pairs = zip(_tensors(self(x)), _tensors(other(x)), strict=True)
+        pairs = zip(self(x).tensors(), other(x).tensors(), strict=True)
         # What tracing does not see, such as hooks or a method that was replaced, is lost in the copy.
         exact = all((a - b).norm() <= 1e-4 * a.norm() for a, b in pairs)
         return other if exact else self
@@ -344,7 +344,8 @@ class Base(nn.Module):
         """Where the network's weights lie; of a network without any, where the example lies."""
         weights = chain.from_iterable(chain(net.parameters(), net.buffers()) for net in self._networks())
         values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
-        return next(chain(weights, (value for value in values if isinstance(value, Tensor)))).device
+        others = chain(weights, (value for value in values if isinstance(value, Tensor)))
+        return self._first.device or next(others).device
 
     def identity(self) -> Identity:
         """Its weights, preparation, choice of the output and behaviour; weights that did not change are hashed once."""
@@ -356,7 +357,7 @@ class Base(nn.Module):
             self._sha256 = version, weights_sha256(self.net, nets, self.output_shape)
         if self._probe is None:
             self._probe = probe_of(lambda x: self(x).out, self.example)
-        prepared = preparation(self.mean, self.std, self.select.output, self.select.channels_last)
+        prepared = preparation(self.mean, self.std, self.select.output, self.select.channels_last, self.bgr)
         shapes = shapes_of(self.example)
         return Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self._probe), shapes)
 
@@ -378,8 +379,7 @@ class Base(nn.Module):
         for net in self._networks():
             net._apply(fn, recurse)
         self.example = map_input(self.example, fn)
-        out, taps = self.example_features
-        self.example_features = Features(fn(out), {name: fn(tap) for name, tap in taps.items()})
+        self.example_features = self.example_features.each(fn)
         return self
 
     def extra_repr(self) -> str:
@@ -387,10 +387,8 @@ class Base(nn.Module):
         return f"{name}, {self.kind} {self.output_shape}, {self.parameter_count():,} frozen parameters"
 
 
-def _tensors(features: Features) -> list[Tensor]:
-    return [features.out, *features.taps.values()]
-
-
-def _version(tensor: Any) -> int:
-    """What writes in place raise; tensors of inference mode have no version."""
-    return 0 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
+def _trained_with(net: object) -> str:
+    """The normalisation that a network of timm was trained with; empty where it does not tell."""
+    config = getattr(net, "pretrained_cfg", None)
+    norm = [config.get(name) for name in ("mean", "std")] if isinstance(config, Mapping) else [None]
+    return "" if None in norm else f"mean={norm[0]} and std={norm[1]}"

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Features, Input
+from sidetuning.base import Base, Features, Input, Layout
 from sidetuning.errors import ShapeError, TaskError, UnknownNameError
-from sidetuning.heads import HEADS, named_head, run_head
+from sidetuning.heads import HEADS, InUnits, named_head, run_head
+from sidetuning.inputs import original
 from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm, Merge
 from sidetuning.problems import PROBLEMS, Problem
 from sidetuning.registry import unknown
 from sidetuning.sides import SIDES, Side, run_side
-from sidetuning.sides.initialise import LowEnergy, initialise
+from sidetuning.sides.initialise import LowEnergy, initialise, layout
 
 # The problem that goes with a head; with others it is "classes".
 BY_HEAD = {"span": "span"}
@@ -36,6 +37,7 @@ class BranchConfig:
     prenorm: bool = False
     init: str | None = None
     problem: str | None = None
+    layouts: dict[str, Layout] = field(default_factory=dict)
 
 
 class Branch(nn.Module):
@@ -53,6 +55,8 @@ class Branch(nn.Module):
         super().__init__()
         self.side, self.merge, self.norm, self.head = side, merge, norm, head
         self.config = config
+        # As a rebuild from `side.json` makes it.
+        self.built = layout(self)
         self.labels: list[str] | None = None
         # A lateral of another task, which must not move.
         self.pinned = False
@@ -62,9 +66,17 @@ class Branch(nn.Module):
         self.trained_as: str | None = None
 
     @property
+    def units(self) -> Tensor | None:
+        """Centres and scales (2, channels) of the targets, where its head answers in their units."""
+        return self.head.units if isinstance(self.head, InUnits) else None
+
+    @property
     def problem(self) -> Problem:
         """What its targets mean: as given, or what goes with the loss or the head."""
-        return PROBLEMS[self.config.problem or self.trained_as or BY_HEAD.get(self.config.head[0], "classes")]()
+        name = self.config.problem or self.trained_as or BY_HEAD.get(self.config.head[0], "classes")
+        problem = PROBLEMS[name]()
+        problem.units = self.units
+        return problem
 
     @property
     def own_problem(self) -> Problem | None:
@@ -74,7 +86,8 @@ class Branch(nn.Module):
     @property
     def taps(self) -> tuple[str, ...]:
         """The base's inner activations that the side reads."""
-        return self.side.taps if isinstance(self.side, Side) else ()
+        side = original(self.side)
+        return side.taps if isinstance(side, Side) else ()
 
     def side_output(self, inputs: Input, features: Features) -> Tensor | None:
         """S(x) of the prepared inputs and the base's features, of the base's output shape; None without a side."""
@@ -112,7 +125,7 @@ class Branch(nn.Module):
     @property
     def alpha(self) -> float | None:
         """The weight of the base, where the merge is alpha."""
-        merge = self.merge.merge if isinstance(self.merge, Gated) else self.merge
+        merge = original(self.merge.merge if isinstance(self.merge, Gated) else self.merge)
         return float(merge.weights[0].detach()) if isinstance(merge, Alpha) else None
 
     @property
@@ -140,7 +153,7 @@ def build_branch(
     side_module: nn.Module | None = None
     side_name: tuple[str, Options] | None = None
     # A side that the merge ignores would only be trained in vain; which one it would be may be named all the same.
-    if not isinstance(merge_module, Merge) or merge_module.uses_side:
+    if not isinstance(original(merge_module), Merge) or merge_module.uses_side:
         if side is None:
             raise TaskError(f"merge '{merge_name[0]}' needs a side; name one, or use merge='base-only'")
         side_module, side_name = _build(SIDES, side, side_options, base)
@@ -158,7 +171,7 @@ def build_branch(
     norm = GroupNorm(base.kind, base.width) if prenorm else nn.Identity()
     if problem is not None and problem not in PROBLEMS:
         raise UnknownNameError(unknown("problem", problem, PROBLEMS.names(), verb="registered"))
-    config = BranchConfig(side_name, merge_name, head_name, list(laterals), prenorm, recorded, problem)
+    config = BranchConfig(side_name, merge_name, head_name, list(laterals), prenorm, recorded, problem, base.layouts)
     return Branch(side_module, merge_module, head_module, norm, config).eval()
 
 

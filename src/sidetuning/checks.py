@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sidetuning.base import Base, Features
 from sidetuning.branch import Branch
-from sidetuning.errors import ShapeError, SideTuningError, TaskError
+from sidetuning.errors import TaskError, told
 from sidetuning.inputs import Input, modules_of
+from sidetuning.probe import shapes_of
 
 
 def check_name(name: str) -> None:
     """Raise TaskError unless `name` can be a folder, and a key of torch's module dictionaries."""
     if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
         raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
+
+
+def check_state(name: str, branch: Branch) -> None:
+    """Raise TaskError unless a file can hold all that the branch holds: before it is trained, and not after."""
+    for key, value in branch.state_dict().items():
+        plain = isinstance(value, Tensor) and not hasattr(value, "__tensor_flatten__") and not is_lazy(value)
+        if not plain or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise TaskError(
+                f"'{key}' of task '{name}' is a {type(value).__name__} that a task's file cannot hold: give parts of "
+                "plain tensors, not quantised or sparse ones"
+            )
+
+
+def tapped_for(name: str, branch: Branch, base: Base) -> Base:
+    """The base with what the branch reads beside its own taps.
+
+    Raises:
+        TaskError: the side was built for a tap in another layout than the base has it in.
+    """
+    layouts = branch.config.layouts
+    for tap in branch.taps:
+        own = base.layouts.get(tap)
+        if own is not None and layouts.get(tap, own) != own:
+            raise TaskError(
+                f"task '{name}' reads the tap '{tap}' as {layouts[tap]}, and this model's base as {own}; give all "
+                f"tasks one layout, taps={{'{tap}': '{own}'}}"
+            )
+    more = {tap: layouts.get(tap) for tap in branch.taps if tap not in base.tap_shapes}
+    return base.with_taps({**dict.fromkeys(base.tap_shapes), **base.layouts, **more})
 
 
 def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Input, Features], list[Tensor]]) -> None:
@@ -27,20 +59,30 @@ def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Inpu
         ShapeError: parts that do not fit each other.
         TaskError: labels that are not one per output.
     """
-    branch.eval().to(base.device)
+    branch.eval().to(base.device, base.like.dtype)
     inputs, features = base.prepare(base.example), base.example_features
-    try:
-        with torch.no_grad():
-            out = branch(inputs, features, laterals(inputs, features))
-    except SideTuningError:
-        raise
-    except Exception as error:
-        example = base.example if isinstance(base.example, Tensor) else next(iter(base.example.values()))
-        shapes = f"input {tuple(example.shape)}, base output {tuple(features.out.shape)}"
-        raise ShapeError(f"the parts of task '{name}' do not fit each other ({shapes}): {error}") from error
+    shapes = f"input {shapes_of(base.example)}, base output {shapes_of(features.out)}"
+    with torch.no_grad(), told(f"the parts of task '{name}' do not fit each other ({shapes}): {{}}"):
+        out = branch(inputs, features, laterals(inputs, features))
     labels = branch.labels
     if labels is not None and isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] != len(labels):
         raise TaskError(f"task '{name}' has {len(labels)} labels for {out.shape[1]} outputs; give one per output")
+
+
+class Lock:
+    """A lock that a copy of its owner, or a pickled one, has of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
 
 
 class Owners:

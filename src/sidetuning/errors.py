@@ -1,8 +1,22 @@
 """The errors of the library. Each message says what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+# Of a message, in characters: those of other libraries may hold a whole file.
+LONGEST = 1200
+
 
 class SideTuningError(Exception):
     """Anything a user can mend; the command line prints its message alone and exits with 1."""
+
+    def __str__(self) -> str:
+        """The message in one line, which what others say within it must not break."""
+        text = re.sub(r"\s*[\x00-\x1f\x7f]+\s*", " ", super().__str__()).strip()
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 class UnknownNameError(SideTuningError, ValueError):
@@ -31,3 +45,18 @@ class DataError(SideTuningError, ValueError):
 
 class TrainingError(SideTuningError, RuntimeError):
     """Training that cannot go on: a loss that is not finite, or a resume file of another run."""
+
+
+class DataWarning(UserWarning):
+    """Data that were left out or mended: which, and how many."""
+
+
+@contextlib.contextmanager
+def told(sentence: str) -> Iterator[None]:
+    """Turn what somebody else's code raises into a ShapeError: `sentence`, with what happened in place of "{}"."""
+    try:
+        yield
+    except SideTuningError:
+        raise
+    except Exception as error:
+        raise ShapeError(sentence.replace("{}", str(error).partition("\n")[0])) from error

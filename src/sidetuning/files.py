@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import platform
+import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sidetuning.errors import ArtifactError
+
+# The largest JSON, in bytes: a file that says more is none of ours.
+LONGEST_TEXT = 1 << 28
 
 
 @contextlib.contextmanager
@@ -63,6 +69,35 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def held_folder(folder: str | Path) -> Iterator[None]:
+    """Hold a folder: no other process may work in it meanwhile, but for those that were launched together.
+
+    The system lets it go when the process ends, however it ends. Windows has no such lock.
+
+    Raises:
+        ArtifactError: another process holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if os.name == "nt" or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(f"another process works in {folder}; wait until it ends, or give another") from error
+        except OSError:
+            # Some file systems of networks have no locks.
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
     with atomic_write(path) as temporary:
@@ -79,6 +114,11 @@ def json_text(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
+def decode_text(data: bytes) -> str:
+    """A text in UTF-8 or, by its byte-order mark, in UTF-16; UnicodeDecodeError where it is neither."""
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+
+
 def read_json(path: str | Path, schema: Any, mend: str) -> Any:
     """A JSON file whose values have the types that `schema` asks for.
 
@@ -93,7 +133,7 @@ def read_json(path: str | Path, schema: Any, mend: str) -> Any:
         ArtifactError: not JSON, or a value of another type.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = decode_text(read_bytes(path, LONGEST_TEXT))
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:
@@ -116,6 +156,63 @@ def check_json(content: Any, name: str, schema: Any, mend: str) -> Any:
     if wrong is not None:
         raise ArtifactError(f"{name} has no valid field '{wrong}'; {mend}")
     return content
+
+
+def signed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with their checksum, under "sha256"."""
+    return {**content, "sha256": _checksum(content)}
+
+
+def check_signed(content: Mapping[str, Any], name: str, mend: str, needed: bool = True) -> dict[str, Any]:
+    """What `signed` was given.
+
+    Args:
+        content: JSON values as they were read.
+        name, mend: as of `read_json`.
+        needed: False for files of older versions, which have no checksum.
+
+    Raises:
+        ArtifactError: there is no checksum where one is needed, or it is another.
+    """
+    if (needed or "sha256" in content) and content.get("sha256") != _checksum(content):
+        raise ArtifactError(f"{name} was changed: its checksum is not that of its text; {mend}")
+    return {key: value for key, value in content.items() if key != "sha256"}
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """sha256 over JSON values, but for the checksum itself."""
+    values = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_bytes(path: str | Path, longest: int | None = None) -> bytes:
+    """The content of a file of at most `longest` bytes; an OSError of a device or a pipe, which may have no end."""
+    about = Path(path).stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("it is no file")
+    if longest is not None and about.st_size > longest:
+        raise OSError(f"it has {about.st_size:,} bytes, and at most {longest:,} are read")
+    return Path(path).read_bytes()
+
+
+def read_safetensors(path: str | Path) -> bytes:
+    """The content of a safetensors file, whose header is checked before so much memory is taken.
+
+    Raises:
+        OSError: it cannot be read, or is none.
+    """
+    about = Path(path).stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("it is no file")
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError, LookupError):
+            header = json.loads(file.read(length) if length <= LONGEST_TEXT else b"")
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            if about.st_size == 8 + length + max(ends, default=0):
+                file.seek(0)
+                return file.read()
+    raise OSError("it is no whole safetensors file")
 
 
 def safetensors_header(data: bytes) -> dict[str, str]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Input, Kind
 from sidetuning.errors import TaskError
-from sidetuning.inputs import entry
+from sidetuning.inputs import entry, original
+from sidetuning.problems import along
 from sidetuning.registry import Registry
 from sidetuning.sides.fit import masked_mean
 
@@ -32,12 +33,70 @@ class Head(nn.Module):
         raise NotImplementedError
 
 
+class InUnits(nn.Module):
+    """A head that ends in a linear layer, and can answer in the units of its targets: centre + scale * layer(code).
+
+    The layer then learns numbers around 0 of size 1, whatever the units are: metres, years, a hundredth of a range.
+
+    Attributes:
+        units: a buffer (2, channels) of centres and scales; None leaves the layer's numbers as they are.
+    """
+
+    units: Tensor | None
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("units", None)
+
+    def set_units(self, centre: Any, scale: Any) -> None:
+        """Set centre and scale: numbers, or lists with one number per channel; None for both leaves them.
+
+        Raises:
+            TaskError: one of the two is missing, a scale is not positive, or there are not as many as channels.
+        """
+        if centre is None and scale is None:
+            return
+        try:
+            rows = [torch.as_tensor(row, dtype=torch.float32).expand(self.channels) for row in (centre, scale)]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TaskError(
+                f"a head's centre and scale are a number each, or {self.channels} numbers, not {centre} and {scale}"
+            ) from error
+        if not bool(torch.stack(rows).isfinite().all()) or bool((rows[1] <= 0).any()):
+            raise TaskError(f"a head's scale is positive, and its centre a number; they are {scale} and {centre}")
+        self.units = torch.stack(rows)
+
+    def in_units(self, out: Tensor) -> Tensor:
+        """The layer's numbers (b, channels, …) in the units of the targets, in float32 at least."""
+        if self.units is None:
+            return out
+        centre, scale = (along(row, out) for row in self.units)
+        return centre + scale * out
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> InUnits:
+        # A half-precision network would round depths of 0.97 ± 0.01 away.
+        units = self.units
+        super()._apply(fn, recurse)
+        if units is not None and self.units is not None:
+            self.units = self.units if self.units.dtype == units.dtype else units.to(self.units.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # A task that is built anew takes the units that were learned; torch refuses where they are missing.
+        if f"{prefix}units" in state_dict and self.units is None:
+            self.units = torch.empty(2, self.channels, device=next(self.parameters()).device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 def run_head(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
     """Call a head as its kind wants it."""
-    out: Tensor = head(code, inputs) if isinstance(head, Head) else head(code)
+    out: Tensor = head(code, inputs) if isinstance(original(head), Head) else head(code)
     return out
 
 
+# Registered heads that can answer in the units of their targets.
+IN_UNITS = ("linear", "pixels")
 HEADS: Registry[Callable[..., nn.Module]] = Registry("head", group="sidetuning.heads")
 
 
@@ -53,9 +112,14 @@ def identity(base: Base) -> nn.Module:
 
 
 @HEADS.register("linear")
-def linear(base: Base, outputs: int = 1) -> nn.Module:
-    """A linear classifier (or regressor) on the pooled code -> (b, outputs). `head=37` is short for it."""
-    return Linear(base.kind, base.width, outputs)
+def linear(base: Base, outputs: int = 1, centre: Any = None, scale: Any = None) -> nn.Module:
+    """A linear classifier (or regressor) on the pooled code -> (b, outputs). `head=37` is short for it.
+
+    `centre` and `scale` of the targets, one number or `outputs` numbers, are measured by `fit` where none are given.
+    """
+    head = Linear(base.kind, base.width, outputs)
+    head.set_units(centre, scale)
+    return head
 
 
 @HEADS.register("span")
@@ -67,21 +131,26 @@ def span(base: Base) -> nn.Module:
 
 
 @HEADS.register("pixels")
-def pixels(base: Base, channels: int = 1, hidden: int = 64) -> nn.Module:
-    """A convolutional decoder of `hidden` channels from a map to images of the input's size -> (b, channels, H, W)."""
+def pixels(base: Base, channels: int = 1, hidden: int = 64, centre: Any = None, scale: Any = None) -> nn.Module:
+    """A convolutional decoder of `hidden` channels from a map to images of the input's size -> (b, channels, H, W).
+
+    `centre` and `scale` are those of `linear`, one number or one per channel.
+    """
     if base.kind != "map" or not isinstance(base.example, Tensor):
         raise TaskError(f"head 'pixels' decodes a map into an image, and this base returns a {base.kind}")
-    return Pixels(base.width, base.output_shape[1:], base.example.shape[-2:], channels, hidden)
+    head = Pixels(base.width, base.output_shape[1:], base.example.shape[-2:], channels, hidden)
+    head.set_units(centre, scale)
+    return head
 
 
-class Linear(Head):
+class Linear(InUnits, Head):
     """Pools maps and sequences by their mean (over unmasked tokens), then applies one linear layer.
 
     Shape: (b, d), (b, d, h, w) or (b, t, d) -> (b, outputs).
     """
 
     def __init__(self, kind: Kind, width: int, outputs: int) -> None:
-        super().__init__()
+        super().__init__(outputs)
         if outputs < 1:
             raise TaskError(f"a linear head needs at least one output, not {outputs}")
         self.kind = kind
@@ -92,7 +161,7 @@ class Linear(Head):
             code = code.mean((2, 3))
         elif self.kind == "sequence":
             code = masked_mean(code, entry(inputs, "attention_mask"))
-        return self.linear(code)  # type: ignore[no-any-return]
+        return self.in_units(self.linear(code))
 
 
 class Span(Head):
@@ -110,7 +179,7 @@ class Span(Head):
         return logits.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(logits.dtype).min)
 
 
-class Pixels(nn.Module):
+class Pixels(InUnits):
     """Doubles the map's size until it covers the image: nearest upsampling, 3x3 convolution, group norm, ReLU.
 
     The last doubling is a sub-pixel convolution (Shi et al. 2016): layers at the full size would cost the most.
@@ -119,7 +188,7 @@ class Pixels(nn.Module):
     """
 
     def __init__(self, width: int, code: tuple[int, ...], image: torch.Size, channels: int, hidden: int) -> None:
-        super().__init__()
+        super().__init__(channels)
         self.scale = (image[0] / code[0], image[1] / code[1])
         doublings = max(0, math.ceil(math.log2(max(self.scale))))
         layers: list[nn.Module] = []
@@ -142,4 +211,4 @@ class Pixels(nn.Module):
         image = (round(code.shape[-2] * self.scale[0]), round(code.shape[-1] * self.scale[1]))
         if x.shape[-2:] != image:
             x = nn.functional.interpolate(x, image, mode="bilinear", align_corners=False)
-        return x
+        return self.in_units(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from sidetuning.artifacts import CONFIG, TENSORS, read_task, write_files
@@ -45,18 +45,19 @@ def push(path: str | Path, repo: str, *, private: bool = False, token: str | Non
         The address of the repository.
 
     Raises:
-        ArtifactError: no whole task at `path`, or the Hub refused.
+        ArtifactError: no whole task at `path`, one that names a path of this machine, or the Hub refused.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     # Only what was checked is sent, wherever a link may point.
     config, tensors = read_task(path)
+    config = without_paths(config)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        write_files(folder, without_paths(config), tensors)
+        write_files(folder, config, tensors)
         size = (Path(folder) / TENSORS).stat().st_size
-        write_text(Path(folder) / "README.md", model_card(without_paths(config), repo, size))
+        write_text(Path(folder) / "README.md", model_card(config, repo, size))
         try:
             api.create_repo(repo, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"sidetuning task {config['task']}")
@@ -93,11 +94,30 @@ def pull(repo: str, *, revision: str | None = None, token: str | None = None) ->
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """`side.json` for others, for whom a base that was read from files of this machine is a base of one's own."""
+    """`side.json` for others, for whom a base that was read from files of this machine is a base of one's own.
+
+    Raises:
+        ArtifactError: a path of this machine elsewhere, such as in an option of a part.
+    """
     spec = config["base"].get("spec") or {"name": "", "options": {}}
-    file = spec["name"].partition(":")[2]
-    local = "weights" in spec["options"] or (file and Path(file).exists())
-    return {**config, "base": {**config["base"], "spec": None}} if local else config
+    scheme, _, name = spec["name"].partition(":")
+    # A name on the Hub has one slash at most; what an ONNX base names is always a file.
+    local = scheme == "onnx" or name.count("/") > 1 or bool(name and Path(name).exists()) or paths_in([name, spec])
+    config = {**config, "base": {**config["base"], "spec": None}} if local else config
+    # A label is any text.
+    if paths := paths_in({key: value for key, value in config.items() if key != "labels"}):
+        raise ArtifactError(f"the task names {paths[0]}, a path of this machine, which is not published; leave it out")
+    return config
+
+
+def paths_in(value: Any) -> list[str]:
+    """All texts in a value of JSON that are absolute paths, of any system, or lead out of a folder."""
+    if isinstance(value, (dict, list, tuple)):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return [path for item in inner for path in paths_in(item)]
+    text = value if isinstance(value, str) else ""
+    absolute = Path(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    return [text] if absolute or text.startswith(("~/", "./", "../", "file:")) else []
 
 
 def model_card(config: dict[str, Any], repo: str, size: int) -> str:

@@ -17,6 +17,10 @@ from sidetuning.probe import same_summary
 
 # Types of attributes that may change what a module computes, such as the number of its heads.
 PLAIN = (int, float, str, bool, tuple, type(None))
+# Attributes that every module has.
+TORCHS = frozenset(vars(nn.Module()))
+# Types of torch whose values have names.
+NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.qscheme)
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,18 @@ def _older(preparation: dict[str, Any]) -> dict[str, Any]:
 
 
 def preparation(
-    mean: Tensor | None, std: Tensor | None, output: str | int | Callable[..., Any] | None, channels_last: bool
+    mean: Tensor | None,
+    std: Tensor | None,
+    output: str | int | Callable[..., Any] | None,
+    channels_last: bool,
+    bgr: bool,
 ) -> dict[str, Any]:
     """Normalisation and choice of the output as JSON values. float32 holds seven digits."""
     norm = [None if t is None else [float(f"{v:.7g}") for v in t.flatten().tolist()] for t in (mean, std)]
     name = function_name(output) if callable(output) else output
-    return {"mean": norm[0], "std": norm[1], "output": name, "channels_last": channels_last}
+    # Files of bases that take RGB never had the last entry.
+    reverse = {"bgr": True} if bgr else {}
+    return {"mean": norm[0], "std": norm[1], "output": name, "channels_last": channels_last, **reverse}
 
 
 def weights_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], output_shape: tuple[int, ...]) -> str:
@@ -122,9 +132,23 @@ def weights_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], output
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             name = name.removeprefix("_orig_mod.")
+            if not isinstance(tensor, Tensor):
+                # What quantised modules and those with a state of their own hold.
+                digest.update(f"{name} {content_sha256(tensor)}\n".encode())
+                continue
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor_bytes(tensor).numpy().data)
+        # TorchScript that is frozen has its weights among the constants of its code.
+        for name, constants in _scripts(module, 1):
+            digest.update(f"{name} {content_sha256(constants)}".encode() if constants else b"")
     return digest.hexdigest()
+
+
+def _scripts(module: nn.Module, item: int) -> list[tuple[str, Any]]:
+    """The code, 0, or the constants, 1, of the parts of a network that are TorchScript."""
+    scripts = [(name, part) for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    codes = [(name, part.code_with_constants) for name, part in scripts if hasattr(part, "forward")]
+    return [(name, (code[0], code[1].const_mapping)[item]) for name, code in codes]
 
 
 def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module]) -> str:
@@ -136,15 +160,24 @@ def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module]) -> s
     for module in modules:
         module = getattr(module, "_orig_mod", module)
         digest.update(str(getattr(module, "config", "")).encode())
+        digest.update(str(_scripts(module, 0)).encode())
         for name, part in module.named_modules():
-            state = {k: v for k, v in vars(part).items() if k[0] != "_" and k not in ("training", "config")}
+            state = {key: value for key, value in vars(part).items() if _tells(key, value)}
             # Buffers that are not saved are in no `state_dict`.
             unsaved = {key: part._buffers[key] for key in sorted(part._non_persistent_buffers_set)}
-            own = type(part).forward if isinstance(type(part).forward, FunctionType) else None
+            own = vars(type(part)).get("forward")
+            own = own if own is not None or isinstance(part, torch.jit.ScriptModule) else type(part).forward
+            own = own if isinstance(own, FunctionType) else None
             digest.update(f"{name} {content_sha256([type(part).__qualname__, state, unsaved, own], 4)}".encode())
     if not isinstance(net, nn.Module):
         digest.update(content_sha256(net).encode())
     return digest.hexdigest()
+
+
+def _tells(name: str, value: Any) -> bool:
+    """Whether an attribute of a module may change what it computes; of those that torch keeps, none does."""
+    private = name[0] == "_" and not (isinstance(value, (int, float, str, Tensor)) and name not in TORCHS)
+    return not private and name not in ("training", "config")
 
 
 def weights_version(module: nn.Module) -> object:
@@ -152,8 +185,14 @@ def weights_version(module: nn.Module) -> object:
 
     Writes in place raise a tensor's version; those that go round it (`.data`) change the sum of its bytes.
     """
-    tensors = module.state_dict(keep_vars=True).items()
-    return [(name, t.data_ptr(), 0 if t.is_inference() else t._version, _sum(t)) for name, t in tensors]
+    return [(name, _version(value)) for name, value in module.state_dict(keep_vars=True).items()]
+
+
+def _version(value: Any) -> object:
+    if not isinstance(value, Tensor):
+        return content_sha256(value)
+    parts = _dense(value)
+    return value.data_ptr(), 0 if value.is_inference() else value._version, *map(_sum, parts)
 
 
 def _sum(tensor: Tensor) -> int:
@@ -164,7 +203,22 @@ def _sum(tensor: Tensor) -> int:
 
 def tensor_bytes(tensor: Tensor) -> Tensor:
     """A tensor's bytes, on the CPU, for hashes."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    parts = [part.cpu().contiguous().flatten().view(torch.uint8) for part in _dense(tensor)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor is made of: those that are quantised or sparse, for example."""
+    tensor = tensor.detach()
+    if flatten := getattr(tensor, "__tensor_flatten__", None):
+        return [part for name in flatten()[0] for part in _dense(getattr(tensor, name))]
+    if not tensor.is_quantized:
+        return [tensor if tensor.layout is torch.strided else tensor.to_dense()]
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        scales = [torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)]
+    else:
+        scales = [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
+    return [tensor.int_repr(), *scales]
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -192,7 +246,7 @@ def _parts(value: Any) -> list[Any]:
     """Bytes, and values within, that say what a value is."""
     if isinstance(value, Tensor):
         return [f"{tuple(value.shape)} {value.dtype}".encode(), tensor_bytes(value).numpy().tobytes()]
-    if isinstance(value, (*PLAIN, bytes, complex)) and not isinstance(value, tuple):
+    if isinstance(value, (*PLAIN, *NAMED, bytes, complex)) and not isinstance(value, tuple):
         return [repr(value).encode()]
     if isinstance(value, CodeType):
         return [value.co_code, value.co_names, value.co_consts]

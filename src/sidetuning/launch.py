@@ -8,17 +8,26 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
+
+
+def processes() -> PartialState:
+    """The launched processes. What is asked first decides for all: on CPUs as `ACCELERATE_USE_CPU` says."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes > 1:
+        _leave_at_exit()
+    return state
 
 
 def default_accelerator() -> Accelerator:
     """An accelerator that splits each batch over the processes: the step is the same however many there are."""
     from accelerate import Accelerator, DataLoaderConfiguration
 
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
-    if accelerator.num_processes > 1:
-        _leave_at_exit()
-    return accelerator
+    processes()
+    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
 
 
 @functools.cache

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sidetuning.artifacts import CONFIG, read_config
+from sidetuning.artifacts import CONFIG, read_task
 from sidetuning.base import Base, BaseSpec
 from sidetuning.errors import ArtifactError, UnknownNameError
+from sidetuning.inputs import Input, example_from, example_record
+from sidetuning.outputs import Taps
 from sidetuning.registry import Registry
 from sidetuning.tuner import SideTuner
 
@@ -29,22 +31,30 @@ SCHEMES: Registry[Callable[..., Base]] = Registry(
 def load_base(
     name: str,
     *,
-    taps: Sequence[str] = (),
+    taps: Taps = (),
     output: str | None = None,
     revision: str | None = None,
     pretrained: bool = True,
     weights: str | Path | None = None,
+    dtype: str | None = None,
+    example: Input | None = None,
+    nhwc: Sequence[str] = (),
 ) -> Base:
     """Build a pretrained base by name.
 
     Args:
         name: a packaged base ("resnet44-cifar10"), "timm:NAME", "hf:NAME_OR_FOLDER" or "onnx:PATH".
-        taps: names of submodules whose outputs are returned too.
+        taps: names of submodules whose outputs are returned too, or a mapping to their layouts, as of `Base`.
         output: which output to use; "map" gives a timm model's spatial features instead of the pooled ones, and a
             transformers model takes the name of a field ("last_hidden_state" by default).
         revision: revision of a transformers model on the Hub.
         pretrained: False builds timm and transformers models with random weights.
         weights: a safetensors file to use instead of the weights that the name stands for.
+        dtype: type of the weights of timm and transformers models: "float32", "bfloat16", "float16" or "float64". Sides
+            are trained in full precision all the same.
+        example: an input of the size that parts are built for, as of `Base.with_example`; an ONNX file that leaves
+            sizes open needs it.
+        nhwc: names of the inputs and outputs of an ONNX file that are (b, h, w, c).
 
     Raises:
         UnknownNameError: no such base, scheme or tap, or an option that this kind of base does not read.
@@ -52,20 +62,30 @@ def load_base(
         OSError: the weights can neither be found nor downloaded.
     """
     path = None if weights is None else str(Path(weights).resolve())
-    options = {"taps": list(taps), "output": output, "revision": revision, "pretrained": pretrained, "weights": path}
-    given = {key: value for key, value in options.items() if value not in (None, [], True)}
+    named = dict(taps) if isinstance(taps, Mapping) else list(taps)
+    options = {"taps": named, "output": output, "revision": revision, "weights": path, "nhwc": list(nhwc)}
+    options["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+    given: dict[str, Any] = {key: value for key, value in options.items() if value not in (None, [], {})}
+    given |= {} if pretrained else {"pretrained": False}
+    given |= {} if example is None else {"example": example}
     build, arguments = _builder(name)
     for option in given:
-        if option not in _read_by(build):
+        if option not in (*_read_by(build), "example"):
             raise UnknownNameError(
                 f"{name} does not read {option}=; leave it out (it reads {', '.join(_read_by(build))})"
             )
+    # What is built for one size is built again for another.
+    later = given.pop("example", None) if "example" not in _read_by(build) else None
     base = build(*arguments, **given)
+    if later is not None:
+        base = base.with_example(later)
+    if example is not None:
+        given["example"] = example_record(example)
     if name.startswith(("hf:", "onnx:")) and Path(arguments[0]).exists():
         # Found from every folder.
         name = f"{name.partition(':')[0]}:{Path(arguments[0]).resolve()}"
     base.spec = BaseSpec(name, {key: value for key, value in given.items() if key != "revision"}, revision)
-    return base
+    return base if example is None else base.with_example(example)
 
 
 def _builder(name: str) -> tuple[Callable[..., Base], list[str]]:
@@ -103,19 +123,18 @@ def load(path: str | Path, *, base: Base | None = None) -> SideTuner:
         if other is not None:
             raise ArtifactError(f"{other} holds tasks of another method than side-tuning; load them with load_method")
         raise ArtifactError(f"{path} holds no saved task ({CONFIG}); give the folder of a task or of a run")
-    waiting = {folder: read_config(folder) for folder in folders}
+    waiting = {folder: read_task(folder) for folder in folders}
     if base is None:
-        base = _recorded_base(path, next(iter(waiting.values()))["base"].get("spec"))
-    model = SideTuner(base)
+        base = _recorded_base(path, next(iter(waiting.values()))[0]["base"].get("spec"))
+    model, identity = SideTuner(base), base.identity()
     # Tasks come after their laterals.
     while waiting:
-        ready = [f for f, c in waiting.items() if all(t in model for t in c["parts"].get("laterals", []))]
+        ready = [f for f, (c, _) in waiting.items() if all(t in model for t in c["parts"].get("laterals", []))]
         if not ready:
-            names = ", ".join(config["task"] for config in waiting.values())
+            names = ", ".join(config["task"] for config, _ in waiting.values())
             raise ArtifactError(f"{path}: the laterals of {names} are not there")
         for folder in ready:
-            model.load_task(folder)
-            del waiting[folder]
+            model._add_saved(folder, waiting.pop(folder), identity)
     return model
 
 
@@ -128,7 +147,9 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
     options = {"revision": spec.get("revision"), **spec["options"]}
     build, _ = _builder(spec["name"])
     # Version 0.1.0 recorded options that the base did not read; they changed nothing.
-    read = {key: value for key, value in options.items() if key in _read_by(build) or key not in OPTIONS}
+    read = {key: value for key, value in options.items() if key in _read_by(build) or key not in UNREAD}
+    if options.get("example") is not None:
+        read["example"] = example_from(options["example"])
     try:
         return load_base(spec["name"], **read)
     except TypeError as error:
@@ -137,7 +158,8 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
         ) from error
 
 
-OPTIONS = ("taps", "output", "revision", "pretrained", "weights")
+UNREAD = ("taps", "output", "revision", "pretrained", "weights")
+OPTIONS = (*UNREAD, "dtype", "example", "nhwc")
 
 
 def _task_folders(path: Path) -> list[Path]:

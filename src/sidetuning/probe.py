@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidetuning.errors import ShapeError
+from sidetuning.errors import ShapeError, told
 from sidetuning.inputs import Input, map_input, take_rows
 
 # Entries of a mapping that say where there is input, and are no input themselves.
@@ -75,15 +75,11 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
         # Some inputs must fit each other, such as boxes.
         both = map_input(example, _repeat)
         before = copy.deepcopy(both)
-        try:
+        with told(
+            "the base does not take two samples at once ({}); side-tuning needs batches: export or wrap it with an "
+            "open first dimension"
+        ):
             together = run(both)
-        except ShapeError:
-            raise
-        except Exception as error:
-            raise ShapeError(
-                f"the base does not take two samples at once ({error}); side-tuning needs batches: export or wrap it "
-                "with an open first dimension"
-            ) from error
     writes = not _equal(both, before)
     if together.ndim == 0 or len(together) != 2:
         raise ShapeError(
@@ -94,13 +90,53 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
             "the base gives other outputs for the same input: it draws random numbers, or keeps a state; side-tuning "
             "needs a function of the input"
         )
-    alone = torch.cat([run(take_rows(before, slice(i, i + 1))) for i in range(2)])
+    with told(
+        "the base does not take one sample alone ({}); side-tuning needs batches of any size: export or wrap it with "
+        "an open first dimension"
+    ):
+        alone = torch.cat([run(take_rows(before, slice(i, i + 1))) for i in range(2)])
     if not _close(together, alone):
         raise ShapeError(
             "the base gives other outputs for a sample when another one is in its batch; side-tuning needs each sample "
             "on its own"
         )
     return writes
+
+
+def is_causal(run: Callable[[Input], Tensor], example: Input) -> bool:
+    """Whether a token's code depends on earlier tokens and on no later one.
+
+    Args:
+        run: gives the code of raw inputs, (b, t, d).
+        example: one input.
+    """
+    both = probe_input(example)
+    key = "" if isinstance(both, Tensor) else next((k for k in ("input_ids", "inputs_embeds", "x") if k in both), "")
+    found = both if isinstance(both, Tensor) else both.get(key)
+    if not isinstance(found, Tensor) or found.ndim != 2 + found.is_floating_point():
+        return False
+    # Three tokens at least, and all of them real: padding has no say in anything.
+    t, times = found.shape[1], -(-3 // max(1, found.shape[1]))
+    both = map_input(both, lambda x: torch.cat([x] * times, 1) if x.ndim > 1 and x.shape[1] == t else x)
+    if not isinstance(both, Tensor) and isinstance(mask := both.get("attention_mask"), Tensor):
+        both = {**both, "attention_mask": torch.ones_like(mask)}
+    tokens = torch.cat([found] * times, 1)
+
+    def code(place: int | None) -> Tensor:
+        changed = tokens.clone()
+        if place is not None:
+            # Ids of a probe are 0 and 1.
+            changed[:, place] = 1 - changed[:, place]
+        return run(changed if isinstance(both, Tensor) else {**both, key: changed})
+
+    try:
+        plain, first, last = code(None), code(0), code(-1)
+    except Exception:
+        # A network that does not take the probe, as of boxes that must fit each other.
+        return False
+    if plain.ndim != 3 or plain.shape[1] != tokens.shape[1]:
+        return False
+    return _close(plain[:, :-1], last[:, :-1]) and not torch.equal(plain[:, 1:], first[:, 1:])
 
 
 def probe_of(run: Callable[[Input], Tensor], example: Input) -> list[float]:

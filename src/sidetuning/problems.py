@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetuning.errors import DataError
@@ -18,7 +20,14 @@ Metric = Callable[[Any, Tensor], Any]
 
 
 class Problem:
-    """One meaning of targets. Averages run over what counts: the targets that are not ignored."""
+    """One meaning of targets. Averages run over what counts: the targets that are not ignored.
+
+    Attributes:
+        units: centres and scales (2, channels) of the targets, where the task has them; the loss divides errors by the
+            scale.
+    """
+
+    units: Tensor | None = None
 
     def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Output and target in the form that the loss takes.
@@ -39,6 +48,14 @@ class Problem:
     def metrics(self) -> dict[str, Metric]:
         """The scores that are reported by default, functions of (output, target) that return one number per entry."""
         raise NotImplementedError
+
+    def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What a regression takes for targets: the numbers (n, k) of those that count, and which do, as booleans.
+
+        Raises:
+            DataError: targets of another form, or a problem that a regression does not solve.
+        """
+        raise DataError(f"the problem '{type(self).__name__.lower()}' is not solved in closed form; use fit")
 
     def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
         """What is shown of one sample's output: names with probabilities, or values; the first first."""
@@ -90,6 +107,13 @@ class Classes(Problem):
             return F.cross_entropy(output, target)
         return 0.0 * output.sum()
 
+    def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        output, target = self.prepare(output, target)
+        counts = self.counts(target)
+        if target.is_floating_point():
+            return target.movedim(1, -1).flatten(0, -2), counts
+        return F.one_hot(target[counts], output.shape[1]), counts
+
     def metrics(self) -> dict[str, Metric]:
         return {"accuracy": _right}
 
@@ -124,6 +148,9 @@ class Labels(Problem):
         each = F.binary_cross_entropy_with_logits(output, target.nan_to_num(), reduction="none")
         return _mean(each, self.counts(target))
 
+    def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return whole_rows(*self.prepare(output, target))
+
     def metrics(self) -> dict[str, Metric]:
         return {"accuracy": lambda output, target: (output > 0) == (target > 0.5)}
 
@@ -135,7 +162,10 @@ class Labels(Problem):
 
 @PROBLEMS.register("numbers")
 class Numbers(Problem):
-    """Quantities of the output's shape, whole numbers too; NaN is ignored. The loss is the mean square error."""
+    """Quantities of the output's shape, whole numbers too; NaN is ignored. The loss is the mean square error.
+
+    Outputs, targets and metrics are in the targets' own units; the loss is of errors in units of the task's scale.
+    """
 
     def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         _check_batch(output, target, 1)
@@ -143,13 +173,26 @@ class Numbers(Problem):
             target = target.unsqueeze(-1)
         if target.shape != output.shape:
             raise DataError(f"an output {tuple(output.shape)} takes as many numbers, not {tuple(target.shape)}")
+        if target.is_complex():
+            raise DataError(
+                f"targets are real numbers, not {target.dtype}: give real and imaginary part as two channels"
+            )
         return output, target.to(output.dtype)
 
     def counts(self, target: Tensor) -> Tensor:
         return ~target.isnan()
 
+    def errors(self, output: Tensor, target: Tensor) -> Tensor:
+        """Differences, in units of the task's scale where it has one; 0 and its like where a target is ignored."""
+        difference = output - target.nan_to_num()
+        return difference if self.units is None else difference / along(self.units[1], difference)
+
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return _mean((output - target.nan_to_num()).square(), self.counts(target))
+        return _mean(self.errors(output, target).square(), self.counts(target))
+
+    def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        rows, counts = whole_rows(*self.prepare(output, target))
+        return rows if self.units is None else (rows - self.units[0]) / self.units[1], counts
 
     def metrics(self) -> dict[str, Metric]:
         return {"mae": lambda output, target: (output - target).abs()}
@@ -160,7 +203,10 @@ class Numbers(Problem):
 
 @PROBLEMS.register("pixels")
 class Pixels(Numbers):
-    """Images of numbers (b, c, h, w), or (b, h, w) of one channel; NaN is ignored. The loss is the mean error."""
+    """Images of numbers (b, c, h, w), or (b, h, w) of one channel; NaN is ignored. The loss is the mean error.
+
+    Units are those of `Numbers`.
+    """
 
     def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if output.ndim == 4 and target.ndim == 3 and output.shape[1] == 1:
@@ -168,7 +214,7 @@ class Pixels(Numbers):
         return super().prepare(output, target)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return _mean((output - target.nan_to_num()).abs(), self.counts(target))
+        return _mean(self.errors(output, target).abs(), self.counts(target))
 
 
 @PROBLEMS.register("tokens")
@@ -231,6 +277,43 @@ class Own(Problem):
 
     def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
         return [(_name(labels, i), value) for i, value in enumerate(output.float().flatten().tolist())]
+
+
+def along(row: Tensor, values: Tensor) -> Tensor:
+    """Numbers (channels,) or (1,), shaped so that they go with the channels of `values` (b, channels, …)."""
+    return row.view(1, -1, *[1] * (values.ndim - 2)) if len(row) > 1 else row
+
+
+def units_of(targets: NDArray[np.float64]) -> Tensor:
+    """Centre and scale of targets (channels, n) -> (2, channels), from those that are finite.
+
+    The centre is the median. The scale is a robust standard deviation: the middle 90 % over what a normal distribution
+    has there, 3.29; the standard deviation where at least 90 % are equal; 1 where all are, or none is left.
+
+    Raises:
+        DataError: float32 does not tell the targets of a channel apart.
+    """
+    rows = []
+    for channel in targets:
+        values = channel[np.isfinite(channel)]
+        low, centre, high = np.quantile(values, (0.05, 0.5, 0.95)) if len(values) else (0.0, 0.0, 0.0)
+        scale = (high - low) / 3.29 or (values.std() if len(values) else 0.0)
+        if 0 < scale < 1e-6 * abs(centre):
+            raise DataError(
+                f"the targets lie within about {scale:g} of {centre:.10g}, and numbers of this size are told apart by "
+                f"steps of {np.spacing(np.float32(abs(centre))):g} in float32: subtract {centre:.10g} from them"
+            )
+        rows.append((centre, scale or 1.0))
+    return torch.tensor(rows, dtype=torch.float32).T.contiguous()
+
+
+def whole_rows(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (n, k) of targets that count, and which do; raises DataError where a row counts in part."""
+    target = target.flatten(0, -2) if target.ndim > 2 else target
+    counts = ~target.isnan()
+    if bool((counts.any(1) != counts.all(1)).any()):
+        raise DataError("some rows have targets that are ignored in part, which only fit takes; leave those rows out")
+    return target[counts.all(1)], counts.all(1)
 
 
 def check_range(target: Tensor, classes: int, ignored: int) -> None:

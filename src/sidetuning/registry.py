@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from sidetuning.errors import UnknownNameError
+from sidetuning.errors import ShapeError, SideTuningError, UnknownNameError
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,11 +62,25 @@ class Registry(Generic[T]):
         """Call entry `name` with `given` and the user's `options`; an option it does not have is a clear error."""
         entry = self[name]
         assert callable(entry)
-        accepted = list(inspect.signature(entry).parameters)[len(given) :]
+        accepted = _parameters(entry)[len(given) :]
         for option in options:
             if option not in accepted:
                 raise UnknownNameError(unknown(f"option of {self.kind} '{name}':", option, accepted, verb="known"))
-        return entry(*given, **options)
+        try:
+            return entry(*given, **options)
+        except (SideTuningError, ImportError):
+            raise
+        except Exception as error:
+            # Each part meets values of the wrong type, sign or size in its own way.
+            told = ", ".join(f"{key}={value!r:.50}" for key, value in options.items()) or "these parts"
+            raise ShapeError(
+                f"{self.kind} '{name}' cannot be built with {told} ({type(error).__name__}: {error}); give other values"
+            ) from error
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(entry: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(entry).parameters)
 
 
 def unknown(kind: str, name: str, names: Iterable[str], verb: str) -> str:

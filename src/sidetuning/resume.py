@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import threading
+import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sidetuning.errors import TrainingError
-from sidetuning.files import atomic_write, safetensors_header
+from sidetuning.files import atomic_write, read_safetensors, safetensors_header
 from sidetuning.identity import PLAIN, tensor_bytes
 from sidetuning.seeding import seeded
 from sidetuning.sides.initialise import mismatch
@@ -172,7 +173,7 @@ class State:
         self.optimizer, self.scheduler = optimizer, scheduler
         # The states of the generators where the run was interrupted, until they are set.
         self._generators: dict[str, Any] | None = None
-        if path is not None and path.exists():
+        if path is not None and _is_there(path):
             self._restore(path)
 
     def save(self) -> None:
@@ -192,10 +193,9 @@ class State:
     def _restore(self, path: Path) -> None:
         mend = "give another resume file, or delete this one to start over"
         try:
-            data = path.read_bytes()
             # Version 0.1.0 wrote them with torch.save.
-            old = data[:2] == b"PK"
-            content = torch.load(path, weights_only=True, map_location="cpu") if old else _unpack(data)
+            old = zipfile.is_zipfile(path) if path.is_file() else False
+            content = _unzip(path) if old else _unpack(read_safetensors(path))
             found, own = content["position"], self.position
             weights = {re.sub("^branch[.]", "part.", key): value for key, value in content["objective"].items()}
             at = (found["seed"], found["steps"])
@@ -237,6 +237,15 @@ class State:
             torch.cuda.set_rng_state_all(states["cuda"])
 
 
+def _is_there(path: Path) -> bool:
+    """Whether something is there, even if it cannot be opened: a link to itself, say."""
+    try:
+        path.stat()
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+    return True
+
+
 def _generators() -> dict[str, Any]:
     """The states of python's, numpy's and torch's generators."""
     state = np.random.get_state(legacy=False)
@@ -262,6 +271,14 @@ def _pack(content: Any) -> bytes:
 
     text = json.dumps(plain(content))
     return save(tensors, metadata={"sidetuning": text, "sha256": _sha256(text, tensors)})
+
+
+def _unzip(path: Path) -> Any:
+    """What torch.save wrote; torch does not compare the checksums of the archive."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} has another checksum")
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def _unpack(data: bytes) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sidetuning.errors import SideTuningError
+
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
@@ -25,6 +27,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def seed_all(seed: int) -> None:
+    if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**63:
+        raise SideTuningError(f"a seed is a whole number of at most 64 bits, not {seed!r:.50}; give another")
+    seed = int(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from sidetuning.branch import Branch
 
@@ -49,7 +49,7 @@ class Summary:
 def summarise(name: str, branch: Branch) -> TaskSummary:
     """The numbers of one task."""
     side, merge, head = (_count(module) for module in (branch.side, branch.merge, branch.head))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in branch.state_dict().values())
+    size = sum(t.numel() * t.element_size() for t in branch.state_dict().values() if isinstance(t, Tensor))
     return TaskSummary(name, side, merge, head, size, branch.frozen, branch.alpha)
 
 

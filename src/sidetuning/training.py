@@ -30,6 +30,7 @@ from sidetuning.objective import (
 from sidetuning.problems import Problem
 from sidetuning.processes import Shares
 from sidetuning.tuner import SideTuner
+from sidetuning.units import measured
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,6 +61,9 @@ def fit(
 ) -> TrainResult:
     """Train exactly `model[task].parameters()`; the base and the other tasks cannot change.
 
+    Before the first step of a task of numbers, the centre and scale of some training labels are measured, so that the
+    task answers in their units from then on; see `sidetuning.units`.
+
     Args:
         model: the model.
         task: the task to train.
@@ -73,6 +77,7 @@ def fit(
         scheduler: called with the optimiser; stepped after every optimiser step.
         loss: `loss(output, target)`, by default that of the task's problem; parameters of its own are trained too. A
             task without a problem gets that of the loss: "labels" or "numbers" of torch's, "own" of others.
+            Numbers that it sees are in the targets' units.
         clip: largest norm of the gradient; None does not clip.
         validate: a loader to evaluate after every pass.
         metrics: metrics of the validation, as in `evaluate`.
@@ -93,28 +98,30 @@ def fit(
     if accelerator is None:
         accelerator = default_accelerator()
     model.to(accelerator.device)
+    problem = branch.problem if loss is None else branch.own_problem
     if weight_decay is None and optimizer is torch.optim.AdamW:
         weight_decay = 0.0
     own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
     groups = parameter_groups([*branch.parameters(), *own], weight_decay, branch.merge.parameters())
     built = optimizer(groups, lr=lr)
     score = functools.partial(evaluate, model, task, loss=loss, metrics=metrics, accelerator=accelerator)
-    result = train(
-        Objective(branch, model, task, loss, branch.problem if loss is None else branch.own_problem),
-        loader,
-        built,
-        steps=steps,
-        scheduler=None if scheduler is None else scheduler(built),
-        clip=clip,
-        seed=seed,
-        resume=resume,
-        save_every=save_every,
-        validate=None if validate is None else functools.partial(score, validate),
-        accelerator=accelerator,
-        progress=task if progress else None,
-        label=f"task {task}",
-        first_epoch=branch.passes,
-    )
+    with measured(branch, model, task, loader, problem, seed, accelerator) as batches:
+        result = train(
+            Objective(branch, model, task, loss, problem),
+            batches,
+            built,
+            steps=steps,
+            scheduler=None if scheduler is None else scheduler(built),
+            clip=clip,
+            seed=seed,
+            resume=resume,
+            save_every=save_every,
+            validate=None if validate is None else functools.partial(score, validate),
+            accelerator=accelerator,
+            progress=task if progress else None,
+            label=f"task {task}",
+            first_epoch=branch.passes,
+        )
     branch.passes = result.passes
     if loss is not None:
         branch.trained_as = meaning_of(loss)

@@ -6,16 +6,18 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from sidetuning.artifacts import read_branch, read_task, tensors_sha256, write_task
-from sidetuning.base import Base, Features, Input
+from sidetuning.artifacts import SavedTask, read_branch, read_task, tensors_sha256, write_task
+from sidetuning.base import Base, Features, Input, Taps
 from sidetuning.branch import Branch, build_branch
-from sidetuning.checks import Owners, check_name, check_shapes
+from sidetuning.checks import Lock, Owners, check_name, check_shapes, check_state, tapped_for
 from sidetuning.errors import ArtifactError, ShapeError, TaskError, UnknownNameError
+from sidetuning.identity import Identity
 from sidetuning.inputs import take_rows
 from sidetuning.registry import unknown
 from sidetuning.seeding import seeded
@@ -38,7 +40,9 @@ class SideTuner(nn.Module):
             raise TaskError(f"SideTuner takes a Base, not a {type(base).__name__}: wrap it, Base(module, example=x)")
         self.base = base
         self.branches = nn.ModuleDict()
-        self._owners = Owners()
+        self._owners, self._changes = Owners(), Lock()
+        # The taps that it came with; others come and go with the tasks.
+        self._taps = tuple(base.tap_shapes)
         self.eval()
 
     @property
@@ -47,10 +51,9 @@ class SideTuner(nn.Module):
         return list(self.branches)
 
     def __getitem__(self, task: str) -> Branch:
-        if task not in self.branches:
+        branch = self.branches._modules.get(task)
+        if not isinstance(branch, Branch):
             raise UnknownNameError(unknown("task", task, self.tasks, verb="in this model"))
-        branch = self.branches[task]
-        assert isinstance(branch, Branch)
         return branch
 
     def __contains__(self, task: str) -> bool:
@@ -69,7 +72,7 @@ class SideTuner(nn.Module):
         side: str | nn.Module | None,
         head: int | str | nn.Module,
         merge: str | nn.Module = "alpha",
-        taps: Sequence[str] | None = None,
+        taps: Taps | None = None,
         laterals: Sequence[str] = (),
         prenorm: bool = False,
         init: str | Path | None = None,
@@ -87,7 +90,7 @@ class SideTuner(nn.Module):
             side: a registered side, your own module, or None with a merge that ignores it.
             head: number of outputs of a linear head, a registered head, or your own module.
             merge: a registered merge, or your own module, called as `merge(base, side, laterals)`.
-            taps: names of the base's inner modules that the side reads; by default all that the base returns.
+            taps: the base's inner modules that the side reads, as `Base` takes them; by default all that it returns.
             laterals: earlier tasks whose side outputs, detached, the merge reads too; they can no longer be trained.
             prenorm: group-normalise the merged code before the head, as the original code does.
             init: how the side starts. None: as built. "xavier". "low-energy": its output scaled to 1 %. "zero": the
@@ -132,14 +135,18 @@ class SideTuner(nn.Module):
 
     def add_branch(self, name: str, branch: Branch) -> Branch:
         """Add a branch that is built already, under a task's name; `add_task` and `load_task` end here."""
-        self._check_name(name)
+        with self._changes:
+            self._check_name(name)
+            return self._add(name, branch)
+
+    def _add(self, name: str, branch: Branch) -> Branch:
         for lateral in branch.config.laterals:
             if self[lateral].side is None:
                 raise TaskError(f"task '{lateral}' has no side, so it cannot be a lateral of '{name}'")
         self._owners.check(name, branch, self.base, self.branches._modules)  # type: ignore[arg-type]
-        more = [tap for tap in branch.taps if tap not in self.base.tap_shapes]
-        base = self.base.with_taps([*self.base.tap_shapes, *more]) if more else self.base
+        base = tapped_for(name, branch, self.base)
         check_shapes(name, branch, base, partial(self.lateral_outputs, branch))
+        check_state(name, branch)
         for lateral in branch.config.laterals:
             self[lateral].pinned = True
             self[lateral].eval()
@@ -155,14 +162,16 @@ class SideTuner(nn.Module):
 
     def remove_task(self, name: str) -> None:
         """Remove a task. Raises TaskError where a later task has it as a lateral."""
-        self[name]
-        if users := self.users(name):
-            raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
-        laterals = self[name].config.laterals
-        del self.branches[name]
-        self._owners.remove(name)
-        for lateral in laterals:
-            self[lateral].pinned = bool(self.users(lateral))
+        with self._changes:
+            laterals = self[name].config.laterals
+            if users := self.users(name):
+                raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
+            del self.branches[name]
+            self._owners.remove(name)
+            for lateral in laterals:
+                self[lateral].pinned = bool(self.users(lateral))
+            needed = {*self._taps, *(tap for task in self.tasks for tap in self[task].taps)}
+            self.base = self.base.with_taps([tap for tap in self.base.tap_shapes if tap in needed])
 
     def users(self, name: str) -> list[str]:
         """The tasks that have this one as a lateral."""
@@ -237,7 +246,7 @@ class SideTuner(nn.Module):
         branches |= {lateral: self[lateral] for lateral in users if lateral not in branches}
         sides: dict[str, Tensor | None] = {}
         for name, branch in branches.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name in tasks):
+            with contextlib.nullcontext() if name in tasks else torch.no_grad():
                 sides[name] = branch.side_output(inputs, features)
         outputs = {}
         for task in tasks:
@@ -283,7 +292,29 @@ class SideTuner(nn.Module):
             ArtifactError: missing, truncated, tampered with, of another base or an unknown format.
             TaskError: the task exists already, or a part of your own must be passed, or is given and not needed.
         """
-        config, tensors = read_task(path)
+        own = {"side": side, "merge": merge, "head": head}
+        return self._add_saved(path, read_task(path), self.base.identity(), name=name, own=own, any_base=any_base)
+
+    def _add_saved(
+        self,
+        path: str | Path,
+        task: SavedTask,
+        identity: Identity,
+        *,
+        name: str | None = None,
+        own: Mapping[str, nn.Module | None] = MappingProxyType({}),
+        any_base: bool = False,
+    ) -> str:
+        """As `load_task`, of a task that was read already.
+
+        Args:
+            path: the folder.
+            task: what was read there.
+            identity: that of the base.
+            name, any_base: as of `load_task`.
+            own: its instances "side", "merge" and "head".
+        """
+        config = task[0]
         name = name or str(config["task"])
         self._check_name(name)
         recorded = config.get("laterals_sha256", {})
@@ -295,8 +326,7 @@ class SideTuner(nn.Module):
                     f"{path} was trained beside another task '{lateral}' than this model's; load that one, or pass "
                     "any_base=True"
                 )
-        own = {"side": side, "merge": merge, "head": head}
-        self.add_branch(name, read_branch(path, (config, tensors), self.base, own, any_base=any_base))
+        self.add_branch(name, read_branch(path, task, self.base, identity, own, any_base=any_base))
         return name
 
     def summary(self) -> Summary:

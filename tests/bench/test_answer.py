@@ -31,7 +31,7 @@ def test_a_run_of_version_0_1_0_answers(monkeypatch: pytest.MonkeyPatch, capsys:
     [
         ("run", "empty.txt", "is empty"),
         ("run", "nothing.txt", "cannot be read as text"),
-        ("nowhere", "text.txt", "holds no run that can be read"),
+        ("nowhere", "text.txt", "holds no run: run.json is missing"),
         ("other", "text.txt", "holds a run of icifar; give one of squad"),
     ],
 )

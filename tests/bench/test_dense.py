@@ -289,7 +289,7 @@ def test_a_run_goes_on_after_a_kill_and_ends_the_same(
         "<h1>iTaskonomy: sidetune</h1>" in page and page.count("data:image/") >= 8
     )  # input, truth, two moments, two tasks
     other = RunResult.load(broken / "result.json")
-    replace(other, settings={**other.settings, "merge": "mlp2"}).save(broken / "result.json")
+    replace(other, settings={**other.settings, "merge": "alpha"}).save(broken / "result.json")
     main(["report", str(whole), str(broken), "--out", str(tmp_path / "both.html")])
     page = (tmp_path / "both.html").read_text()
     assert "<h1>iTaskonomy: 2 runs</h1>" in page and "merge=alpha" in page and "merge=mlp2" in page

@@ -53,7 +53,12 @@ def test_the_tables_of_language_are_made_from_the_results(
 @pytest.mark.parametrize(
     ("record", "count"),
     # A comparison has a sentence on ranks, too.
-    [("itaskonomy-settings", 2), ("dense-constants", 1), ("compare itaskonomy --grid methods", 4), ("transfer", 2)],
+    [
+        ("itaskonomy-settings", 2),
+        ("dense-constants", 1),
+        ("compare itaskonomy --units range", 4),
+        ("transfer --units range", 2),
+    ],
 )
 def test_the_tables_of_dense_tasks_are_made_from_the_results(
     record: str, count: int, printed: Callable[[str], str]
@@ -96,7 +101,9 @@ def test_the_numbers_of_levels_are_those_of_the_environments() -> None:
 
 
 def test_the_ranks_over_three_seeds_are_those_of_the_results(printed: Callable[[str], str]) -> None:
-    summary = printed("compare itaskonomy --methods sidetune features finetune piggyback").split("\n\n")[0]
+    summary = printed("compare itaskonomy --units range --methods sidetune features finetune piggyback").split("\n\n")[
+        0
+    ]
     rows = [[cell.strip() for cell in line.split("|")] for line in summary.splitlines()]
     rank = rows[0].index("Rank, average")
     said = ", ".join(f"{row[1].removeprefix('sidetune · ')} {row[rank]}" for row in rows[2:])

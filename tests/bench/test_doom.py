@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("vizdoom", reason="the Doom engine is an extra")
 
 from sidetuning.errors import DataError
+from sidetuning_bench.doom import compiled
 from sidetuning_bench.doom import frames as doom
 from sidetuning_bench.doom import labels as dense_labels
 from sidetuning_bench.doom.engine import EngineError, engine, freedoom
@@ -408,3 +409,10 @@ def test_engines_of_threads_leave_the_working_folder_alone(tmp_path: Path, monke
 def test_the_engine_gives_its_state() -> None:
     with engine("map01", variables=("POSITION_X",), buffers=("depth_buffer",)) as game:
         assert game.get_state().depth_buffer.shape == (240, 320)
+
+
+def test_functions_are_compiled_where_nothing_can_be_kept() -> None:
+    names: dict[str, Any] = {}
+    # Numba finds no folder for a function of no file.
+    exec(compile("def more(x):\n    return x + 1", "<text>", "exec"), names)
+    assert compiled(names["more"])(1) == 2

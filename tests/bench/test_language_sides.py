@@ -210,3 +210,39 @@ def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any
         return function(*args, **kwargs)
 
     return call
+
+
+@pytest.mark.parametrize("side", ["slim", "convolutional", "match"])
+def test_padding_before_a_text_changes_nothing(side: str) -> None:
+    """An encoder whose tokens do not know their places, so that the padding moves the side alone."""
+    table = torch.nn.Embedding(50, 16)
+    net = torch.nn.ModuleDict({"embeddings": table})
+
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = net["embeddings"]
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            x = self.embeddings(input_ids) * attention_mask.unsqueeze(-1)
+            return x + x.sum(1, keepdim=True)  # type: ignore[no-any-return]
+
+    ids = torch.randint(3, 50, (3, 7))
+    mask = torch.ones_like(ids)
+    base = st.Base(Mixed(), example={"input_ids": ids[:1], "attention_mask": mask[:1]}, taps=["embeddings"])
+    model = st.SideTuner(base)
+    model.add_task("t", side=side, head="span", side_options={"width": 16}, merge="side-only")
+    padded = {"input_ids": F.pad(ids, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}
+    with torch.no_grad():
+        expected = model({"input_ids": ids, "attention_mask": mask}, "t")
+        assert torch.allclose(model(padded, "t")[:, 4:], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["slim", "convolutional", "match"])
+def test_sides_of_both_directions_are_refused_on_decoders(side: str, tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2Model(config).save_pretrained(tmp_path)
+    model = st.SideTuner(st.load_base(f"hf:{tmp_path}", taps=["wte", "h.0"]))
+    with pytest.raises(ShapeError, match="reads texts in both directions, and the base only forwards"):
+        model.add_task("t", side=side, head=2, side_options={"width": 16})
+    model.add_task("t", side="ladder", head=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import sidetuning as st
 from conftest import BASES, GOLDEN, TAPS, conv_base, conv_net, inputs, mlp_base, network
 from sidetuning.errors import TaskError
+from sidetuning.files import signed
 from sidetuning.heads import run_head
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task, load_method, saved_tasks
 from sidetuning_bench.methods.ewc import EWC
@@ -774,3 +776,32 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
             load_method(folder, method.base)
     with pytest.raises(st.ArtifactError, match="does not exist"):
         load_method(tmp_path / "nowhere", method.base)
+
+
+def edited(file: Path, change: Callable[[dict[str, Any]], object], sign: bool) -> None:
+    """Another text, with its right checksum where its maker changed it."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(signed(content) if sign else content))
+
+
+@pytest.mark.parametrize(
+    ("change", "sign"),
+    [
+        (lambda c: c["tasks"][0]["labels"].reverse(), False),
+        (lambda c: c["options"].update(coefficient=7.0), False),
+        (lambda c: c.update(format_version=1, tasks=[]), False),
+        (lambda c: c.update(probe=["a"]), True),
+        (lambda c: c["tasks"][0].pop("head"), True),
+        (lambda c: c.update(tensors=f"../{c['tensors']}"), True),
+    ],
+)
+def test_a_changed_method_is_refused(tmp_path: Path, change: Any, sign: bool) -> None:
+    method = EWC(mlp_base())
+    method.learn(
+        Task("pets", 2, labels=["cat", "dog"]), [(inputs("mlp"), torch.tensor([0, 1, 0, 1]))], QUIET, progress=False
+    )
+    method.save(tmp_path)
+    edited(tmp_path / "method.json", change, sign)
+    with pytest.raises(st.ArtifactError, match=r"method\.json"):
+        load_method(tmp_path, mlp_base())

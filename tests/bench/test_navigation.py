@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidetuning.errors import DataError, SideTuningError, UnknownNameError
+from sidetuning.errors import ArtifactError, DataError, SideTuningError, UnknownNameError
 
 pytest.importorskip("vizdoom")
 pytest.importorskip("scipy")
@@ -544,3 +544,32 @@ def test_an_engine_that_dies_under_an_agent_raises_a_sentence(walk: Build) -> No
     with pytest.raises(EngineError, match="Doom engine on map01 failed"):
         for _ in range(3):
             env.step(FORWARD)
+
+
+@pytest.mark.parametrize("left", ["", "{", None])
+def test_an_episode_that_a_kill_cut_short_is_written_anew(left: str | None, tmp_path: Path) -> None:
+    from sidetuning_bench.agents.trajectories import Episode, Writer, read_steps
+
+    space = spaces.Dict({"rgb": spaces.Box(0, 255, (8, 8, 3), np.uint8)})
+
+    def append(value: int, tried: int) -> None:
+        seen = np.full((4, 8, 8, 3), value, np.uint8)
+        episode = Episode(value, {"rgb": seen}, np.zeros(3, int), np.zeros(3, int), np.zeros(3), True)
+        Writer(tmp_path / "x-v0", space, spaces.Discrete(4), {}).append(episode, tried)
+
+    append(1, 1)
+    (part := tmp_path / "x-v0/data/1").mkdir()
+    if left is not None:
+        (part / "metadata.json").write_text(left)
+    append(2, 2)
+    assert read_steps(tmp_path / "x-v0").rgb[::3, 0, 0, 0].tolist() == [1, 2]
+
+
+def test_two_processes_do_not_collect_into_one_folder(tmp_path: Path) -> None:
+    from sidetuning.files import held_folder
+    from sidetuning_bench.agents import collect
+
+    out = tmp_path / "x-v0"
+    with held_folder(out), pytest.raises(ArtifactError, match="another process works in"):
+        collect.run(collect.Settings(out=str(out), progress=False))
+    assert list(out.iterdir()) == []

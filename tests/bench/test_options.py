@@ -73,6 +73,14 @@ def test_a_setting_of_another_method_is_refused(capsys: pytest.CaptureFixture[st
         ("tasks", (), "--tasks must name something"),
         ("tasks", ("a", "a"), "--tasks must name something, and nothing twice"),
         ("side_width", 0.0, "--side-width must be above 0"),
+        ("side_width", float("inf"), "--side-width must be a number between -2,147,483,648 and 2,147,483,648"),
+        ("lr", float("inf"), "--lr must be a number between"),
+        ("save_every", float("inf"), "--save-every must be a number between"),
+        ("seed", 18446744073709551616, "--seed must be a number between"),
+        ("seed", 2**31, "--seed must be a number between"),
+        ("order", -(2**63), "--order must be a number between"),
+        ("frames", (4, 10**400), "--frames must be a number between"),
+        ("side_shift", -1, "--side-shift must be 0 or more, not -1"),
     ],
 )
 def test_values_that_break_a_rule_are_named(name: str, value: Any, message: str) -> None:

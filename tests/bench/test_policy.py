@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sidetuning as st
-from conftest import map_base
+from conftest import map_base, sequence_base
 from sidetuning.errors import ShapeError
 
 
@@ -26,6 +26,12 @@ def test_extra_numbers_reach_heads_alone() -> None:
         model({"x": x, "extra": torch.zeros(5, 2)}, "go")
     with pytest.raises(st.TaskError, match="at least two actions"):
         model.add_task("stay", side=None, merge="base-only", head="policy", head_options={"actions": 1})
+
+
+def test_a_policy_does_not_read_texts_of_many_lengths() -> None:
+    model = st.SideTuner(sequence_base())
+    with pytest.raises(st.TaskError, match="those of texts have many lengths"):
+        model.add_task("go", side="mlp", head="policy")
 
 
 def test_dropout_drops_the_code_and_no_extra_numbers() -> None:

@@ -246,3 +246,62 @@ def test_token_caches_of_version_0_1_0_are_found(name: str, tmp_path: Path, monk
     assert set(found) == set(expected)
     for field, value in found.items():
         assert torch.allclose(value, expected[field], atol=1e-6), field
+
+
+SPACED = [
+    ("made in New  York City .", "New York City", "New  York City"),
+    ("costs 1 , 000 dollars", "1,000", "1 , 000"),
+    ("in the U.S. Congress", "U. S.\tCongress", "U.S. Congress"),
+    ("a line\nbreak here", "line break", "line\nbreak"),
+    ("from 10\u00a0km away", "10 km", "10\u00a0km"),
+]
+
+
+@pytest.mark.parametrize(("context", "answer", "found"), SPACED)
+def test_an_answer_that_differs_in_white_space_is_found(context: str, answer: str, found: str, tmp_path: Path) -> None:
+    read = read_questions(squad_file(tmp_path / "train.json", entry("a", context=context, answers=[(answer, 0)])))
+    assert read.items[0].answers == ((found, context.index(found)),) and read.items[0].lost == ()
+    assert read.problems == {"answers that differ in white space, found again": 1}
+
+
+@pytest.mark.parametrize(("context", "answer"), [("a thing", "at"), ("the nth eme", "theme"), ("1 2", "1  3")])
+def test_parts_of_other_words_are_no_answer(context: str, answer: str, tmp_path: Path) -> None:
+    read = read_questions(squad_file(tmp_path / "train.json", entry("a", context=context, answers=[(answer, 0)])))
+    assert read.items[0].answers == () and read.items[0].lost == (answer,)
+
+
+ROW = {"id": "1", "context": "it was made in 1822\u2028.", "question": "when ?"}
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": ["1822"], "answer_start": [15]},
+        [{"text": "1822", "answer_start": 15}],
+        {"text": [], "answer_start": []},
+    ],
+)
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_questions_a_line_or_in_a_list(answers: Any, name: str, tmp_path: Path) -> None:
+    rows = [{**ROW, "answers": answers}, {**ROW, "id": 2, "answers": answers}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    found = read_questions(tmp_path, "train")
+    assert [q.id for q in found.items] == ["1", "2"]
+    assert found.items[0].golds == (["1822"] if "1822" in str(answers) else [])
+    (tmp_path / name).write_text(json.dumps(rows), encoding="utf-16")
+    assert read_questions(tmp_path, "train").items == found.items
+
+
+def test_articles_a_line(tmp_path: Path) -> None:
+    paragraph = {"context": ROW["context"], "qas": [{"id": "q", "question": "when ?", "answers": []}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps({"title": "t", "paragraphs": [paragraph]}) + "\n")
+    assert [q.context for q in read_questions(tmp_path, "train").items] == [ROW["context"]]
+
+
+def test_files_beside_a_split_are_no_part_of_it(tmp_path: Path) -> None:
+    file = squad_file(tmp_path / "train-v2.0.json", entry("a"))
+    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    shutil.copy(file, tmp_path / ".ipynb_checkpoints" / "train-v2.0-checkpoint.json")
+    assert len(read_questions(tmp_path, "train")) == 1

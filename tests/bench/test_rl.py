@@ -185,7 +185,7 @@ def test_runs_of_version_0_1_0_that_call_the_side_alone_scratch_are_read_and_nev
     file = Path(settings.out) / "run.json"
     content = json.loads(file.read_text())
     old = {name: value for name, value in content["settings"].items() if name != "network"}
-    file.write_text(json.dumps({**content, "settings": {**old, "method": "scratch"}}))
+    file.write_text(json.dumps({"scenario": "rl-run", "settings": {**old, "method": "scratch"}}))
     found, loaded = ppo.load_policy(settings.out)
     assert found.method == "side-only"
     ppo.check_same(policy, loaded, tmp_path)

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+import sidetuning as st
+from sidetuning.errors import DataWarning, SideTuningError
+from sidetuning_bench.domains import names
+from sidetuning_bench.language.questions import read_questions
+from sidetuning_bench.methods import load_method
+from sidetuning_bench.results import RunResult
+from sidetuning_bench.runs import Run, read_result, read_run, write_result
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A folder, and a setting."""
+
+    out: str = ""
+    rate: float = 0.1
 
 
 def test_memory_is_counted_anew() -> None:
@@ -22,3 +42,112 @@ def test_memory_is_counted_anew() -> None:
     if anew > high - 300:
         pytest.skip("this system keeps the old peak")
     assert 60 < after - before < 120 and kept
+
+
+def test_a_damaged_row_is_named_and_all_others_stay(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", "x", Settings())
+    for k in range(4):
+        run.append({"task": f"t{k}"})
+    file = tmp_path / "run/metrics.jsonl"
+    damages = [b'{"task": "t1}\n', b'\xfb{"task": "t1"}\n', b"[1]\n", b"[" * 100_000 + b"\n", b"\0\0\0\n"]
+    for damage in damages:
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join([lines[0], damage, *lines[2:]]))
+        with pytest.warns(DataWarning, match=r"line 2 of .*metrics.jsonl is damaged and was left out"):
+            assert [row["task"] for row in run.metrics()] == ["t0", "t2", "t3"]
+    with pytest.warns(DataWarning, match="line 2"):
+        run.append({"task": "t4"})
+    with pytest.warns(DataWarning, match="line 2"):
+        run.keep(lambda row: row["task"] != "t3")
+    with pytest.warns(DataWarning, match="line 2"):
+        assert [row["task"] for row in run.metrics()] == ["t0", "t2", "t4"]
+    assert damages[-1] in file.read_bytes()
+
+
+@pytest.mark.parametrize("cut", [b'{"task": "t', b'{"task": "t1"', b"\xfb"])
+def test_a_last_row_that_was_cut_short_makes_room_for_the_next(cut: bytes, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", "x", Settings())
+    run.append({"task": "t0"})
+    file = tmp_path / "run/metrics.jsonl"
+    file.write_bytes(file.read_bytes() + cut)
+    assert run.metrics() == [{"task": "t0"}]
+    run.append({"task": "t1"})
+    assert [row["task"] for row in run.metrics()] == ["t0", "t1"] and file.read_bytes().endswith(b"}\n")
+    file.write_bytes(file.read_bytes()[:-1])
+    run.append({"task": "t2"})
+    assert [row["task"] for row in run.metrics()] == ["t0", "t1", "t2"]
+
+
+DEEP = ["[" * 100_000, '{"a":' * 5_000, "1" * 5_000, '{"scenario": 5}', "\ufeffno", ""]
+
+
+@pytest.mark.parametrize("text", DEEP)
+def test_json_of_another_form_is_one_sentence_everywhere(text: str, tmp_path: Path) -> None:
+    for name in ("run.json", "result.json", "meta.json", "method.json", "train.json", "names.json"):
+        (tmp_path / name).write_text(text)
+    readers: list[Callable[[], Any]] = [
+        lambda: read_run(tmp_path),
+        lambda: Run(tmp_path, "x", Settings()),
+        lambda: RunResult.load(tmp_path / "result.json"),
+        lambda: read_result(RunResult, tmp_path / "result.json"),
+        lambda: st.CachedFeatures(tmp_path),
+        lambda: load_method(tmp_path, st.load_base("resnet44-cifar10")),
+        lambda: read_questions(tmp_path / "train.json"),
+        lambda: names(tmp_path, "segment_semantic") if text[:1] != "{" else read_run(tmp_path),
+    ]
+    for read in readers:
+        with pytest.raises(st.SideTuningError) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "run.json").write_text('{"scenario": "ü", "settings": {}}', encoding=encoding)
+        assert read_run(tmp_path)["scenario"] == "ü"
+
+
+def run_with_rows(folder: Path) -> Run:
+    run = Run(folder, "toy", Settings())
+    for k in range(4):
+        run.append({"task": f"task-{k}"})
+    return run
+
+
+def changed(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_a_row_that_was_changed_is_reported_and_the_others_stay(tmp_path: Path) -> None:
+    run = run_with_rows(tmp_path)
+    changed(tmp_path / "metrics.jsonl", '"task-1"', '"task-9"')
+    with pytest.warns(DataWarning, match="line 2 of"):
+        assert [row["task"] for row in run.metrics()] == ["task-0", "task-2", "task-3"]
+
+
+def test_a_row_that_a_kill_cut_short_is_written_again(tmp_path: Path) -> None:
+    run, file = run_with_rows(tmp_path), tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert [row["task"] for row in run.metrics()] == ["task-0", "task-1", "task-2"]
+    run.append({"task": "task-3"})
+    assert [row["task"] for row in run.metrics()] == ["task-0", "task-1", "task-2", "task-3"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("0.1", "0.2"), ('"toy"', '"boy"'), ('"format_version": 2', '"format_version": 1')]
+)
+def test_a_changed_run_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    run_with_rows(tmp_path)
+    changed(tmp_path / "run.json", old, new)
+    with pytest.raises(SideTuningError, match=r"run\.json was changed"):
+        Run(tmp_path, "toy", Settings())
+
+
+def test_a_changed_result_is_refused(tmp_path: Path) -> None:
+    write_result(tmp_path / "result.json", Settings())
+    assert read_result(Settings, tmp_path / "result.json") == Settings()
+    changed(tmp_path / "result.json", "0.1", "0.2")
+    with pytest.raises(SideTuningError, match=r"result\.json was changed"):
+        read_result(Settings, tmp_path / "result.json")

@@ -88,9 +88,11 @@ def test_split_files_are_found_in_order(root: Path, monkeypatch: pytest.MonkeyPa
     (root / "empty.csv").write_text("id,train,val,test\r")
     with pytest.raises(DataError, match=r"empty.csv names no building"):
         read_split("empty.csv", root)
-    (root / "utf16.csv").write_bytes("id,train".encode("utf-16"))
-    with pytest.raises(DataError, match=r"utf16.csv cannot be read as text"):
-        read_split("utf16.csv", root)
+    (root / "utf16.csv").write_bytes("ihlen,1,0,0".encode("utf-16"))
+    assert read_split("utf16.csv", root)["train"] == ["ihlen"]
+    (root / "latin.csv").write_bytes("Zürich,1,0,0".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin.csv cannot be read as text"):
+        read_split("latin.csv", root)
     with pytest.raises(DataError, match=r"no split file .*splits.csv in .*; there is .*train_val_test_tiny.csv"):
         Taskonomy(root, subset=None)
     (root / "splits.csv").write_text("merom,0,0,1")
@@ -153,7 +155,8 @@ def test_a_mask_of_ones_is_valid_as_well(root: Path) -> None:
 def test_missing_domains_and_files_are_told(root: Path) -> None:
     remove(root / "edge_texture")
     with pytest.raises(
-        DataError, match=r"has no folder edge_texture; its domains: class_object, .*Ask for these, or download it"
+        DataError,
+        match=r"has no folder edge_texture; its domains: class_object, .*Ask for these, or download it .*--tasks",
     ):
         Taskonomy(root, domains=("rgb", "edge_texture"))
     (root / "normal").rename(root / "normals")
@@ -341,3 +344,21 @@ def test_names_come_from_the_folder_or_are_those_of_taskonomy(root: Path) -> Non
         table.write_text(bad)
         with pytest.raises(DataError, match=r"names.json .*mend it or remove it"):
             names(root, "segment_semantic")
+
+
+def test_all_missing_domains_are_named(root: Path) -> None:
+    for name in ("edge_texture", "normal", "reshading"):
+        remove(root / name)
+    (root / "normals").mkdir()
+    asked = ("rgb", "edge_texture", "normal", "reshading", "normal")
+    with pytest.raises(
+        DataError, match=r"no folder edge_texture, normal, reshading; .*folder normals .*them .*--tasks"
+    ):
+        Taskonomy(root, domains=asked)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_without_buildings_is_told(split: str, root: Path) -> None:
+    (root / "splits.csv").write_text("hanson,1,0,0\nmerom,1,0,0\n")
+    with pytest.raises(DataError, match=rf"names no building of {split} \(2 of train, 0 of val, 0 of test\); choose"):
+        Taskonomy(root, domains=("rgb",), split=split, subset=None)

@@ -23,6 +23,7 @@ from torch import nn
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base, network
 from sidetuning import artifacts, identity
+from sidetuning.files import signed
 
 
 def scrambled(model: st.SideTuner, task: str) -> None:
@@ -45,7 +46,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     config = json.loads((path / "side.json").read_text())
     tensors = parse((path / "side.safetensors").read_bytes())
     change(config)
-    config["sha256"] = artifacts._checksum(config)
+    config = signed(config)
     text = json.dumps(config)
     (path / "side.json").write_text(text)
     (path / "side.safetensors").write_bytes(save(tensors, metadata={"format": "pt", "sidetuning": text}))
@@ -567,6 +568,67 @@ def test_half_a_task_is_not_pushed(hub: type[FakeHub], tmp_path: Path) -> None:
     with pytest.raises(st.ArtifactError, match=r"side\.safetensors is missing"):
         st.push(tmp_path / "task", "someone/pets")
     assert hub.private == {}
+
+
+LOCAL = ["/home/me/bert", "C:\\me\\bert", "~/bert", "../bert", "a/b/c", "file:bert"]
+
+
+@pytest.mark.parametrize("name", [*(f"hf:{path}" for path in LOCAL), "onnx:net.onnx", "onnx:/home/me/net.onnx"])
+def test_a_path_of_this_machine_is_not_published(name: str, hub: type[FakeHub], tmp_path: Path) -> None:
+    saved(tmp_path / "task")
+    edit(tmp_path / "task", lambda c: c["base"].update(spec={"name": name, "options": {}, "revision": None}))
+    st.push(tmp_path / "task", "someone/pets")
+    folder = st.pull("someone/pets")
+    assert artifacts.read_config(folder)["base"]["spec"] is None
+    assert not [file for file in folder.iterdir() if name.encode() in file.read_bytes()]
+
+
+@pytest.mark.parametrize("path", ["/home/me/w.bin", "D:/me/w.bin", "~/w.bin"])
+def test_a_part_with_a_path_of_this_machine_is_not_published(path: str, hub: type[FakeHub], tmp_path: Path) -> None:
+    saved(tmp_path / "task")
+    edit(tmp_path / "task", lambda c: c["parts"]["side"][1].update(weights=[path]))
+    with pytest.raises(st.ArtifactError, match=r"names .*w\.bin, a path of this machine"):
+        st.push(tmp_path / "task", "someone/pets")
+    assert hub.private == {}
+
+
+def test_names_on_the_hub_are_published(hub: type[FakeHub], tmp_path: Path) -> None:
+    saved(tmp_path / "task")
+    spec = {"name": "hf:someone/bert", "options": {"taps": ["encoder.layer.1"]}, "revision": "main"}
+    edit(tmp_path / "task", lambda c: c["base"].update(spec=spec))
+    st.push(tmp_path / "task", "someone/pets")
+    assert artifacts.read_config(st.pull("someone/pets"))["base"]["spec"] == spec
+
+
+LARGE: list[tuple[str, Any]] = [
+    ("head", ["linear", {"outputs": 10**9}]),
+    ("side", ["mlp", {"hidden": 10**9}]),
+    ("side", ["mlp", {"hidden": 2**62}]),
+    ("head", ["linear", {"outputs": 10**7}]),
+]
+
+
+@pytest.mark.parametrize(("part", "value"), LARGE)
+def test_a_small_file_takes_little_memory_whatever_it_describes(part: str, value: Any, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path, lambda c: c["parts"].update({part: value}))
+    refused(tmp_path, "take far more memory than its tensors|cannot be built|option of")
+
+
+def test_a_billion_small_layers_end_soon() -> None:
+    with pytest.raises(st.ArtifactError, match="far more memory"), artifacts.Sized({"w": torch.zeros(4)}):
+        for _ in range(10**9):
+            torch.nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+@pytest.mark.parametrize("name", ["side.json", "side.safetensors"])
+def test_a_task_is_read_from_files_alone(name: str, target: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / name).symlink_to(target)
+    refused(tmp_path, rf"{name} is .*it is no file")
 
 
 @pytest.mark.network

@@ -295,3 +295,78 @@ def test_a_network_of_any_names_takes_those_of_its_example() -> None:
     one = st.Base(torch.compile(Swallows(), backend="eager"), example={"left": torch.zeros(1, 4)})
     with pytest.raises(st.UnknownNameError, match="'right' is not read"):
         one(x)
+
+
+def test_a_network_of_timm_refuses_whole_images_that_nobody_normalises() -> None:
+    net = conv_net()
+    net.pretrained_cfg = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}  # type: ignore[assignment]
+    base, whole = st.Base(net, example=torch.zeros(1, 3, 32, 32)), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    for x in (whole, {"x": whole}, {"pixel_values": whole}):
+        with pytest.raises(st.ShapeError, match=r"normalised by mean=\(0.4, 0.5, 0.6\) and std=.*; give Base mean="):
+            base(x)
+    assert torch.equal(base(torch.zeros(2, 3, 32, 32)).out, net(torch.zeros(2, 3, 32, 32)))
+    assert st.Base(net, example=torch.zeros(1, 3, 32, 32), **NORM)(whole).out.shape == (2, 16)
+    with pytest.raises(st.ShapeError, match="needs both mean= and std="):
+        st.Base(net, example=torch.zeros(1, 3, 32, 32), mean=[0.5] * 3)
+
+
+def test_bgr_networks_get_their_channels_in_reverse_order() -> None:
+    plain, reverse = image_base(), image_base(bgr=True)
+    x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for given in (x, {"x": x}):
+        prepared = plain.prepare(x)
+        assert isinstance(prepared, Tensor)
+        expected = plain.net(prepared.flip(1))
+        assert torch.equal(reverse(given).out, expected)
+    assert reverse.identity().digest() != plain.identity().digest()
+
+
+def test_the_state_of_an_earlier_text_and_unknown_entries_are_refused() -> None:
+    base = BASES["sequence"]()
+    x = inputs("sequence")
+    assert isinstance(x, dict)
+    for key in ("past_key_values", "cache_params", "mems"):
+        with pytest.raises(st.ShapeError, match=f"does not see what '{key}' stands for"):
+            base({**x, key: [torch.zeros(1)]})
+    for key, near in (
+        ("atention_mask", "did you mean 'attention_mask'"),
+        ("boxes", "there is attention_mask, extra, input_ids, x"),
+    ):
+        with pytest.raises(st.UnknownNameError, match=near):
+            base({**x, key: x["input_ids"]})
+    assert base({**x, "extra": torch.zeros(4, 2)}).out.shape == (4, 6, 16)
+
+
+def test_an_example_that_the_network_does_not_take_is_refused_in_a_sentence() -> None:
+    with pytest.raises(st.ShapeError, match=r"does not run on its example \(.*; give another example="):
+        st.Base(conv_net(), example=torch.zeros(1, 4, 32, 32))
+    with pytest.raises(st.ShapeError, match="does not run on its example"):
+        st.Base(conv_net(), example={"images": torch.zeros(1, 3, 32, 32)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sides_of_a_half_precision_network_are_trained_in_full(dtype: torch.dtype) -> None:
+    for kind in BASES:
+        net = BASES[kind]().net.to(dtype)  # type: ignore[attr-defined]
+        base = st.Base(net, example=BASES[kind]().example, taps=TAPS[kind])
+        model, x = st.SideTuner(base), inputs(kind)
+        model.add_task("t", side="ladder", head=3)
+        out = model(x, "t")
+        assert out.dtype == torch.float32 and base(x).out.dtype == torch.float32 and base.dtype == dtype
+        st.fit(model, "t", [(x, torch.arange(4) % 3)], steps=1, progress=False)
+        assert model.to(dtype)(x, "t").dtype == dtype
+        assert next(model.to(torch.float64)["t"].parameters()).dtype == model(x, "t").dtype == torch.float64
+
+
+@pytest.mark.parametrize("side", ["fcn4", "mlp", "transformer"])
+def test_functions_of_doubles_keep_their_inputs_and_sides_take_floats(side: str) -> None:
+    seen: list[torch.dtype] = []
+
+    def net(x: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return x.double().mean((2, 3))
+
+    model = st.SideTuner(st.Base(net, example=torch.zeros(1, 3, 16, 16, dtype=torch.float64)))
+    model.add_task("t", side=side, head=2)
+    out = model(torch.rand(2, 3, 16, 16, dtype=torch.float64), "t")
+    assert out.dtype == torch.float32 and set(seen) == {torch.float64}

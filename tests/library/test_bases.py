@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import sidetuning as st
 from conftest import conv_base, conv_net, inputs, network
+from sidetuning.inputs import example_from
+from sidetuning.integrations.onnx import external_files
 
 SOURCE = Path(st.__file__).parent
 IMAGES = torch.rand(2, 3, 64, 64)
@@ -123,6 +128,77 @@ def test_onnx_session(tmp_path: Path) -> None:
     content[10] ^= 1
     weights.write_bytes(bytes(content))
     assert st.load_base(f"onnx:{path}").identity().sha256 != before
+
+
+def write_onnx(path: Path, location: str | None = None, entry: str | None = None, within: bool = False) -> None:
+    """x (b, 4) @ w -> (b, 4): w in a file beside it, or `within` a branch of an If; `entry` is a metadata entry."""
+    from onnx import TensorProto, helper, save
+
+    weights = helper.make_tensor("w", TensorProto.FLOAT, [4, 4], torch.eye(4).numpy().tobytes(), raw=True)
+    if location is not None:
+        weights.ClearField("raw_data")
+        weights.data_location = TensorProto.EXTERNAL
+        weights.external_data.add(key="location", value=location)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in "xy")
+    nodes, kept = [helper.make_node("MatMul", ["x", "w"], ["y"])], [weights]
+    if within:
+        branch = helper.make_graph(nodes, "branch", [], [y], kept)
+        true = helper.make_node("Constant", [], ["true"], value=helper.make_tensor("t", TensorProto.BOOL, [], [True]))
+        nodes = [true, helper.make_node("If", ["true"], ["y"], then_branch=branch, else_branch=branch)]
+        kept = []
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y], kept), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    if entry is not None:
+        model.metadata_props.add(key="location", value=entry)
+    save(model, path)
+
+
+@pytest.mark.parametrize("entry", ["Berlin", "/dev/zero", "../secret"])
+def test_a_metadata_entry_of_an_onnx_file_is_no_file(entry: str, tmp_path: Path) -> None:
+    write_onnx(tmp_path / "n.onnx", entry=entry)
+    assert len(st.load_base(f"onnx:{tmp_path / 'n.onnx'}").identity().sha256) == 64
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("location", ["/dev/zero", "../secret", "missing", "link", "fifo", ""])
+def test_weights_of_an_onnx_file_lie_in_its_folder(location: str, within: bool, tmp_path: Path) -> None:
+    (folder := tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_bytes(torch.eye(4).numpy().tobytes())
+    (folder / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "fifo")
+    write_onnx(folder / "n.onnx", location, within=within)
+    with pytest.raises(st.ArtifactError, match="which is no file in its folder"):
+        st.load_base(f"onnx:{folder / 'n.onnx'}")
+
+
+def test_weights_beside_an_onnx_file_are_read_also_through_the_links_of_a_cache(tmp_path: Path) -> None:
+    (blobs := tmp_path / "blobs").mkdir()
+    (snapshot := tmp_path / "snapshots" / "1").mkdir(parents=True)
+    (blobs / "b").write_bytes(torch.eye(4).numpy().tobytes())
+    write_onnx(blobs / "a", "weights.bin", within=True)
+    (snapshot / "n.onnx").symlink_to(blobs / "a")
+    (snapshot / "weights.bin").symlink_to(blobs / "b")
+    assert external_files(snapshot / "n.onnx") == [snapshot / "weights.bin"]
+    write_onnx(tmp_path / "n.onnx", "b", within=True)
+    (tmp_path / "b").write_bytes(torch.eye(4).numpy().tobytes())
+    base = st.load_base(f"onnx:{tmp_path / 'n.onnx'}")
+    assert torch.equal(base(x := torch.rand(2, 4)).out, x)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 50, b"\x3a\xff\xff\xff\x0f", b"onnx"])
+def test_a_file_that_is_no_onnx_file_is_said(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "n.onnx").write_bytes(content)
+    with pytest.raises(st.SideTuningError, match=r"n\.onnx.*export the network again"):
+        st.load_base(f"onnx:{tmp_path / 'n.onnx'}")
+
+
+def test_onnx_runtime_tells_nobody(tmp_path: Path) -> None:
+    write_onnx(tmp_path / "n.onnx")
+    script = "import os, sys, sidetuning as st; st.load_base(sys.argv[1]); print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    command = [sys.executable, "-c", script, f"onnx:{tmp_path / 'n.onnx'}"]
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout == "1\n"
 
 
 def test_a_function_is_a_base() -> None:
@@ -240,3 +316,115 @@ def test_importing_needs_no_optional_package() -> None:
     code = f"import sys, sidetuning, sidetuning.api; bad = {{*{optional}, 'av'}} & set(sys.modules)"
     code += "; sys.exit(str(bad) if bad else 0)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("told", "by_hand"),
+    [
+        ({"image_mean": 0.5, "image_std": [0.5, 0.25, 0.5]}, lambda x: (x - 0.5) / stack(0.5, 0.25, 0.5)),
+        ({"do_normalize": False}, lambda x: x),
+        (
+            {"rescale_factor": 1 / 127.5, "offset": True, "image_mean": [0.5] * 3, "image_std": [0.2] * 3},
+            lambda x: (2 * x - 1 - 0.5) / 0.2,
+        ),
+        (
+            {"image_processor_type": "VivitImageProcessor", "rescale_factor": 1 / 127.5, "do_normalize": False},
+            lambda x: 2 * x - 1,
+        ),
+        (
+            {"image_processor_type": "EfficientNetImageProcessor", "image_mean": [0.4] * 3, "image_std": [0.2] * 3},
+            lambda x: (x - 0.4) / 0.2 / 0.2,
+        ),
+        ({"include_top": False, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}, lambda x: (x - 0.4) / 0.2),
+        ({"do_rescale": False, "image_mean": [100.0] * 3, "image_std": [50.0] * 3}, lambda x: (255 * x - 100) / 50),
+        ({"feature_extractor_type": "MobileViTFeatureExtractor", "do_normalize": False}, lambda x: x.flip(1)),
+        (
+            {"do_flip_channel_order": True, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3},
+            lambda x: ((x - stack(0.4, 0.5, 0.6)) / 0.2).flip(1),
+        ),
+    ],
+)
+def test_images_are_prepared_as_the_models_own_processor_does(
+    told: dict[str, Any], by_hand: Any, tmp_path: Path
+) -> None:
+    from transformers import ResNetConfig, ResNetModel
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_channels=3)
+    ResNetModel(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    base, x = st.load_base(f"hf:{tmp_path}"), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for given in (x, {"pixel_values": x}, x / 255):
+        prepared = base.prepare(given)
+        prepared = prepared if isinstance(prepared, torch.Tensor) else prepared["pixel_values"]
+        assert torch.allclose(prepared, by_hand(x / 255), atol=1e-5)
+
+
+def stack(*values: float) -> torch.Tensor:
+    return torch.tensor(values).view(3, 1, 1)
+
+
+def tiny_bert(folder: Path) -> str:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    BertModel(config).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", torch.bfloat16])
+def test_a_base_in_half_precision_is_loaded_and_its_tasks_load_again(dtype: Any, tmp_path: Path) -> None:
+    base = st.load_base(tiny_bert(tmp_path / "bert"), dtype=dtype, taps=["encoder.layer.0"])
+    assert str(base.dtype).endswith(str(dtype).removeprefix("torch."))
+    model = st.SideTuner(base)
+    model.add_task("t", side="ladder", head=2)
+    model.save_task("t", tmp_path / "t")
+    x = {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    again = st.load(tmp_path / "t")
+    assert again.base.dtype == base.dtype and torch.equal(again(x, "t"), model(x, "t"))
+    full = st.load_base(f"hf:{tmp_path / 'bert'}")
+    assert full.dtype == torch.float32 and full.identity().difference(base.identity().record())
+    for wrong in ("bf16", "int8"):
+        with pytest.raises(st.UnknownNameError, match=f"dtype '{wrong}' is not known"):
+            st.load_base(f"hf:{tmp_path / 'bert'}", dtype=wrong)
+    with pytest.raises(st.UnknownNameError, match="does not read dtype="):
+        st.load_base("resnet44-cifar10", dtype="bfloat16")
+
+
+def test_the_example_of_a_base_is_built_again_with_its_tasks(tmp_path: Path) -> None:
+    text = st.load_base(tiny_bert(tmp_path / "bert"))
+    ids = {"input_ids": torch.arange(12)[None] % 50, "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    image = st.load_base("resnet44-cifar10")
+    for base, example in ((image, torch.rand(1, 3, 48, 48)), (text, ids)):
+        model = st.SideTuner(base.with_example(example))
+        model.add_task("t", side="mlp", head=2)
+        folder = tmp_path / str(base.kind)
+        model.save_task("t", folder)
+        again = st.load(folder)
+        assert torch.equal(again(example, "t"), model(example, "t"))
+        assert again.base.identity() == model.base.identity()
+        assert json.loads((folder / "side.json").read_text())["base"]["spec"]["options"]["example"]
+    larger = st.load_base("resnet44-cifar10", example=torch.zeros(1, 3, 48, 48)).example
+    assert isinstance(larger, torch.Tensor) and larger.shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize("record", [{}, {"shape": [2**30, 9], "dtype": "float32"}, {"shape": [1], "dtype": "load"}, 3])
+def test_a_damaged_example_of_a_file_is_refused(record: Any) -> None:
+    with pytest.raises(st.ShapeError, match="the recorded example of a base is damaged"):
+        example_from(record)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0", "repvit_m1", "mobilenetv3_small_050"])
+def test_weights_with_a_classifier_fit_whatever_the_classifier_is_called(name: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    with st.seeded(0):
+        net = timm.create_model(name).eval()
+    state = {key: value.contiguous().clone() for key, value in net.state_dict().items()}
+    save_file(state, tmp_path / "net.safetensors")
+    base = st.load_base(f"timm:{name}", weights=tmp_path / "net.safetensors")
+    net.reset_classifier(0)
+    x = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(base(x).out, net(base.prepare(x)))
+    save_file({**state, "other.weight": torch.zeros(1)}, tmp_path / "net.safetensors")
+    with pytest.raises(st.ArtifactError, match=r"too many, the first is other\.weight"):
+        st.load_base(f"timm:{name}", weights=tmp_path / "net.safetensors")

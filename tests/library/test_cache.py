@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 import sidetuning as st
 from conftest import conv_base, map_base, mlp_base
 from sidetuning import cache
+from sidetuning.files import signed
 
 # Calls of an augmentation; what it closes over would be part of the cache's name.
 CALLS: list[int] = []
@@ -349,3 +350,73 @@ def test_views_of_another_type_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(st.ShapeError, match=r"'x' of sample .* is float32, that of the first one uint8"):
         st.cache_features(conv_base(), images, tmp_path, views=2, augment=share, progress=False)
+
+
+def flipped(file: Path, at: int = 5) -> None:
+    """One bit of a file is another."""
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["x", "y", "out", "sum.out", "sum.y"])
+def test_a_changed_bit_is_found_when_its_row_is_read(tmp_path: Path, name: str) -> None:
+    cached = fill(tmp_path)
+    last = cached[9][1].out
+    flipped(cached.folder / name)
+    again = st.CachedFeatures(cached.folder)
+    # Rows that nobody touched are read.
+    assert torch.equal(again[9][1].out, last)
+    with pytest.raises(st.CacheError, match="was changed since it was written"):
+        again[0]
+
+
+def test_rows_that_changed_places_are_found(tmp_path: Path) -> None:
+    cached = fill(tmp_path)
+    file = cached.folder / "y"
+    data = file.read_bytes()
+    file.write_bytes(data[8:16] + data[:8] + data[16:])
+    with pytest.raises(st.CacheError, match="was changed"):
+        print(st.CachedFeatures(cached.folder).labels)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "O"}, {"shape": [-1]}, {"shape": [2**70]}, {"shape": "x"}])
+def test_a_cache_of_a_stranger_names_numbers_alone(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = fill(tmp_path).folder / "meta.json"
+    content = json.loads(file.read_text())
+    content["fields"]["x"].update(change)
+    file.write_text(json.dumps(signed(content)))
+    with pytest.raises(st.CacheError, match=r"meta\.json"):
+        st.CachedFeatures(file.parent)
+
+
+def begun(tmp_path: Path) -> Path:
+    """The folder of a cache of which all rows are written, and which is not finished."""
+    folder = fill(tmp_path).folder
+    (folder / "meta.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("lost", ["out", "sum.out", "x", "done/0-0"])
+def test_rows_of_a_lost_file_are_computed_again(tmp_path: Path, lost: str) -> None:
+    (begun(tmp_path) / lost).unlink()
+    cached = fill(tmp_path)
+    assert torch.equal(cached.__getitems__(range(10))[1].out, mlp_base()(Toy().x).out)
+
+
+@pytest.mark.parametrize("name", ["out", "sum.x", "done/0-0"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    other, folder = tmp_path / "other", begun(tmp_path / "caches")
+    other.write_text("precious")
+    (folder / name).unlink()
+    (folder / name).symlink_to(other)
+    cached = fill(tmp_path / "caches")
+    assert other.read_text() == "precious"
+    assert torch.equal(cached.__getitems__(range(10))[1].out, mlp_base()(Toy().x).out)
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    cached = fill(tmp_path)
+    os.truncate(cached.folder / "out", 10)
+    with pytest.raises(st.CacheError, match="was cut"):
+        cached[9]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,47 @@ def test_cached_features_are_those_of_each_text_alone(
     monkeypatch.setattr(st.Base, "encode", lambda *_: pytest.fail("the base ran again"))
     again = cache_tokens(base, texts, labels, tmp_path, dtype="float32", progress=False)
     assert torch.equal(again.__getitems__([3])[1].out, cached.__getitems__([3])[1].out)
-    files = [file for file in cached.folder.iterdir() if file.is_file() and file.suffix != ".json"]
+    files = [cached.folder / "out", *cached.folder.glob("tap.*")]
     assert sum(file.stat().st_size for file in files) == texts.lengths().sum() * 3 * 32 * 4
+
+
+class Boxes(nn.Embedding):
+    """Embeddings that read where words stand on a page."""
+
+    def forward(self, input_ids: Tensor, bbox: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids) + bbox.sum(-1, keepdim=True)
+
+
+class Before(nn.Embedding):
+    """Embeddings that depend on the whole text, whatever they are called with."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids).cumsum(1)
+
+
+@pytest.mark.parametrize(("embeddings", "stored"), [(nn.Embedding, False), (Boxes, True), (Before, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_are_looked_up_where_token_ids_tell_them(
+    embeddings: type[nn.Embedding], stored: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = embeddings(50, 16)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            boxes = () if embeddings is not Boxes else (torch.ones(*input_ids.shape, 4, dtype=dtype),)
+            out: Tensor = self.embeddings(input_ids, *boxes) * attention_mask.unsqueeze(-1).to(dtype)
+            return out
+
+    texts = Lines()
+    base = st.Base(Net().to(dtype), example=texts.batch([0]), taps=["embeddings"])
+    cached = cache_tokens(base, texts, torch.arange(40), tmp_path, dtype="float32", progress=False)
+    assert cached.taps == (["embeddings"] if stored else [])
+    inputs, features, _ = cached.__getitems__([3, 5])
+    live = base(inputs).taps["embeddings"] * inputs["attention_mask"].unsqueeze(-1)
+    assert features.taps["embeddings"].dtype == torch.float32
+    assert torch.allclose(features.taps["embeddings"], live, atol=1e-5)
 
 
 def test_a_killed_writer_of_tokens_resumes_and_half_precision_is_near(
@@ -94,7 +134,7 @@ def test_a_killed_writer_of_tokens_resumes_and_half_precision_is_near(
     cached = cache_tokens(base, texts, labels, tmp_path, batch_size=5, progress=False)
     # The first chunk of two batches was whole.
     assert calls == 3 + 6
-    seconds = [float(file.read_text()) for file in (cached.folder / "done").iterdir()]
+    seconds = [json.loads(file.read_text())["seconds"] for file in (cached.folder / "done").iterdir()]
     assert cached.seconds == pytest.approx(sum(seconds)) and cached.seconds > 0
     out = cached.__getitems__(range(40))[1].out
     assert torch.allclose(out[7, : len(texts.ids[7])], base(texts.batch([7])).out[0], atol=4e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 import sidetuning as st
 from conftest import conv_base, inputs
+from sidetuning.files import signed, write_json
 
 
 @pytest.fixture
@@ -81,3 +83,98 @@ def test_ignored_labels_are_fine_and_negative_ones_are_not(model: st.SideTuner) 
     st.fit(model, "a", [(x, torch.tensor([0, -100, 2, 1]))], progress=False)
     with pytest.raises(st.DataError, match="label -5 is out of range"):
         st.fit(model, "a", [(x, torch.tensor([0, -100, -5, 1]))], progress=False)
+
+
+def small_cache(folder: Path) -> st.CachedFeatures:
+    with st.seeded(0):
+        data = torch.utils.data.TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8))
+    return st.cache_features(conv_base(), data, folder, progress=False)
+
+
+FIELDS: list[tuple[str, Any, str]] = [
+    ("x", {"shape": [2], "dtype": "O"}, "no valid field 'dtype'"),
+    ("x", {"shape": [2], "dtype": "V8"}, "no valid field 'dtype'"),
+    ("x", {"shape": [2], "dtype": [["a", "O"]]}, "no valid field 'dtype'"),
+    ("x", {"shape": [-1], "dtype": "float32"}, "a shape of no array"),
+    ("x", {"shape": [2**62, 2**62], "dtype": "float32"}, "a shape of no array"),
+    ("x", {"shape": 5, "dtype": "float32"}, "no valid field 'shape'"),
+    ("../secret", {"shape": [2], "dtype": "float32"}, "secret is missing"),
+    ("/dev/zero", {"shape": [0], "dtype": "float32"}, "zero is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "message"), FIELDS)
+def test_a_cache_has_numbers_alone_in_its_own_folder(name: str, field: Any, message: str, tmp_path: Path) -> None:
+    folder = small_cache(tmp_path).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["fields"][name] = field
+    # As somebody who knows the format would write it.
+    write_json(folder / "meta.json", signed(meta))
+    (folder / "x").write_bytes(b"A" * 128)
+    (tmp_path / "secret").write_bytes(b"A" * 64)
+    with pytest.raises(st.CacheError, match=f"{message}.*; delete|{message} and cache again|{message}; delete"):
+        st.CachedFeatures(folder)
+
+
+@pytest.mark.parametrize("value", [{"samples": 0}, {"views": -1}, {"samples": "8"}, {"fields": {}}, {"fields": []}])
+def test_a_cache_without_features_is_refused(value: dict[str, Any], tmp_path: Path) -> None:
+    folder = small_cache(tmp_path).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    write_json(folder / "meta.json", signed({**meta, **value}))
+    with pytest.raises(st.CacheError, match="delete"):
+        st.CachedFeatures(folder)
+
+
+@pytest.mark.parametrize("name", ["x", "out", "y"])
+def test_a_cache_that_is_cut_while_it_is_open_does_not_end_the_process(name: str, tmp_path: Path) -> None:
+    cache = small_cache(tmp_path)
+    with (cache.folder / name).open("r+b") as file:
+        file.truncate(0)
+    with pytest.raises(st.CacheError, match=f"{name} was cut; delete"):
+        cache.__getitems__([0, 7])
+
+
+def test_a_resume_file_of_an_older_version_is_checked_too(model: st.SideTuner, tmp_path: Path) -> None:
+    file = tmp_path / "resume.pt"
+    # An archive, as torch.save writes it.
+    torch.save({"position": {"losses": [0.5] * 99}}, file)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 0x40
+    file.write_bytes(data)
+    with pytest.raises(st.TrainingError, match="cannot be read as a resume file"):
+        st.fit(model, "a", [(inputs("conv"), torch.tensor([0, 1, 2, 0]))], resume=file, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "folder"])
+def test_what_is_no_file_is_refused(model: st.SideTuner, tmp_path: Path, kind: str) -> None:
+    model.save_task("a", tmp_path / "task")
+    for name in ("task/side.safetensors", "task/side.json", "resume.pt"):
+        file = tmp_path / name
+        file.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(file)
+        elif kind == "folder":
+            file.mkdir()
+        else:
+            file.symlink_to("/dev/zero" if kind == "device" else file.name)
+        with pytest.raises((st.ArtifactError, st.TrainingError)):
+            if name == "resume.pt":
+                st.fit(model, "a", [(inputs("conv"), torch.tensor([0, 1, 2, 0]))], resume=file, progress=False)
+            else:
+                model.load_task(tmp_path / "task", name="b")
+
+
+def test_a_task_is_loaded_in_the_type_in_which_it_was_saved(tmp_path: Path) -> None:
+    model = st.SideTuner(conv_base()).to(torch.float64)
+    model.add_task("a", side="mlp", head=3)
+    st.fit(model, "a", [(inputs("conv"), torch.tensor([0, 1, 2, 0]))], progress=False)
+    model.save_task("a", tmp_path)
+    fresh = st.SideTuner(conv_base()).to(torch.float64)
+    fresh.load_task(tmp_path)
+    assert all(torch.equal(v, fresh["a"].state_dict()[k]) for k, v in model["a"].state_dict().items())
+
+
+def test_a_message_is_one_line() -> None:
+    error = st.DataError("file 'a\x1b[31m' is damaged (first\n  second\r\nthird); " + "x" * 5000 + "; fetch it again")
+    assert str(error).startswith("file 'a [31m' is damaged (first second third)")
+    assert len(str(error)) < 1300 and str(error).endswith("; fetch it again")

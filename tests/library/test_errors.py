@@ -278,3 +278,36 @@ def test_a_data_set_is_no_loader(learn: Any) -> None:
 def test_every_error_is_of_the_library() -> None:
     errors = [st.UnknownNameError, st.ShapeError, st.TaskError, st.ArtifactError, st.CacheError, st.DataError]
     assert all(issubclass(error, st.SideTuningError) for error in [*errors, st.TrainingError])
+
+
+PARTS: list[tuple[dict[str, Any], str]] = [
+    ({"side": "fcn4", "side_options": {"width": float("inf")}}, "a layer of inf channels cannot be built"),
+    ({"side": "fcn4", "side_options": {"width": float("nan")}}, "a layer of nan channels"),
+    ({"side": "fcn5", "side_options": {"width": -1.0}}, "a layer of -64 channels"),
+    ({"side": "fcn4", "side_options": {"width": 1e9}}, r"a layer of 1\.6e\+10 channels"),
+    ({"side": "fcn4", "side_options": {"width": "wide"}}, r"side 'fcn4' cannot be built with width='wide' \(TypeError"),
+    ({"side": "mlp", "side_options": {"hidden": -3}}, r"side 'mlp' cannot be built with hidden=-3 \(RuntimeError"),
+    ({"side": "mlp", "side_options": {"hidden": 2**62}}, "side 'mlp' cannot be built with hidden=4611686018427387904"),
+    ({"side": "fusion", "side_options": {"shift": -1}}, "cannot be moved by -1 cells; give 0 to 16"),
+    ({"side": "fusion", "side_options": {"shift": 10**9}}, "cannot be moved by 1000000000 cells"),
+    (
+        {"side": "mlp", "head_options": {"outputs": 1e400}, "head": "linear"},
+        "'linear' cannot be built",
+    ),
+]
+
+
+@pytest.mark.parametrize(("parts", "message"), PARTS)
+def test_numbers_that_no_part_can_have_are_one_sentence(parts: dict[str, Any], message: str) -> None:
+    model = st.SideTuner(conv_base(("0", "2")))
+    with pytest.raises(st.ShapeError, match=message):
+        model.add_task("a", **{"head": 2, **parts})
+    assert model.tasks == []
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**64), 0.5, "0", None])
+def test_a_seed_that_torch_does_not_take_is_one_sentence(seed: Any) -> None:
+    with pytest.raises(st.SideTuningError, match="a seed is a whole number of at most 64 bits, not"), st.seeded(seed):
+        raise AssertionError
+    with st.seeded(2**63 - 1):
+        assert torch.rand(()).shape == ()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sidetuning as st
-from sidetuning.files import atomic_write, read_json, write_json, write_text
+from sidetuning.files import atomic_write, decode_text, held_folder, read_bytes, read_json, write_json, write_text
 
 
 def test_links_stay_and_devices_are_written_to(tmp_path: Path) -> None:
@@ -66,3 +66,42 @@ def test_json_of_another_form_is_one_sentence(tmp_path: Path, text: str, place: 
     write_json(tmp_path / "x.json", good := {"a": 1, "b": ["x"], "c": ["x", {}], "d": "green", "more": 1})
     assert read_json(tmp_path / "x.json", schema, "") == good
     assert os.listdir(tmp_path) == ["x.json"]  # noqa: PTH208
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import sys; from sidetuning.files import held_folder\n"
+    script += "with held_folder(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(st.ArtifactError, match=r"another process works in .*run; wait"),
+            held_folder(tmp_path / "run"),
+        ):
+            raise AssertionError
+        # Processes of one launch.
+        monkeypatch.setenv("RANK", "1")
+        with held_folder(tmp_path / "run"):
+            pass
+        monkeypatch.delenv("RANK")
+        other.kill()
+    with held_folder(tmp_path / "run"):
+        assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_texts_have_their_byte_order_mark_or_none() -> None:
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le"):
+        text = "ü猫".encode(encoding)
+        assert decode_text(b"\xff\xfe" + text if encoding == "utf-16-le" else text) == "ü猫"
+    with pytest.raises(UnicodeDecodeError):
+        decode_text(b"\xfc")
+
+
+def test_devices_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path in ("/dev/zero", tmp_path / "pipe", tmp_path / "link", tmp_path):
+        with pytest.raises(OSError, match="it is no file"):
+            read_bytes(path)
+        with pytest.raises(st.ArtifactError, match="is not JSON"):
+            read_json(path, {}, "")

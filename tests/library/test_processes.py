@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch, torch.nn.functional as F
 from torch import nn
@@ -34,6 +34,13 @@ def texts(n):
     x = inputs("sequence", n)
     return [{**{k: v[i] for k, v in x.items()}, "labels": torch.tensor(i % 3)} for i in range(n)]
 
+# What asks first how many processes there are.
+cached = st.cache_features(mlp_base(), data(10), sys.argv[2] + os.environ.get("WORLD_SIZE", "1"), progress=False)
+def numbers(n):
+    y = torch.stack([torch.arange(n) * 0.01 - 0.97, torch.arange(n) * 1000.0], 1)
+    y[0, 1] = torch.nan
+    return TensorDataset(inputs("mlp", n), torch.cat([y, y[:, :1] ** 2], 1))
+
 weights = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 10.0, 100.0]))
 mlp = dict(side="mlp")
 cases = {
@@ -47,13 +54,15 @@ cases = {
     "merge norms": (conv_base(), dict(side="mlp", merge="mlp2"), images(9), {}),
     "unused gate": (mlp_base(), dict(side="ladder", taps=("0",)), data(10), {}),
     "copy": (sequence_base(), dict(side="copy"), texts(9), {}),
+    "cached": (mlp_base(), mlp, st.loader_over(cached, batch_size=4), {}),
+    "numbers": (mlp_base(), dict(side="mlp", problem="numbers"), numbers(9), {}),
     "a list of batches": (conv_base(("2", "4")), dict(side="fusion"), [images(5)[:], images(4)[:]], {}),
 }
 found = {}
 for name, (base, parts, rows, how) in cases.items():
     model = st.SideTuner(base)
     model.add_task("t", head=3, seed=0, **parts)
-    loader = rows if name == "a list of batches" else DataLoader(rows, batch_size=4, shuffle=True)
+    loader = rows if name in ("a list of batches", "cached") else DataLoader(rows, batch_size=4, shuffle=True)
     # Adam would make whole steps of rounding errors, where a gradient is 0: of a bias before a batch norm, say.
     optimizer = torch.optim.AdamW if name == "short" else torch.optim.SGD
     result = st.fit(model, "t", loader, steps=7, lr=1e-2, optimizer=optimizer, progress=False, **how)

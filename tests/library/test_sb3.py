@@ -72,6 +72,35 @@ def test_a_base_that_prepares_its_pictures_otherwise_is_another() -> None:
     assert new != codes(other)
 
 
+def pooled_base(largest: bool) -> st.Base:
+    """Equal weights, and a pooling that no weight tells."""
+    with st.seeded(3):
+        pool = nn.MaxPool2d(4) if largest else nn.AvgPool2d(4)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), pool)
+    return st.Base(net, example=torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_equal_weights_that_compute_other_codes_are_another_base(tmp_path: Path) -> None:
+    one, other = pooled_base(True), pooled_base(False)
+    assert one.identity().digest() == other.identity().digest()
+    assert codes(one) != codes(other) and codes(one) == codes(pooled_base(True))
+    space: Any = VecTransposeImage(VecBaseFeatures(DummyVecEnv([Sides]), other)).observation_space
+    parts: dict[str, Any] = {**PARTS, "side": "mlp"}
+    with pytest.raises(ArtifactError, match="same base"):
+        SideTunedExtractor(space, **{**parts, "base": lambda: pooled_base(True)})
+    plain = spaces.Dict({"rgb": PICTURE})
+    trained = SideTunedExtractor(plain, **{**parts, "base": lambda: pooled_base(True)})
+    same, strange = (SideTunedExtractor(plain, **{**parts, "base": lambda i=i: pooled_base(i)}) for i in (True, False))
+    same.load_state_dict(trained.state_dict())
+    with pytest.raises(ArtifactError, match="another base"):
+        strange.load_state_dict(trained.state_dict())
+    damaged = {**trained.state_dict(), "base_identity": torch.arange(9, dtype=torch.uint8)}
+    with pytest.raises(ArtifactError, match="policy is damaged"):
+        same.load_state_dict(damaged)
+    older = {key: value for key, value in trained.state_dict().items() if key != "base_identity"}
+    same.load_state_dict(older)
+
+
 def test_codes_of_another_base_are_refused(tmp_path: Path) -> None:
     def env(base: st.Base) -> VecBaseFeatures:
         return VecBaseFeatures(DummyVecEnv([Sides]), base)

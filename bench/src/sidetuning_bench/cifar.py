@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sidetuning.errors import DataError
+from sidetuning.errors import ArtifactError, DataError, DataWarning
+from sidetuning.files import parse_json
+from sidetuning.images import ImageFolder, image_folder
 from sidetuning.transforms import decode_image
-from sidetuning_bench.from_hub import local_folder
+from sidetuning_bench.from_hub import local_folder, open_parquet, split_files
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label")
+# Names of splits: each must know the classes of all others.
+SPLITS = ("train", "val", "valid", "validation", "dev", "test")
+# The largest class number where classes have no names.
+LARGEST = 65_535
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
@@ -29,10 +36,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         names: names of the classes, by label.
     """
 
-    def __init__(self, cells: list[bytes], labels: Sequence[int], names: list[str], where: str) -> None:
+    def __init__(self, cells: Sequence[bytes | Path], labels: Sequence[int], names: list[str], where: str) -> None:
         if not cells:
             raise DataError(f"{where} holds no image")
-        bad = next((i for i, y in enumerate(labels) if y is None or not 0 <= y < len(names)), None)
+        bad = next((i for i, y in enumerate(labels) if not 0 <= y < len(names)), None)
         if bad is not None:
             raise DataError(f"row {bad} of {where} has the label {labels[bad]}, outside 0 … {len(names) - 1}")
         self._cells, self._where = cells, where
@@ -45,15 +52,19 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = self._decode(index)
         if tuple(image.shape) != self.shape:
-            raise DataError(f"row {index} of {self._where} is {tuple(image.shape)}, the first one is {self.shape}")
+            raise DataError(f"{self._name(index)} is {tuple(image.shape)}, the first one is {self.shape}")
         return image, int(self.labels[index])
+
+    def _name(self, index: int) -> str:
+        cell = self._cells[index]
+        return str(cell) if isinstance(cell, Path) else f"row {index} of {self._where}"
 
     def _decode(self, index: int) -> Tensor:
         """uint8 (3, h, w)."""
         try:
             return decode_image(self._cells[index])
-        except DataError as error:
-            raise DataError(f"row {index} of {self._where}: {error}") from error
+        except (DataError, OSError) as error:
+            raise DataError(f"{self._name(index)}: {error}") from error
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """All images, uint8 (n, 3, h, w), and all labels."""
@@ -63,61 +74,112 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         """sha256 over the encoded images and the labels, wherever they lie."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
         for cell in self._cells:
-            digest.update(cell)
+            digest.update(cell.read_bytes() if isinstance(cell, Path) else cell)
         return digest.hexdigest()
 
 
 def load_images(source: str | Path, split: str) -> ImageSet:
-    """Open one split of a data set of small images.
+    """Open one split of a data set of small images; a class has one number in all splits.
 
     Args:
         source: a folder with `<split>*.parquet` (columns `img` and `fine_label` or `label`, the layout of
-            `uoft-cs/cifar100` and `uoft-cs/cifar10`), a folder with `<split>/<class>/*.png`, or a name on the Hub.
+            `uoft-cs/cifar100` and `uoft-cs/cifar10`), a folder with `<split>/<class>/`, which holds image files, or a
+            name on the Hub.
         split: "train" or "test".
 
     Raises:
         DataError: nothing there, a missing column, an image that cannot be decoded, a label out of range.
     """
     root = local_folder(source, "uoft-cs/cifar100")
-    files = sorted(map(str, root.rglob(f"{split}*.parquet")))
-    folder = root / split
+    folder, files = root / split, split_files(root, split, [".parquet"])
+    if folder.is_dir() and image_folder(folder).files:
+        if files:
+            raise DataError(f"{root} holds both {files[0].name} and images in {split}/; keep one of them there")
+        return _read_folder(root, split)
     if files:
-        return _read(files[0] if len(files) == 1 else str(Path(files[0]).parent), "parquet", {"data_files": files})
+        others = {name: split_files(root, name, [".parquet"]) for name in SPLITS if name != split}
+        return _read_parquet({split: files, **others}, split)
     if folder.is_dir():
-        return _read(str(folder), "imagefolder", {"data_dir": str(folder), "drop_labels": False})
+        raise DataError(f"{folder} holds no image in a folder of its class{_left_out(image_folder(folder))}")
     raise DataError(
         f"{root} holds neither {split}*.parquet nor a folder {split}/<class>/; give the folder of a CIFAR data set "
         "or a name on the Hub such as uoft-cs/cifar100"
     )
 
 
-def _read(where: str, kind: str, options: dict[str, Any]) -> ImageSet:
-    """Read encoded images and labels by a builder of `datasets`; streaming spares it a copy of the data on the disk."""
-    import datasets  # type: ignore[import-untyped]
+def _left_out(found: ImageFolder) -> str:
+    """What was left out of a folder, or nothing."""
+    parts = ", ".join(f"{count} {reason}" for reason, count in sorted(found.skipped.items()))
+    return f"; left out: {parts}" if parts else ""
 
-    # Its errors are told below.
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    rows: list[tuple[Any, Any]] = []
+
+def _read_folder(root: Path, split: str) -> ImageSet:
+    others = [root / other for other in SPLITS if other != split and (root / other).is_dir()]
+    found = image_folder(root / split, {name for other in others for name in image_folder(other).names})
+    if found.skipped:
+        warnings.warn(f"{root / split} has {len(found.files)} images{_left_out(found)}", DataWarning, stacklevel=3)
+    return ImageSet(found.files, found.labels, found.names, str(root / split))
+
+
+def _read_parquet(files: Mapping[str, list[Path]], split: str) -> ImageSet:
+    own = files[split]
+    where = str(own[0] if len(own) == 1 else own[0].parent)
+    cells: list[Any] = []
+    labels: dict[str, list[Any]] = {}
+    names = None
+    for name, parts in files.items():
+        labels[name] = []
+        for file in parts:
+            images, found, known = _columns(file, name == split)
+            cells += images
+            labels[name] += found
+            names = known if name == split else names
+    images = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
+    if (bad := next((i for i, cell in enumerate(images) if not isinstance(cell, bytes)), None)) is not None:
+        raise DataError(f"row {bad} of {where} holds no image, but a {type(images[bad]).__name__}; give encoded images")
+    if names is None and all(isinstance(label, str) for label in labels[split]):
+        # Texts of all splits, so that a class has one number in all.
+        names = sorted({label for some in labels.values() for label in some if isinstance(label, str)})
+        return ImageSet(images, [names.index(label) for label in labels[split]], names, where)
+    numbers = [_class_number(label, f"row {i} of {where}") for i, label in enumerate(labels[split])]
+    if names is None:
+        highest = [y for some in labels.values() for y in some if isinstance(y, (int, float)) and 0 <= y <= LARGEST]
+        if (bad := next((i for i, y in enumerate(numbers) if y > LARGEST), None)) is not None:
+            raise DataError(
+                f"row {bad} of {where} has the label {numbers[bad]}, above {LARGEST}; number the classes from 0 on"
+            )
+        names = [str(i) for i in range(int(max(highest, default=0)) + 1)]
+    return ImageSet(images, numbers, names, where)
+
+
+def _class_number(label: Any, where: str) -> int:
+    """A label as the number of a class."""
+    if isinstance(label, (int, float)) and label == label // 1:
+        return int(label)
+    what = "no label" if label is None or label != label else f"the label {label!r:.50}"
+    raise DataError(f"{where} has {what}; a label is one class: its number, or in all rows its name")
+
+
+def _columns(file: Path, images: bool) -> tuple[list[Any], list[Any], list[str] | None]:
+    """Encoded images where they are asked for, labels, and the names of the classes where the file has them."""
+    mend = "download it again"
     try:
-        data = datasets.load_dataset(kind, split="train", streaming=True, **options)
-        columns = [_column(where, list(data.features), wanted) for wanted in (IMAGE_COLUMNS, LABEL_COLUMNS)]
-        for table in data.with_format("arrow").iter(batch_size=2000):
-            rows += zip(*(table[column].to_pylist() for column in columns), strict=True)
-    except DataError:
-        raise
-    except datasets.data_files.EmptyDatasetError as error:
-        raise DataError(f"{where} holds no image") from error
-    # Readers raise whatever their formats make them.
-    except Exception as error:
-        raise DataError(f"{where} is no readable {kind} data ({error}); download it again") from error
-    if kind == "imagefolder":
-        rows.sort(key=lambda row: (row[1], row[0]["path"]))
-        cells = [Path(cell["path"]).read_bytes() for cell, _ in rows]
-    else:
-        cells = [cell["bytes"] if isinstance(cell, dict) else cell for cell, _ in rows]
-    labels = [label for _, label in rows]
-    names = getattr(data.features[columns[1]], "names", None)
-    return ImageSet(cells, labels, names or [str(i) for i in range(max(filter(None, labels), default=0) + 1)], where)
+        with open_parquet(file) as parquet:
+            schema = parquet.schema_arrow
+            column = _column(str(file), schema.names, LABEL_COLUMNS)
+            image = [_column(str(file), schema.names, IMAGE_COLUMNS)] if images else []
+            table = parquet.read([*image, column]).to_pydict()
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file} is no readable parquet data ({error}); {mend}") from error
+    text = (schema.metadata or {}).get(b"huggingface", b"{}").decode("utf-8", "replace")
+    try:
+        about = parse_json(text, str(file), {"info?": {"features?": {f"{column}?": {"names?": [str]}}}}, mend)
+    except ArtifactError as error:
+        raise DataError(str(error)) from error
+    features = ((about.get("info") or {}).get("features") or {}).get(column) or {}
+    return table[image[0]] if image else [], table[column], features.get("names")
 
 
 def _column(where: str, present: list[str], wanted: tuple[str, ...]) -> str:

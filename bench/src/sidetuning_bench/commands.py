@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sidetuning.terminal import say
 from sidetuning_bench import compare, demo, icifar, report_runs
 from sidetuning_bench.agents import collect, imitation, play, rl
 from sidetuning_bench.dense import itaskonomy, render_doom, transfer
@@ -48,6 +49,6 @@ def main(arguments: list[str]) -> None:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
     if isinstance(settings, Methods):
-        print(f"method: {', '.join(METHODS.names())}")
+        say(f"method: {', '.join(METHODS.names())}")
     else:
         sys.modules[type(settings).__module__].main(settings)

@@ -25,7 +25,7 @@ from sidetuning_bench.methods import METHODS, Task
 from sidetuning_bench.options import Count, GridOptions, Once, Positive, Share, SideOptions, check, with_values
 from sidetuning_bench.report import write_report
 from sidetuning_bench.results import RunResult, gaps_table, markdown, measures_table, summary_table
-from sidetuning_bench.runs import Run
+from sidetuning_bench.runs import Run, dated
 
 Given = icifar.Settings | itaskonomy.Settings
 G = TypeVar("G", bound=Given)
@@ -209,6 +209,8 @@ def run(settings: Settings) -> list[RunResult]:
     for method in settings.methods:
         if method not in METHODS:
             raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
+    if isinstance(settings.on, OnITaskonomy):
+        settings = dated(settings, settings.run.out)
     check(settings)
     if problem := Once.problem(settings.methods or ALL):
         raise SideTuningError(f"--methods {problem}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sidetuning.loading import load_base
+from sidetuning.terminal import say, say_markdown
 from sidetuning.training import evaluate
 from sidetuning_bench.continual import AccuracyMatrix
 from sidetuning_bench.dense import itaskonomy, render_doom
@@ -19,9 +19,6 @@ from sidetuning_bench.methods import METHODS, Method, Recipe, Task
 from sidetuning_bench.options import Count, FineTuneOptions, Natural, Positive, check, with_values
 from sidetuning_bench.report import write_report
 from sidetuning_bench.results import markdown_table
-
-if TYPE_CHECKING:
-    from rich.markdown import Markdown
 
 TASKS = ("normal", "depth_euclidean", "segment_semantic", "reshading", "edge_texture")
 DIGITS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
@@ -57,7 +54,7 @@ def main(settings: Settings) -> None:
         count = render_doom.run(render_doom.Settings(out=frames, frames=settings.frames, seed=seed))
     except EngineError as error:
         raise EngineError(f"{error} (sidetuning bench demo --quick needs no Doom engine)") from error
-    print(f"{count} labelled frames of Doom in {frames}", flush=True)
+    say(f"{count} labelled frames of Doom in {frames}")
     source = itaskonomy.FrameOptions(data=frames, test_frames=100)
     given = itaskonomy.Settings(source=source, tasks=TASKS, epochs=settings.epochs)
     given = with_values(given, {"batch": 16, "seed": seed, "cache": str(out / "cache")})
@@ -67,14 +64,14 @@ def main(settings: Settings) -> None:
     ]
     results = []
     for run in runs:
-        print(f"{run.method.name}: {len(TASKS)} tasks one after another", flush=True)
+        say(f"{run.method.name}: {len(TASKS)} tasks one after another")
         results.append(itaskonomy.run(run))
         itaskonomy.show(results[-1], run)
     title = "Five dense tasks in Doom: side-tuning and fine-tuning"
     galleries = [Path(run.run.out) / "gallery" for run in runs]
     report = write_report(results, out / "report.html", title=title, galleries=galleries)
     lost = [100 * (0.0 - result.matrix.backward_transfer) for result in results]
-    print(
+    say(
         f"Lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points of score, fine-tuning {lost[1]:.1f}.\n"
         f"See it: open {report} in a browser."
     )
@@ -116,32 +113,27 @@ def learn_all(method: Method, splits: list[Split], out: Path, epochs: int, seed:
 
 def learn_digits(out: Path, epochs: int, seed: int) -> None:
     """Learn the digits with both methods on a base that never saw one, and print their accuracy matrices."""
-    from rich.console import Console
-
-    console = Console()
     splits, base = digit_splits(seed), load_base("resnet44-cifar10")
     options = {"side": "fcn4", "merge": "mlp2", "init": "distilled"}
     side = learn_all(METHODS.build("sidetune", base, options=options), splits, out, epochs, seed)
     tuned = learn_all(METHODS["finetune"](base), splits, out, epochs, seed)
     side.save(out / "matrix.json")
-    console.print(table("Side-tuning: a frozen base and small sides", side))
-    console.print(table("Fine-tuning: one network, task after task", tuned))
+    say_markdown(table("Side-tuning: a frozen base and small sides", side))
+    say_markdown(table("Fine-tuning: one network, task after task", tuned))
     lost = [100 * (0.0 - m.backward_transfer) for m in (side, tuned)]
-    console.print(
+    say(
         f"Accuracy lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points, "
         f"fine-tuning {lost[1]:.1f} points.\n"
-        f"The five tasks are in {out}/tasks; ask them all about an image: sidetuning predict {out} IMAGE",
-        highlight=False,
+        f"The five tasks are in {out}/tasks; ask them all about an image: sidetuning predict {out} IMAGE"
     )
 
 
-def table(title: str, matrix: AccuracyMatrix) -> Markdown:
+def table(title: str, matrix: AccuracyMatrix) -> str:
     """A matrix in percent, one row per task learned; what was forgotten is bold."""
     from pandas import DataFrame
-    from rich.markdown import Markdown
 
     rows = [{"after learning": task} for task in matrix.tasks]
     for row, accuracies in zip(rows, matrix.rows, strict=True):
         for task, value, learned in zip(matrix.tasks, accuracies, matrix.learned, strict=False):
             row[task] = f"**{100 * value:.0f}**" if value < learned - 0.1 else f"{100 * value:.0f}"
-    return Markdown(f"{title}, in %\n\n{markdown_table(DataFrame(rows).fillna(''))}")
+    return f"{title}, in %\n\n{markdown_table(DataFrame(rows).fillna(''))}"

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from sidetuning.errors import DataError, ShapeError, UnknownNameError
+from sidetuning.errors import ArtifactError, DataError, ShapeError, UnknownNameError
+from sidetuning.files import read_bytes, read_json
+from sidetuning.images import open_image
 from sidetuning.registry import unknown
 
 
@@ -102,18 +104,18 @@ def names(root: str | Path, domain: str) -> list[str]:
     Taskonomy's 18 for `segment_semantic`, and numbers for the others.
     """
     d, path = domain_of(domain), Path(root) / "names.json"
-    table: Any = {}
-    if path.exists():
-        try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is no readable JSON file ({error}); mend it or remove it") from error
-    found = table.get(d.name) if isinstance(table, dict) else []
+    like = f'it must read like {{"{d.name}": ["first name", "second name"]}}; mend it or remove it'
+    try:
+        found = read_json(path, {f"{d.name}?": [str]}, like).get(d.name)
+    except FileNotFoundError:
+        found = None
+    except ArtifactError as error:
+        raise DataError(str(error)) from error
+    if found == []:
+        raise DataError(f"{path} names no {d.name}; {like}")
     if found is None:
         return list(SEMANTIC) if d.name == "segment_semantic" else [str(i) for i in range(d.channels)]
-    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
-        raise DataError(f'{path} must read like {{"{d.name}": ["first name", "second name"]}}; mend it or remove it')
-    return found
+    return [str(name) for name in found]
 
 
 def read(path: str | Path, domain: str) -> npt.NDArray[Any]:
@@ -128,18 +130,15 @@ def read(path: str | Path, domain: str) -> npt.NDArray[Any]:
         DataError: the file is missing, damaged, or has other bits or channels than the domain.
     """
     d, path = tensor_domain(domain), Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise DataError(f"{d.name} has no file {path}; download or render it, or leave the domain {d.name} out")
     if d.bits == 32:
         return _scores(path, d)
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             mode, pixels = image.mode, _pixels(image, d)
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path} is damaged: no format that Pillow knows; download or render it again") from error
-    except Exception as error:
-        # Pillow's decoders raise errors of all kinds.
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); download or render it again") from error
+    except (DataError, OSError) as error:
+        raise DataError(f"{path} is damaged or too large: {error}; download or render it again") from error
     if pixels is None:
         needed = "16-bit grey" if d.bits == 16 else "8-bit grey" if d.channels < 2 else "8-bit RGB"
         raise DataError(f"{path} is a picture of mode {mode}; {d.name} needs {needed}: save it again as that")
@@ -174,8 +173,7 @@ def _pixels(image: Image.Image, d: Domain) -> npt.NDArray[Any] | None:
 
 def _scores(path: Path, d: Domain) -> npt.NDArray[np.float32]:
     try:
-        with path.open("rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
+        array = np.lib.format.read_array(io.BytesIO(read_bytes(path)), allow_pickle=False)
     except Exception as error:
         # Bytes of any kind make NumPy raise errors of all kinds, pickled objects included.
         raise DataError(f"{path} is no readable .npy file of numbers ({error}); download or render it again") from error

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
+from sidetuning.terminal import say, say_markdown
 from sidetuning_bench.options import FREE
 from sidetuning_bench.runs import Run, end_with_parent
 
@@ -108,7 +108,7 @@ def run_apart(cell: Cell[S], work: Callable[[S], R], bar: tqdm[Any]) -> R:
         try:
             while not future.done():
                 time.sleep(0.2)
-                learned = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+                learned = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
                 bar.update(start + min(learned, cell.size) - bar.n)
             return future.result()
         except KeyboardInterrupt:
@@ -124,9 +124,5 @@ def run_apart(cell: Cell[S], work: Callable[[S], R], bar: tqdm[Any]) -> R:
 
 def print_tables(text: str, folder: str) -> None:
     """Print the tables of a grid, which are in Markdown, and where they lie with the report."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    console = Console(width=max(120, shutil.get_terminal_size().columns))
-    console.print(Markdown(text))
-    console.print(f"table: {folder}/table.md; report: {folder}/report.html", highlight=False)
+    say_markdown(text, 120)
+    say(f"table: {folder}/table.md; report: {folder}/report.html")

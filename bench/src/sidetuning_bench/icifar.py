@@ -17,6 +17,7 @@ from sidetuning.base import Base
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
 from sidetuning.errors import DataError
 from sidetuning.loading import load_base
+from sidetuning.terminal import say
 from sidetuning_bench import options
 from sidetuning_bench.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning_bench.methods import Method, Task
@@ -209,4 +210,4 @@ FAMILIES["icifar"] = Family("iCIFAR", RunResult.load)
 def main(settings: Settings) -> None:
     """Run, print the table and write the report."""
     print_result(run(settings), "iCIFAR", settings.run.out)
-    print(f"report: {report([settings.run.out])}")
+    say(f"report: {report([settings.run.out])}")

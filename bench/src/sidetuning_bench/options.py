@@ -59,6 +59,9 @@ Positive = Annotated[float, must("be above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, must("be 0 or more", lambda x: x >= 0)]
 Share = Annotated[float, must("be above 0 and at most 1", lambda x: 0 < x <= 1)]
 Probability = Annotated[float, must("be from 0 to 1", lambda x: 0 <= x <= 1)]
+# Larger pictures fill the memory, and more processes do not start.
+Pixels = Annotated[Count, must("be at most 8192", lambda n: n <= 8192)]
+Workers = Annotated[Count, must("be at most 1024", lambda n: n <= 1024)]
 Once = must("name something, and nothing twice", lambda values: 0 < len(values) == len(set(values)))
 Names = Annotated[tuple[str, ...], Once]
 
@@ -372,7 +375,7 @@ def check(settings: Any) -> None:
 
 
 def problems(hint: Any, value: Any) -> Iterator[str]:
-    """What the rules inside a type say of a value; None breaks none of them."""
+    """What the rules inside a type say of a value, a number below 2**31; None breaks none of them."""
     origin, arms = get_origin(hint), get_args(hint)
     if value is None:
         return
@@ -385,3 +388,5 @@ def problems(hint: Any, value: Any) -> Iterator[str]:
     elif origin in (Union, UnionType):
         for arm in arms:
             yield from problems(arm, value)
+    elif isinstance(value, (int, float)) and not abs(value) < 2**31:
+        yield f"must be a number between -{2**31:,} and {2**31:,}"

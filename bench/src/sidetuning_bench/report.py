@@ -15,7 +15,8 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from sidetuning.errors import ArtifactError, SideTuningError
+from sidetuning.errors import ArtifactError, DataError, SideTuningError
+from sidetuning.images import open_image
 from sidetuning_bench.charts import SIZES, colours, draw, write_page
 from sidetuning_bench.results import (
     MeasureRow,
@@ -222,10 +223,9 @@ def _pairs(row: MeasureRow, shown: Sequence[Shown]) -> list[Pair]:
 def _embedded(file: Path) -> Picture:
     """A strip of square pictures; a long one is laid out in equal lines."""
     try:
-        with Image.open(file) as opened:
+        with open_image(file) as opened:
             picture = opened.convert("RGB")
-    # Pillow raises a dozen kinds, some of them its decoders' own.
-    except Exception as error:
+    except (DataError, OSError) as error:
         raise ArtifactError(f"{file} is not a picture ({error}); delete it to do without, or run again") from error
     if picture.height > SIDE:
         picture = picture.resize((max(1, round(picture.width * SIDE / picture.height)), SIDE), Image.Resampling.LANCZOS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from sidetuning.errors import SideTuningError
+from sidetuning.terminal import say
 from sidetuning_bench.charts import Chart, write_charts
 from sidetuning_bench.report import flat_settings, write_report
 from sidetuning_bench.results import RunResult, as_texts, estimate
+from sidetuning_bench.runs import read_run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -92,17 +93,17 @@ def content_of(
     """The content of run.json, with its "scenario", and with its "settings" as `read` makes them of JSON values.
 
     Raises:
-        SideTuningError: There is no run, or one of another scenario than these.
+        SideTuningError: There is no run, a damaged one, or one of another scenario than these.
     """
-    folder = Path(run)
+    content, folder = read_run(run), Path(run)
+    if content["scenario"] not in scenarios:
+        like = "".join(f", such as {file.parent}" for file in sorted(folder.glob("*/run.json"))[:1])
+        known = " or of ".join(scenarios)
+        raise SideTuningError(f"{run} holds a run of {content['scenario']}; give one of {known}{like}")
     try:
-        content: dict[str, Any] = json.loads((folder / "run.json").read_text())
-        if content["scenario"] in scenarios:
-            return {**content, "settings": read(content["settings"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {**content, "settings": read(content["settings"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SideTuningError(f"{run} holds no run that can be read ({error}); give the folder of a run") from error
-    like = "".join(f", such as {file.parent}" for file in sorted(folder.glob("*/run.json"))[:1])
-    raise SideTuningError(f"{run} holds a run of {content['scenario']}; give one of {' or of '.join(scenarios)}{like}")
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -150,4 +151,4 @@ def _table(results: Sequence[Any], family: Family) -> DataFrame:
 
 def main(settings: Settings) -> None:
     """Write the page and print its path."""
-    print(f"report: {report(settings.runs, settings.out)}")
+    say(f"report: {report(settings.runs, settings.out)}")

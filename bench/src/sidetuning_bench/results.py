@@ -11,13 +11,14 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sidetuning.errors import ArtifactError, SideTuningError
-from sidetuning.files import write_json
+from sidetuning.files import check_signed, read_json, signed, write_json
 from sidetuning_bench.continual import AccuracyMatrix, average_rank, mean_and_error, rigidity
 
 # Pandas takes a second to import, and `sidetuning bench --help` needs none.
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+MEND = "delete it and run again"
 # A method is small where a task adds at most this fraction of what all tasks share.
 SMALL = 0.1
 
@@ -94,16 +95,18 @@ class RunResult:
             ArtifactError: No such file, not JSON, a key missing or unknown, or values that do not fit each other.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            content = check_signed(read_json(path, {}, MEND), str(path), MEND, needed=False)
         except FileNotFoundError as error:
             raise ArtifactError(f"{path} does not exist; run the comparison first") from error
+        try:
+            return cls(**content)
         # A TypeError names a key that is missing or unknown, or comes from a text in place of a number.
-        except (ArtifactError, OSError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}; delete it and run again") from error
+        except (ArtifactError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}; {MEND}") from error
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, atomically."""
-        write_json(path, asdict(self))
+        write_json(path, signed(json.loads(json.dumps(asdict(self)))))
 
     @property
     def label(self) -> str:

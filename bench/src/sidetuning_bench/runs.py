@@ -9,16 +9,39 @@ import os
 import platform
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sidetuning.errors import SideTuningError
-from sidetuning.files import write_json, write_text
-from sidetuning_bench.options import FREE, defaults, flat, translated
+from tqdm import tqdm
 
-FORMAT_VERSION = 1
+from sidetuning.errors import ArtifactError, DataWarning, SideTuningError
+from sidetuning.files import (
+    LONGEST_TEXT,
+    atomic_write,
+    check_signed,
+    decode_text,
+    parse_json,
+    read_bytes,
+    read_json,
+    signed,
+    write_json,
+)
+from sidetuning.terminal import plain
+from sidetuning_bench.options import FREE, defaults, flat, translated, with_values
+
+# Version 1 had no checksums; version 0.1.0 of the library wrote no version.
+FORMAT_VERSION = 2
+MEND = "choose another folder with --out, or delete this one"
+SCHEMA = {"scenario": str, "settings": dict, "format_version?": int, "fingerprints?": dict}
+S = TypeVar("S")
+# A setting of dense tasks that came later, and what it was for all runs before.
+BEFORE = {"units": "range"}
+# What is the default of another, and was then.
+WAS = {"merge": ("mlp2", "alpha")}
 
 
 class Run:
@@ -41,7 +64,7 @@ class Run:
         file = self.folder / "run.json"
         # What failed before it began, by a mistake in its settings, may begin again with others.
         if file.exists() and any(other != file for other in self.folder.iterdir()):
-            self._check(file, scenario, settings, as_json(wanted), free)
+            self._check(scenario, settings, as_json(wanted), free)
             return
         versions = {name: version(name) for name in ("sidetuning", "torch", "numpy", "accelerate")}
         content = {
@@ -52,34 +75,23 @@ class Run:
             "command": sys.argv,
         }
         try:
-            write_json(file, content)
+            write_json(file, signed(content))
         except OSError as error:
             raise SideTuningError(
                 f"{folder} cannot be written to ({error.strerror}); choose another with --out"
             ) from error
 
-    def _check(
-        self, file: Path, scenario: str, settings: Any, wanted: Mapping[str, Any], free: tuple[str, ...]
-    ) -> None:
-        try:
-            found = json.loads(file.read_text())
-            known = {k: v for k, v in as_json(defaults(settings)).items() if k in wanted}
-            # Version 0.1.0 wrote no format_version.
-            own = found["settings"] if "format_version" in found else translated(found["settings"], wanted)
-            saved, was = {**known, **own}, found["scenario"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SideTuningError(
-                f"{file} is damaged ({error}); choose another folder with --out, or delete this one"
-            ) from error
+    def _check(self, scenario: str, settings: Any, wanted: Mapping[str, Any], free: tuple[str, ...]) -> None:
+        found = read_run(self.folder)
+        known = {k: v for k, v in {**as_json(defaults(settings)), **BEFORE}.items() if k in wanted}
+        own = found["settings"] if "format_version" in found else translated(found["settings"], wanted)
+        saved, was = {**known, **own}, found["scenario"]
         if was != scenario:
             raise SideTuningError(f"{self.folder} holds a run of {was}; choose another folder with --out")
         names = [*wanted, *(name for name in saved if name not in wanted and name not in free)]
         other = [f"{n} {saved.get(n)!r} (now {wanted.get(n)!r})" for n in names if saved.get(n) != wanted.get(n)]
         if other:
-            raise SideTuningError(
-                f"{self.folder} holds a run with other settings: {', '.join(other)}; choose another folder with --out, "
-                "or delete this one"
-            )
+            raise SideTuningError(f"{self.folder} holds a run with other settings: {', '.join(other)}; {MEND}")
 
     def belongs(self, **what: str) -> None:
         """Keep fingerprints of what the run is of, such as its data, and refuse others when it goes on.
@@ -87,17 +99,14 @@ class Run:
         Raises:
             SideTuningError: another was kept.
         """
-        file = self.folder / "run.json"
-        content = json.loads(file.read_text())
+        content = read_run(self.folder)
         kept = content.setdefault("fingerprints", {})
         before = dict(kept)
         for name, value in what.items():
             if kept.setdefault(name, value) != value:
-                raise SideTuningError(
-                    f"{self.folder} holds a run of another {name}; choose another folder with --out, or delete this one"
-                )
+                raise SideTuningError(f"{self.folder} holds a run of another {name}; {MEND}")
         if kept != before:
-            write_json(file, content)
+            write_json(self.folder / "run.json", signed(content))
 
     def tasks(self, name: str = "") -> Path:
         """Where a method saves its tasks; a method that has one task alone goes by that task's name."""
@@ -114,32 +123,76 @@ class Run:
         return self.folder / "resume" / f"{name}.pt"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
+        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out, a damaged one with a warning."""
+        return [row for _, row in self._rows() if row is not None]
+
+    def _rows(self) -> list[tuple[bytes, dict[str, Any] | None]]:
+        """The lines of `metrics.jsonl` and what they say, None where one is damaged."""
         file = self.folder / "metrics.jsonl"
-        rows = []
-        for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines = read_bytes(file, LONGEST_TEXT).splitlines(keepends=True) if file.exists() else []
+        except OSError as error:
+            raise SideTuningError(f"{file} cannot be read ({error}); {MEND}") from error
+        rows: list[tuple[bytes, dict[str, Any] | None]] = []
+        for number, line in enumerate(lines, 1):
+            row = None
             try:
-                rows.append(json.loads(line))
+                row = check_signed(parse_json(decode_text(line), "", {}, ""), "", "", needed=False)
             except ValueError:
-                break
+                if number < len(lines) or line.endswith(b"\n"):
+                    warnings.warn(f"line {number} of {file} is damaged and was left out", DataWarning, stacklevel=3)
+            if row is not None or line.endswith(b"\n"):
+                # The whole last row of a file that somebody edited may have no end.
+                rows.append((line.rstrip(b"\r\n") + b"\n", row))
         return rows
 
     def keep(self, which: Callable[[Mapping[str, Any]], bool]) -> None:
         """Leave those rows of `metrics.jsonl` alone."""
-        rows = self.metrics()
-        if not all(map(which, rows)):
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if which(row)))
+        rows = self._rows()
+        kept = [line for line, row in rows if row is None or which(row)]
+        if len(kept) < len(rows):
+            with atomic_write(self.folder / "metrics.jsonl") as temporary:
+                temporary.write_bytes(b"".join(kept))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to `metrics.jsonl`, after dropping a line that a kill cut short."""
         file = self.folder / "metrics.jsonl"
-        text = "".join(json.dumps(r) + "\n" for r in self.metrics())
-        with file.open("r+" if file.exists() else "w") as out:
-            out.seek(len(text.encode()))
+        text = b"".join(line for line, _ in self._rows())
+        with file.open("r+b" if file.exists() else "wb") as out:
+            out.write(text + json.dumps(signed(row)).encode() + b"\n")
             out.truncate()
-            out.write(json.dumps(row) + "\n")
             out.flush()
             os.fsync(out.fileno())  # what is saved after it must not outlive it
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """What the run in a folder is, by its `run.json`.
+
+    Raises:
+        SideTuningError: there is no run, or its file is damaged.
+    """
+    file = Path(folder) / "run.json"
+    try:
+        content = read_json(file, SCHEMA, MEND)
+    except FileNotFoundError as error:
+        raise SideTuningError(f"{folder} holds no run: run.json is missing; give the folder of a run") from error
+    return check_signed(content, str(file), MEND, needed=(content.get("format_version") or 0) > 1)
+
+
+def dated(settings: S, folder: str | Path) -> S:
+    """Settings of dense tasks whose `units` are "labels" where they are not given.
+
+    In the folder of a run that began before there was a choice they are "range", and defaults are what they were then.
+    """
+    now = flat(settings)
+    if now["units"] is not None:
+        return settings
+    saved = read_run(folder)["settings"] if (Path(folder) / "run.json").exists() else {"units": "labels"}
+    if "units" in saved:
+        return with_values(settings, {"units": "labels"})
+    was = {name: old for name, (new, old) in WAS.items() if (now.get(name), saved.get(name)) == (new, old)}
+    tqdm.write(plain(f"{folder} holds a run of an earlier version, and goes on with its defaults: {BEFORE | was}"))
+    return with_values(settings, BEFORE | was)
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,10 +225,18 @@ def read_result(kind: Callable[..., Any], file: Path) -> Any:
     Raises:
         SideTuningError: it cannot be read, or another version of the library wrote it.
     """
+    mend = "delete it, and run the same command again"
     try:
-        return kind(**json.loads(file.read_text()))
+        return kind(**check_signed(read_json(file, {}, mend), str(file), mend, needed=False))
+    except ArtifactError:
+        raise
     except (OSError, ValueError, TypeError) as error:
-        raise SideTuningError(f"{file} cannot be read ({error}); delete it, and run the same command again") from error
+        raise SideTuningError(f"{file} cannot be read ({error}); {mend}") from error
+
+
+def write_result(file: Path, result: Any) -> None:
+    """Write a result, a dataclass, for `read_result`."""
+    write_json(file, signed(as_json(asdict(result))))
 
 
 def peak_memory_mb(anew: bool = False) -> float | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from sidetuning.errors import ArtifactError, SideTuningError
+from sidetuning.files import held_folder
+from sidetuning.terminal import say, say_markdown
 from sidetuning_bench.methods import Method, Recipe, Task, saved_tasks
 from sidetuning_bench.options import FREE, flat, with_values
 from sidetuning_bench.results import RunResult, markdown_table, own_values
@@ -78,25 +80,26 @@ def learn_in_order(folder: Run, course: Course) -> RunResult:
     former stands. What the folder holds already is not learned again.
 
     Raises:
-        ArtifactError: a task is saved, and its row of metrics is lost.
+        ArtifactError: a task is saved, and its row of metrics is lost; or another process works in the folder.
     """
-    done = saved_rows(folder, course)
-    methods = [course.build() for _ in done] if course.alone and done else [course.build()]
-    for method, name in zip(methods, done, strict=False):
-        method.load(folder.tasks(name if course.alone else ""))
-    file = folder.folder / "result.json"
-    if len(done) == len(course.lessons) and file.exists():
-        return RunResult.load(file)
-    for i, name in enumerate(course.names):
-        if name not in done:
-            if course.alone and i:
-                methods.append(course.build())
-            learn_lesson(folder, course, methods[-1], i, done)
-        folder.done(name)
-    result = result_of(course, [done[name] for name in course.names], methods[0].uses_features)
-    result.matrix.save(folder.folder / "matrix.json")
-    result.save(file)
-    return result
+    with held_folder(folder.folder):
+        done = saved_rows(folder, course)
+        methods = [course.build() for _ in done] if course.alone and done else [course.build()]
+        for method, name in zip(methods, done, strict=False):
+            method.load(folder.tasks(name if course.alone else ""))
+        file = folder.folder / "result.json"
+        if len(done) == len(course.lessons) and file.exists():
+            return RunResult.load(file)
+        for i, name in enumerate(course.names):
+            if name not in done:
+                if course.alone and i:
+                    methods.append(course.build())
+                learn_lesson(folder, course, methods[-1], i, done)
+            folder.done(name)
+        result = result_of(course, [done[name] for name in course.names], methods[0].uses_features)
+        result.matrix.save(folder.folder / "matrix.json")
+        result.save(file)
+        return result
 
 
 def saved_rows(folder: Run, course: Course) -> dict[str, Row]:
@@ -208,8 +211,6 @@ def with_recipe(settings: S, best: Mapping[str, Any]) -> S:
 def print_result(result: RunResult, title: str, folder: str) -> None:
     """Print the table of a run, and what it took."""
     from pandas import DataFrame
-    from rich.console import Console
-    from rich.markdown import Markdown
 
     matrix = result.matrix
     measures, learned, ends = zip(*(own_values(result, task) for task in result.tasks), strict=True)
@@ -224,11 +225,9 @@ def print_result(result: RunResult, title: str, folder: str) -> None:
     average, lost = 100 * matrix.average, 100 * (0.0 - matrix.backward_transfer)
     added, shared = max(result.parameters), result.shared_parameters
     share = f" ({added / shared:.1%})" if shared else ""
-    console = Console()
-    console.print(Markdown(f"{title}, {result.method}, seed {result.seed}\n\n{markdown_table(DataFrame(columns))}"))
-    console.print(
+    say_markdown(f"{title}, {result.method}, seed {result.seed}\n\n{markdown_table(DataFrame(columns))}")
+    say(
         f"average score at the end: {average:.1f}; lost on earlier tasks, on average: {lost:.1f} points.\n"
         f"shared by all tasks: {shared:,} parameters; each task adds at most {added:,}{share}.\n"
-        f"base features: {result.base_seconds:.1f} s; training: {sum(result.seconds):.1f} s. Run folder: {folder}",
-        highlight=False,
+        f"base features: {result.base_seconds:.1f} s; training: {sum(result.seconds):.1f} s. Run folder: {folder}"
     )

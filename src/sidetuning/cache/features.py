@@ -34,10 +34,9 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        store = Store.open(self.folder)
+        self._store = store = Store.open(self.folder)
         self.fields, self.samples, self.views, self.seconds = store.fields, store.samples, store.views, store.seconds
         self.view: int | None = None if self.views > 1 else 0
-        self._arrays = {name: np.memmap(self.folder / name, field, "r") for name, field in self.fields.items()}
 
     def __len__(self) -> int:
         return self.samples
@@ -45,7 +44,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
     @property
     def labels(self) -> Tensor:
         """All y, (n, …)."""
-        return torch.from_numpy(np.array(self._arrays["y"]))
+        return self._read("y", np.arange(self.samples))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Features, Tensor]:
         x, features, y = self.__getitems__([index])
@@ -53,14 +52,14 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Features, Tensor]:
         """A whole batch at once; what torch's loader asks for where it can."""
-        samples = np.asarray(indices)
+        samples = np.arange(self.samples)[np.asarray(indices)]
         view = torch.randint(self.views, (len(samples),)).numpy() if self.view is None else self.view
         rows = view * self.samples + samples
         taps = {name[4:]: self._read(name, rows) for name in self.fields if name.startswith("tap.")}
         return self._read("x", rows), Features(self._read("out", rows), taps), self._read("y", samples)
 
     def _read(self, name: str, rows: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(self._arrays[name][rows])
+        tensor = torch.from_numpy(self._store.read(name, rows))
         return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 

@@ -1,8 +1,9 @@
 """The folder that a cache is, written in chunks by one process or several.
 
-Layout: `<root>/<key>/` with one flat file per field (`x`, `out`, `tap.<name>`, `y`), one row after another; `done/`
-with a marker per finished chunk; and `meta.json`, which alone makes a cache valid and is written last. A killed writer
-resumes at the first chunk without a marker; several processes write disjoint chunks of the same files.
+Layout: `<root>/<key>/` with one flat file per field (`x`, `out`, `tap.<name>`, `y`), one row after another, and beside
+each `sum.<field>` with a checksum per row, which every read compares; `done/` with a marker per finished chunk; and
+`meta.json`, which alone makes a cache valid and is written last. A killed writer resumes at the first chunk without a
+marker, or whose rows are not those that were written; several processes write disjoint chunks of the same files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,13 +24,24 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetuning.base import Base
-from sidetuning.errors import CacheError, ShapeError
-from sidetuning.files import write_json
+from sidetuning.errors import ArtifactError, CacheError, ShapeError, SideTuningError
+from sidetuning.files import check_json, check_signed, read_json, signed, write_json
+from sidetuning.launch import processes
+from sidetuning.terminal import plain
 
-FORMAT_VERSION = 1
+# Version 1 had no checksums.
+FORMAT_VERSION = 2
+# Numbers alone: NumPy takes the bytes of an object for addresses. The sizes of the files bound the shapes.
+TYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
+TYPES |= {"float16", "float32", "float64", "complex64", "complex128"}
+FIELD = {"shape": [int], "dtype": TYPES}
+SCHEMA = {"format_version": int, "samples": int, "views?": int, "fields": dict, "seconds?": float}
+MARKER = {"seconds": float, "rows": dict}
+SUM = np.dtype(np.uint64)
 T = TypeVar("T")
 # Stores values of a field from a row on: put(name, values, row).
 Put = Callable[[str, Tensor, int], None]
@@ -44,6 +58,7 @@ class Store:
         samples, rows: their numbers, of one view.
         views: number of views of each sample; labels `y` are stored once.
         seconds: time that writing took, over all calls; chunks that were interrupted do not count.
+        summed: whether there is a checksum of each row.
     """
 
     folder: Path
@@ -52,84 +67,133 @@ class Store:
     rows: int
     views: int = 1
     seconds: float = 0.0
+    summed: bool = True
 
     @staticmethod
     def open(folder: Path, rows: int | None = None) -> Store:
         """Read what a finished cache of `rows` rows, or of one per sample, holds; CacheError where that is not so."""
+        file, mend = folder / "meta.json", f"delete {folder} and cache again"
         try:
-            meta = json.loads((folder / "meta.json").read_text())
-            if meta["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format_version {meta['format_version']}, this library reads {FORMAT_VERSION}")
-            fields = {name: np.dtype((field["dtype"], tuple(field["shape"]))) for name, field in meta["fields"].items()}
-            samples, views = int(meta["samples"]), int(meta.get("views", 1))
-            store = Store(folder, fields, samples, rows or samples, views, float(meta.get("seconds", 0)))
+            meta = read_json(file, SCHEMA, mend)
+            if not 1 <= meta["format_version"] <= FORMAT_VERSION:
+                raise CacheError(
+                    f"{file} has format_version {meta['format_version']}, this library reads 1 to {FORMAT_VERSION}; "
+                    f"{mend}"
+                )
+            meta = check_signed(meta, str(file), mend, needed=meta["format_version"] > 1)
+            fields = {name: _field(check_json(field, str(file), FIELD, mend)) for name, field in meta["fields"].items()}
         except FileNotFoundError as error:
             raise CacheError(f"{folder} is no finished cache: meta.json is missing; cache again") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"{folder}/meta.json cannot be read ({error}); delete {folder} and cache again") from error
-        for name in fields:
-            file = folder / name
-            if not file.exists() or file.stat().st_size != store.size(name):
-                raise CacheError(f"{file} is missing or has the wrong size; delete {folder} and cache again")
+        except ArtifactError as error:
+            raise CacheError(str(error)) from error
+        except (ValueError, OverflowError) as error:
+            raise CacheError(f"{file} has a shape of no array ({error}); {mend}") from error
+        samples, views, seconds = meta["samples"], meta.get("views") or 1, float(meta.get("seconds") or 0)
+        store = Store(folder, fields, samples, rows or samples, views, seconds, meta["format_version"] > 1)
+        if min(samples, views) < 1 or "out" not in fields:
+            raise CacheError(f"{file} has no valid sizes; {mend}")
+        for name, size in store.files().items():
+            if not re.fullmatch(r"[\w. -]+", name) or not (folder / name).is_file():
+                raise CacheError(f"{folder / name} is missing; {mend}")
+            if (folder / name).stat().st_size != size:
+                raise CacheError(f"{folder / name} has the wrong size; {mend}")
         return store
+
+    def files(self) -> dict[str, int]:
+        """The files of all fields, and of their sums, with their sizes in bytes."""
+        sizes = {name: self.size(name) for name in self.fields}
+        for name, field in self.fields.items() if self.summed else ():
+            sizes[f"sum.{name}"] = sizes[name] // max(1, field.itemsize) * SUM.itemsize
+        return sizes
 
     def size(self, *names: str) -> int:
         """Bytes of the files of some fields, by default of all."""
         views = {name: 1 if name == "y" else self.views for name in names or self.fields}
         return sum(self.fields[name].itemsize * self.rows * count for name, count in views.items())
 
+    def read(self, name: str, rows: NDArray[Any]) -> NDArray[Any]:
+        """Some rows of a field, (n, …); CacheError where they are not those that were written."""
+        values = _rows(self.folder / name, self.fields[name], rows)
+        if self.summed and not np.array_equal(row_sums(values, rows), _rows(self.folder / f"sum.{name}", SUM, rows)):
+            raise CacheError(
+                f"{self.folder / name} was changed since it was written; delete {self.folder} and cache again"
+            )
+        return values
+
     def write(self, work: Work, chunk: int, progress: bool) -> None:
         """Do the work that no earlier call has finished, in chunks of `chunk` samples; several processes share it."""
-        from accelerate import PartialState
         from tqdm import tqdm
 
-        state, done = PartialState(), self.folder / "done"
+        state, done = processes(), self.folder / "done"
         chunks = [(view, start) for view in range(self.views) for start in range(0, self.samples, chunk)]
         share = chunks[state.process_index :: state.num_processes]
         show = progress and state.is_main_process
         if show:
             what = f"{self.samples:,} samples x {self.views} views: {self.size() / 1e6:,.0f} MB in {self.folder}"
-            tqdm.write(f"caching the base's features of {what}")
+            tqdm.write(plain(f"caching the base's features of {what}"))
+        if state.is_main_process:
+            self._clear()
+        state.wait_for_everyone()
         with ExitStack() as stack:
             files = self._reserve(stack)
             bar = stack.enter_context(tqdm(total=len(share) * chunk, unit="sample", disable=not show, leave=False))
             for view, start in share:
                 marker, samples = done / f"{view}-{start}", range(start, min(start + chunk, self.samples))
-                if marker.exists():
+                if self._is_done(marker):
                     bar.update(len(samples))
                     continue
-                started = time.perf_counter()
-                for count in work(view, samples, partial(self._put, files)):
+                started, written = time.perf_counter(), dict[str, tuple[int, int]]()
+                for count in work(view, samples, partial(self._put, files, written)):
                     bar.update(count)
                 with disk_errors(self.folder):
                     for file in files.values():
                         file.flush()
                         os.fsync(file.fileno())
-                    marker.write_text(f"{time.perf_counter() - started:.3f}")
+                    write_json(marker, {"seconds": round(time.perf_counter() - started, 3), "rows": written})
         state.wait_for_everyone()
         markers = [done / f"{view}-{start}" for view, start in chunks]
-        if not all(marker.exists() for marker in markers):
+        if not all(map(self._is_done, markers if state.is_main_process else [])):
             raise CacheError(f"{self.folder} is being written by another process; run again when that one has ended")
         fields = {name: {"shape": list(field.shape), "dtype": str(field.base)} for name, field in self.fields.items()}
-        seconds = sum(float(marker.read_text() or 0) for marker in markers)
+        seconds = sum(read_json(marker, MARKER, "")["seconds"] for marker in markers)
         about = {"format_version": FORMAT_VERSION, "samples": self.samples, "views": self.views, "fields": fields}
-        write_json(self.folder / "meta.json", {**about, "seconds": seconds})
+        write_json(self.folder / "meta.json", signed({**about, "seconds": seconds}))
         state.wait_for_everyone()
+
+    def _clear(self) -> None:
+        """Begin anew where something else lies in place of a file: through a link, others' files would be written."""
+        done = self.folder / "done"
+        for path in self.folder.rglob("*"):
+            if path.is_symlink() or not (path.is_dir() if path == done else path.is_file()):
+                shutil.rmtree(self.folder)
+                return
 
     def _reserve(self, stack: ExitStack) -> dict[str, BinaryIO]:
         """Open all files at their full size: a full disk is found before hours of work."""
         files: dict[str, BinaryIO] = {}
         with disk_errors(self.folder):
             (self.folder / "done").mkdir(parents=True, exist_ok=True)
-            for name in self.fields:
+            for name, size in self.files().items():
                 handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
                 files[name] = stack.enter_context(os.fdopen(handle, "r+b"))
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(handle, 0, max(1, self.size(name)))
-                os.truncate(handle, self.size(name))
+                    os.posix_fallocate(handle, 0, max(1, size))
+                os.truncate(handle, size)
         return files
 
-    def _put(self, files: Mapping[str, BinaryIO], name: str, value: Tensor, row: int) -> None:
+    def _is_done(self, marker: Path) -> bool:
+        """Whether the rows of a chunk are those that its marker speaks of; files may have been lost since."""
+        try:
+            for name, (first, last) in read_json(marker, MARKER, "")["rows"].items():
+                self.read(name, np.arange(first, last))
+        except (OSError, SideTuningError, ValueError, TypeError, KeyError):
+            return False
+        return True
+
+    def _put(
+        self, files: Mapping[str, BinaryIO], written: dict[str, tuple[int, int]], name: str, value: Tensor, row: int
+    ) -> None:
+        """Store values of a field, and widen the range of rows that were `written` of it."""
         field = self.fields[name]
         given = name in ("x", "y")
         # NumPy has no bfloat16. What float16 cannot hold becomes infinite, and is refused below.
@@ -151,8 +215,37 @@ class Store:
                 "check the base and its input, or cache with dtype='float32'"
             )
         with disk_errors(self.folder):
-            files[name].seek(row * field.itemsize)
-            files[name].write(array.tobytes())
+            for file, data in ((name, array), (f"sum.{name}", row_sums(array, np.arange(row, row + len(array))))):
+                files[file].seek(row * (data.nbytes // max(1, len(data))))
+                files[file].write(data.tobytes())
+        first, last = written.get(name, (row, row))
+        written[name] = min(first, row), max(last, row + len(array))
+
+
+def _rows(file: Path, field: np.dtype[Any], rows: NDArray[Any]) -> NDArray[Any]:
+    """Some rows of a file, neighbours in one go.
+
+    Read, not mapped: the pages of a map count as this process's memory, and a file that is cut meanwhile would end it.
+    """
+    values = np.empty(len(rows), field)
+    content, size = memoryview(values.reshape(-1).view(np.uint8).data), field.itemsize
+    firsts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    with file.open("rb", buffering=0) as opened:
+        for first, last in zip(firsts, [*firsts[1:], len(rows)], strict=True):
+            opened.seek(int(rows[first]) * size)
+            if opened.readinto(content[first * size : last * size]) != (last - first) * size:
+                raise CacheError(f"{file} was cut; delete {file.parent} and cache again")
+    return values
+
+
+def row_sums(array: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
+    """A checksum for each row of an array, of its bytes and its number; a change of one number is always found."""
+    data = np.ascontiguousarray(array).reshape(len(array), -1 if array.size else 0).view(np.uint8)
+    width = next(width for width in (8, 4, 2, 1) if data.shape[1] % width == 0)
+    words = data.view(f"u{width}")
+    weights = np.arange(1, words.shape[1] + 1, dtype=SUM) * SUM.type(0x9E3779B97F4A7C15) | SUM.type(1)
+    own = (rows.astype(SUM) + SUM.type(1)) * SUM.type(0xC2B2AE3D27D4EB4F)
+    return own + np.einsum("ij,j->i", words, weights, dtype=SUM, casting="unsafe")
 
 
 @contextmanager
@@ -187,7 +280,14 @@ def folder_of(
     """
     identity = base.identity()
     norm = [None if t is None else t.flatten().tolist() for t in (base.mean, base.std)]
-    newer = [identity.digest(), base.structure(), taps, *content]
+    # Taps that have not the layout of the network's output.
+    usual = "nhwc" if base.select.channels_last else "nchw"
+    other = {tap: base.layouts[tap] for tap in taps if base.layouts.get(tap, usual) != usual}
+    newer = [identity.digest(), base.structure(), taps, *content, *([other] if other else [])]
     older = [identity.sha256, norm, identity.preparation["output"], identity.output_shape, taps, *before]
     folder, old = (Path(root) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in (newer, older))
-    return old if old.exists() and not folder.exists() and not base.select.channels_last else folder
+    return old if old.exists() and not folder.exists() and not other and usual == "nchw" else folder
+
+
+def _field(recorded: Mapping[str, Any]) -> np.dtype[Any]:
+    return np.dtype((recorded["dtype"], tuple(recorded["shape"])))

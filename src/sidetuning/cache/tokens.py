@@ -19,7 +19,7 @@ from sidetuning.errors import CacheError, ShapeError
 
 # Texts between two markers.
 CHUNK = 512
-# Transformers' name of the module before the layers: as a tap it is looked up by token ids, and not stored.
+# Transformers' name of the module before the layers: as a tap it is looked up by token ids where they tell it.
 EMBEDDINGS = "embeddings"
 
 
@@ -44,13 +44,12 @@ class CachedTokens(Dataset[Any]):
     def __init__(self, base: Base, texts: Texts, labels: Tensor, folder: Path) -> None:
         self.texts, self.labels, self.folder = texts, labels, folder
         self._starts = np.concatenate([[0], np.cumsum(texts.lengths())])
-        store = Store.open(folder, int(self._starts[-1]))
+        self._store = store = Store.open(folder, int(self._starts[-1]))
         if store.samples != len(texts):
             raise CacheError(f"{folder} has {store.samples} texts, not {len(texts)}; delete {folder} and cache again")
-        self._fields, self.seconds = store.fields, store.seconds
+        self.seconds = store.seconds
         self.taps = [name[4:] for name in store.fields if name.startswith("tap.")]
-        net: Any = base.net
-        self._embeddings = net.get_submodule(EMBEDDINGS) if EMBEDDINGS in base.tap_shapes else None
+        self._embeddings = looked_up(base)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -63,13 +62,10 @@ class CachedTokens(Dataset[Any]):
         return inputs, Features(self._read("out", rows, longest), taps), self.labels[list(rows)]
 
     def _read(self, name: str, rows: Sequence[int], longest: int) -> Tensor:
-        field = self._fields[name]
-        out = torch.zeros(len(rows), longest, *field.shape)
+        out = torch.zeros(len(rows), longest, *self._store.fields[name].shape)
         for k, row in enumerate(rows):
             first, last = int(self._starts[row]), int(self._starts[row + 1])
-            # Read, not mapped: the pages of a map would count as this process's memory.
-            tokens = np.fromfile(self.folder / name, field, last - first, offset=first * field.itemsize)
-            out[k, : last - first] = torch.from_numpy(tokens)
+            out[k, : last - first] = torch.from_numpy(self._store.read(name, np.arange(first, last)))
         return out
 
 
@@ -78,8 +74,23 @@ def _embed(layer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The embeddings of tokens, before the first layer, (b, t, c); 0 where there is padding."""
     device = next(layer.parameters()).device
     given = {name: inputs[name].to(device) for name in ("input_ids", "token_type_ids") if name in inputs}
-    vectors: Tensor = layer(**given)
-    return vectors.to(inputs["attention_mask"].device) * inputs["attention_mask"].unsqueeze(-1)
+    vectors: Tensor = layer(given["input_ids"]) if isinstance(layer, nn.Embedding) else layer(**given)
+    return vectors.float().to(inputs["attention_mask"].device) * inputs["attention_mask"].unsqueeze(-1)
+
+
+def looked_up(base: Base) -> nn.Module | None:
+    """The module behind the tap "embeddings" where it needs token ids alone; None where it is stored as others are."""
+    if EMBEDDINGS not in base.tap_shapes or isinstance(base.example, Tensor):
+        return None
+    net: Any = base.net
+    layer: nn.Module = net.get_submodule(EMBEDDINGS)
+    try:
+        found = _embed(layer, dict(base.example))
+    except Exception:
+        # It reads more, such as the places of words on a page.
+        return None
+    tap = base.example_features.taps[EMBEDDINGS] * base.example["attention_mask"].unsqueeze(-1)
+    return layer if found.shape == tap.shape and torch.allclose(found.to(tap.dtype), tap, atol=1e-4) else None
 
 
 def cache_tokens(
@@ -95,7 +106,8 @@ def cache_tokens(
     """Run the base once over texts and keep its features; a finished cache of the same content is only opened.
 
     Args:
-        base: a base whose output, and taps, are sequences. Its tap "embeddings" is looked up and not stored.
+        base: a base whose output, and taps, are sequences. Its tap "embeddings" is looked up where token ids tell it,
+            and not stored.
         texts: the texts.
         labels: labels of the texts, (n, …); not part of the cache.
         path, dtype, batch_size, progress: as of `cache_features`, which see for errors too.
@@ -107,7 +119,8 @@ def cache_tokens(
         raise ShapeError(
             f"cache_tokens keeps features of tokens, and this base returns a {base.kind}; use cache_features"
         )
-    taps = {name: shape for name, shape in base.tap_shapes.items() if name != EMBEDDINGS}
+    found = looked_up(base)
+    taps = {name: shape for name, shape in base.tap_shapes.items() if name != EMBEDDINGS or found is None}
     if any(len(shape) != 2 for shape in taps.values()):
         raise ShapeError(f"cache_tokens keeps taps that are sequences, not {base.tap_shapes}")
     content = [texts.fingerprint(), 1, "none", f"tokens {dtype}"]

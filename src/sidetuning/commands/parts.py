@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sidetuning.terminal import say
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -15,5 +17,5 @@ def main(settings: Settings) -> None:
     from sidetuning import BASES, HEADS, MERGES, SIDES
 
     for registry in (BASES, SIDES, MERGES, HEADS):
-        print(f"{registry.kind}: {', '.join(registry.names())}")
-    print("more bases: timm:NAME, hf:NAME_OR_FOLDER, onnx:PATH")
+        say(f"{registry.kind}: {', '.join(registry.names())}")
+    say("more bases: timm:NAME, hf:NAME_OR_FOLDER, onnx:PATH")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +10,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from sidetuning.errors import ArtifactError, DataError
+from sidetuning.errors import DataError
+from sidetuning.files import check_signed, read_json
 from sidetuning.loading import load
 from sidetuning.problems import Classes
 from sidetuning.sides.fit import resize
+from sidetuning.terminal import plain
 from sidetuning.transforms import decode_image
 
 
@@ -80,18 +81,18 @@ def averages_mirror_images(run: Path) -> bool:
     file = next((f for f in (run / "run.json", run.parent.parent / "run.json") if f.exists()), None)
     if file is None:
         return False
-    try:
-        return bool(json.loads(file.read_text())["settings"].get("mirror"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error}); give the folder of a whole run or of a task") from error
+    mend = "give the folder of a whole run or of a task"
+    content = read_json(file, {"settings": {"mirror?": bool}, "format_version?": int}, mend)
+    check_signed(content, str(file), mend, needed=(content.get("format_version") or 0) > 1)
+    return bool(content["settings"].get("mirror"))
 
 
 def read(path: Path, size: tuple[int, ...]) -> Tensor:
     """An image file as (3, h, w) in [0, 1]."""
     try:
-        image = decode_image(path.read_bytes())
+        image = decode_image(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); give the path of an image file") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return resize(image.unsqueeze(0).float() / 255, size)[0]
@@ -101,6 +102,7 @@ def main(settings: Settings) -> None:
     """Print a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for column in ("image", "task", "answer", "value"):
@@ -110,6 +112,7 @@ def main(settings: Settings) -> None:
         if last and answer.image != last:
             table.add_section()
         image = "" if answer.image == last else answer.image
-        table.add_row(image, answer.task, answer.label, f"{answer.value:.2f}")
+        # Text, in which rich looks for no markup.
+        table.add_row(*(Text(plain(cell)) for cell in (image, answer.task, answer.label, f"{answer.value:.2f}")))
         last = answer.image
     Console().print(table)

@@ -10,6 +10,7 @@ PPO reads every observation `n_epochs` times; with the wrapper the base sees it 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import build_branch
 from sidetuning.errors import ArtifactError, DataError, ShapeError, UnknownNameError
+from sidetuning.identity import Identity
 from sidetuning.loading import load_base
 from sidetuning.registry import unknown
 
@@ -37,16 +39,22 @@ class CodeSpace(spaces.Box):
 
     # What the fingerprint may be: version 0.1.0 took the sha256 of the weights. Its spaces are without this attribute.
     known: tuple[str, ...] = ()
+    # What else the base is: equal weights may compute other codes.
+    identity: Identity | None = None
 
     def __init__(self, base: Base) -> None:
         super().__init__(-np.inf, np.inf, base.output_shape, np.float32)
-        self.fingerprint = base.identity().digest()
-        self.known = (self.fingerprint, base.identity().sha256)
+        self.identity = base.identity()
+        self.fingerprint = self.identity.digest()
+        self.known = (self.fingerprint, self.identity.sha256)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CodeSpace):
             return super().__eq__(other)
-        same = self.fingerprint in (other.fingerprint, *other.known) or other.fingerprint in self.known
+        if self.identity is not None and other.identity is not None:
+            same = self.identity.difference(other.identity.record()) is None
+        else:
+            same = self.fingerprint in (other.fingerprint, *other.known) or other.fingerprint in self.known
         return same and super().__eq__(other)
 
     def __repr__(self) -> str:
@@ -144,6 +152,8 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         layers = (nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()) if width else ()
         self.given = nn.Sequential(*layers) if layers else None
         self.register_buffer("base_fingerprint", torch.tensor(list(bytes.fromhex(own.fingerprint)), dtype=torch.uint8))
+        record = json.dumps(self.base.identity().record()).encode()
+        self.register_buffer("base_identity", torch.tensor(list(record), dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(_check_base)
 
     def add_networks(self, method: str, parts: Mapping[str, Any]) -> None:
@@ -194,9 +204,17 @@ class SideTunedExtractor(BaseFeaturesExtractor):
 def _check_base(extractor: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse weights that were learned on another base."""
     if (key := f"{prefix}base_fingerprint") in state:
-        if bytes(state[key].tolist()).hex() not in CodeSpace(extractor.base).known:
+        known = CodeSpace(extractor.base).known
+        # Version 0.1.0 wrote the fingerprint alone.
+        whole = state.get(f"{prefix}base_identity")
+        try:
+            record = None if whole is None else json.loads(bytes(whole.tolist()))
+            difference = None if record is None else extractor.base.identity().difference(record)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"this policy is damaged: the identity of its base is none ({error})") from error
+        if difference or (record is None and bytes(state[key].tolist()).hex() not in known):
             raise ArtifactError("this policy was trained on another base; build the extractor with the base it had")
-        state[key] = extractor.base_fingerprint
+        state |= {key: extractor.base_fingerprint, f"{prefix}base_identity": extractor.base_identity}
 
 
 def _picture(space: Any) -> spaces.Box:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 
 from sidetuning.base import Base
 from sidetuning.errors import UnknownNameError
+from sidetuning.inputs import dtype_of
+from sidetuning.outputs import Taps
 from sidetuning.registry import unknown
 from sidetuning.sides.initialise import load_weights
 
@@ -17,10 +18,11 @@ from sidetuning.sides.initialise import load_weights
 def load(
     name: str,
     *,
-    taps: Sequence[str] = (),
+    taps: Taps = (),
     output: str | None = None,
     pretrained: bool = True,
     weights: str | Path | None = None,
+    dtype: str | None = None,
 ) -> Base:
     """Build the base.
 
@@ -31,6 +33,7 @@ def load(
             (b, t, d) of a transformer without one.
         pretrained: False for random weights.
         weights: a safetensors file of the network, with its classifier or without.
+        dtype: type of the network's weights, "float32" by default.
     """
     try:
         import timm
@@ -54,15 +57,16 @@ def load(
         ) from error
     config: dict[str, Any] = net.pretrained_cfg
     if weights is not None:
-        classifier = config.get("classifier") or ()
-        names = (classifier,) if isinstance(classifier, str) else classifier
-        load_weights(net, weights, f"timm model '{name}'", spare=[f"{n}." for n in names])
+        with torch.device("meta"):
+            # What it has more with a classifier, whatever that is called.
+            whole = timm.create_model(name, pretrained=False).state_dict()
+        load_weights(net, weights, f"timm model '{name}'", spare=[key for key in whole if key not in net.state_dict()])
     size = config.get("input_size", (3, 224, 224))
     channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
     if output == "map":
         net.forward = net.forward_features
     return Base(
-        net,
+        net.to(dtype_of(dtype)),
         example=torch.zeros(1, *size),
         taps=taps,
         channels_last=channels_last,

@@ -8,20 +8,22 @@ from typing import Any
 
 import torch
 
-from sidetuning.base import Base, Input, Select
+from sidetuning.base import Base, Input
 from sidetuning.errors import ShapeError, UnknownNameError
-from sidetuning.inputs import call
+from sidetuning.inputs import call, dtype_of
+from sidetuning.outputs import Select, Taps
 from sidetuning.sides.initialise import load_weights
 
 
 def load(
     name: str,
     *,
-    taps: Sequence[str] = (),
+    taps: Taps = (),
     output: str | None = None,
     revision: str | None = None,
     pretrained: bool = True,
     weights: str | Path | None = None,
+    dtype: str | None = None,
 ) -> Base:
     """Build the base; of an encoder with a decoder, the encoder.
 
@@ -34,6 +36,7 @@ def load(
         revision: revision of the model on the Hub.
         pretrained: False builds it from its configuration with random weights.
         weights: a safetensors file to load instead.
+        dtype: type of the network's weights, "float32" by default.
 
     Raises:
         UnknownNameError: no such model, or its checkpoint lacks weights that the output depends on.
@@ -65,11 +68,11 @@ def load(
         load_weights(net, weights, f"transformers model '{name}'")
     if config.is_encoder_decoder:
         net = net.get_encoder()
-    mean, std = normalisation(name, revision) if getattr(net, "main_input_name", "") == "pixel_values" else (None, None)
+    trained = normalisation(name, revision) if getattr(net, "main_input_name", "") == "pixel_values" else {}
     # A checkpoint in half precision is loaded as it is.
     net = net.float()
     _settle(net, missing, output or "last_hidden_state", f"the checkpoint of '{name}'")
-    return from_model(net, taps=taps, output=output, mean=mean, std=std)
+    return from_model(net.to(dtype_of(dtype)), taps=taps, output=output, **trained)
 
 
 def _settle(net: Any, missing: set[str], output: str, checkpoint: str) -> None:
@@ -104,27 +107,47 @@ def _settle(net: Any, missing: set[str], output: str, checkpoint: str) -> None:
 def from_model(
     net: Any,
     *,
-    taps: Sequence[str] = (),
+    taps: Taps = (),
     output: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    bgr: bool = False,
 ) -> Base:
     """Wrap a loaded model; text models take a mapping, image models a tensor, normalised by mean and std."""
-    return Base(net, example=example_of(net), output=output or "last_hidden_state", taps=taps, mean=mean, std=std)
+    example = example_of(net)
+    return Base(net, example=example, output=output or "last_hidden_state", taps=taps, mean=mean, std=std, bgr=bgr)
 
 
-def normalisation(name: str, revision: str | None) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation of images that a model was trained with; None where its files do not tell."""
+def normalisation(name: str, revision: str | None) -> dict[str, Any]:
+    """How a model's own processor turns images into what it was trained with, as arguments of `Base`.
+
+    All of it is one shift and one scale of values in [0, 1]; without a file, or without a change, there is nothing.
+    """
     from transformers import BaseImageProcessor
 
     try:
         told, _ = BaseImageProcessor.get_image_processor_dict(name, revision=revision or "main")
     except OSError:
         # No such file.
-        return None, None
-    if not told.get("do_normalize", True):
-        return None, None
-    return told.get("image_mean"), told.get("image_std")
+        return {}
+    kind = str(told.get("image_processor_type") or told.get("feature_extractor_type") or "")
+    # What these three do unless they are told not to, and no other.
+    offset = told.get("offset", kind.startswith("Vivit")) or told.get("rescale_offset", False)
+    twice = told.get("include_top", kind.startswith("EfficientNet"))
+    bgr = bool(told.get("do_flip_channel_order", kind.startswith("MobileViT")))
+    scale = 255 * float(told.get("rescale_factor") or 1 / 255) if told.get("do_rescale", True) else 255.0
+    mean, std = told.get("image_mean"), told.get("image_std")
+    if not told.get("do_normalize", True) or mean is None or std is None:
+        mean, std, twice = [0.0] * 3, [1.0] * 3, False
+    mean, std = ([value] * 3 if isinstance(value, (int, float)) else list(value) for value in (mean, std))
+    # ((scale x - offset) - mean) / std, and once more through std.
+    if offset or abs(scale - 1) > 1e-6:
+        mean = [(value + bool(offset)) / scale for value in mean]
+        std = [value / scale for value in std]
+    if twice:
+        std = [value * float(own) for value, own in zip(std, told["image_std"], strict=True)]
+    plain = not any(mean) and all(value == 1 for value in std)
+    return {"bgr": bgr} if plain else {"mean": mean, "std": std, "bgr": bgr}
 
 
 def example_of(net: Any) -> Input:
@@ -136,7 +159,9 @@ def example_of(net: Any) -> Input:
     config, main = net.config, getattr(net, "main_input_name", "input_ids")
     if main == "pixel_values":
         size = getattr(config, "image_size", 224)
-        return torch.zeros(1, getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
+        frames = [config.num_frames] if hasattr(config, "num_frames") else []
+        channels = getattr(config, "num_channels", 3)
+        return torch.zeros(1, *frames, channels, *((size, size) if isinstance(size, int) else size))
     if main != "input_ids" or not hasattr(config, "vocab_size"):
         raise ShapeError(
             f"{type(net).__name__} reads neither texts nor images alone; wrap a part of it, or say what it reads: "

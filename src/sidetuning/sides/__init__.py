@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from sidetuning.base import Features, Input
-from sidetuning.inputs import call
+from sidetuning.inputs import call, map_input, original
 from sidetuning.registry import Registry
 
 
@@ -35,8 +36,13 @@ class Side(nn.Module):
 
 
 def run_side(side: nn.Module, inputs: Input, features: Features) -> Tensor:
-    """Call a side as its kind wants it."""
-    out: Tensor = side(inputs, features) if isinstance(side, Side) else call(side, inputs)
+    """Call a side as its kind wants it, with floats of the type of the features.
+
+    A function may take others, which a prepared input then holds.
+    """
+    kind = features.out.dtype
+    inputs = map_input(inputs, lambda x: x.to(kind) if x.dtype == torch.float64 != kind else x)
+    out: Tensor = side(inputs, features) if isinstance(original(side), Side) else call(side, inputs)
     return out
 
 

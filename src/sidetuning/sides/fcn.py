@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base
 from sidetuning.errors import ShapeError
+from sidetuning.inputs import image_of
 from sidetuning.sides.fit import FitMap
 
 
@@ -23,7 +24,13 @@ def layer(
 
 
 def even(channels: float) -> int:
-    """The nearest even number, and at least 2, which the group norms of a layer can halve."""
+    """The nearest even number, and at least 2, which the group norms of a layer can halve.
+
+    Raises:
+        ShapeError: a width that gives no layer, or one of more than 16,384 channels.
+    """
+    if not 0 < channels <= 2**14:
+        raise ShapeError(f"a layer of {channels:g} channels cannot be built; give a width above 0, such as 1")
     return max(2, round(channels / 2) * 2)
 
 
@@ -32,9 +39,10 @@ class FCN(nn.Module):
 
     def __init__(self, base: Base) -> None:
         super().__init__()
-        shape = base.example.shape if isinstance(base.example, Tensor) else None
+        image = image_of(base.example)
+        shape = None if image is None else image.shape
         if shape is None or len(shape) != 4:
-            given = "a mapping" if shape is None else f"inputs {tuple(shape)}"
+            given = "a mapping without images" if shape is None else f"inputs {tuple(shape)}"
             raise ShapeError(
                 f"an FCN side takes images (b, c, h, w), and this base takes {given}; use mlp or transformer"
             )

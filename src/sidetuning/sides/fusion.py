@@ -41,6 +41,9 @@ class Fusion(Side):
                 f"the fusion side reads maps inside the base, and its taps are {shapes or 'none'}: "
                 "name some, load_base(…, taps=[…])"
             )
+        largest = max(shape[1] for shape in shapes.values())
+        if not 0 <= shift <= largest:
+            raise ShapeError(f"maps of {largest} rows cannot be moved by {shift} cells; give 0 to {largest}")
         self.shift = shift
         self.size: tuple[int, int] = min((shape[1], shape[2]) for shape in shapes.values())
         self.taps = tuple(shapes)

@@ -10,9 +10,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, TaskError
+from sidetuning.inputs import original
 from sidetuning.sides import Side, run_side
 
 # Size of a low-energy side's output against the same side as built.
@@ -26,7 +28,7 @@ class LowEnergy(Side):
         super().__init__()
         self.side = side
         self.scale = nn.Parameter(torch.tensor(ENERGY))
-        self.taps = side.taps if isinstance(side, Side) else ()
+        self.taps = original(side).taps if isinstance(original(side), Side) else ()
 
     def forward(self, inputs: Input, features: Features) -> Tensor:
         return self.scale * run_side(self.side, inputs, features)
@@ -100,6 +102,18 @@ def load_weights(module: nn.Module, path: str | Path, what: str, spare: Sequence
     if problem:
         raise ArtifactError(f"{path} does not fit {what}: {problem}")
     module.load_state_dict(tensors)
+
+
+def plain(name: str) -> str:
+    """A tensor's or a module's name without what `torch.compile` puts into it."""
+    return f"{name}.".replace("_orig_mod.", "")[:-1]
+
+
+def layout(module: nn.Module) -> dict[str, str]:
+    """The classes of a module's parts and the shapes of its tensors, by name: what building it again must give."""
+    kinds = {plain(name): type(original(part)).__qualname__ for name, part in module.named_modules()}
+    tensors = [(name, v) for name, v in module.state_dict().items() if isinstance(v, Tensor) and not is_lazy(v)]
+    return {**kinds, **{plain(name): str(tuple(tensor.shape)) for name, tensor in tensors}}
 
 
 def mismatch(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:

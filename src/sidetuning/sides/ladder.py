@@ -10,7 +10,7 @@ from sidetuning.errors import ShapeError
 from sidetuning.inputs import entry
 from sidetuning.sides import Side
 from sidetuning.sides.fit import FitMap, FitTokens, resize
-from sidetuning.sides.generic import encoder_layer
+from sidetuning.sides.generic import attend, encoder_layer
 
 DIMENSIONS = {1: "vectors", 2: "sequences", 3: "maps"}
 
@@ -26,10 +26,12 @@ class Ladder(Side):
         base: a base with taps, all maps, all sequences or all vectors.
         width: channels of the ladder, to which every tap is projected down.
         heads: attention heads, on sequences.
+        causal: a token attends to itself and to earlier ones alone; by default where the base does so.
     """
 
-    def __init__(self, base: Base, width: int = 32, heads: int = 4) -> None:
+    def __init__(self, base: Base, width: int = 32, heads: int = 4, causal: bool | None = None) -> None:
         super().__init__()
+        self.causal = base.causal if causal is None else causal
         if not base.tap_shapes:
             raise ShapeError(
                 "the ladder side climbs over taps and this base has none: name some, load_base(…, taps=[…])"
@@ -60,13 +62,18 @@ class Ladder(Side):
     def forward(self, inputs: Input, features: Features) -> Tensor:
         h: Tensor | None = None
         mask = entry(inputs, "attention_mask")
-        padding = None if mask is None else mask == 0
+        length = mask.shape[1] if mask is not None else features.out.shape[1] if features.out.ndim == 3 else None
         for name, down, block, gate in zip(self.taps, self.down, self.blocks, self.gates.sigmoid(), strict=True):
+            if self.dimension == 2 and length is not None and features.taps[name].shape[1] != length:
+                raise ShapeError(
+                    f"the tap '{name}' has {features.taps[name].shape[1]} tokens and the text {length}: the network "
+                    "pads its texts inside; give texts of a length that it does not pad, or other taps"
+                )
             rung = down(features.taps[name])
             if h is not None:
                 h = resize(h, rung.shape[-2:]) if self.dimension == 3 else h
                 rung = gate * rung + (1 - gate) * h
-            h = block(rung, src_key_padding_mask=padding) if self.dimension == 2 else block(rung)
+            h = attend(block, rung, mask, self.causal) if self.dimension == 2 else block(rung)
         return self.fit(h, mask) if self.dimension == 2 else self.fit(h)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -14,7 +13,6 @@ from torch.utils.data import Dataset
 
 from sidetuning.base import Features, Input
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
-from sidetuning.files import write_json
 from sidetuning.sides.fusion import random_shift
 from sidetuning.training import evaluate
 from sidetuning_bench.agents.outcomes import Scores, scores
@@ -23,7 +21,7 @@ from sidetuning_bench.agents.worlds import AgentOptions, Player, Policy, map_bas
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task
 from sidetuning_bench.methods.recipe import one_cycle
 from sidetuning_bench.options import FREE, Count, Natural, Rule, SideOptions, Training, flat
-from sidetuning_bench.runs import Run
+from sidetuning_bench.runs import Run, read_run, write_result
 
 TASK = "navigate"
 # Trajectories that are held out for the accuracy, at most a tenth of all.
@@ -112,8 +110,8 @@ class Moves(Dataset[Any]):
 
 def about(folder: str, steps: Steps) -> dict[str, Any]:
     """Fingerprint and number of trajectories, and the settings that they were collected with, where these are known."""
-    collected = Path(folder) / "run.json"
-    settings = json.loads(collected.read_text())["settings"] if collected.exists() else {}
+    # Whatever was collected by us was so in some environment, which is compared.
+    settings = {"env": None, **read_run(folder)["settings"]} if (Path(folder) / "run.json").exists() else {}
     return {"fingerprint": steps.fingerprint(), "episodes": len(steps.starts) - 1, **settings}
 
 
@@ -177,7 +175,7 @@ def run(settings: Settings) -> Result:
         data=data,
         **scores(player(settings, method).outcomes(options.agent.test_episodes)),
     )
-    write_json(folder.folder / "result.json", asdict(result))
+    write_result(folder.folder / "result.json", result)
     folder.done(TASK)
     return result
 

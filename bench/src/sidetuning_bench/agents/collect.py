@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
+from sidetuning.files import held_folder
+from sidetuning.terminal import say
 from sidetuning_bench.agents.trajectories import Episode, Writer
 from sidetuning_bench.agents.worlds import TEST_SEED, check_expert, make_world
-from sidetuning_bench.options import Count, Rule, check
-from sidetuning_bench.runs import Run, end_with_parent
+from sidetuning_bench.options import Count, Pixels, Rule, Workers, check
+from sidetuning_bench.runs import Run, end_with_parent, writable
 
 # Episodes per process that may wait to be written.
 AHEAD = 16
@@ -44,13 +46,13 @@ class Settings:
     """Split of the scenes."""
     episodes: Count = 1000
     """Number of successful episodes to write; the expert's failures are counted and left out."""
-    size: Count = 64
+    size: Pixels = 64
     """Width and height of the pictures."""
     stray: Stray = 0.15
     """Share of steps with a random action instead, which show ways back; the expert's action is kept as the label."""
     seed: Seed = 0
     """Seed for episodes and random actions."""
-    workers: Count | None = None
+    workers: Workers | None = None
     """Number of processes; one per core by default."""
     progress: bool = True
     """Show a progress bar."""
@@ -128,28 +130,30 @@ def run(settings: Settings) -> tuple[int, int]:
     out, env = Path(settings.out), settings.env
     if not re.fullmatch(r".+-v\d+", out.name):
         raise SideTuningError(f"--out {out}: Minari wants a name that ends in a version, such as {out.name}-v0")
-    Run(out, "collect-trajectories", settings, free=("out", "episodes", "workers", "progress"))
-    with closing(make_world(env, settings.split, settings.size)) as world:
-        check_expert(world, env)
-        about = {"description": f"shortest-path expert in {env}, split {settings.split}, straying {settings.stray}"}
-        writer = Writer(out, world.observation_space, world.action_space, about)
-    failed, before, tried = 0, len(writer), writer.tried
-    todo = walks(settings, tried)
-    with tqdm(total=settings.episodes, initial=before, unit="episode", disable=not settings.progress) as bar:
-        while len(writer) < settings.episodes:
-            episode = next(todo)
-            tried += 1
-            if episode is not None:
-                writer.append(episode, tried)
-                bar.update()
-                continue
-            failed += 1
-            if failed > 20 + tried // 2:
-                raise SideTuningError(f"the expert failed in {failed} of {tried} episodes of {env}")
-    return len(writer) - before, failed
+    writable(out)
+    with held_folder(out):
+        Run(out, "collect-trajectories", settings, free=("out", "episodes", "workers", "progress"))
+        with closing(make_world(env, settings.split, settings.size)) as world:
+            check_expert(world, env)
+            about = {"description": f"shortest-path expert in {env}, split {settings.split}, straying {settings.stray}"}
+            writer = Writer(out, world.observation_space, world.action_space, about)
+        failed, before, tried = 0, len(writer), writer.tried
+        todo = walks(settings, tried)
+        with tqdm(total=settings.episodes, initial=before, unit="episode", disable=not settings.progress) as bar:
+            while len(writer) < settings.episodes:
+                episode = next(todo)
+                tried += 1
+                if episode is not None:
+                    writer.append(episode, tried)
+                    bar.update()
+                    continue
+                failed += 1
+                if failed > 20 + tried // 2:
+                    raise SideTuningError(f"the expert failed in {failed} of {tried} episodes of {env}")
+        return len(writer) - before, failed
 
 
 def main(settings: Settings) -> None:
     """Collect, and print what was written."""
     written, failed = run(settings)
-    print(f"{written} episodes written to {settings.out}; {failed} in which the expert failed were left out")
+    say(f"{written} episodes written to {settings.out}; {failed} in which the expert failed were left out")

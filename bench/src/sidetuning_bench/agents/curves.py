@@ -11,7 +11,7 @@ from sidetuning_bench.agents.outcomes import MEASURES, Scores, mean_text
 from sidetuning_bench.agents.worlds import HOME, AgentOptions
 from sidetuning_bench.charts import Chart, Line, Point
 from sidetuning_bench.continual import mean_and_error
-from sidetuning_bench.options import Count, Positive, Rule, SideOptions
+from sidetuning_bench.options import Count, Pixels, Positive, Rule, SideOptions, Workers
 from sidetuning_bench.report_runs import FAMILIES, Family, scaled
 from sidetuning_bench.results import estimate, number_text
 from sidetuning_bench.runs import read_result
@@ -35,9 +35,9 @@ class PPOOptions:
 
     steps: Count = 100_000
     """Steps of all environments together."""
-    size: Count = 64
+    size: Pixels = 64
     """Width and height of the pictures."""
-    envs: Count = 8
+    envs: Workers = 8
     """Number of environments side by side."""
     rollout: Count = 256
     """Steps of each environment between two updates."""

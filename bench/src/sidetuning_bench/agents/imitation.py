@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from sidetuning.errors import DataError, SideTuningError
-from sidetuning.files import write_json, write_text
+from sidetuning.files import write_text
 from sidetuning_bench import grid
 from sidetuning_bench.agents import cloning, worlds
 from sidetuning_bench.agents.cloning import CloneOptions, Result
@@ -23,7 +23,7 @@ from sidetuning_bench.grid import Cell
 from sidetuning_bench.methods import Task
 from sidetuning_bench.options import FREE, Count, GridOptions, Names, Once, check, with_values
 from sidetuning_bench.report_runs import FAMILIES, Family, scaled
-from sidetuning_bench.runs import Run, absolute, read_result
+from sidetuning_bench.runs import Run, absolute, read_result, write_result
 
 # Rows that learn nothing; "compass" only where the environment has one.
 BASELINES = {
@@ -141,7 +141,7 @@ def baseline(settings: Settings, name: str, size: int) -> Result:
         outcomes = list(worlds.episodes(world, acts(name, world), agent.test_episodes, worlds.TEST_SEED))
     given = {"env": agent.env, "test_split": agent.test_split, "test_episodes": agent.test_episodes, "size": size}
     result = Result(method=name, trajectories=0, seed=0, settings=given, **scores(outcomes))
-    write_json(file, asdict(result))
+    write_result(file, result)
     return result
 
 

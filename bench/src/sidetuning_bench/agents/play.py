@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from sidetuning.errors import SideTuningError
 from sidetuning.files import atomic_write
+from sidetuning.terminal import say
 from sidetuning_bench.agents import cloning
 from sidetuning_bench.agents.outcomes import Outcome
 from sidetuning_bench.agents.worlds import TEST_SEED, Act, Player, drawing, episodes, make_world, map_base
@@ -167,6 +168,6 @@ def main(settings: Settings) -> None:
     check(settings)
     films = film(load_player(settings.run), settings.episodes, out)
     for k, episode in enumerate(films):
-        print(f"episode {k}: {episode.caption}")
+        say(f"episode {k}: {episode.caption}")
     report = write_charts((), out / "report.html", title=f"{films[0].title} at play", films=films)
-    print(f"films: {out}/episode-*.mp4; page: {report}")
+    say(f"films: {out}/episode-*.mp4; page: {report}")

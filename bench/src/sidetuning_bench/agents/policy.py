@@ -15,6 +15,11 @@ from sidetuning.inputs import entry
 
 def policy(base: Base, actions: int = 4, extra: int = 0, hidden: int = 128, dropout: float = 0.0) -> nn.Module:
     """Build a head that scores actions from the code and from `extra` numbers, such as a compass -> (b, actions)."""
+    if base.kind == "sequence" and not isinstance(base.example, Tensor):
+        raise TaskError(
+            "head 'policy' reads the whole code, and those of texts have many lengths; give a number of outputs, or a "
+            "head of your own"
+        )
     return Policy(math.prod(base.output_shape), actions, extra, hidden, dropout)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecTransposeIm
 from torch import Tensor
 
 from sidetuning.errors import SideTuningError
-from sidetuning.files import atomic_write, write_json
+from sidetuning.files import atomic_write
 from sidetuning.integrations.sb3 import VecBaseFeatures
 from sidetuning_bench.agents.curves import FREE, RECENT, Result, Settings, method_of
 from sidetuning_bench.agents.extractor import AgentExtractor
@@ -31,7 +31,7 @@ from sidetuning_bench.agents.outcomes import scores
 from sidetuning_bench.agents.worlds import TEST_SEED, Player, make_world, map_base, side_options
 from sidetuning_bench.options import flat, with_values
 from sidetuning_bench.report_runs import content_of
-from sidetuning_bench.runs import Run
+from sidetuning_bench.runs import Run, write_result
 
 # Distance between the seeds of two runs: the environments of one have successive seeds.
 SEEDS = 1000
@@ -80,7 +80,7 @@ def run(settings: Settings) -> Result:
         settings={name: value for name, value in flat(settings).items() if name not in FREE},
         **scores(player(settings, policy).outcomes(options.agent.test_episodes)),
     )
-    write_json(folder.folder / "result.json", asdict(result))
+    write_result(folder.folder / "result.json", result)
     folder.done("ppo")
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidetuning.errors import DataError
-from sidetuning.files import atomic_write
+from sidetuning.errors import ArtifactError, DataError
+from sidetuning.files import check_signed, read_bytes, read_json, signed, write_json
 
 # Habitat's name of the distance and angle to the goal.
 COMPASS = "pointgoal_with_gps_compass"
 # The entry of Minari's infos that holds the expert's action where the agent strayed from it on purpose.
 EXPERT = "expert"
+MEND = "delete the folder, and collect it again"
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -63,6 +65,10 @@ class Writer:
         if self._copy.exists():
             shutil.copyfile(self._copy, self._metadata)
             self._storage = MinariStorage.read(path)
+            # An episode that a kill cut short.
+            for left in path.iterdir():
+                if left.is_dir() and left.name.isdigit() and int(left.name) >= len(self):
+                    shutil.rmtree(left)
             return
         # A process that was killed before its first episode was whole may have left a part.
         shutil.rmtree(path, ignore_errors=True)
@@ -74,8 +80,7 @@ class Writer:
 
     def _keep(self) -> None:
         """Copy the metadata: Minari writes its own in place, and a kill may leave that empty."""
-        with atomic_write(self._copy) as temporary:
-            shutil.copyfile(self._metadata, temporary)
+        write_json(self._copy, signed(json.loads(self._metadata.read_text(encoding="utf-8"))))
 
     def __len__(self) -> int:
         return int(self._storage.total_episodes)
@@ -103,7 +108,9 @@ class Writer:
             infos={EXPERT: np.append(episode.expert, episode.expert[-1])[:, None]},
         )
         self._storage.update_episodes([buffer])
-        self._storage.update_metadata({"tried": tried})
+        number = buffer.id
+        sums = {**self._storage.metadata.get("sums", {}), str(number): _sha256(self._metadata.parent / str(number))}
+        self._storage.update_metadata({"tried": tried, "sums": sums})
         self._keep()
 
 
@@ -177,15 +184,40 @@ def _read(folder: Path) -> list[Any]:
     if not path.exists():
         raise DataError(f"{folder} holds no trajectories; sidetuning bench collect-trajectories makes them")
     try:
-        found = list(MinariDataset(path).iterate_episodes())
+        sums = _check(folder)
+        data = MinariDataset(path)
+        chosen = range(int(data.total_episodes))
+        if changed := [k for k in chosen if sums.get(str(k), "") not in ("", _sha256(path / str(k)))]:
+            raise DataError(f"episode {changed[0]} of {folder} was changed; {MEND}")
+        found = list(data.iterate_episodes(chosen))
+    except (DataError, ArtifactError):
+        raise
     # Minari's formats raise all kinds of errors.
     except Exception as error:
-        raise DataError(
-            f"{folder} cannot be read ({type(error).__name__}: {error}); delete the folder, and collect it again"
-        ) from error
+        raise DataError(f"{folder} cannot be read ({type(error).__name__}: {error}); {MEND}") from error
     if not found:
         raise DataError(f"{folder} has no episodes; collect some")
     return found
+
+
+def _check(folder: Path) -> dict[str, str]:
+    """The checksums of the episodes that were collected by us, whose metadata must be what was written."""
+    file, copy = folder / "data" / "metadata.json", folder / "metadata.json"
+    content = read_json(file, {"sums?": dict}, MEND)
+    if copy.exists():
+        kept = check_signed(read_json(copy, {"sums?": dict}, MEND), str(copy), MEND, needed=False)
+        content.pop("sha256", None)
+        if "sums" in kept and kept != content:
+            raise DataError(f"{file} is not what was written, or collecting was interrupted; collect again, or {MEND}")
+    return content.get("sums") or {}
+
+
+def _sha256(folder: Path) -> str:
+    """sha256 over the files of an episode."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        digest.update(f"{file.name}\n".encode() + read_bytes(file))
+    return digest.hexdigest()
 
 
 def extra_of(observations: Mapping[str, Any], count: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
+from sidetuning.terminal import say
 from sidetuning_bench.doom.engine import EngineError
 from sidetuning_bench.options import Count, Natural, check, must
 from sidetuning_bench.runs import Run, end_with_parent
@@ -95,4 +96,4 @@ def main(settings: Settings) -> None:
     total = run(settings)
     fewer = settings.frames - total
     short = f" ({fewer} fewer than asked for: some maps have too few good views)" if fewer else ""
-    print(f"{total} frames in {settings.out}{short}")
+    say(f"{total} frames in {settings.out}{short}")

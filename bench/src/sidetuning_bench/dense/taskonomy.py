@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sidetuning.errors import DataError, UnknownNameError
+from sidetuning.files import decode_text, read_bytes
 from sidetuning.registry import unknown
 from sidetuning_bench.dense.targets import resize
 from sidetuning_bench.domains import DOMAINS, INVALID, Domain, domain_of, names, path_of, read, tensor_domain
@@ -72,8 +73,7 @@ class Taskonomy(Dataset[dict[str, Tensor]]):
         asked = [tensor_domain(name) for name in self.domains]
         if not asked or (size is not None and size < 1):
             raise DataError(f"domains={self.domains}, size={size}: give at least one domain, and a size of at least 1")
-        for d in asked:
-            self._check_folder(d)
+        self._check_folders(asked)
         here = [DOMAINS[name] for name in ("mask_valid", "depth_zbuffer") if (self.root / name).is_dir()]
         self._mask_source = here[0] if here else None
         self._needed = list(dict.fromkeys([*asked, *here[:1]]))
@@ -196,7 +196,11 @@ class Taskonomy(Dataset[dict[str, Tensor]]):
         if split is not None and split not in SPLITS:
             raise UnknownNameError(unknown("split", split, SPLITS, verb="known"))
         file = self.root / "splits.csv" if subset is None else subset
-        buildings = here if split is None else read_split(file, self.root)[split]
+        splits = {} if split is None else read_split(file, self.root)
+        buildings = here if split is None else splits[split]
+        if splits and not buildings:
+            counts = ", ".join(f"{len(found)} of {name}" for name, found in splits.items())
+            raise DataError(f"{file} names no building of {split} ({counts}); choose another split or split file")
         frames = _scan(self.root, first, [building for building in buildings if building in here])
         if not frames:
             some = ", ".join(buildings[:4]) + " …" * (len(buildings) > 4) if buildings else "any building"
@@ -204,15 +208,21 @@ class Taskonomy(Dataset[dict[str, Tensor]]):
             raise DataError(f"{folder} has no frame of {some}; expected files like {like} in {self.root}")
         return frames, [building for building in buildings if building not in here]
 
-    def _check_folder(self, d: Domain) -> None:
+    def _check_folders(self, asked: Sequence[Domain]) -> None:
         if not self.root.is_dir():
             raise DataError(f"{self.root} is no folder; give the one that holds the folders of the domains")
         folders = sorted(path.name for path in self.root.iterdir() if path.is_dir())
-        if d.name not in folders:
-            have = ", ".join(name for name in folders if name in DOMAINS) or "none"
-            near = difflib.get_close_matches(d.name, [name for name in folders if name not in DOMAINS], n=1)
-            these = f"these, rename the folder {near[0]} if it is that" if near else "these"
-            raise DataError(f"{self.root} has no folder {d.name}; its domains: {have}. Ask for {these}, or download it")
+        missing = [d.name for d in dict.fromkeys(asked) if d.name not in folders]
+        if not missing:
+            return
+        have = ", ".join(name for name in folders if name in DOMAINS) or "none"
+        others = [name for name in folders if name not in DOMAINS]
+        near = [found[0] for name in missing if (found := difflib.get_close_matches(name, others, n=1))]
+        these = "these" + "".join(f", rename the folder {name} if it is that" for name in near)
+        raise DataError(
+            f"{self.root} has no folder {', '.join(missing)}; its domains: {have}. Ask for {these}, or download "
+            f"{'it' if len(missing) == 1 else 'them'} (the command line asks for --tasks, and for rgb)"
+        )
 
     def _check_files(self, d: Domain) -> None:
         folder = self.root / d.name
@@ -244,7 +254,7 @@ def read_split(path_or_name: str | Path, root: str | Path) -> dict[str, list[str
     """
     path = _split_file(path_or_name, Path(root))
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = decode_text(read_bytes(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text ({error}); download it again") from error
     rows = [[cell.strip() for cell in row] for row in csv.reader(re.split(r"\r\n|\r|\n", text)) if "".join(row).strip()]

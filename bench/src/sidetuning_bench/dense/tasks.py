@@ -8,7 +8,7 @@ f is the error of the best constant guess: 1 is perfect, 0.5 is no better than t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sidetuning.errors import UnknownNameError
+from sidetuning.problems import along, units_of
 from sidetuning.registry import unknown
 from sidetuning_bench.dense.targets import target, units
 from sidetuning_bench.dense.taskonomy import Taskonomy
@@ -55,6 +56,10 @@ class DenseTask:
         """Name and options of the head."""
         return "pixels", {"channels": self.outputs, "hidden": 48}
 
+    def measured(self, frames: Taskonomy) -> DenseTask:
+        """The task in the units of the training labels, of which some are read; others than numbers have none."""
+        return self
+
     def labels(self, raw: Tensor, mask: Tensor) -> Tensor:
         """What the loader gives as y, from raw tensors and masks (b, h, w)."""
         raise NotImplementedError
@@ -87,9 +92,29 @@ class DenseTask:
 
 @dataclass(frozen=True)
 class Regression(DenseTask):
-    """A map of numbers; the loss is mean(w |error|) / mean(w), for curvature with the square (the paper's losses)."""
+    """A map of numbers; the loss is mean(w |error|) / mean(w), for curvature with the square (the paper's losses).
+
+    Attributes:
+        squared: the loss is of squares.
+        units: centres and scales of the channels, in the range of `target`: what the decoder returns is centre + scale
+            times its last layer, and errors count in units of the scale. None is the original's: the whole range is 1.
+    """
 
     squared: bool = False
+    units: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    @property
+    def head(self) -> tuple[str, dict[str, Any]]:
+        name, options = super().head
+        named = {} if self.units is None else dict(zip(("centre", "scale"), map(list, self.units), strict=True))
+        return name, {**options, **named}
+
+    def measured(self, frames: Taskonomy) -> Regression:
+        rows = spread(len(frames))
+        y = self.labels(frames.tensors(self.domain, rows=rows), frames.tensors("mask", rows=rows))
+        values = torch.where(y[:, -1:] > 0, target(self.domain, y[:, :-1]), torch.nan)
+        centre, scale = units_of(values.transpose(0, 1).flatten(1).double().numpy()).tolist()
+        return replace(self, units=(tuple(centre), tuple(scale)))
 
     def labels(self, raw: Tensor, mask: Tensor) -> Tensor:
         """Raw numbers with the mask as one more channel, (b, c + 1, h, w) int32."""
@@ -101,6 +126,8 @@ class Regression(DenseTask):
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         error = output - target(self.domain, y[:, :-1])
+        if self.units is not None:
+            error = error / along(torch.tensor(self.units[1], device=error.device), error)
         error = error.square() if self.squared else error.abs()
         return (error.mean(1, keepdim=True) * y[:, -1:]).sum() / y[:, -1:].sum().clamp(min=1)
 
@@ -210,6 +237,11 @@ class Categories(DenseTask):
         order = present.sum(0).argsort(descending=True, stable=True)
         sets = [torch.where(order.argsort() <= k, 0.0, -1e4)[None] for k in range(len(order))]
         return max(sets, key=lambda guess: self.value(self.tally(guess.expand(len(y), -1), y)))
+
+
+def spread(count: int, some: int = 500) -> list[int]:
+    """Rows spread evenly over so many, `some` of them at most."""
+    return sorted({k * count // some for k in range(some)})
 
 
 def dense_task(name: str, frames: Taskonomy, classes: Sequence[str] = ()) -> DenseTask:

@@ -18,7 +18,7 @@ from sidetuning_bench.dense import itaskonomy
 from sidetuning_bench.grid import Cell, cell_name
 from sidetuning_bench.options import Count, GridOptions, Names, Once, SideOptions, check
 from sidetuning_bench.results import Estimate, MeasureRow, RunResult, measure_rows, number_text
-from sidetuning_bench.runs import Run
+from sidetuning_bench.runs import Run, dated
 
 COPY = "sidetune-copy"
 BEST = "sidetune-best"
@@ -45,7 +45,7 @@ class Settings:
     steps: Count = 400
     """Optimiser steps of every run, so that few frames are seen often."""
     source: itaskonomy.FrameOptions = field(default=itaskonomy.FrameOptions())
-    shared: compare.Shared = field(default=compare.Shared(merge="alpha", batch=16))
+    shared: compare.Shared = field(default=compare.Shared(merge="mlp2", batch=16))
     run: GridOptions = field(default=GridOptions(out="runs/transfer"))
     """Every seed draws its frames anew."""
 
@@ -79,6 +79,7 @@ def run(settings: Settings) -> list[RunResult]:
         SideTuningError: a cell failed; the others' results stay.
     """
     names = [*itaskonomy.METHODS, *SIDES]
+    settings = dated(settings, settings.run.out)
     check(settings)
     for method in settings.methods:
         if method not in names:

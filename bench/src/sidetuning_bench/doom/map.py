@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from sidetuning.errors import DataError
+from sidetuning_bench.doom import compiled
 
 NOTHING, FLOOR, CEILING, WALL, SKY = range(5)
 LIQUIDS = (b"NUKAGE", b"FWATER", b"LAVA", b"BLOOD", b"SLIME0")
@@ -168,7 +168,7 @@ def _sectors_of(side: NDArray[Any], sides: NDArray[Any]) -> NDArray[np.int64]:
     return np.where(side == NO_SIDE, -1, sectors)
 
 
-@njit(cache=True)
+@compiled
 def _paint(view: Any, column: int, rows: Any, z: float, n: Any, kind: int, surface: int) -> None:
     """Part of a wall or of the sky: one depth, from the first to the last of the rows."""
     for row in range(rows[0], rows[1] + 1):
@@ -178,7 +178,7 @@ def _paint(view: Any, column: int, rows: Any, z: float, n: Any, kind: int, surfa
         view.surface[row, column] = surface
 
 
-@njit(cache=True)
+@compiled
 def _paint_level(view: Any, column: int, rows: Any, rise: float, up: float, kind: int, sector: int) -> None:
     """Part of a floor or ceiling; `rise` is its height above the eye times the focal length."""
     middle = view.depth.shape[0] / 2
@@ -190,7 +190,7 @@ def _paint_level(view: Any, column: int, rows: Any, rise: float, up: float, kind
         view.sector[row, column] = sector
 
 
-@njit(cache=True)
+@compiled
 def _look(level: Any, view: Any, start: int, place: Any, yaw: float, fx: float, fy: float) -> None:
     """Fill the arrays of a view, column by column; `place` is x, y and the height of the eye."""
     x, y, _ = place
@@ -218,7 +218,7 @@ def _look(level: Any, view: Any, start: int, place: Any, yaw: float, fx: float, 
         _paint_column(level, view, column, start, crossed[nearest], at[nearest], place, fy)
 
 
-@njit(cache=True)
+@compiled
 def _paint_column(
     level: Any, view: Any, column: int, sector: int, crossed: Any, at: Any, place: Any, fy: float
 ) -> None:

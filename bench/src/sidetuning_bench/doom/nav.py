@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from numba import njit
 from numpy.typing import NDArray
 
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning.registry import unknown
+from sidetuning_bench.doom import compiled
 from sidetuning_bench.doom.frames import TEST, TRAIN, UNITS_PER_METRE, VAL
 from sidetuning_bench.doom.grid import Grid, Ways
 from sidetuning_bench.doom.world import HOME, World
@@ -292,7 +292,7 @@ class DoomExplore(DoomWalk):
         return int(mark(self._seen, grid.clearance, grid.low, grid.cell, ray, metre))
 
 
-@njit(cache=True)
+@compiled
 def mark(seen: Any, clearance: Any, low: Any, cell: float, view: Any, square: float) -> int:
     """Mark the squares in a view (x, y, yaw, reach) of 90 degrees; returns how many are new.
 

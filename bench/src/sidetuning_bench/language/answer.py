@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,9 @@ from typing import Annotated
 import tyro
 
 from sidetuning.errors import DataError, SideTuningError
+from sidetuning.files import decode_text, read_bytes
 from sidetuning.loading import load_base
+from sidetuning.terminal import say
 from sidetuning_bench.language import squad
 from sidetuning_bench.language.questions import Prediction, Question, make_windows, n_best
 from sidetuning_bench.language.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -65,7 +66,7 @@ def answer(settings: Settings) -> Answers:
     content = content_of(settings.run, ("squad",), squad.settings_of)
     given = content["settings"]
     try:
-        text = Path(settings.context).read_text(encoding="utf-8")
+        text = decode_text(read_bytes(settings.context))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{settings.context} cannot be read as text ({error}); give a text file") from error
     if not text.strip() or not settings.question.strip():
@@ -87,8 +88,8 @@ def main(settings: Settings) -> None:
     """Print the answer."""
     found = answer(settings)
     for problem in found.problems:
-        print(f"note: {problem}", file=sys.stderr)
+        say(f"note: {problem}", error=True)
     for k, span in enumerate(found.best):
         guess = f"; the best guess would be: {span.text}" if span.text else ""
-        print(f"no answer (score {span.null:.2f}){guess}" if k == 0 and found.none else span.text)
-        print(f"score {span.score:.2f}, {-span.null_odds:.2f} above no answer; characters {span.start} to {span.end}")
+        say(f"no answer (score {span.null:.2f}){guess}" if k == 0 and found.none else span.text)
+        say(f"score {span.score:.2f}, {-span.null_odds:.2f} above no answer; characters {span.start} to {span.end}")

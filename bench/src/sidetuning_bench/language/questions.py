@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,18 +12,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import torch
 from numpy.typing import NDArray
+from pyarrow import ArrowException
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sidetuning.errors import DataError
-from sidetuning_bench.from_hub import local_folder
+from sidetuning.files import decode_text, read_bytes
+from sidetuning_bench.from_hub import local_folder, open_parquet, split_files
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val")}
 HUB = "rajpurkar/squad_v2"
+# The longest file of JSON, in bytes; SQuAD's have 40 MB.
+LARGEST = 1 << 30
 # The longest answer, in tokens.
 LONGEST = 30
 # How many of the most likely starts and ends are tried with each other.
@@ -88,12 +91,13 @@ def read_questions(source: str | Path, split: str = "train", limit: int | None =
     Where the data are wrong, this is done, and counted in `problems`:
 
     - an answer is not where `answer_start` says: the nearest place of its text is taken;
+    - an answer differs from its context in white space alone: the context's text is taken;
     - an answer is nowhere in its context: it is kept for the metric alone;
     - a context, a question or an answer has no text: it is left out.
 
     Args:
-        source: a SQuAD file (.json), a folder with `train*.json` and `dev*.json` or with parquet files in the layout
-            of the Hub's `rajpurkar/squad_v2`, or such a name on the Hub.
+        source: a SQuAD file (.json, or .jsonl with a question a line), a folder with `train*.json` and `dev*.json`
+            or with parquet files in the layout of the Hub's `rajpurkar/squad_v2`, or such a name on the Hub.
         split: "train" or "dev".
         limit: number of questions to take, spread evenly; None for all.
 
@@ -130,11 +134,7 @@ def _files(path: Path, split: str) -> list[Path]:
     if not path.is_dir():
         return [path]
     for name in SPLITS[split]:
-        files = [file for file in sorted(path.rglob(f"{name}*")) if file.suffix in (".json", ".parquet")]
-        if files and files[0].suffix == ".json" and len(files) > 1:
-            names = ", ".join(file.name for file in files)
-            raise DataError(f"{path} has several files of {split} ({names}); keep one of them in a folder of its own")
-        if files:
+        if files := split_files(path, name, (".json", ".jsonl", ".parquet")):
             return files
     raise DataError(
         f"{path} has no {split}*.json and no {split}*.parquet; give the folder of SQuAD or a Hub name such as {HUB}"
@@ -146,21 +146,40 @@ def _rows(file: Path) -> Iterator[Raw]:
     parquet = file.suffix == ".parquet"
     try:
         if parquet:
-            table = pyarrow.parquet.read_table(file, columns=["id", "question", "context", "answers"])
-            for row in table.to_pylist():
-                given = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
-                yield row["id"], row["question"], row["context"], [Answer(*answer) for answer in given]
+            with open_parquet(file) as opened:
+                yield from _entries(opened.read(["id", "question", "context", "answers"]).to_pylist())
             return
-        for article in json.loads(file.read_text(encoding="utf-8"))["data"]:
-            for paragraph in article["paragraphs"]:
-                for entry in paragraph["qas"]:
-                    # Some files keep plausible answers where there is none.
-                    answers = [] if entry.get("is_impossible") else entry.get("answers") or []
-                    found = [Answer(answer["text"], answer["answer_start"]) for answer in answers]
-                    yield str(entry["id"]), entry["question"], paragraph["context"], found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+        text = decode_text(read_bytes(file, LARGEST))
+        try:
+            content = json.loads(text)
+        except ValueError:
+            # JSON lines: not `splitlines`, which knows ends of lines that texts may hold.
+            content = [json.loads(line) for line in text.split("\n") if line.strip()]
+        yield from _entries(content)
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArrowException) as error:
         kind = "parquet file of SQuAD" if parquet else "SQuAD file"
         raise DataError(f"{file} is no {kind} ({type(error).__name__}: {error}); download it again") from error
+
+
+def _entries(value: Any, context: str | None = None) -> Iterator[Raw]:
+    """The questions of SQuAD's own nesting, of rows as the Hub has them, or of a list of either."""
+    for name in ("data", "paragraphs", "qas"):
+        if isinstance(value, dict) and name in value:
+            value, context = value[name], value.get("context")
+            break
+    if isinstance(value, list):
+        for item in value:
+            yield from _entries(item, context)
+        return
+    # Some files keep plausible answers where there is none.
+    answers = [] if value.get("is_impossible") else value.get("answers") or []
+    if isinstance(answers, dict):
+        found = [Answer(*answer) for answer in zip(answers["text"], answers["answer_start"], strict=True)]
+    else:
+        found = [Answer(answer["text"], answer["answer_start"]) for answer in answers]
+    yield str(value["id"]), value["question"], value.get("context", context), found
 
 
 def _checked(raw: Raw, file: Path, problems: Counter[str]) -> Question | None:
@@ -180,13 +199,22 @@ def _checked(raw: Raw, file: Path, problems: Counter[str]) -> Question | None:
             problems["answers without text, left out"] += 1
         elif start >= 0 and context.startswith(text, start):
             kept.append(Answer(text, start))
-        elif places := [i for i in range(len(context)) if context.startswith(text, i)]:
-            problems["answers that start elsewhere, found again"] += 1
-            kept.append(Answer(text, min(places, key=lambda i: abs(i - answer.start))))
+        elif places := _places(text, context):
+            same = any(place.text == text for place in places)
+            problems[f"answers that {'start elsewhere' if same else 'differ in white space'}, found again"] += 1
+            kept.append(min(places, key=lambda place: abs(place.start - answer.start)))
         else:
             problems["answers that are not in their context, kept for the metric alone"] += 1
             lost.append(text)
     return Question(name, question, context, tuple(kept), tuple(lost))
+
+
+def _places(text: str, context: str) -> list[Answer]:
+    """Where a context has a text, or else has it with other white space, in whole words."""
+    if text in context:
+        return [Answer(text, i) for i in range(len(context)) if context.startswith(text, i)]
+    spaced = r"\s*".join(map(re.escape, "".join(text.split())))
+    return [Answer(match[0], match.start()) for match in re.finditer(rf"(?<!\w){spaced}(?!\w)", context)]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,15 @@ from sidetuning.sides.generic import encoder_layer
 FAR = -1e4
 
 
+def refuse_decoder(base: Base) -> None:
+    """Raise ShapeError for a base whose tokens see no later ones: sides of both directions would show them those."""
+    if base.causal:
+        raise ShapeError(
+            "this side reads texts in both directions, and the base only forwards; use 'transformer' or 'ladder', "
+            "which do as the base does"
+        )
+
+
 class TokenSide(Side):
     """A side that projects the first tap to a width, and ends with a projection to the base's shape.
 
@@ -27,6 +36,7 @@ class TokenSide(Side):
 
     def __init__(self, base: Base, width: int) -> None:
         super().__init__()
+        refuse_decoder(base)
         sequences = [name for name, shape in base.tap_shapes.items() if len(shape) == 2]
         if not sequences or base.kind == "map":
             raise ShapeError(
@@ -128,6 +138,7 @@ class Match(Side):
         self, base: Base, width: int = 96, layers: int = 2, convolutions: int = 2, heads: int = 4, dropout: float = 0.2
     ) -> None:
         super().__init__()
+        refuse_decoder(base)
         shapes = list(base.tap_shapes.values())
         if not shapes or any(len(shape) != 2 for shape in shapes) or base.kind == "map":
             raise ShapeError("the match side compares tokens: its taps must be sequences, such as 'embeddings'")
@@ -163,7 +174,9 @@ class Match(Side):
             x = self.dropout(convolution(x, mask))
         # The first token stands for there being no answer: it is given the maximum over the second text.
         most = x.masked_fill(~second.unsqueeze(-1), FAR).amax(1, keepdim=True).clamp(min=-100)
-        x = torch.cat([x[:, :1] + self.pool(most), x[:, 1:]], 1)
+        # (b, t, 1)
+        start = ((mask != 0) & ((mask != 0).long().cumsum(1) == 1)).unsqueeze(-1)
+        x = torch.where(start, x + self.pool(most), x)
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=mask == 0)
         return self.fit(self.norm(x), mask)

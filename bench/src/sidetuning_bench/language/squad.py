@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from sidetuning.cache import CachedTokens, cache_tokens, token_loader
 from sidetuning.errors import DataError, SideTuningError
 from sidetuning.files import atomic_write, write_json
 from sidetuning.launch import default_accelerator
+from sidetuning.terminal import say
 from sidetuning_bench import options
 from sidetuning_bench.language import metric
 from sidetuning_bench.language.methods import CACHED, METHODS, RATES, BranchOptions
@@ -31,7 +32,7 @@ from sidetuning_bench.methods import Method, Recipe, Task
 from sidetuning_bench.options import Count, MethodOptions, Natural, Positive, RunOptions, Training
 from sidetuning_bench.report_runs import FAMILIES, Family, scaled
 from sidetuning_bench.results import number_text
-from sidetuning_bench.runs import Run, peak_memory_mb, read_result
+from sidetuning_bench.runs import Run, peak_memory_mb, read_result, write_result
 
 TASK = "squad"
 
@@ -151,7 +152,7 @@ def run(settings: Settings) -> Result:
         settings={name: value for name, value in options.flat(settings).items() if name not in options.FREE},
         **costs,
     )
-    write_json(file, asdict(result))
+    write_result(file, result)
     folder.done(TASK)
     folder.done("imitation")
     return result
@@ -293,9 +294,9 @@ FAMILIES["squad"] = Family(
 def main(settings: Settings) -> None:
     """Run and print the result."""
     result, out = run(settings), settings.run.out
-    print(f"SQuAD, {result.method}, seed {result.seed}, {result.test_questions:,} questions")
+    say(f"SQuAD, {result.method}, seed {result.seed}, {result.test_questions:,} questions")
     for column, read in FAMILIES["squad"].columns.items():
-        print(f"{column}: {number_text(read(result))}")
+        say(f"{column}: {number_text(read(result))}")
     for problem, count in result.problems.items():
-        print(f"{problem}: {count}")
-    print(f'predictions: {out}/predictions.json; ask it: sidetuning bench answer {out} --context FILE "question"')
+        say(f"{problem}: {count}")
+    say(f'predictions: {out}/predictions.json; ask it: sidetuning bench answer {out} --context FILE "question"')

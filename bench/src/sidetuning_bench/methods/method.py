@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.checks import check_name
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
-from sidetuning.files import atomic_write, read_json, write_json
+from sidetuning.files import atomic_write, check_signed, read_json, read_safetensors, signed, write_json
 from sidetuning.heads import HEADS, named_head, run_head
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
@@ -26,10 +26,13 @@ from sidetuning.seeding import seed_loader, seeded
 from sidetuning.sides.initialise import mismatch
 from sidetuning_bench.methods.recipe import Recipe, Task
 
-FORMAT_VERSION = 1
+# Version 1 had no checksum.
+FORMAT_VERSION = 2
+MEND = "learn the tasks again"
 CONFIG = "method.json"
 TASK = {"name": str, "labels?": [str], "head_options?": dict}
-SCHEMA = {"format_version": int, "method": str, "options": dict, "base": str, "tasks": [TASK], "tensors": str}
+BASE = {"base": str, "probe?": [float], "preparation?": dict, "output_shape?": [int]}
+SCHEMA = {"format_version": int, "method": str, "options": dict, "tasks": [TASK], "tensors": str, **BASE}
 
 
 class Method(nn.Module):
@@ -253,7 +256,7 @@ class Method(nn.Module):
         ]
         config = {"format_version": FORMAT_VERSION, "method": self.name, "options": self.options}
         config |= {"base": base.pop("sha256"), **base, "tasks": tasks, "metrics": dict(metrics or {}), "tensors": file}
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, signed(config))
         for old in folder.glob("method-*.safetensors"):
             if old.name != file:
                 old.unlink()
@@ -276,7 +279,7 @@ class Method(nn.Module):
         try:
             for t in config["tasks"]:
                 options = t.get("head_options", {})
-                self._add(Task(t["name"], t["head"], labels=t["labels"], head_options=options), self.rebuild)
+                self._add(Task(t["name"], t["head"], labels=t.get("labels"), head_options=options), self.rebuild)
             self.read_tensors(folder, config["tensors"])
         except BaseException:
             for task in list(self.tasks):
@@ -296,12 +299,12 @@ class Method(nn.Module):
         """Read the tensors into the tasks, which are built already."""
         file = folder / name
         try:
-            content = file.read_bytes()
+            content = read_safetensors(file)
             tensors = load(content)
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{file} cannot be read ({error}); learn the tasks again") from error
+            raise ArtifactError(f"{file} cannot be read ({error}); {MEND}") from error
         if f"method-{hashlib.sha256(content).hexdigest()}.safetensors" != file.name:
-            raise ArtifactError(f"{file} was changed: its sha256 is not the one in its name; learn the tasks again")
+            raise ArtifactError(f"{file} was changed: its sha256 is not the one in its name; {MEND}")
         if problem := mismatch(self.tensors(), tensors):
             raise ArtifactError(f"{file} does not fit: {problem}")
         self.load_state_dict({**self.state_dict(), **tensors})
@@ -317,11 +320,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of `method.json`, checked."""
     file = folder / CONFIG
     try:
-        config: dict[str, Any] = read_json(file, SCHEMA, "learn the tasks again")
+        config: dict[str, Any] = read_json(file, SCHEMA, MEND)
     except FileNotFoundError as error:
         raise ArtifactError(f"{file} does not exist; give the folder that save() wrote") from error
-    if config["format_version"] != FORMAT_VERSION:
-        raise ArtifactError(f"{file} has an unknown format_version; this library reads {FORMAT_VERSION}")
+    version = config["format_version"]
+    if not 1 <= version <= FORMAT_VERSION:
+        raise ArtifactError(f"{file} has the format_version {version}; this library reads 1 to {FORMAT_VERSION}")
+    config = check_signed(config, str(file), MEND, needed=version > 1)
+    if not all(isinstance(task.get("head"), (int, str)) for task in config["tasks"]):
+        raise ArtifactError(f"{file} has no valid field 'tasks.head'; {MEND}")
+    if Path(config["tensors"]).name != config["tensors"]:
+        raise ArtifactError(f"{file} names a file of another folder, {config['tensors']}; {MEND}")
     return config
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sidetuning.base import KINDS, Base, Features, Input
 from sidetuning.errors import TaskError
 from sidetuning.merges import pointwise
+from sidetuning.outputs import channels_first
 from sidetuning_bench.methods.method import Method
 from sidetuning_bench.methods.recipe import Task
 from sidetuning_bench.methods.trunk import Trunk
@@ -71,6 +72,7 @@ class Column(nn.Module):
         self.laterals = nn.ModuleDict(
             {name.replace(".", "/"): Lateral(shape, sources) for name, shape in base.tap_shapes.items()}
         )
+        self.layouts = base.layouts
 
     def forward(self, inputs: Input, earlier: Sequence[dict[str, Tensor]]) -> Features:
         taps: dict[str, Tensor] = {}
@@ -84,13 +86,13 @@ class Column(nn.Module):
     def _join(
         self, lateral: nn.Module, sources: list[Tensor], taps: dict[str, Tensor], name: str
     ) -> Callable[..., Any]:
-        select = self.trunk.select
+        layout = self.layouts.get(name)
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             # The layers of transformers return tuples.
             several = isinstance(output, (tuple, list))
-            taps[name] = joined = select.channels_first(output[0] if several else output) + lateral(sources)
-            if select.channels_last and joined.ndim == 4:
+            taps[name] = joined = channels_first(output[0] if several else output, layout) + lateral(sources)
+            if layout == "nhwc":
                 joined = joined.permute(0, 2, 3, 1)
             return (joined, *output[1:]) if several else joined
 

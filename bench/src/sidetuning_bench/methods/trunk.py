@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Input, Tap
 from sidetuning.errors import TaskError
+from sidetuning.folding import may_be_channels_last
 from sidetuning.inputs import call
 
 
@@ -44,19 +45,19 @@ class Trunk(nn.Module):
         self.net = nn.Sequential(net) if isinstance(net, (nn.Conv2d, nn.Linear)) else net
         self.frozen = frozen
         self.select = base.select
-        self.images = any(isinstance(m, nn.Conv2d) for m in self.net.modules())
+        self.images = may_be_channels_last(self.net)
         if not pretrained:
             reinitialise(self.net)
         if self.images:
-            # Faster convolutions, on CPUs and tensor cores alike.
             self.net.to(memory_format=torch.channels_last)
         self.train(not frozen)
 
     def forward(self, inputs: Input) -> Tensor:
         if not isinstance(inputs, Tensor) and "x" in inputs:
             inputs = inputs["x"]
-        if self.images and isinstance(inputs, Tensor) and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if isinstance(inputs, Tensor) and inputs.ndim == 4:
+            form = torch.channels_last if self.images else torch.contiguous_format
+            inputs = inputs.contiguous(memory_format=form)
         return self.select(call(self.net, inputs))
 
     def train(self, mode: bool = True) -> Trunk:

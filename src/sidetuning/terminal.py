@@ -1,0 +1,32 @@
+"""What is printed: texts of users reach the terminal without anything that it would obey."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+
+# Escape sequences, other control characters, and marks that turn the direction of writing.
+OBEYED = re.compile(
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def plain(text: object) -> str:
+    """A text without what a terminal obeys, and without halves of characters, which cannot be encoded."""
+    return OBEYED.sub("", str(text)).encode("utf-8", "replace").decode()
+
+
+def say(text: object, error: bool = False) -> None:
+    """Print a text as it is; `error` chooses standard error."""
+    print(plain(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def say_markdown(text: str, columns: int = 0) -> None:
+    """Print Markdown, such as a table, at least this many columns wide."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    # A link's text must not hide its address.
+    Console(width=max(columns, shutil.get_terminal_size().columns)).print(Markdown(plain(text), hyperlinks=False))
