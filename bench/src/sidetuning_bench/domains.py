@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from sidetuning.errors import DataError, ShapeError, UnknownNameError
+from sidetuning.files import read_bytes
 from sidetuning.registry import unknown
 
 
@@ -105,8 +106,8 @@ def names(root: str | Path, domain: str) -> list[str]:
     table: Any = {}
     if path.exists():
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            table = json.loads(read_bytes(path))
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} is no readable JSON file ({error}); mend it or remove it") from error
     found = table.get(d.name) if isinstance(table, dict) else []
     if found is None:
