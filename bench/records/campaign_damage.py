@@ -189,7 +189,8 @@ def replace_file(file: Path, rng: random.Random) -> str:
     elif kind in ("link", "device", "loop"):
         # Beside the folder, and never a file that matters: a reader that writes through it would destroy it.
         victim = next(parent for parent in file.parents if (parent / VICTIM).exists()) / VICTIM
-        file.symlink_to({"link": victim, "device": "/dev/zero", "loop": file.name}[kind])
+        targets = {"link": str(victim), "device": "/dev/zero", "loop": file.name}
+        file.symlink_to(targets[kind])
     elif kind == "pipe":
         os.mkfifo(file)
     elif kind == "pickle":
@@ -212,6 +213,6 @@ def mutate(folder: Path, rng: random.Random) -> tuple[str, bool]:
         header = header_of(file.read_bytes())
         text = header and header[0].get("__metadata__", {}).get("sidetuning")
         with contextlib.suppress(ValueError, TypeError):
-            (file.parent / "side.json").write_text(json_text(json.loads(text)))
+            (file.parent / "side.json").write_text(json_text(json.loads(str(text))))
     name = file.relative_to(folder)
     return f"{how} of {name}{', signed anew' if sign and how in ('json', 'header') else ''}", sign

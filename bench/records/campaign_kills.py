@@ -66,7 +66,7 @@ class Counter:
         """From here on."""
         sync = os.fsync
 
-        def synced(handle: int) -> None:
+        def synced(handle: Any) -> None:
             self.hit("before fsync")
             sync(handle)
             self.hit("after fsync")
@@ -87,6 +87,7 @@ def forked(function: Callable[[], Any], seconds: float | None = None, limit: int
         os.setsid()
         os.close(reader)
         counter = Counter(limit)
+        message: tuple[str, Any]
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):  # noqa: PTH123
             try:
                 counter.watch()

@@ -273,7 +273,7 @@ def read_tokens(folder: Path) -> Any:
 
 
 def make_method(name: str, folder: Path) -> None:
-    method = METHODS[name](base(), **({"side": "mlp", "merge": "sum"} if name == "sidetune" else {}))
+    method = METHODS.build(name, base(), options={"side": "mlp", "merge": "sum"} if name == "sidetune" else {})
     for k, task in enumerate(("pets", "cars")):
         loader = DataLoader(data(), batch_size=5)
         method.learn(Task(task, 3, labels=["cat", "dog", "cow"], seed=k), loader, Recipe(steps=2), progress=False)

@@ -17,7 +17,7 @@ import record
 import sidetuning as st
 from campaign_subjects import base, data, model, plain
 from sidetuning.cache import cache_features, cache_tokens, features, tokens
-from sidetuning_bench import compare, icifar
+from sidetuning_bench import compare, grid, icifar
 from sidetuning_bench.agents import collect
 from sidetuning_bench.agents.trajectories import read_steps
 from sidetuning_bench.grid import Cell
@@ -144,7 +144,7 @@ def learn_method(name: str, folder: Path) -> None:
     if (folder / "method" / "method.json").exists():
         method = load_method(folder / "method", base())
     else:
-        method = METHODS[name](base(), **({"side": "mlp", "merge": "sum"} if name == "sidetune" else {}))
+        method = METHODS.build(name, base(), options={"side": "mlp", "merge": "sum"} if name == "sidetune" else {})
     for k, task in enumerate(("pets", "cars")):
         if task not in method.tasks:
             loader = DataLoader(data(), batch_size=5, shuffle=True)
@@ -225,9 +225,9 @@ def icifar_says(folder: Path) -> Any:
 
 def compare_settings(folder: Path) -> compare.Settings:
     on = compare.OnIcifar(data=str(folder / "data"), samples=100)
-    grid = GridOptions(out=str(folder / "grid"), seeds=1, progress=False)
+    where = GridOptions(out=str(folder / "grid"), seeds=1, progress=False)
     shared = compare.Shared(cache=str(folder / "cache"))
-    return compare.Settings(on=on, tasks=1, methods=("features", "finetune"), run=grid, shared=shared)
+    return compare.Settings(on=on, tasks=1, methods=("features", "finetune"), run=where, shared=shared)
 
 
 def compare_says(folder: Path) -> Any:
@@ -256,7 +256,7 @@ def write_records(folder: Path) -> None:
     record.RESULTS = folder
     cells = [Cell(f"square-{k}", folder, k) for k in range(2)]
     todo = [cell for cell in cells if not record.recorded(cell.name, {})]
-    for cell, found in record.grid.run(todo, work_of_cell, lambda cell: None, progress=False):
+    for cell, found in grid.run(todo, work_of_cell, lambda cell: None, progress=False):
         record.write(cell.name, {**found, "settings": {}})
 
 
