@@ -17,15 +17,13 @@ from typing import Any
 import campaign_mutations
 from record import Record, read, write
 
-TOTAL = 300
-
 
 @dataclass(frozen=True)
 class Settings:
     """Kill writers and damage files, each at random; the same command resumes."""
 
     kills: int = 300
-    """Number of killed writers."""
+    """Number of kills."""
     mutations: int = 20_000
     """Number of damaged files."""
     seed: int = 0
@@ -46,15 +44,14 @@ def keep(file: Path, row: dict[str, Any]) -> None:
         opened.write(json.dumps(row) + "\n")
 
 
-def names(kills: int) -> list[str]:
-    """The writer of each kill, in proportion to their shares."""
-    from campaign_kills import WRITERS
+def names() -> list[str]:
+    """The order of the writers, in proportion to their shares."""
+    from campaign_writers import WRITERS
 
     turns: Iterator[tuple[float, str]] = (
         ((k + 0.5) / writer.share, name) for name, writer in WRITERS.items() for k in range(writer.share)
     )
-    order = [name for _, name in sorted(turns)]
-    return [order[k % len(order)] for k in range(kills)]
+    return [name for _, name in sorted(turns)]
 
 
 def kill(settings: Settings) -> None:
@@ -64,32 +61,33 @@ def kill(settings: Settings) -> None:
     import torch
 
     import campaign_kills as kills
+    from campaign_writers import WRITERS
 
     torch.set_num_threads(1)
     kills.warm_up()
     file = Path(settings.out) / "kills.jsonl"
-    done = {row["number"] for row in rows(file)}
+    done, order = rows(file), names()
     whole: dict[str, tuple[kills.Whole, Path]] = {}
     with tempfile.TemporaryDirectory() as root:
-        for number, name in enumerate(names(settings.kills)):
-            if number in done:
-                continue
+        while sum(row["kills"] for row in done) < settings.kills:
+            name = order[len(done) % len(order)]
             if name not in whole:
-                writer, prepared = kills.WRITERS[name], Path(root) / f"before-{len(whole)}"
+                writer, prepared = WRITERS[name], Path(root) / f"before-{len(whole)}"
                 prepared.mkdir()
                 kills.forked(lambda writer=writer, to=prepared: writer.prepare(to))  # type: ignore[misc]
                 copy = Path(shutil.copytree(prepared, Path(root) / "whole"))
                 whole[name] = kills.whole(writer, copy), prepared
                 shutil.rmtree(copy)
-            outcome = kills.judge(number, settings.seed, name, *whole[name], Path(root) / "box")
-            keep(file, {**asdict(outcome), "failed": outcome.failed})
+            outcome = kills.judge(len(done), settings.seed, name, *whole[name], Path(root) / "box")
+            done.append({**asdict(outcome), "failed": outcome.failed})
+            keep(file, done[-1])
 
 
 def mutate(settings: Settings) -> None:
     """Damage the files that were not damaged yet."""
     file = Path(settings.out) / "mutations.jsonl"
-    first = len(rows(file))
-    numbers = range(first, settings.mutations)
+    done = {row["number"] for row in rows(file)}
+    numbers = [number for number in range(settings.mutations) if number not in done]
     campaign_mutations.run(numbers, settings.seed, lambda v: keep(file, {**asdict(v), "failed": v.failed}))
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,25 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import campaign_foreign as foreign
 import sidetuning as st
 from sidetuning.cache import CachedFeatures, CachedTokens, cache_features, cache_tokens
-from sidetuning.commands import predict
-from sidetuning_bench import domains
 from sidetuning_bench.agents.trajectories import Episode, Writer, read_steps
-from sidetuning_bench.cifar import load_images
-from sidetuning_bench.language.questions import read_questions
 from sidetuning_bench.methods import METHODS, Recipe, Task, load_method
 from sidetuning_bench.results import RunResult
 from sidetuning_bench.runs import Run, read_result, write_result
 
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")
 METHOD_NAMES = ("sidetune", "ewc", "psp", "pnn", "piggyback")
 
 
@@ -283,7 +273,7 @@ def read_tokens(folder: Path) -> Any:
 
 
 def make_method(name: str, folder: Path) -> None:
-    method = METHODS[name](base(), **({"side": "mlp", "merge": "sum"} if name == "sidetune" else {}))
+    method = METHODS.build(name, base(), options={"side": "mlp", "merge": "sum"} if name == "sidetune" else {})
     for k, task in enumerate(("pets", "cars")):
         loader = DataLoader(data(), batch_size=5)
         method.learn(Task(task, 3, labels=["cat", "dog", "cow"], seed=k), loader, Recipe(steps=2), progress=False)
@@ -352,80 +342,6 @@ def read_trajectories(folder: Path) -> Any:
     return steps.fingerprint(), plain(steps.starts)
 
 
-# ---- files of others
-
-
-def picture(kind: str) -> bytes:
-    buffer = io.BytesIO()
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def make_images(folder: Path) -> None:
-    for kind in FORMATS:
-        (folder / f"one.{kind.lower()}").write_bytes(picture(kind))
-
-
-def read_images(folder: Path) -> Any:
-    return plain([predict.read(folder / f"one.{kind.lower()}", (12, 10)) for kind in FORMATS])
-
-
-def make_parquet(folder: Path) -> None:
-    for split, rows in (("train", 6), ("test", 3)):
-        cells = [{"bytes": picture("PNG"), "path": None} for _ in range(rows)]
-        table = pa.table({"img": cells, "fine_label": [k % 3 for k in range(rows)]})
-        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
-
-
-def read_parquet(folder: Path) -> Any:
-    return plain([load_images(folder, split).tensors() for split in ("train", "test")])
-
-
-def make_questions(folder: Path) -> None:
-    answers = [{"text": "in Rome", "answer_start": 8}]
-    entries = [{"id": str(k), "question": "Where is it?", "answers": answers if k % 2 else []} for k in range(4)]
-    paragraph = {"context": "It lies in Rome since 1850.", "qas": entries}
-    for split in ("train", "dev"):
-        text = json.dumps({"version": "2.0", "data": [{"title": "x", "paragraphs": [paragraph]}]})
-        (folder / f"{split}.json").write_text(text)
-
-
-def read_squad(folder: Path) -> Any:
-    return repr([read_questions(folder, split) for split in ("train", "dev")])
-
-
-FRAMES = ("rgb", "depth_zbuffer", "normal", "segment_semantic", "class_object")
-
-
-def make_frames(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    values: dict[str, Any] = {
-        "rgb": rng.random((6, 6, 3)),
-        "depth_zbuffer": rng.random((6, 6)),
-        "normal": rng.random((6, 6, 3)),
-        "segment_semantic": rng.integers(0, 9, (6, 6)),
-        "class_object": rng.random(12),
-    }
-    for name in FRAMES:
-        domains.write(domains.path_of(folder, name, "room", 0, 0), name, values[name])
-    (folder / "names.json").write_text(json.dumps({"class_object": [f"thing {k}" for k in range(12)]}))
-
-
-def read_frames(folder: Path) -> Any:
-    found = [domains.read(domains.path_of(folder, name, "room", 0, 0), name) for name in FRAMES]
-    return plain([found, domains.names(folder, "class_object")])
-
-
-def make_weights(folder: Path) -> None:
-    shutil.copyfile(Path(st.__file__).parent / "bases" / "resnet44-cifar10.safetensors", folder / "w.safetensors")
-
-
-def read_weights(folder: Path) -> Any:
-    found = st.load_base("resnet44-cifar10", weights=folder / "w.safetensors")
-    return found.identity().sha256
-
-
 SUBJECTS: dict[str, Subject] = {
     "task": Subject(make_task, read_task),
     "model": Subject(make_model, read_model),
@@ -439,9 +355,9 @@ SUBJECTS: dict[str, Subject] = {
     **{f"method {name}": Subject(partial(make_method, name), read_method) for name in METHOD_NAMES},
     "run": Subject(make_run, read_run),
     "trajectories": Subject(make_trajectories, read_trajectories),
-    "images": Subject(make_images, read_images, checked=False),
-    "parquet": Subject(make_parquet, read_parquet, checked=False),
-    "questions": Subject(make_questions, read_squad, checked=False),
-    "frames": Subject(make_frames, read_frames, checked=False),
-    "weights": Subject(make_weights, read_weights, checked=False),
+    "images": Subject(foreign.make_images, foreign.read_images, checked=False),
+    "parquet": Subject(foreign.make_parquet, foreign.read_parquet, checked=False),
+    "questions": Subject(foreign.make_questions, foreign.read_squad, checked=False),
+    "frames": Subject(foreign.make_frames, foreign.read_frames, checked=False),
+    "weights": Subject(foreign.make_weights, foreign.read_weights, checked=False),
 }

@@ -82,7 +82,10 @@ class Trial:
         if not self.attempt("load", self.load):
             return
         self.attempt("taps", self.taps)
-        if not self.attempt("add", self.add):
+        self.model = st.SideTuner(self.base)
+        self.attempt("add", self.add)
+        # Where the ladder was refused, the other tasks go on.
+        if not len(self.model):
             return
         for cell in ("forward_all", "fit", "threads", "fold", "cache", "save"):
             self.attempt(cell, getattr(self, cell))
@@ -91,6 +94,7 @@ class Trial:
         """The base gives bitwise what the network gives."""
         net, address, weights = network_of(self.name, self.folder)
         self.base = st.load_base(address, weights=weights)
+        self.tapped: list[str] = []
         self.text = not isinstance(self.base.example, Tensor)
         if not self.text:
             self._shrink()
@@ -128,7 +132,6 @@ class Trial:
         names = [name for name, _ in self.base.net.named_modules() if BLOCK.search(name)]  # type: ignore[attr-defined]
         depth = min((name.count(".") for name in names), default=0)
         names = [name for name in names if name.count(".") == depth]
-        self.tapped: list[str] = []
         refused: st.SideTuningError | None = None
         for name in dict.fromkeys((names[len(names) // 2 :] + names[:1])[:2] + names[-1:]):
             try:
@@ -177,11 +180,13 @@ class Trial:
 
     def add(self) -> str | None:
         """Three tasks; the first does not move by a bit."""
-        self.model = st.SideTuner(self.base)
-        self.model.add_task("plain", side="transformer" if self.text else "fcn3", head=3, seed=1)
+        example = self.base.example
+        video = isinstance(example, Tensor) and example.ndim == 5
+        side = "transformer" if self.text else "mlp" if video else "fcn3"
+        self.model.add_task("plain", side=side, head=3, seed=1)
         before = self.model(self.x, "plain")
         self.model.add_task("copy", side="copy", head=3, merge="sum", seed=2)
-        if getattr(self, "tapped", None):
+        if self.tapped:
             self.model.add_task("ladder", side="ladder", head=3, taps=self.tapped, seed=3)
         outputs = {task: self.model(self.x, task) for task in self.model}
         bad = [task for task, out in outputs.items() if out.shape != (BATCH, 3) or not out.isfinite().all()]

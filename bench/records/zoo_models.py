@@ -48,7 +48,7 @@ switch_transformers plbart bigbird_pegasus tapas visual_bert clip_text_model ima
 IMAGE_NAMES = """
 vit deit beit swin swinv2 convnext convnextv2 resnet regnet mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2
 efficientnet dinov2 dinov2_with_registers dinov3_vit dinov3_convnext vit_mae vit_msn data2vec-vision segformer
-poolformer levit cvt pvt pvt_v2 focalnet hiera swiftformer bit glpn ijepa siglip_vision_model clip_vision_model
+poolformer levit pvt pvt_v2 focalnet hiera swiftformer bit glpn ijepa siglip_vision_model clip_vision_model
 vivit timesformer videomae textnet hgnet_v2 donut-swin maskformer-swin yolos dpt vitdet sam_vision_model
 aimv2_vision_model mlcd_vision_model timm_wrapper vjepa2 pixio mgp-str
 """
@@ -116,7 +116,6 @@ IMAGES: dict[str, dict[str, Any]] = {
     "bit": {**TWO, "num_groups": 4},
     "convnext": {"patch_size": 4, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
     "convnextv2": {"patch_size": 4, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
-    "cvt": {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2], "depth": [1, 1, 1], "cls_token": [False, False, True]},
     "dinov3_convnext": FOUR,
     "donut-swin": SWIN,
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},

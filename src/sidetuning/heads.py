@@ -132,9 +132,12 @@ def span(base: Base) -> nn.Module:
 
 @HEADS.register("pixels")
 def pixels(base: Base, channels: int = 1, hidden: int = 64, centre: Any = None, scale: Any = None) -> nn.Module:
-    """A convolutional decoder of `hidden` channels from a map to images of the input's size -> (b, channels, H, W).
+    """A convolutional decoder from a map to images of the input's size -> (b, channels, H, W).
 
-    `centre` and `scale` are those of `linear`, one number or one per channel.
+    Args:
+        channels: channels of the images.
+        hidden: channels of the decoder.
+        centre, scale: those of `linear`, one number or one per channel.
     """
     if base.kind != "map" or not isinstance(base.example, Tensor):
         raise TaskError(f"head 'pixels' decodes a map into an image, and this base returns a {base.kind}")

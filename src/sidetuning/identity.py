@@ -86,7 +86,7 @@ class Identity:
 
 def _form(shape: tuple[int, ...]) -> tuple[int, int]:
     """How many dimensions a code has, and its width."""
-    return len(shape), shape[-1] if len(shape) == 2 else shape[0]
+    return len(shape), shape[-1] if len(shape) == 2 else next(iter(shape), 0)
 
 
 def _named(preparation: dict[str, Any]) -> dict[str, Any]:

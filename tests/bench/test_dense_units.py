@@ -79,7 +79,7 @@ def test_units_are_those_of_the_valid_labels(small: Path) -> None:
     assert set(dense_task("depth_zbuffer", frames).head[1]) == {"channels", "hidden"}
 
 
-@pytest.mark.parametrize("method", ["features", "finetune", "independent", "ewc", "piggyback"])
+@pytest.mark.parametrize("method", ["features", "finetune", "independent", "ewc", "piggyback", "boosting"])
 def test_every_method_starts_at_the_median_of_the_labels(method: str, small: Path, tmp_path: Path) -> None:
     given = settings_of(small, tmp_path, method=method, epochs=1.0, lr=1e-9)
     result = itaskonomy.run(given)

@@ -792,6 +792,7 @@ def edited(file: Path, change: Callable[[dict[str, Any]], object], sign: bool) -
         (lambda c: c["options"].update(coefficient=7.0), False),
         (lambda c: c.update(format_version=1, tasks=[]), False),
         (lambda c: c.update(probe=["a"]), True),
+        (lambda c: c.update(output_shape=[]), True),
         (lambda c: c["tasks"][0].pop("head"), True),
         (lambda c: c.update(tensors=f"../{c['tensors']}"), True),
     ],
@@ -803,5 +804,15 @@ def test_a_changed_method_is_refused(tmp_path: Path, change: Any, sign: bool) ->
     )
     method.save(tmp_path)
     edited(tmp_path / "method.json", change, sign)
-    with pytest.raises(st.ArtifactError, match=r"method\.json"):
+    with pytest.raises(st.ArtifactError, match=r"method\.json|was learned from another base"):
         load_method(tmp_path, mlp_base())
+
+
+def test_options_of_another_type_are_refused(tmp_path: Path) -> None:
+    method = METHODS.build("sidetune", mlp_base(), options={"side": "mlp"})
+    method.learn(Task("pets", 2), [(inputs("mlp"), torch.tensor([0, 1, 0, 1]))], QUIET, progress=False)
+    method.save(tmp_path)
+    for value in (0.5, [1], "x"):
+        edited(tmp_path / "method.json", lambda c, value=value: c["options"].update(side_options=value), True)  # type: ignore[misc]
+        with pytest.raises(st.ArtifactError, match="cannot be built"):
+            load_method(tmp_path, mlp_base())

@@ -202,9 +202,10 @@ def test_mistakes_are_sentences_and_change_nothing() -> None:
     for strength in (0.0, -1.0, float("nan")):
         with pytest.raises(st.TaskError, match="strength must be a positive number"):
             st.solve(model, "t", batches(CLASSES), strength=strength, progress=False)
-    spans = model_with(None, "span", sequence_base())
+    spans, texts = model_with(None, "span", sequence_base()), inputs("sequence", 4)
+    assert isinstance(texts, dict)
     with pytest.raises(st.DataError, match="'span' is not solved in closed form"):
-        st.solve(spans, "t", [{**inputs("sequence", 4), "labels": torch.zeros(4, 2).long()}], progress=False)  # type: ignore[dict-item]
+        st.solve(spans, "t", [{**texts, "labels": torch.zeros(4, 2).long()}], progress=False)
     model.freeze_task("t")
     with pytest.raises(st.TaskError, match="frozen"):
         st.solve(model, "t", batches(CLASSES), progress=False)

@@ -110,7 +110,8 @@ def test_a_cache_has_numbers_alone_in_its_own_folder(name: str, field: Any, mess
     meta["fields"][name] = field
     # As somebody who knows the format would write it.
     write_json(folder / "meta.json", signed(meta))
-    (folder / "x").write_bytes(b"A" * 128)
+    if name == "x":
+        (folder / "x").write_bytes(b"A" * 128)
     (tmp_path / "secret").write_bytes(b"A" * 64)
     with pytest.raises(st.CacheError, match=f"{message}.*; delete|{message} and cache again|{message}; delete"):
         st.CachedFeatures(folder)

@@ -185,6 +185,8 @@ class Store:
         """Whether the rows of a chunk are those that its marker speaks of; files may have been lost since."""
         try:
             for name, (first, last) in read_json(marker, MARKER, "")["rows"].items():
+                if not 0 <= first <= last <= self.rows * self.views:
+                    return False
                 self.read(name, np.arange(first, last))
         except (OSError, SideTuningError, ValueError, TypeError, KeyError):
             return False

@@ -8,8 +8,9 @@ logits = method(x, "pets")
 from pathlib import Path
 
 from sidetuning.base import Base
+from sidetuning.errors import ArtifactError, SideTuningError
 from sidetuning.registry import Registry
-from sidetuning_bench.methods.method import Method, read_config, saved_tasks
+from sidetuning_bench.methods.method import MEND, Method, read_config, saved_tasks
 from sidetuning_bench.methods.recipe import Recipe, Task, one_cycle
 
 METHODS: Registry[type[Method]] = Registry(
@@ -32,10 +33,20 @@ METHODS: Registry[type[Method]] = Registry(
 
 
 def load_method(folder: str | Path, base: Base) -> Method:
-    """Build the method saved in `folder`, with all its tasks, on `base`."""
+    """Build the method saved in `folder`, with all its tasks, on `base`.
+
+    Raises:
+        ArtifactError: the folder is missing, damaged, or of another base.
+    """
     config = read_config(Path(folder))
-    method: Method = METHODS.build(config["method"], base, options=config["options"])
-    method.load(folder)
+    try:
+        method: Method = METHODS.build(config["method"], base, options=config["options"])
+        method.load(folder)
+    except SideTuningError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        # Options of another type, which each method meets in its own way.
+        raise ArtifactError(f"{folder} describes a method that cannot be built ({error}); {MEND}") from error
     return method
 
 
