@@ -66,9 +66,9 @@ class Counter:
         """From here on."""
         sync = os.fsync
 
-        def synced(handle: Any) -> None:
+        def synced(fd: Any) -> None:
             self.hit("before fsync")
-            sync(handle)
+            sync(fd)
             self.hit("after fsync")
 
         os.fsync = synced

@@ -167,7 +167,7 @@ class Two(Tensor):
         return ["one", "two"], None
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
         if func is torch.ops.aten.detach.default:
             return cls(args[0].one, args[0].two)
         unwrapped = [a.one + a.two if isinstance(a, Two) else a for a in args]
