@@ -88,7 +88,7 @@ def forked(function: Callable[[], Any], seconds: float | None = None, limit: int
         os.close(reader)
         counter = Counter(limit)
         message: tuple[str, Any]
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):  # noqa: PTH123
+        with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             try:
                 counter.watch()
                 message = "done", (function(), counter.count)

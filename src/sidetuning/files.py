@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -28,7 +29,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     A link stays one, and its target is replaced. What is no file, such as a device, is written to.
     """
-    path = Path(path).resolve()
+    try:
+        path = Path(path).resolve()
+    except RuntimeError as error:
+        raise OSError(errno.ELOOP, "it is a link to itself", str(path)) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         with tempfile.TemporaryDirectory() as folder:

@@ -32,6 +32,10 @@ def test_the_icifar_table_is_made_from_the_results(printed: Callable[[str], str]
     assert table in (ROOT / "docs/benchmarks.md").read_text()
 
 
+def test_the_tables_of_the_campaign_are_made_from_its_results(printed: Callable[[str], str]) -> None:
+    assert printed("campaign") in (ROOT / "docs/reliability.md").read_text()
+
+
 def test_the_tables_of_grids_are_made_from_the_results(printed: Callable[[str], str]) -> None:
     text = (ROOT / "docs/benchmarks.md").read_text()
     for grid in re.findall(r"compare icifar [^`]*--grid (\w+)|`--grid (\w+)`", text):
@@ -125,7 +129,7 @@ def test_every_record_can_be_named_and_explains_its_settings(capsys: pytest.Capt
     for extra in ("vizdoom", "stable_baselines3", "transformers", "minari"):
         pytest.importorskip(extra)
     main([])
-    assert "Records: batch-statistics, compare, " in capsys.readouterr().out
+    assert "Records: batch-statistics, campaign, compare, " in capsys.readouterr().out
     for name in RECORDS.names():
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -808,11 +809,16 @@ def test_a_changed_method_is_refused(tmp_path: Path, change: Any, sign: bool) ->
         load_method(tmp_path, mlp_base())
 
 
+def update_options(changed: dict[str, Any], content: dict[str, Any]) -> None:
+    content["options"].update(changed)
+
+
 def test_options_of_another_type_are_refused(tmp_path: Path) -> None:
     method = METHODS.build("sidetune", mlp_base(), options={"side": "mlp"})
     method.learn(Task("pets", 2), [(inputs("mlp"), torch.tensor([0, 1, 0, 1]))], QUIET, progress=False)
     method.save(tmp_path)
     for value in (0.5, [1], "x"):
-        edited(tmp_path / "method.json", lambda c, value=value: c["options"].update(side_options=value), True)  # type: ignore[misc]
+        changed = {"side_options": value}
+        edited(tmp_path / "method.json", partial(update_options, changed), True)
         with pytest.raises(st.ArtifactError, match="cannot be built"):
             load_method(tmp_path, mlp_base())

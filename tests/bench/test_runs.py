@@ -120,9 +120,13 @@ def changed(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def test_a_row_that_was_changed_is_reported_and_the_others_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("old", "new"), [('"task-1"', '"task-9"'), ('"task-1"', '"task-1'), ('"sha256"', '"sha"')])
+def test_a_row_that_was_changed_is_reported_and_the_others_stay(tmp_path: Path, old: str, new: str) -> None:
     run = run_with_rows(tmp_path)
-    changed(tmp_path / "metrics.jsonl", '"task-1"', '"task-9"')
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert old in lines[1]
+    file.write_text("".join([lines[0], lines[1].replace(old, new), *lines[2:]]))
     with pytest.warns(DataWarning, match="line 2 of"):
         assert [row["task"] for row in run.metrics()] == ["task-0", "task-2", "task-3"]
 

@@ -134,10 +134,11 @@ class Run:
         except OSError as error:
             raise SideTuningError(f"{file} cannot be read ({error}); {MEND}") from error
         rows: list[tuple[bytes, dict[str, Any] | None]] = []
+        needed = (read_run(self.folder).get("format_version") or 0) > 1
         for number, line in enumerate(lines, 1):
             row = None
             try:
-                row = check_signed(parse_json(decode_text(line), "", {}, ""), "", "", needed=False)
+                row = check_signed(parse_json(decode_text(line), "", {}, ""), "", "", needed)
             except ValueError:
                 if number < len(lines) or line.endswith(b"\n"):
                     warnings.warn(f"line {number} of {file} is damaged and was left out", DataWarning, stacklevel=3)
