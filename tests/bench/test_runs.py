@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import sidetuning as st
-from sidetuning.errors import DataWarning, SideTuningError
+from sidetuning.errors import SideTuningError
 from sidetuning_bench.domains import names
 from sidetuning_bench.language.questions import read_questions
 from sidetuning_bench.methods import load_method
@@ -44,26 +44,6 @@ def test_memory_is_counted_anew() -> None:
     assert 60 < after - before < 120 and kept
 
 
-def test_a_damaged_row_is_named_and_all_others_stay(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", "x", Settings())
-    for k in range(4):
-        run.append({"task": f"t{k}"})
-    file = tmp_path / "run/metrics.jsonl"
-    damages = [b'{"task": "t1}\n', b'\xfb{"task": "t1"}\n', b"[1]\n", b"[" * 100_000 + b"\n", b"\0\0\0\n"]
-    for damage in damages:
-        lines = file.read_bytes().splitlines(keepends=True)
-        file.write_bytes(b"".join([lines[0], damage, *lines[2:]]))
-        with pytest.warns(DataWarning, match=r"line 2 of .*metrics.jsonl is damaged and was left out"):
-            assert [row["task"] for row in run.metrics()] == ["t0", "t2", "t3"]
-    with pytest.warns(DataWarning, match="line 2"):
-        run.append({"task": "t4"})
-    with pytest.warns(DataWarning, match="line 2"):
-        run.keep(lambda row: row["task"] != "t3")
-    with pytest.warns(DataWarning, match="line 2"):
-        assert [row["task"] for row in run.metrics()] == ["t0", "t2", "t4"]
-    assert damages[-1] in file.read_bytes()
-
-
 @pytest.mark.parametrize("cut", [b'{"task": "t', b'{"task": "t1"', b"\xfb"])
 def test_a_last_row_that_was_cut_short_makes_room_for_the_next(cut: bytes, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "x", Settings())
@@ -73,9 +53,6 @@ def test_a_last_row_that_was_cut_short_makes_room_for_the_next(cut: bytes, tmp_p
     assert run.metrics() == [{"task": "t0"}]
     run.append({"task": "t1"})
     assert [row["task"] for row in run.metrics()] == ["t0", "t1"] and file.read_bytes().endswith(b"}\n")
-    file.write_bytes(file.read_bytes()[:-1])
-    run.append({"task": "t2"})
-    assert [row["task"] for row in run.metrics()] == ["t0", "t1", "t2"]
 
 
 DEEP = ["[" * 100_000, '{"a":' * 5_000, "1" * 5_000, '{"scenario": 5}', "\ufeffno", ""]
@@ -120,15 +97,27 @@ def changed(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize(("old", "new"), [('"task-1"', '"task-9"'), ('"task-1"', '"task-1'), ('"sha256"', '"sha"')])
-def test_a_row_that_was_changed_is_reported_and_the_others_stay(tmp_path: Path, old: str, new: str) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"task-1"', '"task-9"'), ('"task-1"', '"task-1'), ('"sha256"', '"sha"'), ('{"task": "task-0"', "\x00")],
+)
+def test_a_damaged_row_is_reported_and_the_others_stay(tmp_path: Path, old: str, new: str) -> None:
     run = run_with_rows(tmp_path)
     file = tmp_path / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    assert old in lines[1]
-    file.write_text("".join([lines[0], lines[1].replace(old, new), *lines[2:]]))
-    with pytest.warns(DataWarning, match="line 2 of"):
-        assert [row["task"] for row in run.metrics()] == ["task-0", "task-2", "task-3"]
+    changed(file, old, new)
+    before = file.read_bytes()
+    for work in (run.metrics, lambda: run.append({"task": "task-4"})):
+        with pytest.raises(SideTuningError, match=r"metrics\.jsonl, line [12],"):
+            work()
+    assert file.read_bytes() == before
+
+
+def test_rows_that_changed_places_are_reported(tmp_path: Path) -> None:
+    run, file = run_with_rows(tmp_path), tmp_path / "metrics.jsonl"
+    first, second, *others = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([second, first, *others]))
+    with pytest.raises(SideTuningError, match="moved from another place"):
+        run.metrics()
 
 
 def test_a_row_that_a_kill_cut_short_is_written_again(tmp_path: Path) -> None:
@@ -137,6 +126,9 @@ def test_a_row_that_a_kill_cut_short_is_written_again(tmp_path: Path) -> None:
     assert [row["task"] for row in run.metrics()] == ["task-0", "task-1", "task-2"]
     run.append({"task": "task-3"})
     assert [row["task"] for row in run.metrics()] == ["task-0", "task-1", "task-2", "task-3"]
+    run.keep(lambda row: row["task"] != "task-0")
+    run.append({"task": "task-4"})
+    assert [row["task"] for row in run.metrics()] == ["task-1", "task-2", "task-3", "task-4"]
 
 
 @pytest.mark.parametrize(

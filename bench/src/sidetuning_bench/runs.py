@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,12 +17,11 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from sidetuning.errors import ArtifactError, DataWarning, SideTuningError
+from sidetuning.errors import ArtifactError, SideTuningError
 from sidetuning.files import (
     LONGEST_TEXT,
     atomic_write,
     check_signed,
-    decode_text,
     parse_json,
     read_bytes,
     read_json,
@@ -35,6 +33,8 @@ from sidetuning_bench.options import FREE, defaults, flat, translated, with_valu
 
 # Version 1 had no checksums; version 0.1.0 of the library wrote no version.
 FORMAT_VERSION = 2
+# What can be done about a damaged line.
+LINE = "remove the line, or choose another folder with --out"
 MEND = "choose another folder with --out, or delete this one"
 SCHEMA = {"scenario": str, "settings": dict, "format_version?": int, "fingerprints?": dict}
 S = TypeVar("S")
@@ -123,45 +123,48 @@ class Run:
         return self.folder / "resume" / f"{name}.pt"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out, a damaged one with a warning."""
-        return [row for _, row in self._rows() if row is not None]
+        """The rows of `metrics.jsonl`; a last line cut short by a kill is left out.
 
-    def _rows(self) -> list[tuple[bytes, dict[str, Any] | None]]:
-        """The lines of `metrics.jsonl` and what they say, None where one is damaged."""
+        Raises:
+            SideTuningError: another line is damaged.
+        """
+        return [row for row, _, _ in self._rows()]
+
+    def _rows(self) -> list[tuple[dict[str, Any], bytes, int]]:
+        """The rows, each with its line and its place in the order of writing."""
         file = self.folder / "metrics.jsonl"
         try:
-            lines = read_bytes(file, LONGEST_TEXT).splitlines(keepends=True) if file.exists() else []
+            lines = read_bytes(file, LONGEST_TEXT).split(b"\n")[:-1] if file.exists() else []
         except OSError as error:
             raise SideTuningError(f"{file} cannot be read ({error}); {MEND}") from error
-        rows: list[tuple[bytes, dict[str, Any] | None]] = []
-        needed = (read_run(self.folder).get("format_version") or 0) > 1
-        for number, line in enumerate(lines, 1):
-            row = None
-            try:
-                row = check_signed(parse_json(decode_text(line), "", {}, ""), "", "", needed)
-            except ValueError:
-                if number < len(lines) or line.endswith(b"\n"):
-                    warnings.warn(f"line {number} of {file} is damaged and was left out", DataWarning, stacklevel=3)
-            if row is not None or line.endswith(b"\n"):
-                # The whole last row of a file that somebody edited may have no end.
-                rows.append((line.rstrip(b"\r\n") + b"\n", row))
+        last, rows, needed = 0, [], (read_run(self.folder).get("format_version") or 0) > 1
+        for number, line in enumerate(lines, start=1):
+            name = f"{file}, line {number},"
+            row = parse_json(line.decode(errors="replace"), name, {}, LINE)
+            row = check_signed(row, name, LINE, needed)
+            # Of a run that an older version began.
+            place = row.pop("place", last)
+            if type(place) is not int or place < last:
+                raise SideTuningError(f"{name} was moved from another place; {LINE}")
+            last = place
+            rows.append((row, line + b"\n", place))
         return rows
 
     def keep(self, which: Callable[[Mapping[str, Any]], bool]) -> None:
         """Leave those rows of `metrics.jsonl` alone."""
-        rows = self._rows()
-        kept = [line for line, row in rows if row is None or which(row)]
-        if len(kept) < len(rows):
+        lines = [line if which(row) else b"" for row, line, _ in self._rows()]
+        if not all(lines):
             with atomic_write(self.folder / "metrics.jsonl") as temporary:
-                temporary.write_bytes(b"".join(kept))
+                temporary.write_bytes(b"".join(lines))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to `metrics.jsonl`, after dropping a line that a kill cut short."""
         file = self.folder / "metrics.jsonl"
-        text = b"".join(line for line, _ in self._rows())
+        rows = self._rows()
         with file.open("r+b" if file.exists() else "wb") as out:
-            out.write(text + json.dumps(signed(row)).encode() + b"\n")
+            out.seek(sum(len(line) for _, line, _ in rows))
             out.truncate()
+            out.write(json.dumps(signed({**row, "place": rows[-1][2] + 1 if rows else 0})).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())  # what is saved after it must not outlive it
 

@@ -35,6 +35,8 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._store = store = Store.open(self.folder)
+        if lacking := {"x", "out", "y"} - store.fields.keys():
+            raise CacheError(f"{folder}/meta.json names no field {min(lacking)}; delete {folder} and cache again")
         self.fields, self.samples, self.views, self.seconds = store.fields, store.samples, store.views, store.seconds
         self.view: int | None = None if self.views > 1 else 0
 
