@@ -338,7 +338,7 @@ def make_trajectories(folder: Path) -> None:
 
 
 def read_trajectories(folder: Path) -> Any:
-    steps = read_steps(folder / "walks-v0", 2)
+    steps = read_steps(folder / "walks-v0")
     return steps.fingerprint(), plain(steps.starts)
 
 
