@@ -342,6 +342,8 @@ def test_an_example_that_the_network_does_not_take_is_refused_in_a_sentence() ->
         st.Base(conv_net(), example=torch.zeros(1, 4, 32, 32))
     with pytest.raises(st.UnknownNameError, match="reads 'input', which the input lacks"):
         st.Base(conv_net(), example={"images": torch.zeros(1, 3, 32, 32)})
+    with pytest.raises(st.ShapeError, match="does not run on its example"):
+        st.Base(lambda images: images @ images, example={"images": torch.zeros(1, 3, 32, 8)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

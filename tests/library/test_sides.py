@@ -63,6 +63,11 @@ def test_a_base_is_known_as_a_decoder_by_what_it_computes() -> None:
         with st.seeded(1):
             assert st.Base(Decoder(), example=example).causal
             assert not st.Base(TinyBert(), example=example).causal
+    weak = TinyBert()
+    with torch.no_grad():
+        # Of random weights a token hardly moves another.
+        weak.layer.self_attn.out_proj.weight.mul_(1e-4)
+    assert not st.Base(weak, example=text(IDS[:1])).causal
     mean = st.Base(lambda x: x.cumsum(1), example=torch.zeros(1, 5, 4))
     assert mean.causal
     assert not st.Base(lambda x: x.flip(1).cumsum(1), example=torch.zeros(1, 5, 4)).causal
