@@ -39,12 +39,12 @@ def test_runs(scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         player = load_player(folder / "run" / cell)
         found = torch.stack([player.policy({"rgb": rgb, COMPASS: compass}) for rgb, compass in rows])
         assert not differing({cell: found}, expected, "policy/")
-    before, rows = hashes(folder / "run"), tables_of(folder / "run")
+    before, tables = hashes(folder / "run"), tables_of(folder / "run")
     main(["bench", *about["command"].split()])
     # It is found done; the report is made again, and so are equal tables, with other words below them, and films.
     after = hashes(folder / "run")
     assert {name for name in before | after if before.get(name) != after.get(name)} <= {"report.html", "table.md"}
-    assert tables_of(folder / "run") == rows and len(rows) > 8
+    assert tables_of(folder / "run") == tables and len(tables) > 8
 
 
 def test_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
