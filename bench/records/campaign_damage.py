@@ -211,8 +211,8 @@ def mutate(folder: Path, rng: random.Random) -> tuple[str, bool]:
     if sign and file.name == "side.safetensors" and how == "header":
         # Both texts of a task agree.
         header = header_of(file.read_bytes())
-        text = header and header[0].get("__metadata__", {}).get("sidetuning")
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
+            text = header and header[0]["__metadata__"]["sidetuning"]
             (file.parent / "side.json").write_text(json_text(json.loads(str(text))))
     name = file.relative_to(folder)
     return f"{how} of {name}{', signed anew' if sign and how in ('json', 'header') else ''}", sign

@@ -200,11 +200,13 @@ def read_bytes(path: str | Path, longest: int | None = None) -> bytes:
 
 
 def read_safetensors(path: str | Path) -> bytes:
-    """The content of a safetensors file, whose header is checked before so much memory is taken.
+    """The content of a safetensors file; OSError where it cannot be read, or is none."""
+    check_safetensors(path)
+    return Path(path).read_bytes()
 
-    Raises:
-        OSError: it cannot be read, or is none.
-    """
+
+def check_safetensors(path: str | Path) -> None:
+    """Raise OSError unless a file has the size that its header tells: before so much memory is taken."""
     about = Path(path).stat()
     if not stat.S_ISREG(about.st_mode):
         raise OSError("it is no file")
@@ -214,8 +216,7 @@ def read_safetensors(path: str | Path) -> bytes:
             header = json.loads(file.read(length) if length <= LONGEST_TEXT else b"")
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
             if about.st_size == 8 + length + max(ends, default=0):
-                file.seek(0)
-                return file.read()
+                return
     raise OSError("it is no whole safetensors file")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def load_base(
         ImportError: the optional package behind the scheme is not installed.
         OSError: the weights can neither be found nor downloaded.
     """
-    path = None if weights is None else str(Path(weights).resolve())
+    path = None if weights is None else os.path.realpath(weights)
     named = dict(taps) if isinstance(taps, Mapping) else list(taps)
     options = {"taps": named, "output": output, "revision": revision, "weights": path, "nhwc": list(nhwc)}
     options["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")

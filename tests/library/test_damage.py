@@ -179,3 +179,17 @@ def test_a_message_is_one_line() -> None:
     error = st.DataError("file 'a\x1b[31m' is damaged (first\n  second\r\nthird); " + "x" * 5000 + "; fetch it again")
     assert str(error).startswith("file 'a [31m' is damaged (first second third)")
     assert len(str(error)) < 1300 and str(error).endswith("; fetch it again")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "loop", "folder"])
+def test_weights_that_are_no_file_of_weights_are_refused(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "w.safetensors"
+    if kind == "sparse":
+        with file.open("wb") as opened:
+            opened.truncate(1 << 40)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(file.name)
+    with pytest.raises(st.ArtifactError, match="not a readable safetensors file"):
+        st.load_base("resnet44-cifar10", weights=file)

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, TaskError
+from sidetuning.files import check_safetensors
 from sidetuning.inputs import original
 from sidetuning.sides import Side, run_side
 
@@ -85,6 +86,7 @@ def load_weights(module: nn.Module, path: str | Path, what: str, spare: Sequence
     """
     path = Path(path)
     try:
+        check_safetensors(path)
         tensors = load_file(path)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist; it should hold the weights of {what}") from error
