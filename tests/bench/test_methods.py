@@ -820,5 +820,5 @@ def test_options_of_another_type_are_refused(tmp_path: Path) -> None:
     for value in (0.5, [1], "x"):
         changed = {"side_options": value}
         edited(tmp_path / "method.json", partial(update_options, changed), True)
-        with pytest.raises(st.ArtifactError, match="cannot be built"):
+        with pytest.raises(st.SideTuningError, match="cannot be built"):
             load_method(tmp_path, mlp_base())
