@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sidetuning.artifacts import CONFIG, read_task
+from sidetuning.artifacts import CONFIG, TENSORS, read_task
 from sidetuning.base import Base, BaseSpec
 from sidetuning.errors import ArtifactError, UnknownNameError
 from sidetuning.inputs import Input, example_from, example_record
@@ -165,4 +165,5 @@ OPTIONS = (*UNREAD, "dtype", "example", "nhwc")
 
 def _task_folders(path: Path) -> list[Path]:
     root = path / "tasks" if (path / "tasks").is_dir() else path
-    return sorted(file.parent for file in root.glob(f"*/{CONFIG}"))
+    # Of a task that lost one of its two files that is said, instead of leaving it out.
+    return sorted({file.parent for name in (CONFIG, TENSORS) for file in root.glob(f"*/{name}")})

@@ -241,13 +241,20 @@ class Gated(nn.Module):
 class GroupNorm(nn.Module):
     """The paper's normalisation of the merged code: group norm without parameters, per token on sequences.
 
-    Uses 8 groups, or as many as divide the width.
+    Uses 8 groups, or as many as divide the width; of vectors and tokens a group holds two numbers at least, since one
+    alone would always be 0.
+
+    Raises:
+        TaskError: vectors or tokens of width 1.
     """
 
     def __init__(self, kind: Kind, width: int, groups: int = 8) -> None:
         super().__init__()
         self.kind = kind
-        self.groups = max(g for g in range(1, groups + 1) if width % g == 0)
+        if width == 1 and kind != "map":
+            raise TaskError("prenorm would make every code of width 1 the same; leave it out")
+        most = groups if kind == "map" else min(groups, width // 2)
+        self.groups = max(g for g in range(1, most + 1) if width % g == 0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "sequence":

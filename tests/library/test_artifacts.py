@@ -636,3 +636,15 @@ def test_a_task_is_read_from_files_alone(name: str, target: str, tmp_path: Path)
 def test_a_repository_that_does_not_exist_is_one_sentence() -> None:
     with pytest.raises(st.ArtifactError, match="could not be read from the Hub"):
         st.pull("sidetuning-tests/there-is-no-such-repository")
+
+
+@pytest.mark.parametrize("lost", ["side.json", "side.safetensors"])
+def test_a_model_folder_does_not_leave_out_a_task_that_lost_a_file(lost: str, tmp_path: Path) -> None:
+    model = st.SideTuner(st.load_base("resnet44-cifar10"))
+    for name in ("pets", "cars"):
+        model.add_task(name, side=None, merge="base-only", head=2)
+        model.save_task(name, tmp_path / "tasks" / name)
+    assert st.load(tmp_path).tasks == ["cars", "pets"]
+    (tmp_path / "tasks/pets" / lost).unlink()
+    with pytest.raises(st.ArtifactError, match=f"{lost} is missing"):
+        st.load(tmp_path)

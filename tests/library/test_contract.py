@@ -232,3 +232,16 @@ def test_summary_and_freezing() -> None:
     assert not branch.frozen
     model.remove_task("a")
     assert model.tasks == []
+
+
+@pytest.mark.parametrize("width", [2, 3, 5, 8])
+def test_prenorm_leaves_narrow_codes_something_to_say(width: int) -> None:
+    """A group of one number would always be 0."""
+    model = st.SideTuner(st.Base(nn.Linear(4, width), example=torch.zeros(1, 4)))
+    model.add_task("t", side=None, merge="base-only", head="identity", prenorm=True)
+    out = model(torch.rand(3, 4), "t")
+    assert float(out.detach().abs().min()) > 0
+    with pytest.raises(st.TaskError, match="leave it out"):
+        st.SideTuner(st.Base(nn.Linear(4, 1), example=torch.zeros(1, 4))).add_task(
+            "t", side=None, merge="base-only", head="identity", prenorm=True
+        )
