@@ -177,5 +177,5 @@ def test_a_base_that_does_not_tell_its_vocabulary_is_refused_by_sides_with_a_tab
     weight = torch.randn(50, 4)
     base = st.Base(lambda input_ids: weight[input_ids], example={"input_ids": IDS[:1]})
     for side in ("mlp", "transformer"):
-        with pytest.raises(st.ShapeError, match="how many token ids this base takes cannot be told"):
+        with pytest.raises(st.ShapeError, match="does not tell how many token ids it knows"):
             sided(base, side)
