@@ -109,7 +109,7 @@ class Base(nn.Module):
         self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._sha256: tuple[object, str] | None = None
         self._writes = False
-        self.example = example
+        self.example = map_input(example, lambda x: x)
         # Networks of transformers swallow every name, and do nothing with most.
         self._entries = entries_of(net, example)
         if (mean is None) != (std is None):
