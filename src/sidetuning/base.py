@@ -312,7 +312,7 @@ class Base(nn.Module):
     def with_example(self, example: Input) -> Base:
         """The same network for inputs of another size; parts are built for the shapes that this example gives."""
         other = copy.copy(self)
-        other.example, other._probe, other._sha256 = example, None, None
+        other.example, other._probe, other._sha256 = map_input(example, lambda x: x), None, None
         other._run_example({tap: self.layouts.get(tap) for tap in self._taps})
         if self.spec is not None:
             options = {**self.spec.options, "example": example_record(example)}
