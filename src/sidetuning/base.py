@@ -121,7 +121,7 @@ class Base(nn.Module):
         self._sha256: tuple[object, str] | None = None
         self._first = FirstWeight(self._modules_run)
         self._writes = False
-        self.example = example
+        self.example = map_input(example, lambda x: x)
         # Networks of transformers swallow every name, and do nothing with most.
         self._entries = entries_of(net, example)
         if (mean is None) != (std is None):
@@ -316,7 +316,7 @@ class Base(nn.Module):
     def with_example(self, example: Input) -> Base:
         """The same network for inputs of another size; parts are built for the shapes that this example gives."""
         other = copy.copy(self)
-        other.example, other._probe, other._sha256 = example, None, None
+        other.example, other._probe, other._sha256 = map_input(example, lambda x: x), None, None
         other._run_example({tap: self.layouts.get(tap) for tap in self._taps})
         if self.spec is not None:
             options = {**self.spec.options, "example": example_record(example)}

@@ -35,7 +35,10 @@ def call(net: Callable[..., Any], x: Input) -> Any:
     if isinstance(x, Tensor):
         return net(x)
     own = arguments_of(net)
-    given = next((key for key in IMAGES if key in x and key not in own), None)
+    images = [key for key in IMAGES if key in x]
+    given = next((key for key in images if key not in own), None)
+    if given is not None and len(images) > 1:
+        raise ShapeError(f"the input has images under '{images[0]}' and '{images[1]}'; give one of them")
     named = {key: value for key, value in x.items() if key != given and (key in own or key != "extra")}
     return net(**named) if given is None else net(x[given], **named)
 
@@ -153,6 +156,10 @@ def to_device(x: Input, device: torch.device) -> Input:
 def map_input(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:
     if isinstance(x, Tensor):
         return fn(x)
+    if not isinstance(x, Mapping):
+        raise ShapeError(
+            f"an input is a tensor or a mapping to tensors, not a {type(x).__name__}; stack or name its parts"
+        )
     return {key: fn(value) if isinstance(value, Tensor) else value for key, value in x.items()}
 
 

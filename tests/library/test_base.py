@@ -337,6 +337,20 @@ def test_the_state_of_an_earlier_text_and_unknown_entries_are_refused() -> None:
     assert base({**x, "extra": torch.zeros(4, 2)}).out.shape == (4, 6, 16)
 
 
+@pytest.mark.parametrize("example", [[1, 2], (torch.zeros(1, 3, 32, 32),), "image", None])
+def test_an_example_is_a_tensor_or_a_mapping(example: Any) -> None:
+    with pytest.raises(st.ShapeError, match="an input is a tensor or a mapping to tensors, not a "):
+        st.Base(lambda x: x, example=example)
+    with pytest.raises(st.ShapeError, match="an input is a tensor or a mapping to tensors, not a "):
+        image_base().with_example(example)
+
+
+def test_an_image_under_two_names_is_refused() -> None:
+    x = torch.rand(2, 3, 32, 32)
+    with pytest.raises(st.ShapeError, match="images under 'x' and 'pixel_values'; give one of them"):
+        image_base()({"x": x, "pixel_values": x})
+
+
 def test_an_example_that_the_network_does_not_take_is_refused_in_a_sentence() -> None:
     with pytest.raises(st.ShapeError, match=r"does not run on its example \(.*; give another example="):
         st.Base(conv_net(), example=torch.zeros(1, 4, 32, 32))
