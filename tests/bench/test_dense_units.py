@@ -93,14 +93,12 @@ def test_every_method_starts_at_the_median_of_the_labels(method: str, small: Pat
 def old(settings: Settings, **changes: Any) -> None:
     """Finish a run, and leave it as it was written before there was a choice of units."""
     itaskonomy.run(with_values(settings, {"units": "range", **changes}))
-    file = Path(settings.run.out) / "run.json"
-    content = json.loads(file.read_text())
-    del content["settings"]["units"]
-    file.write_text(json.dumps(content))
-    file = Path(settings.run.out) / "result.json"
-    content = json.loads(file.read_text())
-    del content["settings"]["units"]
-    file.write_text(json.dumps(content))
+    for name in ("run.json", "result.json"):
+        file = Path(settings.run.out) / name
+        content = json.loads(file.read_text())
+        # Nor had it checksums.
+        del content["settings"]["units"], content["sha256"]
+        file.write_text(json.dumps({**content, **({"format_version": 1} if name == "run.json" else {})}))
 
 
 def test_a_run_that_is_older_than_the_choice_is_found_and_not_mixed(small: Path, tmp_path: Path) -> None:
