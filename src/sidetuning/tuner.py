@@ -210,23 +210,35 @@ class SideTuner(nn.Module):
         """
         if (task is None) == (tasks is None):
             raise TaskError("name one task for the batch, model(x, 'pets'), or one per sample, model(x, tasks=[…])")
-        # An unknown name raises before the base runs.
-        for name in [task] if task is not None else tasks or []:
-            self[name]
-        inputs = self.base.prepare(x)
-        known = self.base.features(inputs, features)
+        wanted = [task] if task is not None else list(tasks or [])
+        base, branches = self._moment(wanted)
+        inputs = base.prepare(x)
+        known = base.features(inputs, features)
         if task is not None:
-            return self._run([task], inputs, known)[task]
-        return self._run_mixed(list(tasks or []), inputs, known)
+            return self._run([task], branches, inputs, known)[task]
+        return self._run_mixed(wanted, branches, inputs, known)
 
-    def _run_mixed(self, tasks: list[str], inputs: Input, features: Features) -> list[Tensor]:
+    def _moment(self, tasks: Sequence[str] | None) -> tuple[Base, dict[str, Branch]]:
+        """The base and the tasks of one moment, which hold all of `tasks`; other threads add and remove tasks."""
+        while True:
+            base, branches = self.base, dict(self.branches._modules)
+            for name in tasks or ():
+                if name not in branches:
+                    # Raises, with near names, unless it was added just now.
+                    self[name]
+            if base is self.base and branches.keys() >= set(tasks or ()):
+                return base, branches  # type: ignore[return-value]
+
+    def _run_mixed(
+        self, tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features
+    ) -> list[Tensor]:
         """A task per sample."""
         if len(tasks) != len(features.out):
             raise ShapeError(f"{len(tasks)} tasks for a batch of {len(features.out)}; name one per sample")
         outputs: list[Tensor] = [features.out] * len(tasks)
         for name in dict.fromkeys(tasks):
             rows = torch.tensor([i for i, task in enumerate(tasks) if task == name], device=features.out.device)
-            out = self._run([name], take_rows(inputs, rows), features.rows(rows))[name]
+            out = self._run([name], branches, take_rows(inputs, rows), features.rows(rows))[name]
             for i, row in zip(rows.tolist(), out, strict=True):
                 outputs[i] = row
         return outputs
@@ -235,19 +247,19 @@ class SideTuner(nn.Module):
         self, x: Input, *, tasks: Sequence[str] | None = None, features: Features | Tensor | None = None
     ) -> dict[str, Tensor]:
         """Every task's output (or that of `tasks`) for `x` from one base pass, or from none with `features` given."""
-        inputs = self.base.prepare(x)
-        return self._run(self.tasks if tasks is None else list(tasks), inputs, self.base.features(inputs, features))
+        base, branches = self._moment(tasks)
+        inputs = base.prepare(x)
+        known = base.features(inputs, features)
+        return self._run(list(branches) if tasks is None else list(tasks), branches, inputs, known)
 
-    def _run(self, tasks: list[str], inputs: Input, features: Features) -> dict[str, Tensor]:
+    def _run(
+        self, tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features
+    ) -> dict[str, Tensor]:
         """Outputs of tasks on the same samples; a side that is also a lateral runs once."""
-        # Another thread may remove a task meanwhile.
-        branches = {task: self[task] for task in tasks}
-        users = [lateral for branch in branches.values() for lateral in branch.config.laterals]
-        branches |= {lateral: self[lateral] for lateral in users if lateral not in branches}
         sides: dict[str, Tensor | None] = {}
-        for name, branch in branches.items():
+        for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in branches[task].config.laterals)]):
             with contextlib.nullcontext() if name in tasks else torch.no_grad():
-                sides[name] = branch.side_output(inputs, features)
+                sides[name] = branches[name].side_output(inputs, features)
         outputs = {}
         for task in tasks:
             branch = branches[task]
