@@ -378,6 +378,8 @@ class Base(nn.Module):
         super()._apply(fn, recurse)
         for net in self._networks():
             net._apply(fn, recurse)
+            # Networks such as LeViT keep biases of the old type or device until they are put into training mode.
+            net.train().eval()
         self.example = map_input(self.example, fn)
         self.example_features = self.example_features.each(fn)
         return self

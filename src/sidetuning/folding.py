@@ -20,8 +20,10 @@ def fold(net: nn.Module, taps: Sequence[str] = ()) -> nn.Module | None:
     """
     if not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
         return None
+    # Tracing runs the network's own code, which may keep what it computes: in a copy, which shares the tensors.
+    tensors = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
     try:
-        pairs = _foldable(net)
+        pairs = _foldable(copy.deepcopy(net, tensors))
     except Exception:
         # Tracing fails in as many ways as there are networks, and the plain one always works.
         return None

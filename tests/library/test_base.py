@@ -125,7 +125,39 @@ class Replaced(nn.Module):
         return (-self.norm(self.conv(x))).relu().mean((2, 3))
 
 
-@pytest.mark.parametrize("build", [Renamed, hooked, Replaced])
+class Keeps(nn.Module):
+    """Keeps what it computes once, until it is trained, as the attention of LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.kept: dict[str, Any] = {}
+
+    def train(self, mode: bool = True) -> Keeps:
+        self.kept = {} if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        key = str(len(x.shape)) if isinstance(x, Tensor) else "traced"
+        if key not in self.kept:
+            self.kept[key] = x.new_ones(()) * self.scale if isinstance(x, Tensor) else x * 2
+        return (x * self.kept[key]).mean((2, 3))
+
+
+def test_folding_leaves_the_network_as_it_is_and_types_may_change_after_a_pass() -> None:
+    net = Keeps()
+    base, x = st.Base(net, example=torch.zeros(1, 3, 8, 8)), torch.rand(3, 3, 8, 8)
+    expected = base(x).out
+    for _ in range(2):
+        assert torch.allclose(base.folded()(x).out, expected, atol=1e-5)
+        assert all(isinstance(value, Tensor) for value in net.kept.values())
+    assert torch.equal(base(x).out, expected)
+    assert base.to(torch.bfloat16)(x).out.dtype == torch.bfloat16 and not net.training
+
+
+@pytest.mark.parametrize("build", [Renamed, hooked, Replaced, Keeps])
 def test_folded_features_are_those_of_the_base(build: Any) -> None:
     base = st.Base(build(), example=torch.zeros(1, 3, 8, 8))
     x = torch.rand(3, 3, 8, 8)
