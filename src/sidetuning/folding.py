@@ -36,7 +36,12 @@ def fold(net: nn.Module, taps: Sequence[str] = ()) -> nn.Module | None:
         for name, module in ((conv, fuse_conv_bn_eval(conv_module, norm_module)), (norm, nn.Identity())):
             parent, _, child = name.rpartition(".")
             setattr(folded.get_submodule(parent), child, module)
-    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return lay_channels_last(folded)
+
+
+def lay_channels_last(net: nn.Module) -> nn.Module:
+    """Lay images' weights out channels last; torch's own `.to(memory_format=)` fails at those of videos."""
+    return net._apply(lambda tensor: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor)
 
 
 def _within(name: str, parent: str) -> bool:

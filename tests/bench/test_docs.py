@@ -80,6 +80,11 @@ def test_the_tables_of_agents_are_made_from_the_results(record: str, count: int,
     assert sum(table in (ROOT / "docs/benchmarks.md").read_text() for table in tables) == count  # without some measures
 
 
+def test_the_table_of_the_zoo_is_made_from_the_results(printed: Callable[[str], str]) -> None:
+    table = printed("zoo")
+    assert table.count("\n") == 11 and table in (ROOT / "docs/zoo.md").read_text()
+
+
 def test_how_often_clones_of_five_trajectories_stop_elsewhere_is_counted_in_the_results() -> None:
     def share(method: str, trajectories: int) -> float:
         files = [*(ROOT / "bench/records/results").glob(f"imitation-{method}-{trajectories}-?.json")]

@@ -418,3 +418,28 @@ def test_functions_of_doubles_keep_their_inputs_and_sides_take_floats(side: str)
     model.add_task("t", side=side, head=2)
     out = model(torch.rand(2, 3, 16, 16, dtype=torch.float64), "t")
     assert out.dtype == torch.float32 and set(seen) == {torch.float64}
+
+
+class Volume(nn.Module):
+    """Has weights of 3-d convolutions beside those of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.video = nn.Conv3d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.video(self.image(x).unsqueeze(1)).squeeze(1)
+        return out
+
+
+def test_a_network_with_3d_convolutions_is_folded_and_copied() -> None:
+    with st.seeded(0):
+        base = st.Base(Volume(), example=torch.zeros(1, 3, 12, 12))
+    x = torch.rand(2, 3, 12, 12)
+    folded = base.folded()
+    assert folded is not base
+    torch.testing.assert_close(folded(x).out, base(x).out, rtol=1e-4, atol=1e-5)
+    model = st.SideTuner(base)
+    model.add_task("t", side="copy", head=2)
+    st.fit(model, "t", [(x, torch.tensor([0, 1]))], steps=2, progress=False)

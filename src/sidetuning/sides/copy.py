@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Input
 from sidetuning.errors import ShapeError
-from sidetuning.folding import may_be_channels_last
+from sidetuning.folding import lay_channels_last, may_be_channels_last
 from sidetuning.inputs import call, map_input
 
 
@@ -93,7 +93,7 @@ class CopySide(nn.Module):
         self.net = net
         self.channels_last = channels_last
         if channels_last:
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            lay_channels_last(net)
         self.select = base.select
         code = base.select(call(net.eval(), base.prepare(base.example)))
         channels = code.shape[-1] if base.kind == "sequence" else code.shape[1]
