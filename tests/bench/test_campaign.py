@@ -29,7 +29,8 @@ def rows(folder: Path, call: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_killed_writers_lose_nothing(tmp_path: Path) -> None:
     found = rows(tmp_path, "kill")
-    assert len(found) >= 12 and sum(row["kills"] for row in found) >= 12
+    # Some writers are killed twice.
+    assert sum(row["kills"] for row in found) >= 12
     assert not [row for row in found if row["failed"]]
 
 
