@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -256,9 +257,8 @@ class Base(nn.Module):
         finally:
             seen.reset(token)
         features = Features(out, {name: self._tapped(name, activations.get(tap)) for name, tap in self._taps.items()})
-        if given is None and self.dtype is not None:
-            return features
-        return features.each(lambda tensor: tensor.to(self.like.dtype))
+        own = given is None and self.dtype is not None
+        return features if own else features.each(lambda tensor: tensor.to(self.like.dtype))
 
     def features(self, inputs: Input, given: Features | Tensor | None = None) -> Features:
         """What the network makes of prepared `inputs`, or the features of them that are `given`, checked."""
@@ -376,10 +376,14 @@ class Base(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Base:
         # What `.to()`, `.cuda()` and `.half()` call; the one door left open to the hidden network.
         super()._apply(fn, recurse)
+        before = self._first.dtype, self._first.device
         for net in self._networks():
             net._apply(fn, recurse)
-            # Networks such as LeViT keep biases of the old type or device until they are put into training mode.
-            net.train().eval()
+        if (self._first.dtype, self._first.device) != before:
+            # LeViT keeps biases of the old type until it trains. Where nothing is moved, other threads may be served.
+            with contextlib.suppress(NotImplementedError):
+                for net in self._networks():
+                    net.train().eval()
         self.example = map_input(self.example, fn)
         self.example_features = self.example_features.each(fn)
         return self

@@ -443,3 +443,21 @@ def test_a_network_with_3d_convolutions_is_folded_and_copied() -> None:
     model = st.SideTuner(base)
     model.add_task("t", side="copy", head=2)
     st.fit(model, "t", [(x, torch.tensor([0, 1]))], steps=2, progress=False)
+
+
+def test_a_base_that_is_moved_nowhere_is_never_in_training_mode() -> None:
+    """`fit` moves the model to where it is, and other threads may be served meanwhile."""
+    base = image_base()
+    modes: list[bool] = []
+
+    class Watched(nn.Module):
+        def train(self, mode: bool = True) -> Watched:
+            modes.append(mode)
+            return super().train(mode)
+
+    base.net.add_module("watched", Watched())  # type: ignore[attr-defined]
+    base.to("cpu")
+    base.float()
+    assert True not in modes
+    base.double()
+    assert modes == [True, False] and not base.net.training  # type: ignore[attr-defined]
