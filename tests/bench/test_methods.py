@@ -822,3 +822,16 @@ def test_options_of_another_type_are_refused(tmp_path: Path) -> None:
         edited(tmp_path / "method.json", partial(update_options, changed), True)
         with pytest.raises(st.SideTuningError, match="cannot be built"):
             load_method(tmp_path, mlp_base())
+
+
+def test_a_trunk_with_a_3d_convolution_is_copied() -> None:
+    class Lambda(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.deep = nn.Conv2d(3, 4, 3), nn.Conv3d(1, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.deep(self.conv(x).unsqueeze(1)).mean((3, 4)).flatten(1)
+
+    base, x = st.Base(Lambda(), example=torch.zeros(1, 3, 8, 8)), torch.rand(2, 3, 8, 8)
+    assert torch.allclose(Trunk(base)(x), base(x).out, atol=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Input, Tap
 from sidetuning.errors import TaskError
-from sidetuning.folding import may_be_channels_last
+from sidetuning.folding import lay_channels_last, may_be_channels_last
 from sidetuning.inputs import call
 
 
@@ -49,7 +49,7 @@ class Trunk(nn.Module):
         if not pretrained:
             reinitialise(self.net)
         if self.images:
-            self.net.to(memory_format=torch.channels_last)
+            lay_channels_last(self.net)
         self.train(not frozen)
 
     def forward(self, inputs: Input) -> Tensor:
