@@ -23,7 +23,8 @@ from sidetuning.launch import default_accelerator
 from sidetuning.objective import unpack
 from sidetuning.problems import Classes, Labels
 from sidetuning.processes import Shares
-from sidetuning.training import trainable
+from sidetuning.training import in_evaluation, trainable
+from sidetuning.units import measured
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,8 +46,8 @@ class SolveResult:
     Attributes:
         rows: rows that counted.
         strength: the ridge strength, as a multiple of the features' mean sum of squares.
-        error: mean square error that is expected of rows that were not seen (generalised cross-validation); in the
-            task's units, where it has them.
+        error: mean square error that is expected of rows that were not seen (generalised cross-validation); of numbers
+            in the targets' units.
         seconds: time of all of it.
     """
 
@@ -141,14 +142,10 @@ def solve(
         accelerator = default_accelerator()
     model.to(accelerator.device)
     layer = last_linear(branch, task)
-    modes = [(module, module.training) for module in branch.modules()]
-    branch.eval()
-    try:
-        sums = collect(model, task, layer, loader, accelerator, progress)
-    finally:
-        for module, training in modes:
-            module.training = training
-    chosen, error = settle(branch, layer, sums, strength)
+    # As `fit` does, which may go on from here: in the units of the targets, if they are numbers.
+    with in_evaluation(branch), measured(branch, model, task, loader, branch.problem, 0, accelerator) as batches:
+        sums = collect(model, task, layer, batches, accelerator, progress)
+        chosen, error = settle(branch, layer, sums, strength)
     return SolveResult(int(sums.count), chosen, error, time.monotonic() - started)
 
 
@@ -254,16 +251,17 @@ def settle(branch: Branch, layer: nn.Linear, sums: Sums, strength: float | None)
     else:
         # The error has one valley: every third strength finds it, the two beside it its bottom.
         tried = {i: judged(STRENGTHS[i]) for i in range(1, len(STRENGTHS), 3)}
-        lowest = min(tried, key=lambda i: tried[i].error)
+        lowest = min(tried, key=lambda i: float(tried[i].errors.mean()))
         tried |= {i: judged(STRENGTHS[i]) for i in (lowest - 1, lowest + 1)}
-        best = min(tried.values(), key=lambda solution: solution.error)
+        best = min(tried.values(), key=lambda solution: float(solution.errors.mean()))
     weight, bias = best.weight, middle - mean @ best.weight
     if isinstance(branch.problem, (Classes, Labels)):
         slope, shift = best.logits(middle, alone=isinstance(branch.problem, Labels))
         weight, bias = weight * slope, bias * slope + shift
     layer.weight.copy_(weight.T)
     layer.bias.copy_(bias)
-    return best.multiple, best.error
+    scale = 1.0 if branch.units is None else branch.units[1].double()
+    return best.multiple, float((best.errors * scale**2).mean())
 
 
 @dataclass(frozen=True)
@@ -292,10 +290,9 @@ class _Solution:
         return 1 / max(1 - (self.trace + 1) / self.rows, 1e-3)
 
     @property
-    def error(self) -> float:
-        """The mean square error that is expected of rows that were not seen."""
-        residual = (self.target - 2 * self.agreement + self.size).clamp(min=0)
-        return float(residual.mean()) / self.rows * self.growth**2
+    def errors(self) -> Tensor:
+        """The mean square error (k) that is expected of rows that were not seen."""
+        return (self.target - 2 * self.agreement + self.size).clamp(min=0) / self.rows * self.growth**2
 
     def logits(self, share: Tensor, *, alone: bool) -> tuple[Tensor, Tensor]:
         """Slope and shift (k or 1) that make scores logits: those of two normal distributions of one variance.
@@ -312,10 +309,12 @@ class _Solution:
         # How far the score's mean is higher where the label is right, and the variance around both means.
         distance = (unseen / target.clamp(min=1e-12)).clamp(min=1e-6)
         within = (spread - target * distance.square()).clamp(min=1e-12)
+        # Of n rows without a mistake nobody can tell odds above n + 1 (Laplace's rule of succession).
+        most = math.log(self.rows + 1) + math.log(max(2, len(share)))
         if not alone:
             # Two scores of k that sum to one differ with 2 k / (k - 1) times the variance of one.
             slope = distance.sum() / within.sum() * (1 - 1 / len(share))
-            return slope.clamp(min=0.1).reshape(1), torch.zeros_like(share[:1])
-        slope, odds = distance / within, (share / (1 - share)).clamp(1e-6, 1e6).log()
+            return slope.clamp(0.1, most).reshape(1), torch.zeros_like(share[:1])
+        slope, odds = (distance / within).clamp(max=2 * most), (share / (1 - share)).clamp(1e-6, 1e6).log()
         # The score's mean over all rows is the share of the label.
         return slope, odds - slope * (share + distance * (0.5 - share))

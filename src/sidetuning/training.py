@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,12 +199,11 @@ def evaluate(
         accelerator = default_accelerator()
     model.to(accelerator.device)
     branch = model[task]
-    given_problem = branch.own_problem if isinstance(branch, Branch) else None
-    problem = branch.problem if isinstance(branch, Branch) and loss is None else given_problem
-    modes = [(module, module.training) for module in branch.modules()]
-    branch.eval()
+    problem = None
+    if isinstance(branch, Branch):
+        problem = branch.problem if loss is None else branch.own_problem
     scores = Scores(metrics)
-    try:
+    with in_evaluation(branch):
         for batch, counting in Shares(loader, accelerator).read():
             x, features, y = unpack(send_to_device(batch, accelerator.device))
             output = model(x, task, features=features)
@@ -214,10 +214,19 @@ def evaluate(
                 given = problem.prepare(output, y)
                 counts = problem.counts(given[1])
             scores.add(value, weight, given, counts & counting, problem, counting)
-    finally:
-        for module, training in modes:
-            module.training = training
     return scores.result(accelerator)
+
+
+@contextlib.contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each of its parts back into its own when the block ends."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 class Scores:

@@ -241,3 +241,33 @@ def test_a_task_that_was_fitted_keeps_its_units() -> None:
     other = model_with("numbers")
     st.solve(other, "t", batches(TARGETS["numbers"]), progress=False)
     torch.testing.assert_close(model(X, "t"), other(X, "t"), rtol=1e-3, atol=0.5)
+
+
+@pytest.mark.parametrize("targets", [TARGETS["numbers"], TARGETS["numbers"] * 1e-3 + 0.97])
+def test_fit_goes_on_from_solved_numbers_in_their_units(targets: Tensor) -> None:
+    """Units that `fit` measured after the layer was solved would have moved all answers."""
+    model = model_with("numbers", side="mlp", merge="alpha", init="zero")
+    st.solve(model, "t", batches(targets), progress=False)
+    assert model["t"].units is not None
+    before = model(X, "t").detach()
+    solved = st.evaluate(model, "t", batches(targets, 400))["loss"]
+    result = st.fit(model, "t", batches(targets, 400), steps=1, lr=1e-9, progress=False)
+    assert result.losses[0] == pytest.approx(solved, rel=1e-4)
+    torch.testing.assert_close(model(X, "t"), before, rtol=1e-4, atol=1e-4)
+
+
+def test_few_rows_give_no_certainty() -> None:
+    """With more features than rows all of them are told apart; nobody knows more than so many rows can tell."""
+    for problem in ("classes", "labels"):
+        model = model_with(problem)
+        st.solve(model, "t", [(X[:6], TARGETS[problem][:6])], progress=False)
+        output = model(X[6:], "t").detach()
+        said = output.softmax(1) if problem == "classes" else output.sigmoid()
+        assert bool(output.isfinite().all()) and float(output.abs().max()) < 100 and float(said.mean()) < 0.99
+
+
+def test_parts_keep_their_mode() -> None:
+    model = model_with("numbers")
+    model["t"].training = True
+    st.solve(model, "t", batches(TARGETS["numbers"]), progress=False)
+    assert model["t"].training and not model["t"].head.training

@@ -69,6 +69,15 @@ for name, (base, parts, rows, how) in cases.items():
     state = [float(v.double().sum()) for v in model["t"].state_dict().values()]
     scores = st.evaluate(model, "t", loader, loss=how.get("loss"))
     found[name] = {"losses": result.losses, "weights": state, "scores": list(scores.values())}
+x = inputs("mlp", 9)
+for problem, rows in (("classes", data(9, ignored=2)), ("numbers", TensorDataset(x, x[:, :3] * 50 + 7))):
+    model = st.SideTuner(mlp_base())
+    model.add_task("t", side=None, merge="base-only", head=3, problem=problem, seed=0)
+    loader = DataLoader(rows, batch_size=4)
+    solved = st.solve(model, "t", loader, progress=False)
+    state = [float(v.double().abs().sum()) for v in model["t"].state_dict().values()]
+    scores = list(st.evaluate(model, "t", loader).values())
+    found[f"solved {problem}"] = {"losses": [solved.error, solved.rows], "weights": state, "scores": scores}
 if PartialState().is_main_process:
     print("RESULT" + json.dumps([PartialState().num_processes, found]))
 """
