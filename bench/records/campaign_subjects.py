@@ -51,13 +51,6 @@ def base() -> st.Base:
     return st.Base(net, example=torch.zeros(1, 6), taps=("0",))
 
 
-def images_base() -> st.Base:
-    """Images (b, 3, 8, 8) -> (b, 8)."""
-    with st.seeded(1):
-        net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return st.Base(net, example=torch.zeros(1, 3, 8, 8))
-
-
 class Embedding(nn.Module):
     """Token ids (b, t) and their mask -> (b, t, 8)."""
 

@@ -203,12 +203,7 @@ def _sha256_of(data: bytes) -> str:
     return hashlib.sha256(len(text).to_bytes(8, "little") + text + data[8 + size :]).hexdigest()
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """What the task at `path` is, without its tensors; raises as `read_task`."""
-    return read_task(path, tensors=False)[0]
-
-
-def read_task(path: str | Path, tensors: bool = True) -> SavedTask:
+def read_task(path: str | Path) -> SavedTask:
     """What the task at `path` is, and its tensors, of one version even while another process saves it anew.
 
     Raises:
@@ -227,8 +222,6 @@ def read_task(path: str | Path, tensors: bool = True) -> SavedTask:
             "install the version of sidetuning that wrote it, or a newer one"
         )
     config: dict[str, Any] = check_json(content, str(file), SCHEMA, MEND)
-    if found == 1 and not tensors:
-        return config, {}
     try:
         data = read_safetensors(tensor_file)
         values = parse(data)

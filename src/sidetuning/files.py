@@ -191,12 +191,18 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 def read_bytes(path: str | Path, longest: int | None = None) -> bytes:
     """The content of a file of at most `longest` bytes; an OSError of a device or a pipe, which may have no end."""
+    size = _size(path)
+    if longest is not None and size > longest:
+        raise OSError(f"it has {size:,} bytes, and at most {longest:,} are read")
+    return Path(path).read_bytes()
+
+
+def _size(path: str | Path) -> int:
+    """Bytes of a file; OSError for what is none, such as a device."""
     about = Path(path).stat()
     if not stat.S_ISREG(about.st_mode):
         raise OSError("it is no file")
-    if longest is not None and about.st_size > longest:
-        raise OSError(f"it has {about.st_size:,} bytes, and at most {longest:,} are read")
-    return Path(path).read_bytes()
+    return about.st_size
 
 
 def read_safetensors(path: str | Path) -> bytes:
@@ -207,15 +213,13 @@ def read_safetensors(path: str | Path) -> bytes:
 
 def check_safetensors(path: str | Path) -> None:
     """Raise OSError unless a file has the size that its header tells: before so much memory is taken."""
-    about = Path(path).stat()
-    if not stat.S_ISREG(about.st_mode):
-        raise OSError("it is no file")
+    size = _size(path)
     with Path(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError, LookupError):
             header = json.loads(file.read(length) if length <= LONGEST_TEXT else b"")
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-            if about.st_size == 8 + length + max(ends, default=0):
+            if size == 8 + length + max(ends, default=0):
                 return
     raise OSError("it is no whole safetensors file")
 

@@ -45,7 +45,7 @@ def call(net: Callable[..., Any], x: Input) -> Any:
 
 def arguments_of(net: Callable[..., Any]) -> dict[str, bool]:
     """The names of a network's arguments, and whether it needs them; none where it does not tell."""
-    net = getattr(net, "_orig_mod", net)
+    net = original(net)
     function = net.forward if isinstance(net, nn.Module) else net
     method = getattr(function, "__func__", None)
     return _signature(function) if method is None else _method(method)

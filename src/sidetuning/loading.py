@@ -86,7 +86,7 @@ def load_base(
         # Found from every folder.
         name = f"{name.partition(':')[0]}:{Path(arguments[0]).resolve()}"
     base.spec = BaseSpec(name, {key: value for key, value in given.items() if key != "revision"}, revision)
-    return base if example is None else base.with_example(example)
+    return base
 
 
 def _builder(name: str) -> tuple[Callable[..., Base], list[str]]:

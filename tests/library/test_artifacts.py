@@ -579,7 +579,7 @@ def test_a_path_of_this_machine_is_not_published(name: str, hub: type[FakeHub], 
     edit(tmp_path / "task", lambda c: c["base"].update(spec={"name": name, "options": {}, "revision": None}))
     st.push(tmp_path / "task", "someone/pets")
     folder = st.pull("someone/pets")
-    assert artifacts.read_config(folder)["base"]["spec"] is None
+    assert artifacts.read_task(folder)[0]["base"]["spec"] is None
     assert not [file for file in folder.iterdir() if name.encode() in file.read_bytes()]
 
 
@@ -597,7 +597,7 @@ def test_names_on_the_hub_are_published(hub: type[FakeHub], tmp_path: Path) -> N
     spec = {"name": "hf:someone/bert", "options": {"taps": ["encoder.layer.1"]}, "revision": "main"}
     edit(tmp_path / "task", lambda c: c["base"].update(spec=spec))
     st.push(tmp_path / "task", "someone/pets")
-    assert artifacts.read_config(st.pull("someone/pets"))["base"]["spec"] == spec
+    assert artifacts.read_task(st.pull("someone/pets"))[0]["base"]["spec"] == spec
 
 
 LARGE: list[tuple[str, Any]] = [

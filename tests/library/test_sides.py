@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sidetuning as st
 from conftest import TinyBert, sequence_base
-from sidetuning.artifacts import read_config, write_files
+from sidetuning.artifacts import read_task, write_files
 from sidetuning.folding import may_be_channels_last
 
 TAPS = ("embedding", "layer")
@@ -111,7 +111,7 @@ def test_padding_on_either_side_changes_nothing(side: str, before: int, after: i
 def test_a_task_of_version_1_on_a_decoder_gives_what_it_gave(tmp_path: Path) -> None:
     model = sided(decoder(), "transformer", causal=False)
     model.save_task("t", tmp_path)
-    config = read_config(tmp_path)
+    config = read_task(tmp_path)[0]
     del config["parts"]["layouts"]
     config["parts"]["side"][1].clear()
     write_files(tmp_path, {k: v for k, v in config.items() if k != "sha256"}, load_file(tmp_path / "side.safetensors"))

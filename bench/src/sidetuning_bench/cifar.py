@@ -92,15 +92,18 @@ def load_images(source: str | Path, split: str) -> ImageSet:
     """
     root = local_folder(source, "uoft-cs/cifar100")
     folder, files = root / split, split_files(root, split, [".parquet"])
-    if folder.is_dir() and image_folder(folder).files:
+    found = _found(root, split) if folder.is_dir() else None
+    if found is not None and found.files:
         if files:
             raise DataError(f"{root} holds both {files[0].name} and images in {split}/; keep one of them there")
-        return _read_folder(root, split)
+        if found.skipped:
+            warnings.warn(f"{folder} has {len(found.files)} images{_left_out(found)}", DataWarning, stacklevel=2)
+        return ImageSet(found.files, found.labels, found.names, str(folder))
     if files:
         others = {name: split_files(root, name, [".parquet"]) for name in SPLITS if name != split}
         return _read_parquet({split: files, **others}, split)
-    if folder.is_dir():
-        raise DataError(f"{folder} holds no image in a folder of its class{_left_out(image_folder(folder))}")
+    if found is not None:
+        raise DataError(f"{folder} holds no image in a folder of its class{_left_out(found)}")
     raise DataError(
         f"{root} holds neither {split}*.parquet nor a folder {split}/<class>/; give the folder of a CIFAR data set "
         "or a name on the Hub such as uoft-cs/cifar100"
@@ -113,12 +116,10 @@ def _left_out(found: ImageFolder) -> str:
     return f"; left out: {parts}" if parts else ""
 
 
-def _read_folder(root: Path, split: str) -> ImageSet:
+def _found(root: Path, split: str) -> ImageFolder:
+    """The images of a split, whose classes have numbers in all splits."""
     others = [root / other for other in SPLITS if other != split and (root / other).is_dir()]
-    found = image_folder(root / split, {name for other in others for name in image_folder(other).names})
-    if found.skipped:
-        warnings.warn(f"{root / split} has {len(found.files)} images{_left_out(found)}", DataWarning, stacklevel=3)
-    return ImageSet(found.files, found.labels, found.names, str(root / split))
+    return image_folder(root / split, {name for other in others for name in image_folder(other).names})
 
 
 def _read_parquet(files: Mapping[str, list[Path]], split: str) -> ImageSet:

@@ -152,7 +152,8 @@ class SideTunedExtractor(BaseFeaturesExtractor):
         layers = (nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()) if width else ()
         self.given = nn.Sequential(*layers) if layers else None
         self.register_buffer("base_fingerprint", torch.tensor(list(bytes.fromhex(own.fingerprint)), dtype=torch.uint8))
-        record = json.dumps(self.base.identity().record()).encode()
+        assert own.identity is not None
+        record = json.dumps(own.identity.record()).encode()
         self.register_buffer("base_identity", torch.tensor(list(record), dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(_check_base)
 
@@ -204,15 +205,16 @@ class SideTunedExtractor(BaseFeaturesExtractor):
 def _check_base(extractor: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse weights that were learned on another base."""
     if (key := f"{prefix}base_fingerprint") in state:
-        known = CodeSpace(extractor.base).known
+        own = CodeSpace(extractor.base)
+        assert own.identity is not None
         # Version 0.1.0 wrote the fingerprint alone.
         whole = state.get(f"{prefix}base_identity")
         try:
             record = None if whole is None else json.loads(bytes(whole.tolist()))
-            difference = None if record is None else extractor.base.identity().difference(record)
+            difference = None if record is None else own.identity.difference(record)
         except (ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"this policy is damaged: the identity of its base is none ({error})") from error
-        if difference or (record is None and bytes(state[key].tolist()).hex() not in known):
+        if difference or (record is None and bytes(state[key].tolist()).hex() not in own.known):
             raise ArtifactError("this policy was trained on another base; build the extractor with the base it had")
         state |= {key: extractor.base_fingerprint, f"{prefix}base_identity": extractor.base_identity}
 

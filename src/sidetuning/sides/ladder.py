@@ -12,8 +12,6 @@ from sidetuning.sides import Side
 from sidetuning.sides.fit import FitMap, FitTokens, resize
 from sidetuning.sides.generic import attend, encoder_layer
 
-DIMENSIONS = {1: "vectors", 2: "sequences", 3: "maps"}
-
 
 class Ladder(Side):
     """A small block per tap, from the input's end to the output's: ladder side-tuning (Sung et al., 2022).
