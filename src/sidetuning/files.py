@@ -163,8 +163,9 @@ def check_json(content: Any, name: str, schema: Any, mend: str) -> Any:
 
 
 def signed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON values with their checksum, under "sha256"."""
-    return {**content, "sha256": _checksum(content)}
+    """Values as they are read from JSON, keys as texts, with their checksum under "sha256"."""
+    values = json.loads(json.dumps(content))
+    return {**values, "sha256": _checksum(values)}
 
 
 def check_signed(content: Mapping[str, Any], name: str, mend: str, needed: bool = True) -> dict[str, Any]:

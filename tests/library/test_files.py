@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 import sidetuning as st
-from sidetuning.files import atomic_write, decode_text, held_folder, read_bytes, read_json, write_json, write_text
+from sidetuning.files import (
+    atomic_write,
+    check_signed,
+    decode_text,
+    held_folder,
+    read_bytes,
+    read_json,
+    signed,
+    write_json,
+    write_text,
+)
 
 
 def test_links_stay_and_devices_are_written_to(tmp_path: Path) -> None:
@@ -105,3 +115,11 @@ def test_devices_are_not_read(tmp_path: Path) -> None:
             read_bytes(path)
         with pytest.raises(st.ArtifactError, match="is not JSON"):
             read_json(path, {}, "")
+
+
+def test_what_is_signed_is_read_again_whatever_its_keys_are(tmp_path: Path) -> None:
+    """Numbers as keys are texts in JSON, and sorted as such."""
+    content = {"rows": {2: "b", 10: "a"}, "pair": (1, 2)}
+    write_json(tmp_path / "file.json", signed(content))
+    read = check_signed(read_json(tmp_path / "file.json", {}, "mend"), "file.json", "mend")
+    assert read == {"rows": {"2": "b", "10": "a"}, "pair": [1, 2]}

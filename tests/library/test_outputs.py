@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import sidetuning as st
-from sidetuning.artifacts import read_config, write_files
+from sidetuning.artifacts import read_task, write_files
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
@@ -145,7 +145,7 @@ def test_older_tasks_read_their_taps_as_they_were_trained(tmp_path: Path) -> Non
     # Wrong, as one layout for the whole network had it.
     model.add_task("old", side="ladder", head=2, taps={"4": "nchw"})
     model.save_task("old", tmp_path)
-    config = read_config(tmp_path)
+    config = read_task(tmp_path)[0]
     del config["parts"]["layouts"]
     write_files(tmp_path, {k: v for k, v in config.items() if k != "sha256"}, load_file(tmp_path / "side.safetensors"))
     again = st.SideTuner(base)

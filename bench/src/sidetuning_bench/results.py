@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -106,7 +105,7 @@ class RunResult:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, atomically."""
-        write_json(path, signed(json.loads(json.dumps(asdict(self)))))
+        write_json(path, signed(asdict(self)))
 
     @property
     def label(self) -> str:

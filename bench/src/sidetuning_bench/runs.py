@@ -240,7 +240,7 @@ def read_result(kind: Callable[..., Any], file: Path) -> Any:
 
 def write_result(file: Path, result: Any) -> None:
     """Write a result, a dataclass, for `read_result`."""
-    write_json(file, signed(as_json(asdict(result))))
+    write_json(file, signed(asdict(result)))
 
 
 def peak_memory_mb(anew: bool = False) -> float | None:
