@@ -22,7 +22,10 @@ from sidetuning_bench import grid
 from sidetuning_bench.grid import Cell
 from sidetuning_bench.options import FREE, flat, translated
 
-PACKAGES = ("sidetuning", "torch", "numpy", "accelerate", "vizdoom", "stable-baselines3", "gymnasium")
+PACKAGES = (
+    *("sidetuning", "torch", "numpy", "accelerate", "timm", "transformers"),
+    *("vizdoom", "stable-baselines3", "gymnasium"),
+)
 RESULTS = Path(__file__).parent / "results"
 # Paths of the machine, which are not published.
 PRIVATE = ("base_weights", "threads", *FREE)
