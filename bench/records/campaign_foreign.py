@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 import sidetuning as st
-from sidetuning.commands import predict
+from sidetuning.transforms import decode_image
 from sidetuning_bench import domains
 from sidetuning_bench.cifar import load_images
 from sidetuning_bench.language.questions import read_questions
@@ -35,7 +35,7 @@ def make_images(folder: Path) -> None:
 
 
 def read_images(folder: Path) -> Any:
-    return [predict.read(folder / f"one.{kind.lower()}", (12, 10)) for kind in FORMATS]
+    return [decode_image(folder / f"one.{kind.lower()}").float() / 255 for kind in FORMATS]
 
 
 def make_parquet(folder: Path) -> None:

@@ -21,9 +21,11 @@ from sidetuning.loading import BASES, load, load_base
 from sidetuning.loop import TrainResult, train
 from sidetuning.merges import MERGES, Merge
 from sidetuning.objective import accuracy
+from sidetuning.predicting import Answer
 from sidetuning.seeding import seeded
 from sidetuning.sides import SIDES, Side
 from sidetuning.training import evaluate, fit
+from sidetuning.transforms import ImageTransform
 from sidetuning.tuner import SideTuner
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "HEADS",
     "MERGES",
     "SIDES",
+    "Answer",
     "ArtifactError",
     "Base",
     "Branch",
@@ -39,6 +42,7 @@ __all__ = [
     "DataError",
     "Features",
     "Head",
+    "ImageTransform",
     "Input",
     "Merge",
     "ShapeError",

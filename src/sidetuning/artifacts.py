@@ -43,6 +43,7 @@ from sidetuning.identity import Identity
 from sidetuning.outputs import Layout
 from sidetuning.sides.copy import Dead
 from sidetuning.sides.initialise import layout, mismatch, plain
+from sidetuning.transforms import transform_from
 
 # Version 1 had the text in `side.json` alone, without a checksum.
 FORMAT_VERSION = 2
@@ -62,6 +63,7 @@ SCHEMA = {
     "laterals_sha256?": dict,
     "passes?": int,
     "trained_as?": {"labels", "numbers", "own"},
+    "transform?": {"kind": str},
     "metrics?": dict,
     "parts": {
         "side?": PART,
@@ -109,6 +111,7 @@ def write_task(
     tensors = _tensors(branch)
     layouts = {tap: layout for tap, layout in branch.config.layouts.items() if tap in branch.taps}
     spec = None if base.spec is None else asdict(base.spec)
+    transform = branch.transform or base.transform
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": version("sidetuning"),
@@ -118,6 +121,7 @@ def write_task(
         "alpha": branch.alpha,
         "passes": branch.passes,
         "trained_as": branch.trained_as,
+        "transform": None if transform is None else transform.to_json(),
         "metrics": {key: float(value) for key, value in metrics.items()},
         "laterals_sha256": dict(laterals),
         "base": {"spec": spec, **base.identity().record(), "taps": list(branch.taps)},
@@ -309,6 +313,8 @@ def read_branch(
         raise ArtifactError(f"{path / CONFIG} describes parts that cannot be built ({error})") from error
     branch.labels, branch.passes = config.get("labels"), config.get("passes") or 0
     branch.trained_as = config.get("trained_as")
+    if config.get("transform") is not None and base.transform is not None:
+        branch.transform = transform_from(config["transform"], base)
     _fill(path, branch, tensors, base.like.dtype, any_base)
     return branch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -27,23 +27,16 @@ from sidetuning.inputs import (
     map_input,
     modules_of,
     to_device,
+    trained_with,
 )
 from sidetuning.inputs import Input as Input
 from sidetuning.outputs import Features as Features
 from sidetuning.outputs import Layout as Layout
-from sidetuning.outputs import (
-    Select,
-    channels_first,
-    hooks_on,
-    layouts_of,
-    layouts_told,
-    seen,
-    tap_of,
-    version,
-)
+from sidetuning.outputs import Select, channels_first, hooks_on, layouts_of, layouts_told, seen, tap_of, version
 from sidetuning.outputs import Tap as Tap
 from sidetuning.outputs import Taps as Taps
 from sidetuning.probe import check_base, is_causal, probe_input, probe_of, shapes_of
+from sidetuning.transforms import Transform, for_example
 
 Kind = Literal["vector", "map", "sequence"]
 # By dimensions without the batch.
@@ -75,6 +68,7 @@ class Base(nn.Module):
         channels_last: a 4-d output is (b, h, w, c) and is turned channels first; by default as the modules tell.
         mean, std: per-channel normalisation of image inputs in [0, 1]; uint8 inputs are divided by 255 first.
         bgr: the network takes the channels of images in reverse order.
+        transform: turns files, images or texts into its input; by default images are resized to the example's size.
         spec: how `load_base` builds it again; None for a base of your own.
 
     Attributes:
@@ -103,6 +97,7 @@ class Base(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         bgr: bool = False,
+        transform: Transform | None = None,
         spec: BaseSpec | None = None,
     ) -> None:
         super().__init__()
@@ -116,7 +111,7 @@ class Base(nn.Module):
                 if isinstance(part, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)):
                     tap_of(part)
         self.select = Select(output, bool(channels_last))
-        self.spec, self.bgr = spec, bgr
+        self.spec, self.bgr, self._transform = spec, bgr, transform
         # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
         self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._sha256: tuple[object, str] | None = None
@@ -217,7 +212,7 @@ class Base(nn.Module):
         elif x.is_floating_point() and own is not None:
             x = x.to(self.like.dtype)
         if self.mean is None or self.std is None:
-            if whole and (trained := _trained_with(self.net)):
+            if whole and (trained := trained_with(self.net)):
                 raise ShapeError(
                     f"this network was trained on images normalised by {trained}; give Base mean= and std= to take "
                     "uint8 images, or give floats that are normalised already"
@@ -361,6 +356,11 @@ class Base(nn.Module):
         shapes = shapes_of(self.example)
         return Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self._probe), shapes)
 
+    @property
+    def transform(self) -> Transform | None:
+        """Makes its input of a file, an image or a text, at the example's size; None where it reads neither."""
+        return for_example(self._transform, self.example)
+
     def structure(self) -> str:
         """Hash of how the network is built, which names its cached features beside the identity."""
         return structure_sha256(self.net, self._networks())
@@ -391,10 +391,3 @@ class Base(nn.Module):
     def extra_repr(self) -> str:
         name = self.spec.name if self.spec else type(self.net).__name__
         return f"{name}, {self.kind} {self.output_shape}, {self.parameter_count():,} frozen parameters"
-
-
-def _trained_with(net: object) -> str:
-    """The normalisation that a network of timm was trained with; empty where it does not tell."""
-    config = getattr(net, "pretrained_cfg", None)
-    norm = [config.get(name) for name in ("mean", "std")] if isinstance(config, Mapping) else [None]
-    return "" if None in norm else f"mean={norm[0]} and std={norm[1]}"

@@ -18,6 +18,7 @@ from sidetuning.problems import PROBLEMS, Problem
 from sidetuning.registry import unknown
 from sidetuning.sides import SIDES, Side, run_side
 from sidetuning.sides.initialise import LowEnergy, initialise, layout
+from sidetuning.transforms import Transform
 
 # The problem that goes with a head; with others it is "classes".
 BY_HEAD = {"span": "span"}
@@ -47,6 +48,7 @@ class Branch(nn.Module):
         side, merge, norm, head: the parts; `norm` stands before the head.
         config: how it was built.
         labels: names of the classes, where the task has them.
+        transform: makes its input of a file, an image or a text, where that is another than the base's.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Branch(nn.Module):
         # As a rebuild from `side.json` makes it.
         self.built = layout(self)
         self.labels: list[str] | None = None
+        self.transform: Transform | None = None
         # A lateral of another task, which must not move.
         self.pinned = False
         # Passes over data that it was trained for: the next ones draw other orders.

@@ -240,6 +240,13 @@ def freeze(module: nn.Module) -> None:
             part.training = False
 
 
+def trained_with(net: object) -> str:
+    """The normalisation that a network of timm was trained with; empty where it does not tell."""
+    config = getattr(net, "pretrained_cfg", None)
+    norm = [config.get(name) for name in ("mean", "std")] if isinstance(config, Mapping) else [None]
+    return "" if None in norm else f"mean={norm[0]} and std={norm[1]}"
+
+
 def _filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None

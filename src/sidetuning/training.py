@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sidetuning.base import Base, Input
 from sidetuning.branch import Branch
 from sidetuning.errors import DataError, TaskError
 from sidetuning.launch import default_accelerator
@@ -30,6 +32,7 @@ from sidetuning.objective import (
 )
 from sidetuning.problems import Problem
 from sidetuning.processes import Shares
+from sidetuning.transforms import ImageTransform
 from sidetuning.tuner import SideTuner
 from sidetuning.units import measured
 
@@ -108,7 +111,7 @@ def fit(
     score = functools.partial(evaluate, model, task, loss=loss, metrics=metrics, accelerator=accelerator)
     with measured(branch, model, task, loader, problem, seed, accelerator) as batches:
         result = train(
-            Objective(branch, model, task, loss, problem),
+            BranchObjective(branch, model, task, loss, problem),
             batches,
             built,
             steps=steps,
@@ -127,6 +130,26 @@ def fit(
     if loss is not None:
         branch.trained_as = meaning_of(loss)
     return result
+
+
+class BranchObjective(Objective):
+    """The loss of a branch, which records the size of the images that it learns from."""
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """As `Objective`."""
+        model, _ = self._task
+        assert isinstance(model, SideTuner) and isinstance(self.part, Branch)
+        record_size(self.part, model.base, unpack(batch)[0])
+        return super().forward(batch)
+
+
+def record_size(branch: Branch, base: Base, x: Input) -> None:
+    """Give a branch the transform of the images x (b, 3, h, w) that it learns from, where theirs is another size."""
+    asked = branch.transform or base.transform
+    if isinstance(asked, ImageTransform) and isinstance(x, Tensor) and x.ndim == 4:
+        size = (int(x.shape[2]), int(x.shape[3]))
+        if size != asked.size:
+            branch.transform = replace(asked, size=size)
 
 
 def trainable(model: SideTuner, task: str, loader: Iterable[Any]) -> Branch:

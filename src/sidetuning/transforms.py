@@ -1,20 +1,243 @@
-"""From a file to what a base takes."""
+"""From a file, an image or a text to what a base takes: its own preprocessing, which is recorded with a task."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sidetuning.errors import DataError
-from sidetuning.images import open_image
+from sidetuning.errors import ArtifactError, DataError
+from sidetuning.files import check_json
+from sidetuning.images import MOST_PIXELS, open_image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Tags of TIFF: bits of a sample, and what 0 means.
 BITS, PHOTOMETRIC = 258, 262
+Crop = Literal["squash", "border", "center"]
+CROPS: tuple[Crop, ...] = get_args(Crop)
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+# Tokens of a text that are read where the network would take more.
+MOST_TOKENS = 512
+
+
+class Transform(Protocol):
+    """Turns one source into one sample, without the batch dimension."""
+
+    def __call__(self, source: Any) -> Any: ...
+
+    def batch(self, sources: Sequence[Any]) -> Any:
+        """Turn sources into a batch as the base takes it.
+
+        Raises:
+            DataError: a source that cannot be read; the message names it.
+        """
+
+    def is_one(self, source: Any) -> bool:
+        """Whether `source` is one sample, and no list of them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What `transform_from` reads."""
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """An image to uint8 (3, height, width): resized, cropped at the centre; the base normalises it.
+
+    Args:
+        size: height and width in pixels.
+        crop_pct: share of the resized image's edge that is kept, up to 1.
+        crop_mode: "center" resizes the shorter edge and cuts the longer one; "squash" resizes both edges; "border"
+            resizes the longer edge and fills the rest.
+        interpolation: Pillow's name of the filter, in lower case.
+        fill: colour of the border.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float = 1.0
+    crop_mode: Crop = "center"
+    interpolation: str = "bilinear"
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+    def __call__(self, source: str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | Tensor) -> Tensor:
+        """One image to (3, height, width).
+
+        Args:
+            source: a path, the bytes of a file, a Pillow image, or uint8: an array (h, w, 3) or a tensor (3, h, w).
+
+        Raises:
+            DataError: the image cannot be read, or is none.
+        """
+        return tensor_of(self.fit(picture(source)))
+
+    def batch(self, sources: Sequence[Any]) -> Tensor:
+        """Images to (b, 3, height, width)."""
+        return torch.stack([self(source) for source in sources])
+
+    def is_one(self, source: Any) -> bool:
+        """Whether `source` is one image: a tensor or array of four dimensions holds several."""
+        return source.ndim < 4 if isinstance(source, (Tensor, np.ndarray)) else not isinstance(source, (list, tuple))
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """A picture in RGB, resized and cropped."""
+        from PIL import Image
+
+        wide, high = self._resized(image.width, image.height)
+        if wide * high > MOST_PIXELS:
+            raise DataError(f"the image is {image.width} x {image.height} pixels, far from a square; crop it first")
+        if (wide, high) != image.size:
+            image = image.resize((wide, high), Image.Resampling[self.interpolation.upper()])
+        height, width = self.size
+        if wide < width or high < height:
+            padded = Image.new("RGB", (max(wide, width), max(high, height)), self.fill)
+            padded.paste(image, ((padded.width - wide) // 2, (padded.height - high) // 2))
+            image, wide, high = padded, padded.width, padded.height
+        left, top = round((wide - width) / 2), round((high - height) / 2)
+        return image.crop((left, top, left + width, top + height))
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height before the crop, rounded as timm and torchvision do."""
+        goal_high, goal_wide = (max(1, math.floor(edge / self.crop_pct)) for edge in self.size)
+        if self.crop_mode == "squash":
+            return goal_wide, goal_high
+        if self.crop_mode == "center" and goal_high == goal_wide:
+            longer = int(goal_wide * max(width, height) / min(width, height))
+            return (goal_wide, longer) if width <= height else (longer, goal_wide)
+        ratios = height / goal_high, width / goal_wide
+        ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `transform_from` reads."""
+        return {"kind": "image", **asdict(self), "size": list(self.size), "fill": list(self.fill)}
+
+
+@dataclass(frozen=True)
+class TextTransform:
+    """A text, or a pair of texts, to token ids and a mask, by the base's own tokenizer.
+
+    Args:
+        max_length: tokens of a text at most; what is longer is cut off.
+        names: entries that the network reads, such as "input_ids" and "attention_mask".
+        tokenizer: gives the tokenizer of transformers.
+    """
+
+    max_length: int
+    names: tuple[str, ...] = field(compare=False)
+    tokenizer: Callable[[], Any] = field(compare=False, repr=False)
+
+    def __call__(self, source: str | Sequence[str]) -> dict[str, Tensor]:
+        """One text (str) or pair of texts to entries (tokens,)."""
+        return {name: values[0] for name, values in self.batch([source]).items()}
+
+    def batch(self, sources: Sequence[str | Sequence[str]]) -> dict[str, Tensor]:
+        """Texts to entries (b, tokens of the longest); shorter ones are padded at the end."""
+        pairs = [source for source in sources if not isinstance(source, str)]
+        for source in pairs:
+            if not (isinstance(source, (list, tuple)) and len(source) == 2 and all(isinstance(s, str) for s in source)):
+                raise DataError(f"this base reads a text or a pair of texts, not {source!r:.60}; give a str")
+        if pairs and len(pairs) != len(sources):
+            raise DataError("some of the sources are texts and some are pairs of texts; ask for them one by one")
+        given = [list(column) for column in zip(*sources)] if pairs else [list(sources)]
+        found = self.tokenizer()(
+            *given, padding=True, truncation=True, max_length=self.max_length, padding_side="right", return_tensors="pt"
+        )
+        return {name: found[name] for name in self.names if name in found}
+
+    def is_one(self, source: Any) -> bool:
+        """Whether `source` is one text, or a tuple of two, which are a pair."""
+        return isinstance(source, str) or (isinstance(source, tuple) and len(source) == 2)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `transform_from` reads; the tokenizer is the base's."""
+        return {"kind": "text", "max_length": self.max_length}
+
+
+class Transforming(Protocol):
+    """What has a transform of its own: a base."""
+
+    @property
+    def transform(self) -> Transform | None: ...
+
+
+def transform_from(record: Any, base: Transforming) -> Transform:
+    """The transform that `to_json` recorded, for a base.
+
+    Raises:
+        ArtifactError: a record that is damaged, or of another kind of base.
+    """
+    mend = "fetch or save the task again"
+    where, own = "the recorded transform", base.transform
+    kind = check_json(record, where, {"kind": {"image", "text"}}, mend)["kind"]
+    if kind == "text":
+        length = check_json(record, where, {"max_length": int}, mend)["max_length"]
+        if not isinstance(own, TextTransform):
+            raise ArtifactError(f"{where} is of texts, which this base does not read; load the task's own base")
+        if not 1 <= length <= 2**20:
+            raise ArtifactError(f"{where} cuts texts to {length} tokens; {mend}")
+        return replace(own, max_length=length)
+    schema = {"size": [int], "crop_pct": float, "crop_mode": str, "interpolation": str, "fill": [int]}
+    values = check_json(record, where, schema, mend)
+    size, fill = tuple(values["size"]), tuple(values["fill"])
+    fits = len(size) == 2 and min(size) > 0 and max(size) <= 2**13 and 0.05 <= values["crop_pct"] <= 1
+    fits = fits and len(fill) == 3 and min(fill) >= 0 and max(fill) <= 255
+    if not fits or values["crop_mode"] not in CROPS:
+        raise ArtifactError(f"{where} is damaged ({record}); {mend}")
+    if values["interpolation"] not in INTERPOLATIONS:
+        raise ArtifactError(f"{where} names the filter '{values['interpolation']}', which is not known; {mend}")
+    return ImageTransform(size, float(values["crop_pct"]), values["crop_mode"], values["interpolation"], fill)
+
+
+def for_example(transform: Transform | None, example: Any) -> Transform | None:
+    """A base's transform, at the size of its example (b, 3, h, w); a plain one of images where it has none."""
+    if not isinstance(example, Tensor) or example.ndim != 4 or example.shape[1] != 3:
+        return transform if isinstance(transform, TextTransform) else None
+    size = (int(example.shape[2]), int(example.shape[3]))
+    return replace(transform, size=size) if isinstance(transform, ImageTransform) else ImageTransform(size)
+
+
+def picture(source: Any) -> Image.Image:
+    """An image in RGB from a path, the bytes of a file, a Pillow image, or uint8 (h, w, 3) or (3, h, w).
+
+    Raises:
+        DataError: it cannot be read, or is no image; the message names a path.
+    """
+    from PIL import Image
+
+    if isinstance(source, bytes):
+        return decode(source)
+    if isinstance(source, (str, PathLike)):
+        try:
+            return decode(Path(source))
+        except OSError as error:
+            mend = "give the path of an image file"
+            raise DataError(f"{source} cannot be read ({error.strerror or error}); {mend}") from error
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+    if isinstance(source, Image.Image):
+        return upright(source)
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().numpy()
+        source = source.transpose(1, 2, 0) if source.ndim == 3 else source
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8:
+        if source.ndim == 3 and source.shape[2] == 1:
+            source = source[:, :, 0]
+        if source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3):
+            return Image.fromarray(np.ascontiguousarray(source)).convert("RGB")
+    shown = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else f"a {type(source).__name__}"
+    raise DataError(
+        f"this base reads images, not {shown}; give a path, the bytes of a file, a Pillow image, a uint8 array "
+        "(h, w, 3) or a uint8 tensor (3, h, w)"
+    )
 
 
 def decode_image(source: bytes | Path) -> Tensor:
@@ -27,18 +250,31 @@ def decode_image(source: bytes | Path) -> Tensor:
         DataError: it is damaged, too large, of another format, or has values whose range no file tells.
         OSError: the path cannot be read.
     """
+    return tensor_of(decode(source))
+
+
+def tensor_of(image: Image.Image) -> Tensor:
+    """A picture in RGB as uint8 (3, h, w)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def decode(source: bytes | Path) -> Image.Image:
+    """An image to a picture in RGB; as `decode_image`."""
+    with open_image(source) as image:
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture in RGB, as the camera was held."""
     from PIL import Image, ImageOps
 
-    with open_image(source) as image:
-        # Cameras write how they were held.
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode[0] in "IF":
-            upright = Image.fromarray(_eight_bits(np.asarray(upright), image))
-        elif upright.mode in ("P", "PA"):
-            # At once to RGB, Pillow would warn of transparency.
-            upright = upright.convert("RGBA")
-        array = np.array(upright.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1)
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode[0] in "IF":
+        turned = Image.fromarray(_eight_bits(np.asarray(turned), image))
+    elif turned.mode in ("P", "PA"):
+        # At once to RGB, Pillow would warn of transparency.
+        turned = turned.convert("RGBA")
+    return turned.convert("RGB")
 
 
 def _eight_bits(values: NDArray[Any], image: Any) -> NDArray[np.uint8]:

@@ -12,13 +12,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from sidetuning.artifacts import SavedTask, read_branch, read_task, tensors_sha256, write_task
+from sidetuning.artifacts import SavedTask, is_saved, read_branch, read_task, tensors_sha256, write_task
 from sidetuning.base import Base, Features, Input, Taps
 from sidetuning.branch import Branch, build_branch
 from sidetuning.checks import Lock, Owners, check_name, check_shapes, check_state, tapped_for
-from sidetuning.errors import ArtifactError, ShapeError, TaskError, UnknownNameError
+from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
 from sidetuning.identity import Identity
-from sidetuning.inputs import take_rows
+from sidetuning.predicting import predict, run, run_mixed
 from sidetuning.registry import unknown
 from sidetuning.seeding import seeded
 from sidetuning.summary import Summary, summarise
@@ -215,8 +215,8 @@ class SideTuner(nn.Module):
         inputs = base.prepare(x)
         known = base.features(inputs, features)
         if task is not None:
-            return self._run([task], branches, inputs, known)[task]
-        return self._run_mixed(wanted, branches, inputs, known)
+            return run([task], branches, inputs, known)[task]
+        return run_mixed(wanted, branches, inputs, known)
 
     def _moment(self, tasks: Sequence[str] | None) -> tuple[Base, dict[str, Branch]]:
         """The base and the tasks of one moment, which hold all of `tasks`; other threads add and remove tasks."""
@@ -229,20 +229,6 @@ class SideTuner(nn.Module):
             if base is self.base and branches.keys() >= set(tasks or ()):
                 return base, branches  # type: ignore[return-value]
 
-    def _run_mixed(
-        self, tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features
-    ) -> list[Tensor]:
-        """A task per sample."""
-        if len(tasks) != len(features.out):
-            raise ShapeError(f"{len(tasks)} tasks for a batch of {len(features.out)}; name one per sample")
-        outputs: list[Tensor] = [features.out] * len(tasks)
-        for name in dict.fromkeys(tasks):
-            rows = torch.tensor([i for i, task in enumerate(tasks) if task == name], device=features.out.device)
-            out = self._run([name], branches, take_rows(inputs, rows), features.rows(rows))[name]
-            for i, row in zip(rows.tolist(), out, strict=True):
-                outputs[i] = row
-        return outputs
-
     def forward_all(
         self, x: Input, *, tasks: Sequence[str] | None = None, features: Features | Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -250,28 +236,43 @@ class SideTuner(nn.Module):
         base, branches = self._moment(tasks)
         inputs = base.prepare(x)
         known = base.features(inputs, features)
-        return self._run(list(branches) if tasks is None else list(tasks), branches, inputs, known)
-
-    def _run(
-        self, tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features
-    ) -> dict[str, Tensor]:
-        """Outputs of tasks on the same samples; a side that is also a lateral runs once."""
-        sides: dict[str, Tensor | None] = {}
-        for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in branches[task].config.laterals)]):
-            with contextlib.nullcontext() if name in tasks else torch.no_grad():
-                sides[name] = branches[name].side_output(inputs, features)
-        outputs = {}
-        for task in tasks:
-            branch = branches[task]
-            laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
-            outputs[task] = branch.output(inputs, features, sides[task], laterals)
-        return outputs
+        return run(list(branches) if tasks is None else list(tasks), branches, inputs, known)
 
     @torch.no_grad()
     def lateral_outputs(self, branch: Branch, inputs: Input, features: Features) -> list[Tensor]:
         """The detached outputs, of prepared `inputs` and `features`, of the sides that `branch` takes as laterals."""
         outputs = [self[name].side_output(inputs, features) for name in branch.config.laterals]
         return [out for out in outputs if out is not None]
+
+    def predict(
+        self, sources: Any, tasks: Sequence[str] | None = None, *, top: int | None = None, mirror: bool = False
+    ) -> dict[str, Any]:
+        """Every task's answer to files, images or texts, prepared as they were for the task's training.
+
+        Args:
+            sources: what `base.transform` takes: a path, the bytes of a file, a Pillow image, uint8 pixels; or a text,
+                or a tuple of two; or a list of such.
+            tasks: the tasks to ask; by default all. Those with equal preprocessing share one base pass.
+            top: this many of the most probable classes or labels; by default all.
+            mirror: average over each image and its mirror image.
+
+        Returns:
+            Task -> `list[Answer]`, or a tensor for maps and tokens (see `predicting.answers`); of a list one for each.
+
+        Raises:
+            DataError: a source that cannot be read; the message names it.
+            TaskError: a base that reads neither images nor texts.
+        """
+        base, branches = self._moment(tasks)
+        wanted = list(branches) if tasks is None else list(tasks)
+        return predict(base, branches, sources, wanted, top=top, mirror=mirror)
+
+    def save(self, path: str | Path) -> None:
+        """Write every task that is not there already to its folder in `path`/tasks; `load(path)` reads them again."""
+        for name in self.tasks:
+            folder = Path(path) / "tasks" / name
+            if not is_saved(folder, name, self[name]):
+                self.save_task(name, folder)
 
     def save_task(self, name: str, path: str | Path, *, metrics: Mapping[str, float] | None = None) -> None:
         """Write task `name`, with `metrics`, to `path`/side.json and `path`/side.safetensors; see `write_task`."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from torch import Tensor
 
@@ -14,9 +13,8 @@ from sidetuning.errors import DataError
 from sidetuning.files import check_signed, read_json
 from sidetuning.loading import load
 from sidetuning.problems import Classes
-from sidetuning.sides.fit import resize
 from sidetuning.terminal import plain
-from sidetuning.transforms import decode_image
+from sidetuning.transforms import ImageTransform
 
 
 @dataclass(frozen=True)
@@ -48,31 +46,22 @@ def predict(settings: Settings) -> list[Answer]:
     if not settings.images:
         raise DataError("name at least one image file")
     model = load(settings.run)
-    example = model.base.example
-    if not isinstance(example, Tensor):
+    if not isinstance(model.base.transform, ImageTransform):
         raise DataError(f"{settings.run} does not read images; see `sidetuning answer` for texts")
-    # (b, 3, h, w) in [0, 1]
-    batch = torch.stack([read(Path(image), tuple(example.shape[-2:])) for image in settings.images])
-    views = [batch, batch.flip(-1)] if averages_mirror_images(Path(settings.run)) else [batch]
-    with torch.no_grad():
-        each = [model.forward_all(view) for view in views]
-    if others := [task for task, out in each[0].items() if out.ndim != 2]:
+    found = model.predict(list(settings.images), mirror=averages_mirror_images(Path(settings.run)))
+    if others := [task for task, each in found.items() if isinstance(each[0], Tensor)]:
         raise DataError(
             f"the task {others[0]} of {settings.run} gives no answer to a whole image; the run's report has pictures "
             "of dense tasks"
         )
-    answers = []
-    for i, image in enumerate(settings.images):
-        for task in model.tasks:
-            branch, seen = model[task], torch.stack([outputs[task][i] for outputs in each])
-            # Probabilities of classes are averaged over the views, other outputs as they are.
-            output = seen.softmax(1).mean(0).log() if type(branch.problem) is Classes else seen.mean(0)
-            shown = branch.problem.answers(output, branch.labels)
-            # Of classes one is right, of labels any number.
-            answers += [
-                Answer(image, task, *answer) for answer in (shown[:1] if type(branch.problem) is Classes else shown)
-            ]
-    return answers
+    # Of classes one is right, of labels any number.
+    most = {task: 1 if type(model[task].problem) is Classes else None for task in model.tasks}
+    return [
+        Answer(image, task, *answer)
+        for i, image in enumerate(settings.images)
+        for task in model.tasks
+        for answer in found[task][i][: most[task]]
+    ]
 
 
 def averages_mirror_images(run: Path) -> bool:
@@ -85,17 +74,6 @@ def averages_mirror_images(run: Path) -> bool:
     content = read_json(file, {"settings": {"mirror?": bool}, "format_version?": int}, mend)
     check_signed(content, str(file), mend, needed=(content.get("format_version") or 0) > 1)
     return bool(content["settings"].get("mirror"))
-
-
-def read(path: Path, size: tuple[int, ...]) -> Tensor:
-    """An image file as (3, h, w) in [0, 1]."""
-    try:
-        image = decode_image(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); give the path of an image file") from error
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    return resize(image.unsqueeze(0).float() / 255, size)[0]
 
 
 def main(settings: Settings) -> None:

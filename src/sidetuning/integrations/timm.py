@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sidetuning.inputs import dtype_of
 from sidetuning.outputs import Taps
 from sidetuning.registry import unknown
 from sidetuning.sides.initialise import load_weights
+from sidetuning.transforms import CROPS, INTERPOLATIONS, ImageTransform
 
 
 def load(
@@ -72,4 +74,19 @@ def load(
         channels_last=channels_last,
         mean=config.get("mean"),
         std=config.get("std"),
+        transform=transform_of(config),
+    )
+
+
+def transform_of(config: Mapping[str, Any]) -> ImageTransform:
+    """The preprocessing of a model's pretrained configuration."""
+    wanted, modes = config.get("interpolation"), (config.get("crop_mode"), "center")
+    red, green, blue = (round(255 * value) for value in config.get("mean") or (0.0, 0.0, 0.0))
+    return ImageTransform(
+        size=tuple(config.get("input_size", (3, 224, 224))[-2:]),
+        # Shares above 1 are of configurations that pad.
+        crop_pct=min(1.0, float(config.get("crop_pct") or 0.875)),
+        crop_mode=next(mode for mode in CROPS if mode in modes),
+        interpolation=wanted if wanted in INTERPOLATIONS else "bicubic",
+        fill=(red, green, blue),
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sidetuning.base import Base, Input
-from sidetuning.errors import ShapeError, UnknownNameError
+from sidetuning.errors import DataError, ShapeError, UnknownNameError
 from sidetuning.inputs import call, dtype_of
 from sidetuning.outputs import Select, Taps
 from sidetuning.sides.initialise import load_weights
+from sidetuning.transforms import INTERPOLATIONS, MOST_TOKENS, ImageTransform, TextTransform, Transform
 
 
 def load(
@@ -68,7 +71,8 @@ def load(
         load_weights(net, weights, f"transformers model '{name}'")
     if config.is_encoder_decoder:
         net = net.get_encoder()
-    trained = normalisation(name, revision) if getattr(net, "main_input_name", "") == "pixel_values" else {}
+    images = getattr(net, "main_input_name", "") == "pixel_values"
+    trained = normalisation(name, revision) if images else {"transform": text_transform(net, name, revision)}
     # A checkpoint in half precision is loaded as it is.
     net = net.float()
     _settle(net, missing, output or "last_hidden_state", f"the checkpoint of '{name}'")
@@ -112,10 +116,53 @@ def from_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     bgr: bool = False,
+    transform: Transform | None = None,
 ) -> Base:
     """Wrap a loaded model; text models take a mapping, image models a tensor, normalised by mean and std."""
-    example = example_of(net)
-    return Base(net, example=example, output=output or "last_hidden_state", taps=taps, mean=mean, std=std, bgr=bgr)
+    how: dict[str, Any] = {"mean": mean, "std": std, "bgr": bgr, "transform": transform}
+    return Base(net, example=example_of(net), output=output or "last_hidden_state", taps=taps, **how)
+
+
+def text_transform(net: Any, name: str, revision: str | None) -> TextTransform | None:
+    """Texts to what a network reads, by the tokenizer that comes with it, loaded when it is first used."""
+    words = getattr(net.config, "vocab_size", None)
+    if words is None:
+        return None
+    table = next((m for key, m in net.named_modules() if key.endswith("position_embeddings")), None)
+    positions = getattr(net.config, "max_position_embeddings", None) or MOST_TOKENS
+    # RoBERTa counts positions from after the padding's.
+    offset = getattr(table, "padding_idx", None)
+    most = min(MOST_TOKENS, positions - (0 if offset is None else offset + 1))
+    read = inspect.signature(net.forward).parameters
+    names = tuple(key for key in ("input_ids", "attention_mask", "token_type_ids") if key in read)
+    return TextTransform(most, names, partial(tokenizer_of, name, revision, words))
+
+
+@lru_cache(maxsize=8)
+def tokenizer_of(name: str, revision: str | None, words: int) -> Any:
+    """The tokenizer of a model, which has `words` embeddings.
+
+    Raises:
+        DataError: there is none, or it is another network's.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise DataError(
+            f"hf:{name} has no tokenizer that can be loaded ({first}); give batches of token ids"
+        ) from error
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+        # What transformers makes of a folder without the files of one.
+        raise DataError(f"hf:{name} has no files of a tokenizer; put them beside the model, or give batches of ids")
+    if (highest := max(tokenizer.get_vocab().values()) + 1) > words:
+        raise DataError(f"the tokenizer of hf:{name} has {highest:,} tokens, its network {words:,}: it is another's")
+    if tokenizer.pad_token is None:
+        # Its place is masked.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def normalisation(name: str, revision: str | None) -> dict[str, Any]:
@@ -147,7 +194,31 @@ def normalisation(name: str, revision: str | None) -> dict[str, Any]:
     if twice:
         std = [value * float(own) for value, own in zip(std, told["image_std"], strict=True)]
     plain = not any(mean) and all(value == 1 for value in std)
-    return {"bgr": bgr} if plain else {"mean": mean, "std": std, "bgr": bgr}
+    how = {"bgr": bgr, "transform": image_transform(told)}
+    return how if plain else {"mean": mean, "std": std, **how}
+
+
+def image_transform(told: Mapping[str, Any]) -> ImageTransform:
+    """How an image processor resizes and crops, from what its file says; the size is that of the base's example."""
+
+    def edges(name: str) -> tuple[int, int] | None:
+        size = told.get(name)
+        size = {"shortest_edge": size} if isinstance(size, int) else size or {}
+        short = size.get("shortest_edge")
+        high, wide = size.get("height", short), size.get("width", short)
+        return (high, wide) if isinstance(high, int) and isinstance(wide, int) and min(high, wide) > 0 else None
+
+    size, crop = edges("size") or (1, 1), edges("crop_size")
+    keeps = isinstance(told.get("size"), int) or "shortest_edge" in (told.get("size") or {})
+    share = 1.0
+    if crop is not None and told.get("do_center_crop", False):
+        share = min(1.0, crop[0] / size[0])
+    elif told.get("crop_pct") and size[0] < 384:
+        # ConvNeXt's: the size is that after the crop.
+        share = float(told["crop_pct"])
+    # Pillow's numbers; most processors that name none are bilinear.
+    kind = dict(enumerate(INTERPOLATIONS)).get(told.get("resample", 2), "bilinear")
+    return ImageTransform(size, share, "center" if keeps else "squash", kind)
 
 
 def example_of(net: Any) -> Input:

@@ -1,0 +1,159 @@
+"""Answers to files, images and texts: each task is asked as it was trained, and each preprocessing costs one pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sidetuning.base import Base, Features, Input
+from sidetuning.branch import Branch
+from sidetuning.errors import DataError, ShapeError, TaskError
+from sidetuning.inputs import map_input, take_rows
+from sidetuning.problems import Classes, Labels, Tokens
+from sidetuning.transforms import Transform
+
+# Sources that are decoded and run at a time.
+BATCH = 32
+
+
+class Answer(NamedTuple):
+    """What a task says of one source.
+
+    Attributes:
+        label: name of the class, of the label or of the number; its place where it has no name.
+        value: the probability, or the number itself.
+    """
+
+    label: str
+    value: float
+
+
+# Of classes, labels, numbers and spans a list; of maps and tokens a tensor.
+Answers = list[Answer] | Tensor
+
+
+def run(tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features) -> dict[str, Tensor]:
+    """Outputs of tasks on the same samples; a side that is also a lateral runs once."""
+    sides: dict[str, Tensor | None] = {}
+    for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in branches[task].config.laterals)]):
+        with contextlib.nullcontext() if name in tasks else torch.no_grad():
+            sides[name] = branches[name].side_output(inputs, features)
+    outputs = {}
+    for task in tasks:
+        branch = branches[task]
+        laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
+        outputs[task] = branch.output(inputs, features, sides[task], laterals)
+    return outputs
+
+
+def run_mixed(tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features) -> list[Tensor]:
+    """A task per sample."""
+    if len(tasks) != len(features.out):
+        raise ShapeError(f"{len(tasks)} tasks for a batch of {len(features.out)}; name one per sample")
+    outputs: list[Tensor] = [features.out] * len(tasks)
+    for name in dict.fromkeys(tasks):
+        rows = torch.tensor([i for i, task in enumerate(tasks) if task == name], device=features.out.device)
+        out = run([name], branches, take_rows(inputs, rows), features.rows(rows))[name]
+        for i, row in zip(rows.tolist(), out, strict=True):
+            outputs[i] = row
+    return outputs
+
+
+def groups(base: Base, branches: Mapping[str, Branch], tasks: Iterable[str]) -> dict[Transform, list[str]]:
+    """The tasks by the transform that each was trained with.
+
+    Raises:
+        TaskError: a task of a base that reads neither images nor texts.
+    """
+    found: dict[Transform, list[str]] = {}
+    for task in dict.fromkeys(tasks):
+        transform = branches[task].transform or base.transform
+        if transform is None:
+            raise TaskError(
+                f"task '{task}' is asked with tensors, model(x, '{task}'): its base reads neither images of three "
+                "channels nor texts; give Base transform= to ask it with files"
+            )
+        found.setdefault(transform, []).append(task)
+    return found
+
+
+@torch.no_grad()
+def predict(
+    base: Base,
+    branches: Mapping[str, Branch],
+    sources: Any,
+    tasks: Sequence[str],
+    *,
+    top: int | None = None,
+    mirror: bool = False,
+) -> dict[str, Any]:
+    """As `SideTuner.predict`, of the base and the branches of one moment."""
+    if top is not None and top < 1:
+        raise TaskError(f"top must be 1 or more, not {top}")
+    found: dict[str, Any] = {}
+    one = False
+    for transform, names in groups(base, branches, tasks).items():
+        one = transform.is_one(sources)
+        given = [sources] if one else list(sources)
+        for name in names:
+            found[name] = []
+        for start in range(0, len(given), BATCH):
+            x = transform.batch(given[start : start + BATCH])
+            outputs = _outputs(base, branches, x, names, mirror)
+            for name in names:
+                length = x.get("attention_mask") if isinstance(x, Mapping) else None
+                for i, output in enumerate(outputs[name]):
+                    tokens = None if length is None else int(length[i].sum())
+                    found[name].append(answers(branches[name], output, top=top, tokens=tokens))
+    return {task: found[task][0] if one else found[task] for task in tasks}
+
+
+def _outputs(base: Base, branches: Mapping[str, Branch], x: Input, tasks: list[str], mirror: bool) -> dict[str, Tensor]:
+    """Each task's outputs of a batch; with `mirror` those of images and their mirror images, averaged."""
+    views = [x]
+    if mirror:
+        if not isinstance(x, Tensor):
+            raise DataError("texts have no mirror images; leave mirror= out")
+        views.append(x.flip(-1))
+    each = []
+    for view in views:
+        inputs = base.prepare(map_input(view, lambda tensor: tensor.to(base.device)))
+        each.append(run(tasks, branches, inputs, base.encode(inputs)))
+    return {task: _mean(branches[task], [outputs[task] for outputs in each]) for task in tasks}
+
+
+def _mean(branch: Branch, views: list[Tensor]) -> Tensor:
+    """The mean over an image and its mirror image: of classes their probabilities, else the outputs as they are."""
+    if len(views) == 1:
+        return views[0]
+    seen = torch.stack([views[0], views[1].flip(-1) if views[1].ndim == 4 else views[1]])
+    return seen.softmax(2).mean(0).log() if type(branch.problem) is Classes else seen.mean(0)
+
+
+def answers(branch: Branch, output: Tensor, *, top: int | None = None, tokens: int | None = None) -> Answers:
+    """What a task's output of one sample says.
+
+    Args:
+        branch: the task's.
+        output: without the batch dimension.
+        top: this many of the most probable classes or labels; by default all.
+        tokens: length of the text, where it was padded.
+
+    Returns:
+        Names with probabilities or numbers; of a map of classes (h, w) class numbers, of tokens (t,) class numbers, of
+        other maps the output itself.
+    """
+    problem = branch.problem
+    if isinstance(problem, Tokens):
+        return output[:tokens].argmax(-1)
+    if type(problem) is Classes and output.ndim > 1:
+        return output.argmax(0)
+    if output.ndim == 3:
+        return output
+    shown = [Answer(*answer) for answer in problem.answers(output, branch.labels)]
+    # Numbers have no order.
+    return shown[:top] if isinstance(problem, (Classes, Labels)) else shown
