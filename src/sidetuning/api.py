@@ -3,6 +3,7 @@
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
+from sidetuning.candidates import Candidate, SweepResult, Trial, sweep
 from sidetuning.closed_form import SolveResult, solve
 from sidetuning.distillation import distill
 from sidetuning.errors import (
@@ -39,6 +40,7 @@ __all__ = [
     "Branch",
     "CacheError",
     "CachedFeatures",
+    "Candidate",
     "DataError",
     "Features",
     "Head",
@@ -50,9 +52,11 @@ __all__ = [
     "SideTuner",
     "SideTuningError",
     "SolveResult",
+    "SweepResult",
     "TaskError",
     "TrainResult",
     "TrainingError",
+    "Trial",
     "UnknownNameError",
     "accuracy",
     "cache_bytes",
@@ -67,5 +71,6 @@ __all__ = [
     "push",
     "seeded",
     "solve",
+    "sweep",
     "train",
 ]

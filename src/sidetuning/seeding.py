@@ -16,14 +16,32 @@ from sidetuning.errors import SideTuningError
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed python, numpy and torch inside the block and put their generators back as they were after it."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(enabled=True):
+    before = Generators()
+    try:
         seed_all(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield
+    finally:
+        before.set()
+
+
+class Generators:
+    """The states of python's, numpy's and torch's generators at one moment."""
+
+    def __init__(self) -> None:
+        self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def set(self) -> None:
+        """Put all generators into these states."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal where the states of all generators but those of GPUs are."""
+        return self.python, self.numpy[1].tobytes(), self.numpy[2:], self.torch.numpy().tobytes()
 
 
 def seed_all(seed: int) -> None:

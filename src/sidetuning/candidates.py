@@ -1,0 +1,355 @@
+"""Many candidates, learned side by side on one read of cached features, each exactly as it would be alone.
+
+Candidates take turns, a batch each. Each has generators of its own, and a batch that two of them would draw alike is
+read once. Nothing else is shared, so a candidate ends with the weights that `solve` and `fit` alone give it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sidetuning.base import Base
+from sidetuning.cache import data_identity, loader_over
+from sidetuning.closed_form import solve
+from sidetuning.errors import SideTuningError, TaskError
+from sidetuning.files import atomic_write, check_signed, held_folder, json_text, read_json, signed
+from sidetuning.identity import content_sha256
+from sidetuning.seeding import Generators, seeded
+from sidetuning.training import evaluate, fit
+from sidetuning.tuner import SideTuner
+
+# What is better when it is lower; of other scores the highest is the best.
+LOWER = ("loss", "mae", "mse", "rmse")
+NOTE = "candidate.json"
+SCHEMA = {
+    "candidate": str,
+    "trial": {"name": str, "seconds": float, "parameters": int, "scores": dict, "error?": str},
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to learn a task.
+
+    Attributes:
+        name: its name, and that of its task.
+        task: arguments of `SideTuner.add_task`: side, merge, head, taps and so on.
+        fit: arguments of `fit`, such as lr and epochs; None trains nothing.
+        solve: set the head in closed form first.
+        strength: that of `solve`; by default chosen.
+        indices: rows of the cache that it learns from; all of them by default. Customers have rows of their own.
+        relabel: applied to the labels of a batch.
+        seed: of its initial weights and of the order of its batches.
+    """
+
+    name: str
+    task: Mapping[str, Any]
+    fit: Mapping[str, Any] | None = None
+    solve: bool = False
+    strength: float | None = None
+    indices: Sequence[int] | None = None
+    relabel: Callable[[Tensor], Tensor] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of a candidate.
+
+    Attributes:
+        name: the candidate's.
+        scores: loss and metrics on the validation data; empty where it did not end.
+        seconds: time that it took, without what others took meanwhile.
+        parameters: numbers that were trained or solved.
+        error: why it did not end.
+    """
+
+    name: str
+    scores: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    parameters: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All candidates, the best first.
+
+    Attributes:
+        trials: what became of each.
+        model: a model with the task of each candidate that ended.
+    """
+
+    trials: list[Trial]
+    model: SideTuner
+
+    @property
+    def best(self) -> Trial:
+        """The first; TaskError where no candidate ended."""
+        if not self.trials or not self.trials[0].scores:
+            raise TaskError("no candidate ended; give more budget=, or look at the errors in `trials`")
+        return self.trials[0]
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.scores if name != "samples"))
+        rows = [["candidate", *names, "parameters", "seconds"]]
+        for trial in self.trials:
+            scores = [f"{trial.scores[name]:.4g}" if name in trial.scores else "" for name in names]
+            rows.append([trial.name, *scores, f"{trial.parameters:,}", f"{trial.seconds:.1f}", trial.error or ""])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 3)]
+        lines = [[cell.ljust(width) for cell, width in zip(row, widths)] + row[len(widths) :] for row in rows]
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def sweep(
+    base: Base,
+    cached: Any,
+    candidates: Iterable[Candidate],
+    *,
+    validation: Any,
+    best_by: str = "loss",
+    batch_size: int = 128,
+    budget: float | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> SweepResult:
+    """Learn many candidates side by side, and score each on the same validation data.
+
+    Args:
+        base: the base.
+        cached: its cached features to learn from, as `cache_features` returns them.
+        candidates: what to try.
+        validation: cached features to score them on, with the labels of the same problem.
+        best_by: the score that decides: the lowest of losses and errors, the highest of others.
+        batch_size: samples per batch.
+        budget: seconds; candidates that have not ended by then are left, and go on if the same call is made again with
+            `out`.
+        out: a folder: each candidate that ends is saved there as a task, and the same call resumes there.
+        progress: show a bar.
+
+    Raises:
+        TaskError: two candidates of one name, an unknown score, or a folder with another candidate of that name.
+    """
+    wanted = list(candidates)
+    names = [candidate.name for candidate in wanted]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise TaskError(f"two candidates are called '{doubled}'; give each a name of its own")
+    if not wanted:
+        raise TaskError("there is no candidate; give at least one Candidate(name, task={…})")
+    if idle := next((c.name for c in wanted if c.fit is None and not c.solve), None):
+        raise TaskError(f"candidate '{idle}' has neither fit= nor solve=; give one, or it learns nothing")
+    shared, held = _Shared(cached), _Shared(validation)
+    about = [_about(cached), _about(validation), batch_size]
+    model = SideTuner(base)
+    turns = [_Turn(candidate, model, shared, held, batch_size, out, about) for candidate in wanted]
+    if out is None:
+        _take_turns(turns, (shared, held), budget, progress)
+    else:
+        with held_folder(out):
+            _take_turns(turns, (shared, held), budget, progress)
+    trials = [turn.trial for turn in turns]
+    known = {name for trial in trials for name in trial.scores}
+    if known and best_by not in known:
+        raise TaskError(f"candidates have no score '{best_by}'; give best_by= one of {', '.join(sorted(known))}")
+    sign = 1 if best_by in LOWER else -1
+    trials.sort(key=lambda trial: (not trial.scores, sign * trial.scores.get(best_by, 0.0)))
+    return SweepResult(trials, model)
+
+
+def _about(cached: Any) -> str:
+    folder = getattr(cached, "folder", None)
+    return data_identity(cached) if folder is None else Path(folder).name
+
+
+def _take_turns(turns: list[_Turn], data: tuple[_Shared, _Shared], budget: float | None, progress: bool) -> None:
+    """Let each candidate do a batch, again and again, until all have ended or the time is over."""
+    from tqdm import tqdm
+
+    started, waiting = time.monotonic(), list(turns)
+    with tqdm(total=len(turns), desc="candidates", disable=not progress, leave=False) as bar:
+        try:
+            while waiting:
+                for turn in waiting:
+                    turn.take()
+                    if turn.failure is not None:
+                        raise turn.failure
+                for shared in data:
+                    shared.clear()
+                ended = [turn for turn in waiting if turn.ended]
+                waiting = [turn for turn in waiting if not turn.ended]
+                bar.update(len(ended))
+                if budget is not None and time.monotonic() - started > budget:
+                    break
+        finally:
+            # Their threads must not wait for ever.
+            for turn in waiting:
+                turn.leave()
+
+
+class _Left(BaseException):
+    """The sweep goes on without this candidate; no handler of errors takes it."""
+
+
+class _Shared:
+    """Cached features that several candidates read, each in its turn.
+
+    Args:
+        cached: gives whole batches of (x, features, y).
+    """
+
+    def __init__(self, cached: Any) -> None:
+        self.cached = cached
+        self._read: dict[Any, tuple[Any, Generators, list[tuple[Tensor, int]]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.cached)
+
+    def clear(self) -> None:
+        """Forget what was read: all had their turn."""
+        self._read.clear()
+
+    def __getitems__(self, rows: list[int]) -> Any:
+        """A batch: that of the candidate before where it would be the same."""
+        turn = _Turn.of_this_thread()
+        if turn is not None:
+            turn.give_up()
+        key = (tuple(rows), Generators().key())
+        found = self._read.get(key)
+        if found is None or any(tensor._version != version for tensor, version in found[2]):
+            batch = self.cached.__getitems__(rows)
+            x, features, y = batch
+            # A part that writes into its input writes into that of the others: they read again then.
+            versions = [(tensor, tensor._version) for tensor in (x, y, *features.tensors())]
+            found = self._read[key] = batch, Generators(), versions
+        else:
+            found[1].set()
+        return found[0]
+
+
+class _Turn:
+    """One candidate in a thread of its own, which runs only while it is its turn."""
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        model: SideTuner,
+        shared: _Shared,
+        held: _Shared,
+        batch_size: int,
+        out: str | Path | None,
+        about: Sequence[Any],
+    ) -> None:
+        self.candidate, self.model, self.shared, self.held, self.batch = candidate, model, shared, held, batch_size
+        self.folder = None if out is None else Path(out) / candidate.name
+        self.trial = Trial(candidate.name, error="not ended within the budget")
+        self.failure: BaseException | None = None
+        self.ended = self._left = False
+        self.seconds = 0.0
+        # What it draws before `fit` seeds anew depends on its seed alone.
+        with seeded(candidate.seed):
+            self._generators = Generators()
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread: threading.Thread | None = None
+        given = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
+        self.identity = content_sha256([given, list(about)], 12)
+        if self.folder is not None and (self.folder / NOTE).exists():
+            self._read(self.folder)
+        # In the order of the candidates, whatever the turns are.
+        if not self.ended:
+            model.add_task(candidate.name, **{"seed": candidate.seed, **candidate.task})
+
+    @staticmethod
+    def of_this_thread() -> _Turn | None:
+        """The candidate whose thread runs."""
+        return getattr(threading.current_thread(), "turn", None)
+
+    def take(self) -> None:
+        """Go on until the candidate's next batch, or its end."""
+        started, before = time.perf_counter(), Generators()
+        self._generators.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.turn = self  # type: ignore[attr-defined]
+            self._thread.start()
+        else:
+            self._go.release()
+        self._done.acquire()
+        self._generators = Generators()
+        before.set()
+        self.seconds += time.perf_counter() - started
+
+    def give_up(self) -> None:
+        """Wait for the next turn."""
+        self._done.release()
+        self._go.acquire()
+        if self._left:
+            raise _Left
+
+    def leave(self) -> None:
+        """End the thread where it waits."""
+        if self._thread is not None and not self.ended:
+            self._left = True
+            self.take()
+        if self.candidate.name in self.model:
+            self.model.remove_task(self.candidate.name)
+
+    def _run(self) -> None:
+        try:
+            self._learn()
+        except _Left:
+            pass
+        except SideTuningError as error:
+            # Too high a learning rate, say: the others go on.
+            self.trial = Trial(self.candidate.name, error=str(error), seconds=self.seconds)
+            self.model.remove_task(self.candidate.name)
+            self._write()
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.ended = True
+            self._done.release()
+
+    def _learn(self) -> None:
+        candidate, model, name = self.candidate, self.model, self.candidate.name
+        loader = loader_over(self.shared, batch_size=self.batch, indices=candidate.indices, relabel=candidate.relabel)
+        scored = loader_over(self.held, batch_size=self.batch, shuffle=False, relabel=candidate.relabel)
+        if candidate.solve:
+            solve(model, name, loader, strength=candidate.strength, progress=False)
+        if candidate.fit is not None:
+            resume = None if self.folder is None else self.folder / "resume"
+            given = {"seed": candidate.seed, "save_every": 10.0, **candidate.fit}
+            fit(model, name, loader, resume=resume, progress=False, **given)
+        scores = evaluate(model, name, scored)
+        parameters = sum(parameter.numel() for parameter in model[name].parameters())
+        self.trial = Trial(name, scores, self.seconds, parameters)
+        self._write()
+
+    def _write(self) -> None:
+        """Save the task, and what became of it last."""
+        if self.folder is None:
+            return
+        if self.trial.scores:
+            self.model.save_task(self.candidate.name, self.folder, metrics=self.trial.scores)
+        with atomic_write(self.folder / NOTE) as file:
+            note = {"candidate": self.identity, "trial": asdict(self.trial)}
+            file.write_text(json_text(signed(note)), encoding="utf-8")
+
+    def _read(self, folder: Path) -> None:
+        """What became of the candidate in an earlier call."""
+        mend = f"delete {folder} to try it again"
+        note = check_signed(read_json(folder / NOTE, SCHEMA, mend), str(folder / NOTE), mend)
+        if note["candidate"] != self.identity:
+            raise TaskError(
+                f"{folder} holds another candidate called '{self.candidate.name}', or one on other data; {mend}, or "
+                "give another out="
+            )
+        self.trial, self.ended = Trial(**note["trial"]), True
+        if self.trial.scores:
+            self.model.load_task(folder)

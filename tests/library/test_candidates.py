@@ -1,0 +1,187 @@
+"""Candidates side by side end as each does alone, on one read of the cached features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import sidetuning as st
+from conftest import mlp_base
+
+generator = torch.Generator().manual_seed(0)
+X = torch.randn(300, 12, generator=generator)
+Y = (X @ torch.randn(12, 3, generator=generator)).argmax(1)
+LINEAR: dict[str, Any] = {"side": None, "merge": "base-only", "head": 3}
+SIDE: dict[str, Any] = {"side": "mlp", "merge": "alpha", "head": 3}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[st.Base, st.CachedFeatures, st.CachedFeatures]:
+    base = mlp_base()
+    halves = [TensorDataset(X[rows], Y[rows]) for rows in (slice(200), slice(200, 300))]
+    augment = add_noise
+    first = st.cache_features(base, halves[0], tmp_path / "cache", views=3, augment=augment, progress=False)
+    return base, first, st.cache_features(base, halves[1], tmp_path / "cache", progress=False)
+
+
+def add_noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return x + 0.1 * torch.randn(x.shape, generator=generator)
+
+
+class Dropping(nn.Module):
+    """A side that draws from the generators, and another number of times than others."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.layer(x), 0.5, self.training)
+
+
+class Writing(Dropping):
+    """A side that writes into its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.mul_(1.01))
+
+
+def dropping(width: int) -> nn.Module:
+    torch.manual_seed(7)
+    return Dropping(width)
+
+
+def writing(width: int) -> nn.Module:
+    torch.manual_seed(7)
+    return Writing(width)
+
+
+def candidates(width: int) -> list[st.Candidate]:
+    fit: dict[str, Any] = {"lr": 1e-2, "epochs": 2}
+    return [
+        st.Candidate("slow", SIDE, {**fit, "lr": 1e-4}),
+        st.Candidate("written", {**SIDE, "side": writing(width)}, fit),
+        st.Candidate("fast", SIDE, fit),
+        st.Candidate("dropped", {**SIDE, "side": dropping(width)}, fit),
+        st.Candidate("other", SIDE, fit, seed=3),
+        st.Candidate("solved", LINEAR, solve=True),
+        st.Candidate("both", LINEAR, {**fit, "steps": 3, "epochs": None}, solve=True, strength=0.1),
+        st.Candidate("customer", LINEAR, fit, indices=range(0, 200, 3), relabel=turned),
+    ]
+
+
+def turned(y: Tensor) -> Tensor:
+    return 2 - y
+
+
+def alone(base: st.Base, cached: st.CachedFeatures, candidate: st.Candidate) -> dict[str, Tensor]:
+    model = st.SideTuner(base)
+    model.add_task("t", seed=candidate.seed, **candidate.task)
+    loader = st.loader_over(cached, indices=candidate.indices, relabel=candidate.relabel, batch_size=32)
+    with st.seeded(candidate.seed):
+        if candidate.solve:
+            st.solve(model, "t", loader, strength=candidate.strength, progress=False)
+        if candidate.fit is not None:
+            st.fit(model, "t", loader, seed=candidate.seed, progress=False, **candidate.fit)
+    return model["t"].state_dict()
+
+
+def test_each_ends_as_it_does_alone(data: Any) -> None:
+    base, cached, held = data
+    wanted, before = candidates(base.width), torch.get_rng_state()
+    result = st.sweep(base, cached, wanted, validation=held, batch_size=32, progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(trial.error is None for trial in result.trials)
+    for candidate in candidates(base.width):
+        expected = alone(base, cached, candidate)
+        found = result.model[candidate.name].state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), candidate.name
+    losses = [trial.scores["loss"] for trial in result.trials]
+    assert losses == sorted(losses) and result.best is result.trials[0]
+    assert "customer" in str(result) and "accuracy" in str(result)
+
+
+def test_what_is_drawn_alike_is_read_once(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, cached, held = data
+    reads: list[int] = []
+    read = st.CachedFeatures.__getitems__
+
+    def counted(self: st.CachedFeatures, indices: Any) -> Any:
+        reads.append(len(indices))
+        return read(self, indices)
+
+    monkeypatch.setattr(st.CachedFeatures, "__getitems__", counted)
+    many = [st.Candidate(f"c{i}", LINEAR, {"lr": 10.0**-i, "epochs": 2}) for i in range(5)]
+    for wanted in (many[:1], many):
+        reads.clear()
+        st.sweep(base, cached, wanted, validation=held, batch_size=50, progress=False)
+        # Two passes of four batches, and one over the validation data.
+        assert reads == [50] * 10
+
+
+def test_a_folder_resumes_where_the_budget_ended(data: Any, tmp_path: Path) -> None:
+    base, cached, held = data
+    wanted = [c for c in candidates(base.width) if c.name in ("slow", "fast", "other")]
+    whole = st.sweep(base, cached, wanted, validation=held, batch_size=32, progress=False)
+    given: dict[str, Any] = {"validation": held, "batch_size": 32, "out": tmp_path / "sweep", "progress": False}
+    cut = st.sweep(base, cached, wanted, budget=0.0, **given)
+    assert all(trial.error for trial in cut.trials) and not len(cut.model)
+    with pytest.raises(st.TaskError, match="give more budget="):
+        cut.best  # noqa: B018
+    st.sweep(base, cached, wanted[:1], **given)
+    again = st.sweep(base, cached, wanted, **given)
+    assert [trial.scores for trial in again.trials] == [trial.scores for trial in whole.trials]
+    for name in ("slow", "fast", "other"):
+        expected, found = (result.model[name].state_dict() for result in (whole, again))
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    # Nothing is learned again.
+    assert [t.seconds for t in st.sweep(base, cached, wanted, **given).trials] == [t.seconds for t in again.trials]
+
+
+def test_a_folder_is_not_believed_about_another_candidate(data: Any, tmp_path: Path) -> None:
+    base, cached, held = data
+    given: dict[str, Any] = {"validation": held, "out": tmp_path / "sweep", "progress": False}
+    st.sweep(base, cached, [st.Candidate("c", LINEAR, {"lr": 0.1})], **given)
+    others = [
+        st.Candidate("c", LINEAR, {"lr": 0.2}),
+        st.Candidate("c", LINEAR, {"lr": 0.1}, seed=1),
+        st.Candidate("c", {**LINEAR, "prenorm": True}, {"lr": 0.1}),
+        st.Candidate("c", LINEAR, {"lr": 0.1}, relabel=turned),
+    ]
+    for other in others:
+        with pytest.raises(st.TaskError, match="holds another candidate called 'c'"):
+            st.sweep(base, cached, [other], **given)
+    with pytest.raises(st.TaskError, match="on other data"):
+        st.sweep(base, held, [st.Candidate("c", LINEAR, {"lr": 0.1})], **given)
+
+
+def test_a_candidate_that_fails_is_said_and_the_others_go_on(data: Any) -> None:
+    base, cached, held = data
+    wanted = [
+        st.Candidate("wild", LINEAR, {"loss": lambda output, target: output.sum() * torch.nan}),
+        st.Candidate("calm", LINEAR, {"lr": 1e-2}),
+    ]
+    result = st.sweep(base, cached, wanted, validation=held, progress=False)
+    assert result.best.name == "calm" and result.model.tasks == ["calm"]
+    assert "Lower the learning rate" in str(result.trials[1].error)
+
+
+def test_mistakes(data: Any) -> None:
+    base, cached, held = data
+    one = st.Candidate("c", LINEAR, {"lr": 0.1})
+    with pytest.raises(st.TaskError, match="two candidates are called 'c'"):
+        st.sweep(base, cached, [one, one], validation=held)
+    with pytest.raises(st.TaskError, match="there is no candidate"):
+        st.sweep(base, cached, [], validation=held)
+    with pytest.raises(st.TaskError, match="no score 'f1'; give best_by= one of accuracy, loss"):
+        st.sweep(base, cached, [one], validation=held, best_by="f1", progress=False)
+    with pytest.raises(st.UnknownNameError):
+        st.sweep(base, cached, [st.Candidate("c", {**LINEAR, "merge": "alpa"}, solve=True)], validation=held)
+    with pytest.raises(st.TaskError, match="neither fit= nor solve="):
+        st.sweep(base, cached, [st.Candidate("c", LINEAR)], validation=held)
