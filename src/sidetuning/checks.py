@@ -94,6 +94,7 @@ class Owners:
     def __init__(self) -> None:
         # The `id` of each tensor of a task -> the task.
         self._tasks: dict[int, str] = {}
+        self._own: dict[str, list[int]] = {}
         self._base: tuple[object, set[int]] = (None, set())
 
     def check(self, name: str, branch: Branch, base: Base, branches: Mapping[str, nn.Module]) -> None:
@@ -115,11 +116,15 @@ class Owners:
 
     def add(self, name: str, branch: Branch) -> None:
         """Remember a task's tensors."""
-        self._tasks.update({id(tensor): name for tensor in _tensors(branch)})
+        self._own[name] = [id(tensor) for tensor in _tensors(branch)]
+        self._tasks.update(dict.fromkeys(self._own[name], name))
 
     def remove(self, name: str) -> None:
         """Forget a task's tensors."""
-        self._tasks = {number: task for number, task in self._tasks.items() if task != name}
+        for number in self._own.pop(name, ()):
+            # Another task's tensor may have come to where this one's was.
+            if self._tasks.get(number) == name:
+                del self._tasks[number]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

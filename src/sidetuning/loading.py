@@ -14,6 +14,7 @@ from sidetuning.errors import ArtifactError, UnknownNameError
 from sidetuning.inputs import Input, example_from, example_record
 from sidetuning.outputs import Taps
 from sidetuning.registry import Registry
+from sidetuning.shelf import Shelf
 from sidetuning.tuner import SideTuner
 
 BASES: Registry[Callable[..., Base]] = Registry(
@@ -107,15 +108,19 @@ def _read_by(build: Callable[..., Base]) -> list[str]:
     return [p.name for p in parameters if p.kind == p.KEYWORD_ONLY or p.default is not p.empty]
 
 
-def load(path: str | Path, *, base: Base | None = None) -> SideTuner:
+def load(path: str | Path, *, base: Base | None = None, max_tasks_in_memory: int | None = None) -> SideTuner:
     """Rebuild a model from a saved task, or from a folder of tasks such as a run's.
 
     Args:
         path: a task's folder, a folder of such folders, or a run's folder.
         base: the base, where it cannot be built from its recorded spec.
+        max_tasks_in_memory: read a task when it is asked for, and keep so many: the last used, and those that were
+            changed since. A task is called as its folder then, and `parameters()` are those of the tasks in memory.
+            By default all tasks are read at once.
 
     Raises:
         ArtifactError: no task there, a damaged one, or a base that has no recorded spec.
+        TaskError: fewer than one task in memory.
     """
     path = Path(path)
     folders = [path] if (path / CONFIG).exists() else _task_folders(path)
@@ -124,10 +129,14 @@ def load(path: str | Path, *, base: Base | None = None) -> SideTuner:
         if other is not None:
             raise ArtifactError(f"{other} holds tasks of another method than side-tuning; load them with load_method")
         raise ArtifactError(f"{path} holds no saved task ({CONFIG}); give the folder of a task or of a run")
-    waiting = {folder: read_task(folder) for folder in folders}
+    first = 1 if base is None else 0
+    waiting = {folder: read_task(folder) for folder in (folders if max_tasks_in_memory is None else folders[:first])}
     if base is None:
         base = _recorded_base(path, next(iter(waiting.values()))[0]["base"].get("spec"))
     model, identity = SideTuner(base), base.identity()
+    if max_tasks_in_memory is not None:
+        model._shelf = Shelf({folder.name: folder for folder in folders}, identity, max_tasks_in_memory)
+        return model
     # Tasks come after their laterals.
     while waiting:
         ready = [f for f, (c, _) in waiting.items() if all(t in model for t in c["parts"].get("laterals", []))]

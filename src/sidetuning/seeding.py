@@ -28,7 +28,8 @@ class Generators:
     """The states of python's, numpy's and torch's generators at one moment."""
 
     def __init__(self) -> None:
-        self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self.python, self.torch = random.getstate(), torch.get_rng_state()
+        self.numpy: Any = np.random.get_state()
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
     def set(self) -> None:

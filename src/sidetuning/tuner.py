@@ -21,6 +21,7 @@ from sidetuning.identity import Identity
 from sidetuning.predicting import predict, run, run_mixed
 from sidetuning.registry import unknown
 from sidetuning.seeding import seeded
+from sidetuning.shelf import Shelf
 from sidetuning.summary import Summary, summarise
 
 
@@ -41,29 +42,48 @@ class SideTuner(nn.Module):
         self.base = base
         self.branches = nn.ModuleDict()
         self._owners, self._changes = Owners(), Lock()
+        # Saved tasks that are read when they are asked for.
+        self._shelf: Shelf | None = None
         # The taps that it came with; others come and go with the tasks.
         self._taps = tuple(base.tap_shapes)
         self.eval()
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks in the order in which they were added."""
-        return list(self.branches)
+        """Names of the tasks in the order in which they were added; those that `load` left on disk come first."""
+        shelved = () if self._shelf is None else self._shelf.folders
+        return [*shelved, *(name for name in self.branches if name not in shelved)]
 
     def __getitem__(self, task: str) -> Branch:
-        branch = self.branches._modules.get(task)
+        shelf, branch = self._shelf, self.branches._modules.get(task)
+        if shelf is not None and task in shelf.folders:
+            branch = self._from_shelf(shelf, task)
         if not isinstance(branch, Branch):
             raise UnknownNameError(unknown("task", task, self.tasks, verb="in this model"))
         return branch
 
+    def _from_shelf(self, shelf: Shelf, task: str) -> Branch:
+        """A saved task, read where it is not in memory; the least used one leaves in its place."""
+        with self._changes:
+            if task not in self.branches:
+                folder = shelf.folders[task]
+                with shelf.reads(task):
+                    self._add_saved(folder, read_task(folder), shelf.identity, name=task)
+            for left in shelf.take(task, self.branches._modules):
+                del self.branches[left]
+                self._owners.remove(left)
+            branch = self.branches[task]
+            assert isinstance(branch, Branch)
+            return branch
+
     def __contains__(self, task: str) -> bool:
-        return task in self.branches
+        return task in self.branches or (self._shelf is not None and task in self._shelf.folders)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tasks)
 
     def __len__(self) -> int:
-        return len(self.branches)
+        return len(self.tasks)
 
     def add_task(
         self,
@@ -156,7 +176,8 @@ class SideTuner(nn.Module):
         return branch
 
     def _check_name(self, name: str) -> None:
-        if name in self.branches:
+        shelf = self._shelf
+        if name in self.branches or (shelf is not None and name in shelf.folders and name not in shelf.reading):
             raise TaskError(f"task '{name}' exists already; remove_task('{name}') first, or choose another name")
         check_name(name)
 
@@ -168,14 +189,19 @@ class SideTuner(nn.Module):
                 raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
             del self.branches[name]
             self._owners.remove(name)
+            if self._shelf is not None:
+                self._shelf.folders.pop(name, None)
             for lateral in laterals:
                 self[lateral].pinned = bool(self.users(lateral))
-            needed = {*self._taps, *(tap for task in self.tasks for tap in self[task].taps)}
+            needed = {*self._taps, *(tap for branch in self._in_memory().values() for tap in branch.taps)}
             self.base = self.base.with_taps([tap for tap in self.base.tap_shapes if tap in needed])
 
     def users(self, name: str) -> list[str]:
-        """The tasks that have this one as a lateral."""
-        return [t for t in self.tasks if name in self[t].config.laterals]
+        """The tasks that have this one as a lateral; of those that are in memory."""
+        return [task for task, branch in self._in_memory().items() if name in branch.config.laterals]
+
+    def _in_memory(self) -> dict[str, Branch]:
+        return dict(self.branches._modules)  # type: ignore[arg-type]
 
     def freeze_task(self, name: str, frozen: bool = True) -> None:
         """Freeze the parameters of the task `name` (`fit` then refuses it), or thaw them with `frozen=False`."""
@@ -220,23 +246,64 @@ class SideTuner(nn.Module):
 
     def _moment(self, tasks: Sequence[str] | None) -> tuple[Base, dict[str, Branch]]:
         """The base and the tasks of one moment, which hold all of `tasks`; other threads add and remove tasks."""
+        if self._shelf is not None:
+            with self._changes:
+                held = {name: self[name] for name in tasks or ()}
+                held |= {name: self[name] for branch in list(held.values()) for name in branch.config.laterals}
+                return self.base, held
         while True:
-            base, branches = self.base, dict(self.branches._modules)
+            base, branches = self.base, self._in_memory()
             for name in tasks or ():
                 if name not in branches:
                     # Raises, with near names, unless it was added just now.
                     self[name]
             if base is self.base and branches.keys() >= set(tasks or ()):
-                return base, branches  # type: ignore[return-value]
+                return base, branches
 
     def forward_all(
         self, x: Input, *, tasks: Sequence[str] | None = None, features: Features | Tensor | None = None
     ) -> dict[str, Tensor]:
         """Every task's output (or that of `tasks`) for `x` from one base pass, or from none with `features` given."""
+        if self._shelf is not None:
+            return self._run_shelved(x, self.tasks if tasks is None else tasks, features, self._shelf.most)
         base, branches = self._moment(tasks)
         inputs = base.prepare(x)
         known = base.features(inputs, features)
+<<<<<<< HEAD
         return run(list(branches) if tasks is None else list(tasks), branches, inputs, known)
+=======
+        return self._run(list(branches) if tasks is None else list(tasks), branches, inputs, known)
+
+    def _run_shelved(
+        self, x: Input, tasks: Sequence[str], given: Features | Tensor | None, most: int
+    ) -> dict[str, Tensor]:
+        """As `forward_all`, some tasks at a time; another base pass is made only where they read other taps."""
+        outputs: dict[str, Tensor] = {}
+        last: Base | None = None
+        for first in range(0, len(tasks), most):
+            some = tasks[first : first + most]
+            base, branches = self._moment(some)
+            if base is not last:
+                inputs = base.prepare(x)
+                known, last = base.features(inputs, given), base
+            outputs |= self._run(list(some), branches, inputs, known)
+        return outputs
+
+    def _run(
+        self, tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features
+    ) -> dict[str, Tensor]:
+        """Outputs of tasks on the same samples; a side that is also a lateral runs once."""
+        sides: dict[str, Tensor | None] = {}
+        for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in branches[task].config.laterals)]):
+            with contextlib.nullcontext() if name in tasks else torch.no_grad():
+                sides[name] = branches[name].side_output(inputs, features)
+        outputs = {}
+        for task in tasks:
+            branch = branches[task]
+            laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
+            outputs[task] = branch.output(inputs, features, sides[task], laterals)
+        return outputs
+>>>>>>> d5d9354 (Open folders of many tasks without reading them)
 
     @torch.no_grad()
     def lateral_outputs(self, branch: Branch, inputs: Input, features: Features) -> list[Tensor]:

@@ -1,0 +1,81 @@
+"""Saved tasks of which a model keeps some in memory, the most used; the others wait in their folders."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sidetuning.branch import Branch
+from sidetuning.errors import TaskError
+from sidetuning.identity import Identity
+
+
+class Shelf:
+    """The saved tasks of a model, and which of them are in memory.
+
+    Args:
+        folders: the folder of each task.
+        identity: that of the base.
+        most: how many tasks are kept in memory.
+
+    Raises:
+        TaskError: fewer than one.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], identity: Identity, most: int) -> None:
+        if most < 1:
+            raise TaskError(f"max_tasks_in_memory must be 1 or more, not {most}")
+        self.folders, self.identity, self.most = dict(folders), identity, most
+        # Tasks that are being read: one, and its laterals.
+        self.reading: set[str] = set()
+        # When each task in memory was used last, and its weights as they were read.
+        self._used: dict[str, int] = {}
+        self._read: dict[str, Any] = {}
+        self._clock = count()
+
+    @contextlib.contextmanager
+    def reads(self, task: str) -> Iterator[None]:
+        """Note that a task is being read while the block runs."""
+        self.reading.add(task)
+        try:
+            yield
+        finally:
+            self.reading.discard(task)
+
+    def take(self, task: str, branches: Mapping[str, nn.Module | None]) -> list[str]:
+        """Note that a task, which is in memory, is used.
+
+        Returns:
+            The tasks that leave memory: the least used. What was changed since it was read stays, as do laterals.
+        """
+        if task not in self._read:
+            self._read[task] = _versions(branches[task])
+        self._used[task] = next(self._clock)
+        if len(self._used) <= self.most:
+            return []
+        left = []
+        for name in sorted(self._used, key=self._used.__getitem__):
+            if len(self._used) <= self.most:
+                break
+            branch = branches.get(name)
+            if branch is None or (name != task and self._unchanged(name, branch)):
+                del self._used[name], self._read[name]
+                left += [] if branch is None else [name]
+        return left
+
+    def _unchanged(self, name: str, branch: nn.Module) -> bool:
+        assert isinstance(branch, Branch)
+        return not branch.pinned and not branch.training and self._read[name] == _versions(branch)
+
+
+def _versions(branch: nn.Module | None) -> Any:
+    """Equal as long as nobody wrote into a branch's tensors, or put others there, or changed its notes."""
+    assert isinstance(branch, Branch)
+    tensors = [*branch.parameters(), *branch.buffers()]
+    asked = [(id(t), t._version, t.requires_grad) for t in tensors]
+    return asked, branch.labels, branch.passes, branch.trained_as
