@@ -7,6 +7,7 @@ written.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -91,6 +92,7 @@ def write_task(
     name: str,
     branch: Branch,
     base: Base,
+    identity: Identity,
     laterals: Mapping[str, str],
     metrics: Mapping[str, float],
 ) -> None:
@@ -101,6 +103,7 @@ def write_task(
         name: name of the task.
         branch: side, merge and head of the task.
         base: the base that it was trained on.
+        identity: that of the base.
         laterals: the sha256 of the sides of earlier tasks that it reads, by task.
         metrics: numbers to record with the task.
 
@@ -114,7 +117,7 @@ def write_task(
     transform = branch.transform or base.transform
     config = {
         "format_version": FORMAT_VERSION,
-        "library_version": version("sidetuning"),
+        "library_version": _version(),
         "task": name,
         "parts": {**asdict(branch.config), "layouts": layouts, "head": recorded_head(branch)},
         "labels": branch.labels,
@@ -124,7 +127,7 @@ def write_task(
         "transform": None if transform is None else transform.to_json(),
         "metrics": {key: float(value) for key, value in metrics.items()},
         "laterals_sha256": dict(laterals),
-        "base": {"spec": spec, **base.identity().record(), "taps": list(branch.taps)},
+        "base": {"spec": spec, **identity.record(), "taps": list(branch.taps)},
     }
     try:
         write_files(path, config, tensors)
@@ -132,6 +135,11 @@ def write_task(
         raise TaskError(
             f"task '{name}' cannot be saved: {error}; give its options as plain numbers and texts"
         ) from error
+
+
+@functools.cache
+def _version() -> str:
+    return version("sidetuning")
 
 
 def _check_built(name: str, branch: Branch) -> None:
@@ -177,12 +185,24 @@ def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, 
 
 
 def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
-    """Whether the folder `path` holds this task with the weights that it has now."""
+    """Whether the folder `path` holds this task with the weights, labels and transform that it has now."""
     try:
         config, _ = read_task(path)
     except (ArtifactError, OSError):
         return False
-    return config["task"] == name and config["tensors_sha256"] == tensors_sha256(branch)
+    notes = {"task": name, "labels": branch.labels, "passes": branch.passes, "trained_as": branch.trained_as}
+    if branch.transform is not None:
+        notes["transform"] = branch.transform.to_json()
+    same = all((config.get(key) or None) == (value or None) for key, value in notes.items())
+    return same and config["tensors_sha256"] == tensors_sha256(branch)
+
+
+def has_tensors(path: Path, sha256: str) -> bool:
+    """Whether the folder `path` holds a task whose weights have this hash."""
+    try:
+        return bool(read_task(path)[0]["tensors_sha256"] == sha256)
+    except (ArtifactError, OSError):
+        return False
 
 
 def tensors_sha256(module: nn.Module | None) -> str:

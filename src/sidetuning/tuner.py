@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from sidetuning.artifacts import SavedTask, is_saved, read_branch, read_task, tensors_sha256, write_task
+from sidetuning.artifacts import SavedTask, has_tensors, is_saved, read_branch, read_task, tensors_sha256, write_task
 from sidetuning.base import Base, Features, Input, Taps
 from sidetuning.branch import Branch, build_branch
 from sidetuning.checks import Lock, Owners, check_name, check_shapes, check_state, tapped_for
@@ -42,6 +43,8 @@ class SideTuner(nn.Module):
         self.base = base
         self.branches = nn.ModuleDict()
         self._owners, self._changes = Owners(), Lock()
+        # Tasks that were removed, with the hash of their weights.
+        self._removed: dict[str, str] = {}
         # Saved tasks that are read when they are asked for.
         self._shelf: Shelf | None = None
         # The taps that it came with; others come and go with the tasks.
@@ -184,16 +187,17 @@ class SideTuner(nn.Module):
     def remove_task(self, name: str) -> None:
         """Remove a task. Raises TaskError where a later task has it as a lateral."""
         with self._changes:
-            laterals = self[name].config.laterals
+            branch = self[name]
             if users := self.users(name):
                 raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
+            self._removed[name] = tensors_sha256(branch)
             del self.branches[name]
             self._owners.remove(name)
             if self._shelf is not None:
                 self._shelf.folders.pop(name, None)
-            for lateral in laterals:
+            for lateral in branch.config.laterals:
                 self[lateral].pinned = bool(self.users(lateral))
-            needed = {*self._taps, *(tap for branch in self._in_memory().values() for tap in branch.taps)}
+            needed = {*self._taps, *(tap for other in self._in_memory().values() for tap in other.taps)}
             self.base = self.base.with_taps([tap for tap in self.base.tap_shapes if tap in needed])
 
     def users(self, name: str) -> list[str]:
@@ -269,10 +273,7 @@ class SideTuner(nn.Module):
         base, branches = self._moment(tasks)
         inputs = base.prepare(x)
         known = base.features(inputs, features)
-<<<<<<< HEAD
         return run(list(branches) if tasks is None else list(tasks), branches, inputs, known)
-=======
-        return self._run(list(branches) if tasks is None else list(tasks), branches, inputs, known)
 
     def _run_shelved(
         self, x: Input, tasks: Sequence[str], given: Features | Tensor | None, most: int
@@ -286,24 +287,8 @@ class SideTuner(nn.Module):
             if base is not last:
                 inputs = base.prepare(x)
                 known, last = base.features(inputs, given), base
-            outputs |= self._run(list(some), branches, inputs, known)
+            outputs |= run(list(some), branches, inputs, known)
         return outputs
-
-    def _run(
-        self, tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features
-    ) -> dict[str, Tensor]:
-        """Outputs of tasks on the same samples; a side that is also a lateral runs once."""
-        sides: dict[str, Tensor | None] = {}
-        for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in branches[task].config.laterals)]):
-            with contextlib.nullcontext() if name in tasks else torch.no_grad():
-                sides[name] = branches[name].side_output(inputs, features)
-        outputs = {}
-        for task in tasks:
-            branch = branches[task]
-            laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
-            outputs[task] = branch.output(inputs, features, sides[task], laterals)
-        return outputs
->>>>>>> d5d9354 (Open folders of many tasks without reading them)
 
     @torch.no_grad()
     def lateral_outputs(self, branch: Branch, inputs: Input, features: Features) -> list[Tensor]:
@@ -330,22 +315,31 @@ class SideTuner(nn.Module):
             DataError: a source that cannot be read; the message names it.
             TaskError: a base that reads neither images nor texts.
         """
-        base, branches = self._moment(tasks)
+        base, branches = self._moment(self.tasks if tasks is None and self._shelf is not None else tasks)
         wanted = list(branches) if tasks is None else list(tasks)
         return predict(base, branches, sources, wanted, top=top, mirror=mirror)
 
     def save(self, path: str | Path) -> None:
-        """Write every task that is not there already to its folder in `path`/tasks; `load(path)` reads them again."""
+        """Write every task that is not there already to its folder in `path`/tasks; `load(path)` reads them again.
+
+        A task that was removed from the model is deleted there, if it is what the model held; others stay.
+        """
+        root, identity = Path(path) / "tasks", self.base.identity()
+        for name, sha256 in self._removed.items():
+            if name not in self and has_tensors(root / name, sha256):
+                shutil.rmtree(root / name)
         for name in self.tasks:
-            folder = Path(path) / "tasks" / name
-            if not is_saved(folder, name, self[name]):
-                self.save_task(name, folder)
+            if not is_saved(root / name, name, self[name]):
+                self._save(name, root / name, {}, identity)
 
     def save_task(self, name: str, path: str | Path, *, metrics: Mapping[str, float] | None = None) -> None:
         """Write task `name`, with `metrics`, to `path`/side.json and `path`/side.safetensors; see `write_task`."""
+        self._save(name, path, metrics or {}, self.base.identity())
+
+    def _save(self, name: str, path: str | Path, metrics: Mapping[str, float], identity: Identity) -> None:
         branch = self[name]
         laterals = {lateral: tensors_sha256(self[lateral].side) for lateral in branch.config.laterals}
-        write_task(path, name, branch, self.base, laterals, metrics or {})
+        write_task(path, name, branch, self.base, identity, laterals, metrics)
 
     def load_task(
         self,

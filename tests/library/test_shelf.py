@@ -120,3 +120,24 @@ def test_threads_get_the_right_answers(saved: Any) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_folder_is_saved_as_the_model_is(tmp_path: Path) -> None:
+    model = st.SideTuner(mlp_base())
+    for name in ("a", "b", "c"):
+        model.add_task(name, side=None, merge="base-only", head=2, labels=["x", "y"])
+    model.save(tmp_path)
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("side.json")}
+    # Another model has its own task of the name.
+    other = st.SideTuner(mlp_base())
+    other.add_task("b", side=None, merge="base-only", head=2, seed=9)
+    other.save_task("b", tmp_path / "elsewhere" / "tasks" / "b")
+    model.remove_task("b")
+    model["c"].labels = ["x", "z"]
+    model.save(tmp_path)
+    model.save(tmp_path / "elsewhere")
+    again = st.load(tmp_path, base=mlp_base())
+    assert set(again.tasks) == {"a", "c"} and again["c"].labels == ["x", "z"]
+    assert (tmp_path / "tasks" / "a" / "side.json").stat().st_mtime_ns == stamps[tmp_path / "tasks" / "a" / "side.json"]
+    assert not (tmp_path / "tasks" / "b").exists()
+    assert set(st.load(tmp_path / "elsewhere", base=mlp_base()).tasks) == {"a", "b", "c"}
