@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -23,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sidetuning.base import Base
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
+from sidetuning.checks import Sized
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
 from sidetuning.files import (
     atomic_write,
@@ -190,7 +189,12 @@ def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
         config, _ = read_task(path)
     except (ArtifactError, OSError):
         return False
-    notes = {"task": name, "labels": branch.labels, "passes": branch.passes, "trained_as": branch.trained_as}
+    notes: dict[str, Any] = {
+        "task": name,
+        "labels": branch.labels,
+        "passes": branch.passes,
+        "trained_as": branch.trained_as,
+    }
     if branch.transform is not None:
         notes["transform"] = branch.transform.to_json()
     same = all((config.get(key) or None) == (value or None) for key, value in notes.items())
@@ -360,28 +364,6 @@ def _fill(path: Path, branch: Branch, tensors: dict[str, Tensor], dtype: torch.d
     # In its type before the weights are there: none is rounded on the way.
     branch.to(dtype)
     branch.load_state_dict({state[name][0]: tensor for name, tensor in tensors.items()})
-
-
-class Sized(TorchFunctionMode):
-    """Inside it a part cannot take much more memory than its file: a small one may describe a large network.
-
-    Args:
-        tensors: those of the file.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        # In numbers; every tensor counts for some, so that a billion small layers end too.
-        self.left = 10_000_000 + sum(20_000 + 4 * tensor.numel() for tensor in tensors.values())
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count what a function of torch allocates before it does."""
-        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full, torch.arange):
-            shape = (kwargs or {}).get("size") or (args[0] if args and isinstance(args[0], (tuple, list)) else args)
-            self.left -= 10_000 + math.prod(size for size in shape if isinstance(size, int))
-            if self.left < 0:
-                raise ArtifactError("it would take far more memory than its tensors")
-        return func(*args, **(kwargs or {}))
 
 
 def _part(path: Path, kind: str, recorded: Any, module: nn.Module | None) -> tuple[Any, dict[str, Any] | None]:

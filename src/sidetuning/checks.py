@@ -1,18 +1,21 @@
-"""What must hold before a task is added: its parts fit each other, and share nothing with others."""
+"""What must hold before a task is added: its parts fit each other and their file, and share nothing with others."""
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from sidetuning.base import Base, Features
 from sidetuning.branch import Branch
-from sidetuning.errors import TaskError, told
+from sidetuning.errors import ArtifactError, TaskError, told
 from sidetuning.inputs import Input, modules_of
 from sidetuning.probe import shapes_of
 
@@ -129,3 +132,25 @@ class Owners:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+class Sized(TorchFunctionMode):
+    """Inside it a part cannot take much more memory than its file: a small one may describe a large network.
+
+    Args:
+        tensors: those of the file.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        # In numbers; every tensor counts for some, so that a billion small layers end too.
+        self.left = 10_000_000 + sum(20_000 + 4 * tensor.numel() for tensor in tensors.values())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count what a function of torch allocates before it does."""
+        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full, torch.arange):
+            shape = (kwargs or {}).get("size") or (args[0] if args and isinstance(args[0], (tuple, list)) else args)
+            self.left -= 10_000 + math.prod(size for size in shape if isinstance(size, int))
+            if self.left < 0:
+                raise ArtifactError("it would take far more memory than its tensors")
+        return func(*args, **(kwargs or {}))

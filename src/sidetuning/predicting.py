@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,26 @@ def run(tasks: list[str], branches: Mapping[str, Branch], inputs: Input, feature
         branch = branches[task]
         laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
         outputs[task] = branch.output(inputs, features, sides[task], laterals)
+    return outputs
+
+
+def run_in_parts(
+    moment: Callable[[Sequence[str]], tuple[Base, dict[str, Branch]]],
+    tasks: Sequence[str],
+    x: Input,
+    given: Features | Tensor | None,
+    most: int,
+) -> dict[str, Tensor]:
+    """Outputs of tasks of which `most` are in memory; another base pass is made only where some read other taps."""
+    outputs: dict[str, Tensor] = {}
+    last: Base | None = None
+    for first in range(0, len(tasks), most):
+        some = list(tasks[first : first + most])
+        base, branches = moment(some)
+        if base is not last:
+            inputs = base.prepare(x)
+            known, last = base.features(inputs, given), base
+        outputs |= run(some, branches, inputs, known)
     return outputs
 
 

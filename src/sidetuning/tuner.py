@@ -19,7 +19,7 @@ from sidetuning.branch import Branch, build_branch
 from sidetuning.checks import Lock, Owners, check_name, check_shapes, check_state, tapped_for
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
 from sidetuning.identity import Identity
-from sidetuning.predicting import predict, run, run_mixed
+from sidetuning.predicting import predict, run, run_in_parts, run_mixed
 from sidetuning.registry import unknown
 from sidetuning.seeding import seeded
 from sidetuning.shelf import Shelf
@@ -269,26 +269,11 @@ class SideTuner(nn.Module):
     ) -> dict[str, Tensor]:
         """Every task's output (or that of `tasks`) for `x` from one base pass, or from none with `features` given."""
         if self._shelf is not None:
-            return self._run_shelved(x, self.tasks if tasks is None else tasks, features, self._shelf.most)
+            return run_in_parts(self._moment, self.tasks if tasks is None else tasks, x, features, self._shelf.most)
         base, branches = self._moment(tasks)
         inputs = base.prepare(x)
         known = base.features(inputs, features)
         return run(list(branches) if tasks is None else list(tasks), branches, inputs, known)
-
-    def _run_shelved(
-        self, x: Input, tasks: Sequence[str], given: Features | Tensor | None, most: int
-    ) -> dict[str, Tensor]:
-        """As `forward_all`, some tasks at a time; another base pass is made only where they read other taps."""
-        outputs: dict[str, Tensor] = {}
-        last: Base | None = None
-        for first in range(0, len(tasks), most):
-            some = tasks[first : first + most]
-            base, branches = self._moment(some)
-            if base is not last:
-                inputs = base.prepare(x)
-                known, last = base.features(inputs, given), base
-            outputs |= run(list(some), branches, inputs, known)
-        return outputs
 
     @torch.no_grad()
     def lateral_outputs(self, branch: Branch, inputs: Input, features: Features) -> list[Tensor]:

@@ -616,7 +616,7 @@ def test_a_small_file_takes_little_memory_whatever_it_describes(part: str, value
 
 
 def test_a_billion_small_layers_end_soon() -> None:
-    with pytest.raises(st.ArtifactError, match="far more memory"), artifacts.Sized({"w": torch.zeros(4)}):
+    with pytest.raises(st.ArtifactError, match="far more memory"), checks.Sized({"w": torch.zeros(4)}):
         for _ in range(10**9):
             torch.nn.Linear(1, 1)
 
