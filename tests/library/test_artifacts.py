@@ -22,7 +22,7 @@ from torch import nn
 
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base, network
-from sidetuning import artifacts, identity
+from sidetuning import artifacts, checks, identity
 from sidetuning.files import signed
 
 
