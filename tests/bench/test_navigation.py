@@ -565,11 +565,20 @@ def test_an_episode_that_a_kill_cut_short_is_written_anew(left: str | None, tmp_
     assert read_steps(tmp_path / "x-v0").rgb[::3, 0, 0, 0].tolist() == [1, 2]
 
 
-def test_two_processes_do_not_collect_into_one_folder(tmp_path: Path) -> None:
+def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
     from sidetuning.files import held_folder
-    from sidetuning_bench.agents import collect
+    from sidetuning_bench.agents import cloning, collect, ppo
+    from sidetuning_bench.dense import render_doom
 
-    out = tmp_path / "x-v0"
-    with held_folder(out), pytest.raises(ArtifactError, match="another process works in"):
-        collect.run(collect.Settings(out=str(out), progress=False))
-    assert list(out.iterdir()) == []
+    out = str(tmp_path / "x-v0")
+    works: list[Callable[[], Any]] = [
+        lambda: collect.run(collect.Settings(out=out, progress=False)),
+        lambda: cloning.run(cloning.Settings(out=out)),
+        lambda: ppo.run(ppo.Settings(out=out)),
+        lambda: render_doom.run(render_doom.Settings(out=out, progress=False)),
+    ]
+    with held_folder(out):
+        for work in works:
+            with pytest.raises(ArtifactError, match="another process works in"):
+                work()
+    assert list(Path(out).iterdir()) == []

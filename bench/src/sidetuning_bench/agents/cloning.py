@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from sidetuning.base import Features, Input
 from sidetuning.cache import CachedFeatures, cache_features, loader_over
+from sidetuning.files import held_folder
 from sidetuning.sides.fusion import random_shift
 from sidetuning.training import evaluate
 from sidetuning_bench.agents.outcomes import Scores, scores
@@ -140,7 +141,13 @@ def build_method(settings: Settings) -> Method:
 
 
 def run(settings: Settings) -> Result:
-    """Learn and test a clone; an interrupted run resumes."""
+    """Learn and test a clone; an interrupted run resumes. Raises ArtifactError where another process does so."""
+    with held_folder(settings.out):
+        return learn_and_test(settings)
+
+
+def learn_and_test(settings: Settings) -> Result:
+    """As `run`, in a folder that is held."""
     options = settings.clone
     folder = Run(settings.out, "imitation-run", settings)
     steps = read_steps(options.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from gymnasium.wrappers import TransformReward
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as parse
+from safetensors.torch import save, save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
@@ -23,7 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecTransposeIm
 from torch import Tensor
 
 from sidetuning.errors import SideTuningError
-from sidetuning.files import atomic_write
+from sidetuning.files import atomic_write, held_folder, read_safetensors, safetensors_header
 from sidetuning.integrations.sb3 import VecBaseFeatures
 from sidetuning_bench.agents.curves import FREE, RECENT, Result, Settings, method_of
 from sidetuning_bench.agents.extractor import AgentExtractor
@@ -45,8 +47,15 @@ def run(settings: Settings) -> Result:
     """Learn and test; an interrupted run resumes from its last save. What is tested is the policy as it was loaded.
 
     Raises:
-        SideTuningError: another run is there, a damaged save, or a saved policy that is not the learner's.
+        SideTuningError: another run is there, or another process, a damaged save, or a saved policy that is not the
+            learner's.
     """
+    with held_folder(settings.out):
+        return learn_and_test(settings)
+
+
+def learn_and_test(settings: Settings) -> Result:
+    """As `run`, in a folder that is held."""
     options = settings.ppo
     use_threads(options.threads)
     folder = Run(settings.out, "rl-run", settings, free=FREE)
@@ -215,7 +224,12 @@ def save_policy(policy: Any, file: Path) -> None:
     """Write the policy's tensors, each once, without the base."""
     tensors = {name: t.contiguous() for name, t in policy.state_dict().items() if not name.startswith(SHARED)}
     with atomic_write(file) as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={"sha256": tensors_hash(tensors)})
+
+
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and values."""
+    return hashlib.sha256(save(tensors)).hexdigest()
 
 
 def load_policy(folder: str | Path) -> tuple[Settings, Any]:
@@ -237,10 +251,15 @@ def load_policy(folder: str | Path) -> tuple[Settings, Any]:
     env = training_env(small)
     try:
         policy: Any = build(small, env).policy
-        missing, unexpected = policy.load_state_dict(load_file(file), strict=False)
+        data = read_safetensors(file)
+        tensors, recorded = parse(data), safetensors_header(data).get("sha256")
+        # Version 0.1.0 wrote none.
+        if recorded is not None and recorded != tensors_hash(tensors):
+            raise RuntimeError("its sha256 is not the one recorded")
+        missing, unexpected = policy.load_state_dict(tensors, strict=False)
         if wrong := [*unexpected, *(name for name in missing if not name.startswith(SHARED))]:
             raise RuntimeError(f"{wrong[0]} is missing or not known")
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, OSError) as error:
         raise SideTuningError(
             f"{file} is of another version of the library or damaged ({error}); delete its folder, and run the command "
             "again that learned it"

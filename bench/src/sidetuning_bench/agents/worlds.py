@@ -54,9 +54,9 @@ class AgentOptions:
 
 
 def side_options(sides: SideOptions) -> dict[str, Any]:
-    """Arguments of a side for a base that returns a map with both signs; fcn5 and copy have a width."""
+    """Arguments of a side for a base that returns a map with both signs; fcn4, fcn5 and copy have a width."""
     width = {"width": sides.side_width}
-    return {"fcn5": {**width, "signed": True}, "copy": width}.get(sides.side, {})
+    return {"fcn4": width, "fcn5": {**width, "signed": True}, "copy": width}.get(sides.side, {})
 
 
 def make_world(name: str, split: str, size: int) -> Any:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from sidetuning.errors import SideTuningError
+from sidetuning.files import held_folder
 from sidetuning.terminal import say
 from sidetuning_bench.doom.engine import EngineError
 from sidetuning_bench.options import Count, Natural, check, must
@@ -43,9 +44,16 @@ def run(settings: Settings) -> int:
     """Render the maps that are not there yet; returns the number of frames in the folder.
 
     Raises:
-        SideTuningError: the engine is not installed, or the folder holds frames of other settings.
+        SideTuningError: the engine is not installed, or the folder holds frames of other settings, or is another
+            process's.
     """
     check(settings)
+    with held_folder(settings.out):
+        return render_all(settings)
+
+
+def render_all(settings: Settings) -> int:
+    """As `run`, into a folder that is held."""
     try:
         from sidetuning_bench.doom import frames as doom
     except ImportError as error:
