@@ -26,6 +26,8 @@ SCHEMES: Registry[Callable[..., Base]] = Registry(
         "timm": "sidetuning.integrations.timm:load",
         "hf": "sidetuning.integrations.transformers:load",
         "onnx": "sidetuning.integrations.onnx:load",
+        "http": "sidetuning.integrations.http:load_http",
+        "https": "sidetuning.integrations.http:load_https",
     },
 )
 
@@ -45,7 +47,8 @@ def load_base(
     """Build a pretrained base by name.
 
     Args:
-        name: a packaged base ("resnet44-cifar10"), "timm:NAME", "hf:NAME_OR_FOLDER" or "onnx:PATH".
+        name: a packaged base ("resnet44-cifar10"), "timm:NAME", "hf:NAME_OR_FOLDER", "onnx:PATH", or the address of a
+            server's embeddings of texts, "http://host/v1?model=NAME".
         taps: names of submodules whose outputs are returned too, or a mapping to their layouts, as of `Base`.
         output: which output to use; "map" gives a timm model's spatial features instead of the pooled ones, and a
             transformers model takes the name of a field ("last_hidden_state" by default).
@@ -153,6 +156,12 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
     if spec is None:
         raise ArtifactError(
             f"{path} was trained on a base without a recorded spec; build it and pass load(…, base=base)"
+        )
+    if spec["name"].startswith(("http:", "https:")):
+        # A file that somebody else wrote must not send texts, and a key, anywhere.
+        raise ArtifactError(
+            f"{path} was trained on the base of a server, {spec['name']}; if you trust it, pass "
+            f"load(…, base=load_base('{spec['name']}'))"
         )
     options = {"revision": spec.get("revision"), **spec["options"]}
     build, _ = _builder(spec["name"])
