@@ -16,6 +16,7 @@ from sidetuning.errors import (
     TrainingError,
     UnknownNameError,
 )
+from sidetuning.exporting import Exported, export
 from sidetuning.heads import HEADS, Head
 from sidetuning.hub import pull, push
 from sidetuning.loading import BASES, load, load_base
@@ -42,6 +43,7 @@ __all__ = [
     "CachedFeatures",
     "Candidate",
     "DataError",
+    "Exported",
     "Features",
     "Head",
     "ImageTransform",
@@ -63,6 +65,7 @@ __all__ = [
     "cache_features",
     "distill",
     "evaluate",
+    "export",
     "fit",
     "load",
     "load_base",

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sidetuning.artifacts import CONFIG, TENSORS, read_task
+from sidetuning.artifacts import CONFIG, read_task
 from sidetuning.base import Base, BaseSpec
 from sidetuning.errors import ArtifactError, UnknownNameError
+from sidetuning.folder import task_folders
 from sidetuning.inputs import Input, example_from, example_record
 from sidetuning.outputs import Taps
 from sidetuning.registry import Registry
@@ -126,7 +127,7 @@ def load(path: str | Path, *, base: Base | None = None, max_tasks_in_memory: int
         TaskError: fewer than one task in memory.
     """
     path = Path(path)
-    folders = [path] if (path / CONFIG).exists() else _task_folders(path)
+    folders = [path] if (path / CONFIG).exists() else task_folders(path)
     if not folders:
         other = next((f for f in (path, path / "tasks") if (f / "method.json").exists()), None)
         if other is not None:
@@ -179,9 +180,3 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
 
 UNREAD = ("taps", "output", "revision", "pretrained", "weights")
 OPTIONS = (*UNREAD, "dtype", "example", "nhwc")
-
-
-def _task_folders(path: Path) -> list[Path]:
-    root = path / "tasks" if (path / "tasks").is_dir() else path
-    # Of a task that lost one of its two files that is said, instead of leaving it out.
-    return sorted({file.parent for name in (CONFIG, TENSORS) for file in root.glob(f"*/{name}")})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
+from collections.abc import Collection, Sequence
+from typing import Any
 
 # Escape sequences, other control characters, and marks that turn the direction of writing.
 OBEYED = re.compile(
@@ -30,3 +33,23 @@ def say_markdown(text: str, columns: int = 0) -> None:
 
     # A link's text must not hide its address.
     Console(width=max(columns, shutil.get_terminal_size().columns)).print(Markdown(plain(text), hyperlinks=False))
+
+
+def say_json(content: Any) -> None:
+    """Print JSON for other programs: indented, and in ASCII, which every terminal and pipe takes."""
+    print(json.dumps(content, indent=2), flush=True)
+
+
+def say_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
+    """Print a table; the columns in `right` are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    for row in rows:
+        # Text, in which rich looks for no markup.
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    Console().print(table)

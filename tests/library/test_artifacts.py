@@ -1,4 +1,4 @@
-"""Tasks on disk and on the Hub: what is loaded is bitwise what was saved, or nothing is loaded."""
+"""Tasks on disk: what is loaded is bitwise what was saved, or nothing is loaded."""
 
 from __future__ import annotations
 
@@ -8,48 +8,20 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as parse
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base, network
 from sidetuning import artifacts, checks, identity
-from sidetuning.files import signed
-
-
-def scrambled(model: st.SideTuner, task: str) -> None:
-    """Weights that no initialisation gives."""
-    with st.seeded(7), torch.no_grad():
-        for p in model[task].parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-
-
-def saved(path: Path) -> st.SideTuner:
-    model = st.SideTuner(mlp_base())
-    model.add_task("pets", side="mlp", head=3, labels=["cat", "dog", "fish"])
-    scrambled(model, "pets")
-    model.save_task("pets", path, metrics={"accuracy": 0.875})
-    return model
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Another text in both files, with its right checksum, as somebody who knows how would write it."""
-    config = json.loads((path / "side.json").read_text())
-    tensors = parse((path / "side.safetensors").read_bytes())
-    change(config)
-    config = signed(config)
-    text = json.dumps(config)
-    (path / "side.json").write_text(text)
-    (path / "side.safetensors").write_bytes(save(tensors, metadata={"format": "pt", "sidetuning": text}))
+from task_parts import edit, saved, scrambled
 
 
 def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -172,22 +144,6 @@ def test_tied_weights_are_saved(tmp_path: Path) -> None:
     again.load_task(tmp_path, side=nn.Sequential(nn.Flatten(), twin, nn.ReLU(), twin))
     x = torch.randn(2, 8)
     assert torch.equal(again(x, "tied"), model(x, "tied"))
-
-
-def test_paths_of_this_machine_do_not_go_to_the_hub(hub: type[FakeHub], tmp_path: Path) -> None:
-    weights = tmp_path / "mine.safetensors"
-    base = st.load_base("resnet44-cifar10")
-    save_file(network(base).state_dict(), weights)
-    model = st.SideTuner(st.load_base("resnet44-cifar10", weights=weights))
-    model.add_task("pets", side=None, merge="base-only", head=3)
-    model.save_task("pets", tmp_path / "task")
-    assert str(tmp_path) in (tmp_path / "task" / "side.json").read_text()
-    st.push(tmp_path / "task", "someone/pets")
-    folder = st.pull("someone/pets")
-    assert str(tmp_path) not in (folder / "side.json").read_text() + (folder / "README.md").read_text()
-    with pytest.raises(st.ArtifactError, match="base=base"):
-        st.load(folder)
-    assert st.load(folder, base=base).tasks == ["pets"]
 
 
 def test_a_task_can_be_loaded_under_another_name_but_never_twice(tmp_path: Path) -> None:
@@ -488,118 +444,6 @@ def test_ten_tasks_hash_the_base_once(tmp_path: Path, monkeypatch: pytest.Monkey
         st.load(tmp_path, base=model.base)
 
 
-class FakeHub:
-    """As much of HfApi as `push` needs, on a folder."""
-
-    root: Path
-    private: dict[str, bool]
-
-    def __init__(self, token: str | None = None) -> None:
-        pass
-
-    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
-        assert exist_ok
-        self.private[repo] = private
-
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
-        assert repo_id in self.private
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
-    FakeHub.root, FakeHub.private = tmp_path / "hub", {}
-
-    def snapshot_download(repo: str, **_: object) -> str:
-        if not (FakeHub.root / repo).exists():
-            raise FileNotFoundError(repo)
-        return str(FakeHub.root / repo)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return FakeHub
-
-
-def test_a_task_goes_to_the_hub_and_back(hub: type[FakeHub], tmp_path: Path) -> None:
-    model = saved(tmp_path / "task")
-    (tmp_path / "task" / "secret.txt").write_text("not for the Hub")
-    assert st.push(tmp_path / "task", "someone/pets", private=True) == "https://huggingface.co/someone/pets"
-    assert hub.private == {"someone/pets": True}
-    folder = st.pull("someone/pets")
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "side.json", "side.safetensors"]
-    other = st.load(folder, base=mlp_base())
-    assert torch.equal(other(inputs("mlp"), "pets"), model(inputs("mlp"), "pets"))
-    card = (folder / "README.md").read_text()
-    assert card.startswith("---\n")
-    front, body = card[4:].split("\n---\n", 1)
-    assert "library_name: sidetuning" in front.splitlines()
-    assert 'st.pull("someone/pets")' in body and "| accuracy | 0.875 |" in body and "`mlp`" in body
-
-
-def test_a_hub_that_refuses_is_one_sentence(
-    hub: type[FakeHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved(tmp_path / "task")
-
-    def no(*_: object, **__: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(hub, "upload_folder", no)
-    with pytest.raises(st.ArtifactError, match="did not take someone/pets"):
-        st.push(tmp_path / "task", "someone/pets")
-    with pytest.raises(st.ArtifactError, match="could not be read from the Hub"):
-        st.pull("someone/else")
-
-
-def test_what_is_no_task_is_not_pushed_wherever_a_link_points(hub: type[FakeHub], tmp_path: Path) -> None:
-    saved(tmp_path / "task")
-    secret = tmp_path / "secret"
-    secret.write_text("not for the Hub")
-    (tmp_path / "task" / "side.safetensors").unlink()
-    (tmp_path / "task" / "side.safetensors").symlink_to(secret)
-    with pytest.raises(st.ArtifactError, match="not a safetensors file"):
-        st.push(tmp_path / "task", "someone/pets")
-    assert hub.private == {}
-
-
-def test_half_a_task_is_not_pushed(hub: type[FakeHub], tmp_path: Path) -> None:
-    saved(tmp_path / "task")
-    (tmp_path / "task" / "side.safetensors").unlink()
-    with pytest.raises(st.ArtifactError, match=r"side\.safetensors is missing"):
-        st.push(tmp_path / "task", "someone/pets")
-    assert hub.private == {}
-
-
-LOCAL = ["/home/me/bert", "C:\\me\\bert", "~/bert", "../bert", "a/b/c", "file:bert"]
-
-
-@pytest.mark.parametrize("name", [*(f"hf:{path}" for path in LOCAL), "onnx:net.onnx", "onnx:/home/me/net.onnx"])
-def test_a_path_of_this_machine_is_not_published(name: str, hub: type[FakeHub], tmp_path: Path) -> None:
-    saved(tmp_path / "task")
-    edit(tmp_path / "task", lambda c: c["base"].update(spec={"name": name, "options": {}, "revision": None}))
-    st.push(tmp_path / "task", "someone/pets")
-    folder = st.pull("someone/pets")
-    assert artifacts.read_task(folder)[0]["base"]["spec"] is None
-    assert not [file for file in folder.iterdir() if name.encode() in file.read_bytes()]
-
-
-@pytest.mark.parametrize("path", ["/home/me/w.bin", "D:/me/w.bin", "~/w.bin"])
-def test_a_part_with_a_path_of_this_machine_is_not_published(path: str, hub: type[FakeHub], tmp_path: Path) -> None:
-    saved(tmp_path / "task")
-    edit(tmp_path / "task", lambda c: c["parts"]["side"][1].update(weights=[path]))
-    with pytest.raises(st.ArtifactError, match=r"names .*w\.bin, a path of this machine"):
-        st.push(tmp_path / "task", "someone/pets")
-    assert hub.private == {}
-
-
-def test_names_on_the_hub_are_published(hub: type[FakeHub], tmp_path: Path) -> None:
-    saved(tmp_path / "task")
-    spec = {"name": "hf:someone/bert", "options": {"taps": ["encoder.layer.1"]}, "revision": "main"}
-    edit(tmp_path / "task", lambda c: c["base"].update(spec=spec))
-    st.push(tmp_path / "task", "someone/pets")
-    assert artifacts.read_task(st.pull("someone/pets"))[0]["base"]["spec"] == spec
-
-
 LARGE: list[tuple[str, Any]] = [
     ("head", ["linear", {"outputs": 10**9}]),
     ("side", ["mlp", {"hidden": 10**9}]),
@@ -629,13 +473,6 @@ def test_a_task_is_read_from_files_alone(name: str, target: str, tmp_path: Path)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / name).symlink_to(target)
     refused(tmp_path, rf"{name} is .*it is no file")
-
-
-@pytest.mark.network
-@pytest.mark.skipif(os.environ.get("SIDETUNING_NETWORK") != "1", reason="set SIDETUNING_NETWORK=1 to ask the Hub")
-def test_a_repository_that_does_not_exist_is_one_sentence() -> None:
-    with pytest.raises(st.ArtifactError, match="could not be read from the Hub"):
-        st.pull("sidetuning-tests/there-is-no-such-repository")
 
 
 @pytest.mark.parametrize("lost", ["side.json", "side.safetensors"])

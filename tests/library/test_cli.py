@@ -14,10 +14,13 @@ from PIL import Image
 
 import sidetuning as st
 import sidetuning_bench
+from sidetuning import cli
 from sidetuning.cli import guarded, main
 from sidetuning.errors import DataWarning
 from sidetuning.terminal import plain, say, say_markdown
 
+# Commands whose help text needs no torch.
+LIGHT = ("parts", "export", "list", "info", "rename", "remove", "push", "pull")
 HOSTILE = {
     "[/x]": "[/x]",
     "[bold red]cat[/bold red]": "[bold red]cat[/bold red]",
@@ -99,7 +102,52 @@ def test_a_terminal_without_a_character_and_a_reader_that_ended(encoding: str, t
         process.stdout.read(10)
         process.stdout.close()
         shown = process.stderr.read().decode()
-    assert process.returncode == 1 and shown.count("\n") == 1 and "this output has ended" in shown
+    # As `head` leaves other programs: without a word.
+    assert process.returncode == 141 and not shown
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in LIGHT)])
+def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    code = "import sys\nfrom sidetuning.cli import main\ntry:\n    main(sys.argv[1:])\n"
+    code += "finally:\n    assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout and not done.stderr
+
+
+def test_the_help_text_lists_every_command_and_each_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    files = {file.stem for file in Path(cli.__file__).with_name("commands").glob("[a-z]*.py")}
+    assert files == set(cli.COMMANDS) and all(f"  {name} " in shown for name in [*cli.COMMANDS, "bench"])
+    assert [shown.index(f"\n{group}:\n") for group in (cli.DATA, cli.MODELS, cli.BENCH)]
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert f"example: sidetuning {name}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("given", "hint"), [("exprt", "'export'"), ("bnech", "'bench'"), ("x", "there is predict")])
+def test_a_command_that_does_not_exist_has_near_names(
+    given: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([given])
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"sidetuning: command '{given}' is not known") and hint in shown
+
+
+def test_no_command_at_all_is_an_error_with_the_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "usage: sidetuning COMMAND" in capsys.readouterr().err
+
+
+def test_completion_knows_all_commands(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["--tyro-write-completion", "bash", str(tmp_path / "completion")])
+    text = (tmp_path / "completion").read_text()
+    assert all(name in text for name in cli.COMMANDS)
 
 
 def test_predict_reads_no_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples"
-SCRIPTS = {"two_tasks", "cached_features", "own_module"}
+SCRIPTS = {"two_tasks", "cached_features", "own_module", "onnx_without_torch"}
 
 
 @pytest.fixture(autouse=True)

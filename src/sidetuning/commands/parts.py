@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sidetuning.terminal import say
+from sidetuning.terminal import say, say_json
 
 
 @dataclass(frozen=True)
 class Settings:
     """List the registered bases, sides, merges and heads."""
 
+    json: bool = False
+    """Print JSON."""
+
 
 def main(settings: Settings) -> None:
     """Print one line per kind of part."""
     from sidetuning import BASES, HEADS, MERGES, SIDES
 
-    for registry in (BASES, SIDES, MERGES, HEADS):
+    registries = (BASES, SIDES, MERGES, HEADS)
+    if settings.json:
+        say_json({registry.kind: registry.names() for registry in registries})
+        return
+    for registry in registries:
         say(f"{registry.kind}: {', '.join(registry.names())}")
     say("more bases: timm:NAME, hf:NAME_OR_FOLDER, onnx:PATH")
