@@ -111,8 +111,8 @@ def own_command(name: str, arguments: list[str]) -> None:
         raise ImportError("the command line needs more packages: pip install 'sidetuning[cli]'") from error
     config = tuple(getattr(tyro.conf, marker) for marker in CONFIG)
     if name not in COMMANDS:
-        every = [Annotated[module(n).Settings, tyro.conf.subcommand(n)] for n in COMMANDS]
-        tyro.cli(Union[tuple(every)], prog="sidetuning", args=arguments, config=config)  # type: ignore[call-overload] # noqa: UP007
+        every: Any = Union[tuple(Annotated[module(n).Settings, tyro.conf.subcommand(n)] for n in COMMANDS)]  # noqa: UP007
+        tyro.cli(every, prog="sidetuning", args=arguments, config=config)
         return
     command, settings = module(name), module(name).Settings
     example = f"example: sidetuning {name} {COMMANDS[name].example}".rstrip()

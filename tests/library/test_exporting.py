@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base
-from sidetuning import exporting
+from sidetuning import graphs
 from sidetuning.cli import main
+from sidetuning.transforms import ImageTransform
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -95,7 +96,8 @@ def test_a_task_reads_only_what_it_needs_and_an_earlier_export_goes(tmp_path: Pa
 @pytest.mark.slow
 def test_the_command_and_the_example_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = st.SideTuner(st.load_base("resnet44-cifar10"))
-    for task, labels in (("kind", ["cat", "dog"]), ("place", ["in", "out", "sea"])):
+    names = {"kind": ["cat", "dog"], "place": ["in", "out", "sea"]}
+    for task, labels in names.items():
         model.add_task(task, side=None, merge="base-only", head=len(labels), labels=labels, seed=0)
         model.save_task(task, tmp_path / "model/tasks" / task)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
@@ -107,7 +109,7 @@ def test_the_command_and_the_example_without_torch(tmp_path: Path, capsys: pytes
     assert "base.onnx" in shown and "differ from torch by at most" in shown
     with torch.no_grad():
         outputs = model.forward_all(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    expected = [f"{t} {[model[t].labels[i] for i in out.argmax(1)]}" for t, out in outputs.items()]  # type: ignore[index]
+    expected = [f"{task} {[names[task][i] for i in out.argmax(1)]}" for task, out in outputs.items()]
     command = [sys.executable, "-c", BLOCKED, str(EXAMPLE), str(tmp_path / "graphs"), *files]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == expected
@@ -142,8 +144,8 @@ def test_what_cannot_be_exported_is_one_sentence_and_leaves_nothing(
         st.export(called, tmp_path / "out")
     wrong = st.SideTuner(mlp_base())
     wrong.add_task("t", side=None, merge="base-only", head=2)
-    write = exporting.write_torch
-    monkeypatch.setattr(exporting, "write_torch", lambda *given: lambda x: [y * torch.nan for y in write(*given)(x)])
+    write = graphs.write_torch
+    monkeypatch.setattr(graphs, "write_torch", lambda *given: lambda x: [y * torch.nan for y in write(*given)(x)])
     with pytest.raises(st.ArtifactError, match="differ from torch by inf"):
         st.export(wrong, tmp_path / "out", format="torch")
     assert [p.name for p in tmp_path.iterdir()] == ["own"]
@@ -155,3 +157,33 @@ def test_images_are_bytes_where_the_base_normalises_them(tmp_path: Path) -> None
     st.export(model, tmp_path / "out", format="torch", single=True)
     about = json.loads((tmp_path / "out/model.json").read_text())
     assert about["base"]["inputs"] == [{"name": "x", "dtype": "uint8", "shape": ["batch", 3, 32, 32]}]
+
+
+def test_a_task_is_exported_at_the_size_that_it_was_trained_with(tmp_path: Path) -> None:
+    model = st.SideTuner(conv_base())
+    for task in ("small", "large"):
+        model.add_task(task, side="fcn4", head=2, seed=0)
+    model["small"].transform = ImageTransform((16, 24), crop_pct=0.9)
+    with pytest.raises(st.ArtifactError, match=r"'small' takes images of 16 x 24 pixels and 'large' of 32 x 32"):
+        st.export(model, tmp_path / "out", format="torch")
+    st.export(model, tmp_path / "out", format="torch", tasks=["small"])
+    about = json.loads((tmp_path / "out/model.json").read_text())
+    assert about["base"]["inputs"][0]["shape"] == ["batch", 3, 16, 24]
+    assert about["tasks"]["small"]["preprocessing"]["crop_pct"] == 0.9
+
+
+@pytest.mark.slow
+def test_texts_come_with_their_tokenizer(encoder: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    model = st.SideTuner(st.load_base(f"hf:{encoder}"))
+    model.add_task("mood", side="mlp", head=2, labels=["good", "bad"], seed=0)
+    st.export(model, tmp_path / "out")
+    text = "seven eight nine seven"
+    ids = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer/tokenizer.json")).encode(text)
+    known = {"input_ids": ids.ids, "attention_mask": ids.attention_mask, "token_type_ids": ids.type_ids}
+    about = json.loads((tmp_path / "out/model.json").read_text())
+    wanted = [entry["name"] for entry in about["base"]["inputs"]]
+    found = answer(tmp_path / "out", {name: torch.tensor([known[name]]) for name in wanted})
+    label, value = model.predict(text)["mood"][0]
+    assert ["good", "bad"][int(found["mood"].argmax())] == label
+    assert float(found["mood"].softmax(1).max()) == pytest.approx(value, abs=1e-4)
