@@ -20,7 +20,7 @@ from sidetuning.errors import DataWarning
 from sidetuning.terminal import plain, say, say_markdown
 
 # Commands whose help text needs no torch.
-LIGHT = ("parts", "export", "list", "info", "rename", "remove", "push", "pull")
+LIGHT = ("parts", "export", "list", "info", "rename", "remove", "push", "pull", "serve")
 HOSTILE = {
     "[/x]": "[/x]",
     "[bold red]cat[/bold red]": "[bold red]cat[/bold red]",

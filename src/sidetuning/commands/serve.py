@@ -1,0 +1,100 @@
+"""`sidetuning serve MODEL`: answers over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from sidetuning.terminal import say
+
+# Where the token is read from: arguments can be seen by everybody on a machine.
+TOKEN = "SIDETUNING_TOKEN"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Answer questions about images or texts over HTTP; all clients and all tasks share passes of the base.
+
+    Tasks that are added to the model folder, replaced or removed are taken over while it runs. Where the environment
+    variable SIDETUNING_TOKEN is set, clients must send it (Authorization: Bearer TOKEN).
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Model folder, or the folder of one task."""
+    host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines ask."""
+    port: Annotated[int, tyro.conf.arg(metavar="NUMBER")] = 8000
+    """Port to listen at; 0 takes a free one."""
+    max_batch: Annotated[int, tyro.conf.arg(metavar="INPUTS")] = 32
+    """Inputs that share a base pass, at most."""
+    wait: Annotated[float, tyro.conf.arg(metavar="MILLISECONDS")] = 0.0
+    """Time that a batch which is not full waits for more inputs."""
+    max_waiting: Annotated[int, tyro.conf.arg(metavar="INPUTS")] = 1024
+    """Inputs that may wait; others are refused (503)."""
+    max_body: Annotated[float, tyro.conf.arg(metavar="MEGABYTES")] = 16.0
+    """Size of a request, at most (413)."""
+    max_pixels: Annotated[float, tyro.conf.arg(metavar="MILLIONS")] = 16.8
+    """Width times height of an image, at most (422)."""
+    max_inputs: Annotated[int, tyro.conf.arg(metavar="INPUTS")] = 32
+    """Inputs of a request, at most (422)."""
+    timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 30.0
+    """Time until a request is given up (504)."""
+    watch: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 1.0
+    """Time between two looks at the model folder; 0 looks never."""
+    quiet: bool = False
+    """Log warnings and errors alone."""
+
+
+def main(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests under way are answered."""
+    try:
+        import uvicorn
+
+        from sidetuning.serving.app import Limits, Service
+    except ImportError as error:
+        raise ImportError("serving needs more packages: pip install 'sidetuning[serve]'") from error
+    from sidetuning.errors import TaskError
+    from sidetuning.serving.served import Served
+
+    least = {"max_batch": 1, "max_waiting": 1, "max_inputs": 1, "wait": 0, "watch": 0}
+    for name, lowest in least.items():
+        if getattr(settings, name) < lowest:
+            raise TaskError(f"--{name.replace('_', '-')} is {lowest} or more, not {getattr(settings, name)}")
+    for name in ("max_body", "max_pixels", "timeout"):
+        if getattr(settings, name) <= 0:
+            raise TaskError(f"--{name.replace('_', '-')} is positive, not {getattr(settings, name)}")
+    limits = Limits(
+        max_batch=settings.max_batch,
+        wait=settings.wait / 1000,
+        max_waiting=settings.max_waiting,
+        max_body=int(settings.max_body * 1e6),
+        max_pixels=int(settings.max_pixels * 1e6),
+        max_inputs=settings.max_inputs,
+        timeout=settings.timeout,
+    )
+    token = os.environ.get(TOKEN) or None
+    service = Service(Served(settings.model), limits, token=token, watch=settings.watch, quiet=settings.quiet)
+    if token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        service.log.warning(f"other machines can ask without a token; set {TOKEN} to let only some")
+    config = uvicorn.Config(
+        service.app,
+        settings.host,
+        settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.timeout) + 1,
+    )
+    server = uvicorn.Server(config)
+    # uvicorn stops gracefully, then sends itself the signal that it got: stopping as asked is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        raise OSError(f"cannot listen at {settings.host}:{settings.port}; choose another --port")
+    if not settings.quiet:
+        say("Stopped; every request was answered.", error=True)

@@ -1,0 +1,1 @@
+"""A model over HTTP: requests of all clients and for all tasks share base passes (extra `serve`)."""
