@@ -281,7 +281,7 @@ def test_the_code_of_a_card_runs_with_a_network_of_ones_own(hub: type[FakeHub], 
 )
 def test_a_card_names_the_base_on_the_hub(name: str, expected: str | None, hub: type[FakeHub], tmp_path: Path) -> None:
     saved(tmp_path / "task")
-    spec = {"name": name, "options": {}, "revision": None}
+    spec: dict[str, Any] = {"name": name, "options": {}, "revision": None}
     edit(tmp_path / "task", lambda c: c["base"].update(spec=spec))
     st.push(tmp_path / "task", "you/pets")
     card = (hub.root / "you/pets/main/README.md").read_text()

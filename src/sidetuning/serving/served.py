@@ -18,7 +18,7 @@ from sidetuning.base import Base
 from sidetuning.branch import Branch
 from sidetuning.errors import ArtifactError, DataError
 from sidetuning.folder import task_folders
-from sidetuning.inputs import take_rows, to_device
+from sidetuning.inputs import entry, take_rows, to_device
 from sidetuning.loading import load
 from sidetuning.predicting import Answers, answers, groups, run
 from sidetuning.transforms import TextTransform, Transform
@@ -113,14 +113,14 @@ def reply(queries: Sequence[Query]) -> list[Reply]:
 def _one_pass(queries: Sequence[Query]) -> list[Reply]:
     """Answer queries of one moment and one preprocessing."""
     moment, samples = queries[0].moment, [query.sample for query in queries]
-    tensors = isinstance(samples[0], Tensor)
-    x = torch.stack(samples) if tensors else queries[0].transform.batch(samples)
+    x = torch.stack(samples) if isinstance(samples[0], Tensor) else queries[0].transform.batch(samples)
     start = time.perf_counter()
     inputs = moment.base.prepare(to_device(x, moment.base.device))
     features = moment.base.encode(inputs)
     base_seconds = _now(moment.base) - start
     replies = [Reply({}, len(queries), base_seconds) for _ in queries]
-    lengths = None if tensors else x["attention_mask"].sum(1).tolist() if "attention_mask" in x else None
+    mask = entry(x, "attention_mask")
+    lengths = None if mask is None else mask.sum(1).tolist()
     for tasks, rows in _shared(queries):
         start = time.perf_counter()
         # Views of everything where all ask; indexing would copy.
