@@ -112,7 +112,8 @@ def own_command(name: str, arguments: list[str]) -> None:
         raise ImportError("the command line needs more packages: pip install 'sidetuning[cli]'") from error
     config = tuple(getattr(tyro.conf, marker) for marker in CONFIG)
     if name not in COMMANDS:
-        every: Any = Union[tuple(Annotated[module(n).Settings, tyro.conf.subcommand(n)] for n in COMMANDS)]  # noqa: UP007
+        kinds = tuple(Annotated[module(command).Settings, tyro.conf.subcommand(command)] for command in COMMANDS)
+        every: Any = Union[kinds]  # noqa: UP007
         tyro.cli(every, prog="sidetuning", args=arguments, config=config)
         return
     command, settings = module(name), module(name).Settings
