@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sidetuning.artifacts import CONFIG, TENSORS, read_task
-from sidetuning.base import Base
+from sidetuning.base import Base, Features
 from sidetuning.branch import Branch
 from sidetuning.errors import ArtifactError, DataError
 from sidetuning.folder import task_folders
