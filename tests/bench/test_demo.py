@@ -18,6 +18,10 @@ def test_the_demo_ends_with_a_report(
     main(given)
     page = (tmp_path / "runs/demo/report.html").read_text()
     assert "data:image/" in page and "finetune" in page and "sidetune" in page
+    # The pictures come first, as they were after each of the five tasks; without scripts as they are at the end.
+    assert page.index('id="pictures"') < page.index('id="summary"')
+    assert 'type="range" min="1" max="5"' in page and page.count('data-moment="1" alt="normal') == 2
+    assert page.count(" hidden>") > 20 and "Side-tuning forgot " in page
     said = capfd.readouterr().out
     assert "side-tuning 0.0 points" in said and "report.html" in said
     main(given)  # all is there already
@@ -31,8 +35,11 @@ def test_the_quick_demo_learns_digits(
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     monkeypatch.chdir(tmp_path)
     main(["demo", "--quick", "--epochs", "1"])
-    assert "side-tuning 0.0 points" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "side-tuning 0.0 points" in said and "Side-tuning forgot nothing. Fine-tuning forgot " in said
     assert (tmp_path / "runs/demo/digits/tasks/0-or-1/side.json").exists()
+    page = (tmp_path / "runs/demo/digits/report.html").read_text()
+    assert "Side-tuning forgot nothing." in page and "sidetuning train photos/" in page and "<svg" in page
 
 
 def test_without_the_engine_the_demo_names_the_other_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from sidetuning_bench.doom.engine import EngineError
 from sidetuning_bench.methods import METHODS, Method, Recipe, Task
 from sidetuning_bench.options import Count, FineTuneOptions, Natural, Positive, check, with_values
 from sidetuning_bench.report import write_report
-from sidetuning_bench.results import markdown_table
+from sidetuning_bench.results import RunResult, markdown_table
 
 TASKS = ("normal", "depth_euclidean", "segment_semantic", "reshading", "edge_texture")
+COUNTS = ("none", "one", "two", "three", "four", "five")
 DIGITS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 # Images to train on and to test on, uint8 (n, 3, 32, 32), with labels 0 or 1.
 Split = tuple[TensorDataset, TensorDataset]
@@ -67,14 +69,29 @@ def main(settings: Settings) -> None:
         say(f"{run.method.name}: {len(TASKS)} tasks one after another")
         results.append(itaskonomy.run(run))
         itaskonomy.show(results[-1], run)
-    title = "Five dense tasks in Doom: side-tuning and fine-tuning"
     galleries = [Path(run.run.out) / "gallery" for run in runs]
-    report = write_report(results, out / "report.html", title=title, galleries=galleries)
+    finish(results, out / "report.html", "points of score", galleries)
+
+
+def finish(results: Sequence[RunResult], file: Path, unit: str, galleries: Sequence[Path] = ()) -> None:
+    """Write the report, and say what was lost."""
+    report = write_report(results, file, title=headline(results), galleries=galleries, hero=True)
     lost = [100 * (0.0 - result.matrix.backward_transfer) for result in results]
     say(
-        f"Lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points of score, fine-tuning {lost[1]:.1f}.\n"
+        f"{headline(results)}\n"
+        f"Lost on earlier tasks, on average: side-tuning {lost[0]:.1f} {unit}, fine-tuning {lost[1]:.1f}.\n"
         f"See it: open {report} in a browser."
     )
+
+
+def headline(results: Sequence[RunResult]) -> str:
+    """What each method forgot: tasks that are worse at the end than when they were learned, by a point at least."""
+    texts = []
+    for name, result in zip(("Side-tuning", "Fine-tuning"), results, strict=True):
+        count = sum(forgotten > 0.01 for forgotten in result.matrix.forgetting)
+        words = COUNTS[count] if count < len(COUNTS) else str(count)
+        texts.append(f"{name} forgot {f'{words} of {COUNTS[len(result.tasks)]}' if count else 'nothing'}.")
+    return " ".join(texts)
 
 
 def digit_splits(seed: int) -> list[Split]:
@@ -97,35 +114,46 @@ def digit_splits(seed: int) -> list[Split]:
     return splits
 
 
-def learn_all(method: Method, splits: list[Split], out: Path, epochs: int, seed: int) -> AccuracyMatrix:
+def learn_all(method: Method, splits: list[Split], out: Path, epochs: int, seed: int) -> RunResult:
     """Learn the tasks one after another; every task so far is tested after each."""
-    matrix = AccuracyMatrix([f"{first}-or-{second}" for first, second in DIGITS])
+    matrix, seconds = AccuracyMatrix([f"{first}-or-{second}" for first, second in DIGITS]), []
     folder = out / ("tasks" if method.name == "sidetune" else method.name)
     for k, (name, pair, (train, _)) in enumerate(zip(matrix.tasks, DIGITS, splits, strict=True)):
         loader = DataLoader(train, 32, shuffle=True)
         recipe = Recipe(epochs * len(loader), lr=1e-3, optimizer=torch.optim.AdamW, seed=seed)
-        method.learn(Task(name, 2, labels=[str(digit) for digit in pair], seed=seed + k), loader, recipe)
+        learning = method.learn(Task(name, 2, labels=[str(digit) for digit in pair], seed=seed + k), loader, recipe)
+        seconds.append(learning.seconds)
         learned = zip(matrix.tasks[: k + 1], splits, strict=False)
         matrix.add([evaluate(method, n, DataLoader(test, 256))["accuracy"] for n, (_, test) in learned])
         method.save(folder, metrics={"accuracy": matrix.final[-1]})
-    return matrix
+    return RunResult(
+        method=method.name,
+        variant="",
+        seed=seed,
+        tasks=matrix.tasks,
+        accuracy=matrix.rows,
+        alone=None,
+        alphas=[None] * len(matrix.tasks),
+        parameters=[method.added(task) for task in matrix.tasks],
+        shared_parameters=method.shared(),
+        seconds=seconds,
+        base_seconds=0.0,
+        peak_memory_mb=None,
+        settings={"data": "scikit-learn's digits", "epochs": epochs, "seed": seed},
+    )
 
 
 def learn_digits(out: Path, epochs: int, seed: int) -> None:
-    """Learn the digits with both methods on a base that never saw one, and print their accuracy matrices."""
+    """Learn the digits with both methods on a base that never saw one, and write the report."""
     splits, base = digit_splits(seed), load_base("resnet44-cifar10")
     options = {"side": "fcn4", "merge": "mlp2", "init": "distilled"}
     side = learn_all(METHODS.build("sidetune", base, options=options), splits, out, epochs, seed)
     tuned = learn_all(METHODS["finetune"](base), splits, out, epochs, seed)
-    side.save(out / "matrix.json")
-    say_markdown(table("Side-tuning: a frozen base and small sides", side))
-    say_markdown(table("Fine-tuning: one network, task after task", tuned))
-    lost = [100 * (0.0 - m.backward_transfer) for m in (side, tuned)]
-    say(
-        f"Accuracy lost on earlier tasks, on average: side-tuning {lost[0]:.1f} points, "
-        f"fine-tuning {lost[1]:.1f} points.\n"
-        f"The five tasks are in {out}/tasks; ask them all about an image: sidetuning predict {out} IMAGE"
-    )
+    side.matrix.save(out / "matrix.json")
+    say_markdown(table("Side-tuning: a frozen base and small sides", side.matrix))
+    say_markdown(table("Fine-tuning: one network, task after task", tuned.matrix))
+    finish([side, tuned], out / "report.html", "points of accuracy")
+    say(f"The five tasks are in {out}/tasks; ask them all about an image: sidetuning predict {out} IMAGE")
 
 
 def table(title: str, matrix: AccuracyMatrix) -> str:

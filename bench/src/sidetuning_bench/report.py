@@ -45,6 +45,7 @@ def write_report(
     *,
     title: str,
     galleries: Sequence[str | Path | None] = (),
+    hero: bool = False,
 ) -> Path:
     """Write the report of a run or of a comparison, atomically; the same results give the same bytes.
 
@@ -55,6 +56,7 @@ def write_report(
         galleries: For each result the folder of its pictures, if there is one (`input.png`, and for each task
             `<task>.truth.png`, `<task>.learned.png` and `<task>.end.png`), or None; the report embeds those of the
             lowest seed of a row.
+        hero: Show the pictures first, as they were after each task.
 
     Raises:
         SideTuningError: No results, two of one seed, results of different tasks or measures, not one gallery (or None)
@@ -88,8 +90,9 @@ def write_report(
         "settings": _settings(results),
         "tasks": results[0].tasks,
         "one_order": all(run.tasks == results[0].tasks for run in results),
+        "hero": hero,
     }
-    shown, content["left_out"] = _pictures(results, galleries)
+    shown, content["left_out"] = _pictures(results, galleries, "*.png" if hero else "*[!0-9].png")
     figures = [(row, pairs) for row in measure_rows(results) if (pairs := _pairs(row, shown))]
     return write_page("report.html.j2", path, {"title": title, "figures": figures, **content})
 
@@ -173,12 +176,14 @@ class Picture(NamedTuple):
 Shown = tuple[RunResult, dict[str, Picture]]
 
 
-def _pictures(results: Sequence[RunResult], galleries: Sequence[str | Path | None]) -> tuple[list[Shown], list[str]]:
+def _pictures(
+    results: Sequence[RunResult], galleries: Sequence[str | Path | None], wanted: str
+) -> tuple[list[Shown], list[str]]:
     """The run with the lowest seed that has pictures of each method, and labels of methods that show other frames."""
     if galleries and len(galleries) != len(results):
         raise SideTuningError(f"{len(galleries)} galleries for {len(results)} results; give a folder or None for each")
     found = {
-        (run.label, run.seed): sorted(Path(folder).glob("*.png"))
+        (run.label, run.seed): sorted(Path(folder).glob(wanted))
         for run, folder in zip(results, galleries, strict=False)
         if folder is not None
     }
@@ -197,13 +202,17 @@ def _pictures(results: Sequence[RunResult], galleries: Sequence[str | Path | Non
 
 
 class Pair(NamedTuple):
-    """What a method sees when it has just learned a task and at the end, with the task's measure at both moments."""
+    """What a method sees when it has just learned a task and at the end, with the task's measure at both moments.
+
+    `moments` are its pictures after each task; None before it is learned, or where there is none.
+    """
 
     label: str
     learned: str
     end: str
     verdict: str
     files: dict[str, Picture]
+    moments: list[Picture | None]
 
 
 def _pairs(row: MeasureRow, shown: Sequence[Shown]) -> list[Pair]:
@@ -216,7 +225,8 @@ def _pairs(row: MeasureRow, shown: Sequence[Shown]) -> list[Pair]:
         verdict = "unchanged" if learned == end else "" if same else "worse" if worse else "better"
         verdict = "learned last" if run.tasks[-1] == row.task else verdict
         if {f"{row.task}.learned.png", f"{row.task}.end.png"} & files.keys():
-            pairs.append(Pair(run.label, row.text(learned), row.text(end), verdict, files))
+            moments = [files.get(f"{row.task}.after{k}.png") for k in range(1, len(run.tasks) + 1)]
+            pairs.append(Pair(run.label, row.text(learned), row.text(end), verdict, files, moments))
     return pairs
 
 

@@ -18,6 +18,8 @@ from sidetuning_bench.methods import Method
 class Gallery:
     """A folder with `input.png`, and `<task>.truth.png`, `<task>.learned.png`, `<task>.end.png` for each task.
 
+    `<task>.after<k>.png` is what was seen when k tasks were learned.
+
     Each file is a strip of square pictures side by side, one per frame.
 
     Args:
@@ -45,7 +47,8 @@ class Gallery:
             if isinstance(task, Categories):
                 continue  # no picture
             output = method(send_to_device(images, method.base.device), name).float().cpu()
-            write_strip(self.folder / f"{name}.end.png", task.picture(output))
+            for moment in (f"after{len(method.tasks)}", "end"):
+                write_strip(self.folder / f"{name}.{moment}.png", task.picture(output))
             if name == learned:
                 labels = task.labels(torch.stack([self.frames.read(i, task.domain) for i in self.rows]), masks)
                 write_strip(self.folder / f"{name}.truth.png", task.picture(labels))

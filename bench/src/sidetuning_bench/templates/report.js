@@ -18,3 +18,14 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+
+// Shows the pictures as they were after a task; without scripts they are those of the end.
+const slider = document.querySelector("#moment");
+if (slider) {
+  const names = slider.dataset.names.split(",");
+  slider.hidden = false;
+  slider.addEventListener("input", () => {
+    for (const part of document.querySelectorAll("[data-moment]")) part.hidden = part.dataset.moment !== slider.value;
+    document.querySelector("#moment-name").textContent = `${slider.value}: ${names[slider.value - 1]}`;
+  });
+}
