@@ -38,6 +38,7 @@ RECORDS: Registry[Record] = Registry(
         "rl-speed": "agent_worlds:RL_SPEED",
         "pointnav-episodes": "agent_worlds:EPISODES",
         "zoo": "zoo:ZOO",
+        "serving": "serving:SERVING",
     },
 )
 
