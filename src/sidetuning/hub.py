@@ -26,7 +26,7 @@ Base: `{base}` (sha256 `{sha256}`…)
 import sidetuning as st
 
 {code}
-y = model(x, "{first}")
+{ask}
 ```
 """
 
@@ -240,6 +240,7 @@ def model_card(
         tags=["side-tuning"],
         base_model=on_the_hub(public["name"]) if public else None,
         license=licence,
+        pipeline_tag=PIPELINES.get((reads(configs[0]), configs[0]["parts"].get("problem") or "classes")),
         metrics=sorted({key for config in configs for key in config.get("metrics", {})}) or None,
     )
     given = {"revision": revision, "subfolder": subfolder}
@@ -255,8 +256,30 @@ def model_card(
         sha256=base["sha256"][:12],
         tasks="\n".join(map(task_table, configs)),
         code=code,
-        first=names[0],
+        ask=asking(configs[0]),
     )
+
+
+# What the Hub calls a model, by what it reads and what its targets mean.
+PIPELINES = {
+    ("image", "classes"): "image-classification",
+    ("image", "labels"): "image-classification",
+    ("text", "classes"): "text-classification",
+    ("text", "labels"): "text-classification",
+    ("text", "tokens"): "token-classification",
+}
+
+
+def reads(config: Mapping[str, Any]) -> str:
+    """What a task is asked with: "image", "text" or "" for tensors."""
+    return str((config.get("transform") or {}).get("kind", ""))
+
+
+def asking(config: Mapping[str, Any]) -> str:
+    """The line of code that asks a task."""
+    source = {"image": '"photo.jpg"', "text": '"a text"'}.get(reads(config))
+    task = config["task"]
+    return f'y = model(x, "{task}")' if source is None else f'answers = model.predict({source})["{task}"]'
 
 
 def on_the_hub(name: str) -> str | None:

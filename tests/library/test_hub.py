@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import sidetuning as st
@@ -255,10 +256,11 @@ def test_the_code_of_a_card_runs(
     model.add_task("pets", side=None, merge="base-only", head=3, seed=0)
     model.save_task("pets", "task")
     st.push("task", "you/pets", revision="v2")
-    x = torch.rand(2, 3, 32, 32)
-    known = {"x": x}
-    exec(code_of((hub.root / "you/pets/v2/README.md").read_text()), known)
-    assert torch.equal(known["y"], model(x, "pets"))
+    Image.new("RGB", (40, 50), (200, 30, 30)).save("photo.jpg")
+    known: dict[str, Any] = {}
+    card = (hub.root / "you/pets/v2/README.md").read_text()
+    exec(code_of(card), known)
+    assert known["answers"] == model.predict("photo.jpg")["pets"] and "pipeline_tag: image-classification" in card
 
 
 def test_the_code_of_a_card_runs_with_a_network_of_ones_own(hub: type[FakeHub], tmp_path: Path) -> None:

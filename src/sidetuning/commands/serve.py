@@ -87,6 +87,8 @@ def main(settings: Settings) -> None:
         settings.port,
         log_config=None,
         access_log=False,
+        # Bodies that are read at a time.
+        limit_concurrency=settings.max_waiting,
         timeout_graceful_shutdown=int(settings.timeout) + 1,
     )
     server = uvicorn.Server(config)

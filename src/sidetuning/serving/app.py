@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -14,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, File, Form, Request, UploadFile
-from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -79,6 +80,8 @@ class Service:
     ) -> None:
         self.model, self.limits, self.seconds = model, limits or Limits(), watch
         self.log = logger(quiet)
+        # Images that are decoded at a time: more would take memory, and no less time.
+        self.decoders = CapacityLimiter(max(2, os.cpu_count() or 2))
         self.batcher: Batcher[served.Query, served.Reply] = Batcher(
             self._run, max_batch=self.limits.max_batch, max_waiting=self.limits.max_waiting, wait=self.limits.wait
         )
@@ -122,13 +125,13 @@ class Service:
         yield
         self.model.close()
         # Those that wait are answered.
-        await run_in_threadpool(self.batcher.close)
+        await to_thread.run_sync(self.batcher.close)
         self.log.info("stopped")
 
     async def predict(self, question: schema.Question, request: Request) -> schema.Reply:
         """Ask tasks about images or texts."""
         self._check_count(len(question.inputs))
-        sources = await run_in_threadpool(lambda: [source.value() for source in question.inputs])
+        sources = [source.value() for source in question.inputs]
         return await self._ask(sources, question.tasks, question.top, request)
 
     async def predict_files(
@@ -176,7 +179,7 @@ class Service:
         self, moment: served.Moment, sources: Sequence[Any], tasks: list[str], top: int | None
     ) -> list[list[served.Reply]]:
         """What the batcher answers about each source."""
-        queries = await run_in_threadpool(self._prepared, moment, sources, tasks, top)
+        queries = await to_thread.run_sync(self._prepared, moment, sources, tasks, top, limiter=self.decoders)
         futures = self.batcher.submit([query for of_source in queries for query in of_source])
         try:
             found = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
