@@ -35,6 +35,11 @@ def say_markdown(text: str, columns: int = 0) -> None:
     Console(width=max(columns, shutil.get_terminal_size().columns)).print(Markdown(plain(text), hyperlinks=False))
 
 
+def size_text(count: int) -> str:
+    """A number of bytes, for people."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
 def say_json(content: Any) -> None:
     """Print JSON for other programs: indented, and in ASCII, which every terminal and pipe takes."""
     print(json.dumps(content, indent=2), flush=True)

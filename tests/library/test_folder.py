@@ -43,7 +43,7 @@ def test_list_and_info_tell_what_the_files_hold(tmp_path: Path, capsys: pytest.C
     assert {name: task["parameters"] for name, task in found.items()} == sizes
     main(["list", str(tmp_path)])
     shown = capsys.readouterr().out
-    assert "3 labels" in shown and "accuracy 0.5" in shown
+    assert "accuracy 0.5" in shown and " kB " in shown
     main(["info", str(tmp_path), "--task", "pets"])
     shown = capsys.readouterr().out
     assert "cat, dog, fish" in shown and "base sha256" in shown and "cars" not in shown

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sidetuning.terminal import say
+from sidetuning.terminal import say, size_text
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,5 @@ def main(settings: Settings) -> None:
     done = export(load(settings.model), settings.out, format=settings.format, tasks=chosen, single=settings.single)
     if not settings.quiet:
         for file in done.files:
-            say(f"{done.path / file}: {(done.path / file).stat().st_size / 1e6:.2f} MB")
+            say(f"{done.path / file}: {size_text((done.path / file).stat().st_size)}")
         say(f"Outputs differ from torch by at most {done.difference:.1e} of their size.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from sidetuning.terminal import say_json, say_table
+from sidetuning.terminal import say_json, say_table, size_text
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def main(settings: Settings) -> None:
         return
     rows = []
     for task in tasks:
-        labels = f"{len(task.labels)} labels" if task.labels else ""
+        labels = str(len(task.labels)) if task.labels else ""
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in task.metrics.items())
-        rows.append([task.task, task.problem, labels, f"{task.bytes / 1e6:.2f}", metrics, ", ".join(task.laterals)])
-    say_table(["task", "problem", "labels", "MB", "metrics", "reads the side of"], rows, right=("MB",))
+        rows.append([task.task, task.problem, labels, size_text(task.bytes), metrics, ", ".join(task.laterals)])
+    say_table(["task", "problem", "labels", "size", "metrics", "reads the side of"], rows, right=("labels", "size"))
