@@ -39,6 +39,7 @@ RECORDS: Registry[Record] = Registry(
         "pointnav-episodes": "agent_worlds:EPISODES",
         "zoo": "zoo:ZOO",
         "serving": "serving:SERVING",
+        "serving-churn": "serving_churn:SERVING_CHURN",
     },
 )
 

@@ -78,11 +78,11 @@ def make_model(folder: Path, count: int) -> Path:
 
 
 @contextmanager
-def process(arguments: Sequence[str], threads: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server and its address, as soon as it is ready."""
+def process(arguments: Sequence[str], threads: int, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server and its address, at a free port by default."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = port or free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, *arguments, f"--port={port}"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as server:
