@@ -6,6 +6,7 @@ validation rows is kept.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Recipe:
     """A side to try: its name, merge, start and learning rate; `solved` starts from the head in closed form."""
 
     side: str | None
@@ -52,18 +53,20 @@ class Candidate:
 
 
 @dataclass
-class Trial:
-    """What became of a candidate.
+class Attempt:
+    """What became of a recipe.
 
     Attributes:
-        name: the candidate, in words.
+        name: the recipe, in words.
+        loss: mean loss of the validation rows, which decides: of few rows it tells more than a share that is right.
         score: its number on the validation rows, as `measure` names it.
         steps, seconds: steps of the optimiser, and time.
         parameters: numbers that the task stores.
-        curve: the number after each pass.
+        curve: `measure` after each pass.
     """
 
     name: str
+    loss: float
     score: float
     steps: int
     seconds: float
@@ -77,9 +80,9 @@ class AutoResult:
 
     Attributes:
         task: name of the task.
-        measure: the number that decided, such as "accuracy".
+        measure: the number that is shown of each attempt: "accuracy" or "mae".
         chosen: the candidate that was kept, in words.
-        trials: all candidates.
+        attempts: all candidates.
         scores: numbers of the splits, by their names.
         notes: what was guessed, made and left out.
         seconds: of all, and in `encoding` of the base pass.
@@ -90,7 +93,7 @@ class AutoResult:
     task: str
     measure: str
     chosen: str
-    trials: list[Trial]
+    attempts: list[Attempt]
     scores: dict[str, dict[str, float]]
     notes: list[str]
     seconds: float
@@ -157,26 +160,29 @@ def auto(
         *(f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable),
     ]
     say(f"{sum(len(s.kept) for s in splits.values())} rows went through the base in {encoding:.0f} s")
-    search = _Search(base, data, splits, Path(cache), balance, seed, progress)
-    branch, trial = search.solved()
-    trials, best = [trial], (branch, trial)
+    how = f"{data.splits['train'].fingerprint()} {balance} {mirror} {budget} {seed}"
+    folder = Path(cache) / f"{task}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
+    search = _Search(base, data, splits, folder, balance, seed)
+    branch, attempt = search.solved()
+    attempts, best = [attempt], (branch, attempt)
     model.add_branch(task, branch)
-    say(f"{trial.name}: {search.measure} {trial.score:.4g} on the validation rows, {trial.seconds:.1f} s")
+    say(f"{attempt.name}: {search.measure} {attempt.score:.4g} on the validation rows, {attempt.seconds:.1f} s")
     if first is not None:
         first(model)
     tried = search.candidates(side)
-    for candidate in tried:
-        branch, trial = search.learn(candidate, budget / len(tried))
-        trials.append(trial)
-        say(f"{trial.name}: {search.measure} {trial.score:.4g}, {trial.steps} steps in {trial.seconds:.0f} s")
-        if search.better(trial.score, best[1].score):
-            best = (branch, trial)
+    for recipe in tried:
+        say(f"{recipe}: learning for {budget / len(tried):.0f} s at most …")
+        branch, attempt = search.learn(recipe, budget / len(tried))
+        attempts.append(attempt)
+        say(f"{attempt.name}: {search.measure} {attempt.score:.4g}, {attempt.steps} steps in {attempt.seconds:.0f} s")
+        if attempt.loss < best[1].loss:
+            best = (branch, attempt)
             model.remove_task(task)
             model.add_branch(task, branch)
     scores = {name: search.scores(best[0], name) for name in splits if name != "train"}
     rows = {name: len(split.kept) for name, split in splits.items()}
     seconds = time.monotonic() - started
-    return AutoResult(task, search.measure, best[1].name, trials, scores, notes, seconds, encoding, rows)
+    return AutoResult(task, search.measure, best[1].name, attempts, scores, notes, seconds, encoding, rows)
 
 
 def check_kind(base: Base, data: TaskData) -> None:
@@ -198,27 +204,21 @@ class _Search:
         folder: Path,
         balance: bool,
         seed: int,
-        progress: bool,
     ) -> None:
-        self.base, self.data, self.splits, self.folder = base, data, splits, folder
-        self.seed, self.progress = seed, progress
+        self.base, self.data, self.splits, self.folder, self.seed = base, data, splits, folder, seed
         self.train = splits["train"].loader(
             shuffle=True, balance=balance, batch_size=batch_of(len(splits["train"].kept))
         )
         self.measure = "mae" if data.problem == "numbers" else "accuracy"
 
-    def model(self, candidate: Candidate) -> SideTuner:
+    def model(self, recipe: Recipe) -> SideTuner:
         """A model with one task, "task", of these parts."""
         model = SideTuner(self.base)
         how: dict[str, Any] = {"head": len(self.data.names), "problem": self.data.problem, "seed": self.seed}
-        merge = "base-only" if candidate.side is None else candidate.merge
-        model.add_task("task", side=candidate.side, merge=merge, init=candidate.init, labels=self.data.names, **how)
+        merge = "base-only" if recipe.side is None else recipe.merge
+        model.add_task("task", side=recipe.side, merge=merge, init=recipe.init, labels=self.data.names, **how)
         model["task"].transform = self.base.transform
         return model
-
-    def better(self, score: float, than: float) -> bool:
-        """Whether a number is better than another."""
-        return score < than if self.measure == "mae" else score > than
 
     def scores(self, branch: Branch, split: str) -> dict[str, float]:
         """The numbers of a branch on a split."""
@@ -226,14 +226,14 @@ class _Search:
         model.add_branch("task", branch)
         return evaluate(model, "task", self.splits[split].loader(batch_size=256))
 
-    def solved(self) -> tuple[Branch, Trial]:
+    def solved(self) -> tuple[Branch, Attempt]:
         """The linear head in closed form."""
-        started, candidate = time.monotonic(), Candidate(None)
-        model = self.model(candidate)
-        solve(model, "task", self.train, progress=self.progress)
-        return self._done(model, candidate, started, 0, [])
+        started, recipe = time.monotonic(), Recipe(None)
+        model = self.model(recipe)
+        solve(model, "task", self.train, progress=False)
+        return self._done(model, recipe, started, 0, [])
 
-    def candidates(self, side: str) -> list[Candidate]:
+    def candidates(self, side: str) -> list[Recipe]:
         """What is tried for a side, the most promising first; nothing for "none".
 
         Raises:
@@ -242,13 +242,10 @@ class _Search:
         if side == "none":
             return []
         shapes = {len(shape) for shape in self.base.tap_shapes.values()}
-        sides = {3: ["fusion", "ladder"], 2: ["ladder"]}.get(max(shapes, default=0), []) if side == "auto" else [side]
-        tried = []
-        for name in sides:
-            tried.append(Candidate(name))
-            # A ladder beside the fusion of the same taps is tried in one way.
-            if name == sides[0]:
-                tried.append(Candidate(name, merge="sum", init="zero", lr=1e-3, solved=True))
+        name = {3: "fusion", 2: "ladder"}.get(max(shapes, default=0)) if side == "auto" else side
+        if name is None:
+            return []
+        tried = [Recipe(name), Recipe(name, merge="sum", init="zero", lr=1e-3, solved=True), Recipe(name, merge="sum")]
         if side != "auto":
             try:
                 self.model(tried[0])
@@ -256,43 +253,42 @@ class _Search:
                 raise TaskError(f"the side '{side}' cannot be tried: {error}") from error
         return tried
 
-    def learn(self, candidate: Candidate, seconds: float) -> tuple[Branch, Trial]:
+    def learn(self, recipe: Recipe, seconds: float) -> tuple[Branch, Attempt]:
         """Train a candidate for some time, and keep its best weights."""
         started = time.monotonic()
-        model = self.model(candidate)
-        if candidate.solved:
+        model = self.model(recipe)
+        if recipe.solved:
             solve(model, "task", self.train, progress=False)
-        steps = self._steps(candidate, seconds)
+        steps = self._steps(recipe, seconds)
         result = fit(
             model,
             "task",
             self.train,
             steps=steps,
-            lr=candidate.lr,
+            lr=recipe.lr,
             weight_decay=0.01,
-            scheduler=lambda optimizer: OneCycleLR(optimizer, candidate.lr, total_steps=steps, pct_start=0.15),
+            scheduler=lambda optimizer: OneCycleLR(optimizer, recipe.lr, total_steps=steps, pct_start=0.15),
             validate=self.splits["validation"].loader(batch_size=256),
-            monitor=self.measure,
             keep_best=True,
             patience=PATIENCE,
             seed=self.seed,
-            resume=self._file(candidate, "state"),
+            resume=self._file(recipe, "state"),
             callbacks=[Deadline(1.5 * seconds)],
-            progress=self.progress,
+            progress=False,
         )
         curve = [row[self.measure] for row in result.validation]
-        return self._done(model, candidate, started, result.steps, curve)
+        return self._done(model, recipe, started, result.steps, curve)
 
-    def _file(self, candidate: Candidate, kind: str) -> Path:
-        name = str(candidate).replace(" ", "").replace(",", "-").replace("+", "-")
+    def _file(self, recipe: Recipe, kind: str) -> Path:
+        name = str(recipe).replace(" ", "").replace(",", "-").replace("+", "-")
         return self.folder / f"{name}.{kind}"
 
-    def _steps(self, candidate: Candidate, seconds: float) -> int:
+    def _steps(self, recipe: Recipe, seconds: float) -> int:
         """Steps that fit into the time, as measured on a model of its own; the same when the call is repeated."""
-        file = self._file(candidate, "json")
+        file = self._file(recipe, "json")
         if file.exists():
             return int(read_json(file, {"steps": int}, "delete it to start over")["steps"])
-        model = self.model(candidate)
+        model = self.model(recipe)
         fit(model, "task", self.train, steps=MEASURED, progress=False)
         began = time.monotonic()
         fit(model, "task", self.train, steps=MEASURED, progress=False)
@@ -302,19 +298,15 @@ class _Search:
         return steps
 
     def _done(
-        self, model: SideTuner, candidate: Candidate, started: float, steps: int, curve: list[float]
-    ) -> tuple[Branch, Trial]:
+        self, model: SideTuner, recipe: Recipe, started: float, steps: int, curve: list[float]
+    ) -> tuple[Branch, Attempt]:
         branch = model["task"]
-        score = self.scores_of(model)
-        parameters = sum(p.numel() for p in branch.parameters())
-        trial = Trial(str(candidate), score, steps, time.monotonic() - started, parameters, curve)
-        model.remove_task("task")
-        return branch, trial
-
-    def scores_of(self, model: SideTuner) -> float:
-        """The deciding number of a model's task on the validation rows."""
         found = evaluate(model, "task", self.splits["validation"].loader(batch_size=256))
-        return found[self.measure]
+        parameters = sum(p.numel() for p in branch.parameters())
+        seconds = time.monotonic() - started
+        attempt = Attempt(str(recipe), found["loss"], found[self.measure], steps, seconds, parameters, curve)
+        model.remove_task("task")
+        return branch, attempt
 
 
 def batch_of(rows: int) -> int:

@@ -112,8 +112,7 @@ def fit(
     """
     branch = trainable(model, task, loader)
     steps = _steps(loader, epochs, steps)
-    if accelerator is None:
-        accelerator = default_accelerator()
+    accelerator = accelerator or default_accelerator()
     model.to(accelerator.device)
     problem = branch.problem if loss is None else branch.own_problem
     best = _best(branch, monitor, patience, resume, validate) if keep_best or patience is not None else None
