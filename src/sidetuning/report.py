@@ -34,6 +34,8 @@ MISTAKE = {"place": str, "truth": str, "answer": str, "value": str, "image?": st
 REPORT = {"task": str, "problem": {"classes", "labels", "numbers"}, "split": str, "names": [str], "scores": dict}
 REPORT |= {"table": [ROW], "confusion": [[int]], "calibration": [(float, float, int)], "mistakes": [MISTAKE]}
 REPORT |= {"parameters": int, "bytes": int, **TRAINING}
+# What matplotlib writes and a page does not need: its own style sheet and font, and names that repeat.
+NOISE = r"""<style.*?</style>| font-family:[^;"]*;| id="[\w.]+_\d+\""""
 # Colours of the page's style sheet.
 COLOURS = {"blue": "#0072b2", "orange": "#d55e00", "green": "#009e73", "muted": "#59636e", "text": "#1f2328"}
 
@@ -206,13 +208,13 @@ def draw(plot: Callable[[Axes], None], title: str, task: str) -> str:
     style |= {"axes.spines.top": False, "axes.spines.right": False}
     style |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), COLOURS["text"])
     style |= {"text.color": COLOURS["text"]}
-    with rc_context(style):
+    with rc_context(style):  # type: ignore[arg-type]
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         plot(figure.subplots())
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = re.sub(r"<style.*?</style>| font-family:[^;\"]*;", "", buffer.getvalue(), flags=re.DOTALL)
+    text = re.sub(NOISE, "", buffer.getvalue(), flags=re.DOTALL)
     body = text.partition("<svg ")[2].partition(">")[2]
     size = re.findall(r'viewBox="([^"]+)"', text)[0]
     for name, colour in COLOURS.items():

@@ -39,14 +39,14 @@ def candidates(net: Any) -> list[list[str]]:
         smaller = len({entry.get("reduction") for entry in told}) > 1
         found.append(names[-STAGES:] if smaller else spread(names))
     if isinstance(net, nn.Module):
-        # The longest list of blocks of one kind, as transformers have it, or the longest rows of stages.
+        stages = [child for child, m in net.named_children() if isinstance(m, nn.Sequential) and len(m) > 1]
+        if len(stages) > 1:
+            found.append(stages[-STAGES:])
+        # The longest list of blocks of one kind, as transformers have it.
         lists = [(name, m) for name, m in net.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
         alike = [(name, m) for name, m in lists if name and len(m) > 2 and len({type(block) for block in m}) == 1]
         if alike:
             name, blocks = max(alike, key=lambda pair: len(pair[1]))
-            stages = [child for child, m in net.named_children() if isinstance(m, nn.Sequential) and len(m) > 1]
-            if len(stages) > 1:
-                found.append(stages[-STAGES:])
             found.append(spread([f"{name}.{k}" for k in range(len(blocks))]))
     return found
 

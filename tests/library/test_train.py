@@ -88,8 +88,8 @@ def test_answers_are_tables_lines_of_json_and_csv(place: Path, capsys: pytest.Ca
     model = st.load(place / "my-model")
     expected = model.predict(files[0], top=2)
     for task in model.tasks:
-        found = [(answer["label"], answer["value"]) for answer in rows[0]["tasks"][task]]
-        assert found == [tuple(answer) for answer in expected[task]] and len(found) == 2
+        found = {answer["label"]: answer["value"] for answer in rows[0]["tasks"][task]}
+        assert found == pytest.approx(dict(expected[task]), abs=1e-5) and len(found) == 2
     out, _ = run(capsys, "predict", place / "my-model", place / "holdout", "--csv", "--task", "round", "--quiet")
     lines = out.splitlines()
     assert lines[0] == "source,task,answer,value" and len(lines) == 31
@@ -167,7 +167,7 @@ def test_texts_come_from_a_table_a_file_and_the_command_line(
     for sources in (texts, [str(tmp_path / "asked.txt")]):
         told, _ = run(capsys, "predict", out, *sources, "--csv")
         assert [line.split(",")[2] for line in told.splitlines()] == ["answer", "colour", "number"]
-    assert "the old tower" in (out / "report.html").read_text() or "What was tried" in (out / "report.html").read_text()
+    assert "What was tried" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("2m", 120), ("1h", 3600), ("5", 5), ("0.5m", 30)])

@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """Score a task on data whose answers are known.
-
-    Example: sidetuning evaluate my-model --task pets holdout/
-    """
+    """Score a task on data whose answers are known."""
 
     model: Annotated[str, tyro.conf.Positional]
     """Model folder."""
@@ -34,9 +31,9 @@ class Settings:
     """Split to score: train, validation or test."""
     image: str | None = None
     """Column of image files."""
-    text: tuple[str, ...] = ()
-    """Column of texts, or two columns of pairs of texts."""
-    label: tuple[str, ...] = ()
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Column of texts; given twice, the columns of pairs of texts."""
+    label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Column of the answers."""
     report: bool = False
     """Write the numbers into the model folder's report.html."""

@@ -27,18 +27,15 @@ CHUNK, STDIN = 64, "-"
 
 @dataclass(frozen=True)
 class Settings:
-    """Ask every task of a model about images or texts; the base runs once for all of them.
-
-    Example: sidetuning predict my-model *.jpg --top 3
-    """
+    """Ask every task of a model about images or texts; the base runs once for all of them."""
 
     model: Annotated[str, tyro.conf.Positional]
     """Model folder, the folder of a run, or of one saved task."""
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Image files and folders of them; for models of language texts, or .txt files with a text a line; - reads standard
     input: one image, or a text a line."""
-    task: tuple[str, ...] = ()
-    """Tasks to ask; all by default."""
+    task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Task to ask, may be given more than once; all by default."""
     top: int | None = None
     """How many classes or labels to show; by default the first class and all labels."""
     json: bool = False

@@ -22,10 +22,7 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Settings:
-    """Learn a task from a folder of images, or a table of files or texts, beside the tasks that a model has.
-
-    Example: sidetuning train photos/ --base timm:vit_small_patch14_dinov2.lvd142m --task pets --out my-model
-    """
+    """Learn a task from a folder of images, or a table of files or texts, beside the tasks that a model has."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder with one folder of images a class, CSV, Parquet or JSON Lines file, saved data set, or name on the Hub."""
@@ -39,10 +36,10 @@ class Settings:
     """Safetensors file of the base's weights, instead of those that its name stands for."""
     image: str | None = None
     """Column of image files."""
-    text: tuple[str, ...] = ()
-    """Column of texts, or two columns of pairs of texts."""
-    label: tuple[str, ...] = ()
-    """Column of the answers; several columns are several labels or numbers."""
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Column of texts; given twice, the columns of pairs of texts."""
+    label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Column of the answers; given more than once, several labels or numbers."""
     problem: str | None = None
     """What answers mean: classes, labels or numbers; guessed by default."""
     side: str = "auto"

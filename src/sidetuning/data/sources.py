@@ -21,7 +21,12 @@ OTHERS = {"training": "train", "val": "validation", "valid": "validation", "dev"
 OTHERS |= {"testing": "test", "holdout": "test"}
 KINDS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json"}
 IMAGES = ("image", "img", "file", "file_name", "filename", "image_path", "filepath", "path", "photo", "picture")
-PAIRS = (("sentence1", "sentence2"), ("text1", "text2"), ("premise", "hypothesis"), ("question1", "question2"))
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("sentence1", "sentence2"),
+    ("text1", "text2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+)
 PAIRS += (("question", "sentence"), ("question", "passage"), ("query", "document"))
 TEXTS = ("text", "sentence", "content", "review", "comment", "body", "message", "question", "title", "document")
 LABELS = ("label", "labels", "class", "fine_label", "category", "target", "targets", "y", "answer", "score", "rating")
