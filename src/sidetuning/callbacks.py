@@ -24,7 +24,7 @@ class Callback:
         """Before the first step, with the validations of a call that was interrupted."""
 
     def on_step(self, step: int, loss: float) -> bool | None:
-        """After a step of the optimiser, the first of which is 1. Return True to stop training."""
+        """After a step of the optimiser, the first of which is 1, with its loss. Return True to stop training."""
 
     def on_evaluate(self, scores: Mapping[str, float]) -> bool | None:
         """After a validation, with its numbers and the "step". Return True to stop training."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,8 +52,8 @@ def test_timm_tells_the_stages_of_its_models(name: str) -> None:
 def test_features_are_the_bases_and_bad_images_are_left_out(digits: Path, tmp_path: Path) -> None:
     base, rows = stages_base(), load(digits, split=False).splits["train"].take(range(0, 90, 10))
     (tmp_path / "broken.png").write_bytes(b"no image")
-    broken = st.data.Rows([*rows.sources, tmp_path / "broken.png"], torch.cat([rows.targets, rows.targets[:1]]),
-                          [*rows.places, "broken.png"])  # fmt: skip
+    sources, targets = [*rows.sources, tmp_path / "broken.png"], torch.cat([rows.targets, rows.targets[:1]])
+    broken = st.data.Rows(sources, targets, [*rows.places, "broken.png"])
     for _ in range(2):
         encoded = encode(base, broken, tmp_path / "cache", progress=False)
         assert encoded.kept == list(range(9)) and "broken.png: " in encoded.unreadable[0]
@@ -86,9 +87,9 @@ def test_texts_are_encoded_token_by_token(encoder: st.Base, tmp_path: Path) -> N
     assert torch.equal(y, data.splits["train"].targets)
 
 
-def learned(digits: Path, cache: Path, **options: object) -> tuple[st.SideTuner, st.AutoResult, list[str]]:
+def learned(digits: Path, cache: Path, **options: Any) -> tuple[st.SideTuner, st.AutoResult, list[str]]:
     model, said = st.SideTuner(stages_base()), list[str]()
-    result = auto(model, "digits", digits, cache=cache, budget=3, say=said.append, progress=False, **options)  # type: ignore[arg-type]
+    result = auto(model, "digits", digits, cache=cache, budget=3, say=said.append, progress=False, **options)
     return model, result, said
 
 
