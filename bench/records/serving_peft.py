@@ -59,7 +59,7 @@ class PeftService(Service):
     def _run(self, queries: Sequence[served.Query]) -> list[served.Reply]:
         replies = [served.Reply({}, len(queries), 0.0) for _ in queries]
         base = queries[0].moment.base
-        x = base.prepare(torch.stack([query.sample for query in queries]))
+        x: Any = base.prepare(torch.stack([query.sample for query in queries]))
         asked: dict[str, list[int]] = {}
         for row, query in enumerate(queries):
             for task in query.tasks:
@@ -82,7 +82,7 @@ def main(given: Arguments) -> None:
     base = st.load_base("timm:vit_tiny_patch16_224", weights=given.weights)
     service_model = Adapters(base, given.tasks)
     lora = LoraConfig(r=8, target_modules=["qkv"])
-    net: Any = get_peft_model(base.net, lora, adapter_name="task-0")  # type: ignore[arg-type]
+    net: Any = get_peft_model(base.net, lora, adapter_name="task-0")  # type: ignore[call-overload]
     for i in range(1, given.tasks):
         net.add_adapter(f"task-{i}", lora)
     heads = nn.ModuleDict({f"task-{i}": nn.Linear(base.width, 10) for i in range(given.tasks)})

@@ -1,8 +1,10 @@
 """The public names, as `import sidetuning as st` gives them."""
 
+from sidetuning.auto import AutoResult, auto
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
+from sidetuning.callbacks import Callback
 from sidetuning.candidates import Candidate, SweepResult, Trial, sweep
 from sidetuning.closed_form import SolveResult, solve
 from sidetuning.distillation import distill
@@ -37,10 +39,12 @@ __all__ = [
     "SIDES",
     "Answer",
     "ArtifactError",
+    "AutoResult",
     "Base",
     "Branch",
     "CacheError",
     "CachedFeatures",
+    "Callback",
     "Candidate",
     "DataError",
     "Exported",
@@ -61,6 +65,7 @@ __all__ = [
     "Trial",
     "UnknownNameError",
     "accuracy",
+    "auto",
     "cache_bytes",
     "cache_features",
     "distill",

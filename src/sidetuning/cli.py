@@ -41,7 +41,9 @@ class Command(NamedTuple):
 DATA, MODELS, BENCH = "Your data", "Models", "Bench"
 # Each is `Settings` and `main` of the module of its name in `sidetuning.commands`, imported when it is asked for.
 COMMANDS = {
-    "predict": Command(DATA, "Ask every task about images.", "my-model cat.jpg dog.jpg"),
+    "train": Command(DATA, "Learn a task from a folder or a table.", "photos/ --base NAME --task pets --out my-model"),
+    "evaluate": Command(DATA, "Score a task on data whose answers are known.", "my-model holdout/ --task pets"),
+    "predict": Command(DATA, "Ask every task about images or texts.", "my-model cat.jpg dog.jpg"),
     "serve": Command(DATA, "Answer questions over HTTP, with a page to try.", "my-model --port 8000"),
     "list": Command(MODELS, "List the tasks of a model folder.", "my-model"),
     "info": Command(MODELS, "Show the base and the tasks of a model folder.", "my-model --task pets"),

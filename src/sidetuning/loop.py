@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from sidetuning.callbacks import Callback
 from sidetuning.errors import TaskError, TrainingError
 from sidetuning.launch import default_accelerator
 from sidetuning.processes import Shares, add_gradients, largest, weighted, whole_batch_norms
@@ -64,6 +65,7 @@ def train(
     progress: str | None = None,
     label: str = "",
     first_epoch: int = 0,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Minimise `objective(batch)` over the batches of `loader` for `steps` optimiser steps.
 
@@ -82,6 +84,7 @@ def train(
         progress: text of the progress bar; None shows none.
         label: what is trained; a resume file of something else is refused.
         first_epoch: passes that were made before; each pass has an order of its own.
+        callbacks: called after steps and validations; see `Callback`.
 
     Raises:
         TaskError: an accelerator that accumulates gradients.
@@ -102,13 +105,18 @@ def train(
     # Gradients are added up below, whatever the objective uses of its parameters.
     wrapped, optimizer = accelerator.prepare_model(objective, evaluation_mode=True), accelerator.prepare(optimizer)
     state = State(path, position, objective, optimizer, scheduler)
-    run = _Run(wrapped, state, clip, accelerator, validate, _bar(progress, steps, position.step, accelerator))
+    bar = _bar(progress, steps, position.step, accelerator)
+    run = _Run(wrapped, state, clip, accelerator, validate, bar, callbacks)
     try:
+        for callback in callbacks:
+            callback.on_start(position.validation)
         with seeded(seed), Stop(path is not None) as stop:
             run.learn(loader, save_every, stop)
     finally:
         run.bar.close()
         objective.eval()
+        for callback in callbacks:
+            callback.on_end()
     passes = position.epoch + (position.batch > 0)
     return TrainResult(position.step, position.seconds, position.losses, position.validation, passes)
 
@@ -124,7 +132,9 @@ class _Run:
         accelerator: Accelerator,
         validate: Callable[[], Mapping[str, float]] | None,
         bar: Any,
+        callbacks: Sequence[Callback],
     ) -> None:
+        self.callbacks = callbacks
         self.wrapped, self.state, self.at, self.clip = wrapped, state, state.position, clip
         self.accelerator, self.validate, self.bar = accelerator, validate, bar
         # Other parameters may hold gradients of earlier tasks.
@@ -140,14 +150,15 @@ class _Run:
         at, objective = self.at, self.state.objective
         objective.train()
         shares = Shares(loader, self.accelerator)
-        while at.step < at.steps:
+        while at.step < at.steps and not at.stopped:
             seed_all(mix(at.seed, at.epoch))
             seed_loader(loader, mix(at.seed, at.epoch))
             iterator = self.resumed(shares.read())
             before = at.batch
             for batch, self.counting[0] in iterator:
                 self.step(batch)
-                if at.step == at.steps:
+                self.obey([callback.on_step(at.step, at.losses[-1]) for callback in self.callbacks])
+                if at.step == at.steps or at.stopped:
                     break
                 # A process that stopped alone would leave the others waiting for it.
                 wanted = largest(stop.wanted, self.accelerator) if stop.active else 0
@@ -162,6 +173,11 @@ class _Run:
         self.check()
         self.save()
         stop.obey(stop.wanted)
+
+    def obey(self, wishes: Sequence[bool | None]) -> None:
+        """Stop after this step where a callback of any process wants it."""
+        if wishes and largest(int(any(wishes)), self.accelerator):
+            self.at.stopped = True
 
     def resumed(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """The rest of a pass, whose first batches an interrupted call has trained on."""
@@ -232,6 +248,7 @@ class _Run:
         row = {"step": float(at.step), **self.validate()}
         self.state.objective.train()
         at.validation.append(row)
+        self.obey([callback.on_evaluate(row) for callback in self.callbacks])
         if isinstance(self.state.scheduler, ReduceLROnPlateau):
             self.state.scheduler.step(row["loss"])
         if not self.bar.disable:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class Position:
     """Where a run is, and what it is a run of: everything but the weights, the optimiser and the generators.
 
-    Times are in seconds. Older files do not hold the last five texts.
+    Times are in seconds. `stopped` says that a callback ended it. Older files do not hold the last six values.
     """
 
     seed: int
@@ -57,6 +57,7 @@ class Position:
     loss: str = ""
     batches: str = ""
     data: str = ""
+    stopped: bool = False
 
 
 # What must be the same for a run to go on, and how it is called.

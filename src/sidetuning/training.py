@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Input
 from sidetuning.branch import Branch
+from sidetuning.callbacks import Best, Callback, Tracker
 from sidetuning.errors import DataError, TaskError
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
@@ -60,6 +61,12 @@ def fit(
     seed: int = 0,
     resume: str | Path | None = None,
     save_every: float = 60.0,
+    callbacks: Sequence[Callback] = (),
+    keep_best: bool = False,
+    patience: int | None = None,
+    monitor: str = "loss",
+    tracker: str | None = None,
+    precision: Literal["no", "bf16"] = "no",
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> TrainResult:
@@ -89,6 +96,12 @@ def fit(
             task that is fitted again draws other orders than before.
         resume: file of the run's state: an interrupted call resumes from it, a finished one returns at once.
         save_every: seconds between two writes of it.
+        callbacks: called after steps and validations, and may stop training; see `Callback`.
+        keep_best: end with the weights of the best validation.
+        patience: stop after this many validations without a better one.
+        monitor: the number of the validation that decides which is the best: "loss", or a metric.
+        tracker: accelerate's tracker that logs losses and validations, such as "tensorboard"; files go to "logs".
+        precision: "bf16" runs the forward pass under autocast; others are accelerate's, Accelerator(mixed_precision=…).
         accelerator: accelerate's; by default one that splits each batch over the launched processes.
         progress: show a bar.
 
@@ -99,19 +112,16 @@ def fit(
     """
     branch = trainable(model, task, loader)
     steps = _steps(loader, epochs, steps)
-    if accelerator is None:
-        accelerator = default_accelerator()
+    accelerator = accelerator or default_accelerator()
     model.to(accelerator.device)
     problem = branch.problem if loss is None else branch.own_problem
-    if weight_decay is None and optimizer is torch.optim.AdamW:
-        weight_decay = 0.0
-    own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
-    groups = parameter_groups([*branch.parameters(), *own], weight_decay, branch.merge.parameters())
-    built = optimizer(groups, lr=lr)
+    best = _best(branch, monitor, patience, resume, validate) if keep_best or patience is not None else None
+    callbacks = [*callbacks, *([best] if best else []), *([Tracker(tracker, "logs", task)] if tracker else [])]
+    built = _optimizer(branch, loss, optimizer, lr, weight_decay)
     score = functools.partial(evaluate, model, task, loss=loss, metrics=metrics, accelerator=accelerator)
     with measured(branch, model, task, loader, problem, seed, accelerator) as batches:
         result = train(
-            BranchObjective(branch, model, task, loss, problem),
+            BranchObjective(branch, model, task, loss, problem, precision=precision),
             batches,
             built,
             steps=steps,
@@ -125,7 +135,10 @@ def fit(
             progress=task if progress else None,
             label=f"task {task}",
             first_epoch=branch.passes,
+            callbacks=callbacks,
         )
+        if keep_best and best is not None:
+            best.restore()
     branch.passes = result.passes
     if loss is not None:
         branch.trained_as = meaning_of(loss)
@@ -170,6 +183,27 @@ def trainable(model: SideTuner, task: str, loader: Iterable[Any]) -> Branch:
             f"task '{task}' is a lateral of {', '.join(users)}, which would change with it; train another task"
         )
     return branch
+
+
+def _optimizer(
+    branch: Branch, loss: Loss | None, optimizer: Callable[..., Optimizer], lr: float, weight_decay: float | None
+) -> Optimizer:
+    """The optimiser of a branch, and of the parameters of a loss."""
+    if weight_decay is None and optimizer is torch.optim.AdamW:
+        weight_decay = 0.0
+    own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
+    return optimizer(parameter_groups([*branch.parameters(), *own], weight_decay, branch.merge.parameters()), lr=lr)
+
+
+def _best(
+    branch: Branch, monitor: str, patience: int | None, resume: str | Path | None, validate: Iterable[Any] | None
+) -> Best:
+    """What keeps the best weights; its file lies beside that of the run's state."""
+    if validate is None:
+        raise TaskError("keep_best= and patience= look at validations: give validate=, a loader")
+    if patience is not None and patience < 1:
+        raise TaskError(f"patience must be 1 or more, not {patience}")
+    return Best(branch, monitor, patience, None if resume is None else Path(f"{resume}.best"))
 
 
 def _steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int:

@@ -567,14 +567,14 @@ def test_an_episode_that_a_kill_cut_short_is_written_anew(left: str | None, tmp_
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
     from sidetuning.files import held_folder
-    from sidetuning_bench.agents import cloning, collect, ppo
+    from sidetuning_bench.agents import cloning, collect, curves, ppo
     from sidetuning_bench.dense import render_doom
 
     out = str(tmp_path / "x-v0")
     works: list[Callable[[], Any]] = [
         lambda: collect.run(collect.Settings(out=out, progress=False)),
         lambda: cloning.run(cloning.Settings(out=out)),
-        lambda: ppo.run(ppo.Settings(out=out)),
+        lambda: ppo.run(curves.Settings(out=out)),
         lambda: render_doom.run(render_doom.Settings(out=out, progress=False)),
     ]
     with held_folder(out):

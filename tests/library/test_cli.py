@@ -127,7 +127,7 @@ def test_the_help_text_lists_every_command_and_each_has_an_example(capsys: pytes
         assert f"example: sidetuning {name}" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(("given", "hint"), [("exprt", "'export'"), ("bnech", "'bench'"), ("x", "there is predict")])
+@pytest.mark.parametrize(("given", "hint"), [("exprt", "'export'"), ("bnech", "'bench'"), ("x", "there is train")])
 def test_a_command_that_does_not_exist_has_near_names(
     given: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +154,6 @@ def test_predict_reads_no_device(tmp_path: Path, capsys: pytest.CaptureFixture[s
     model = st.SideTuner(st.load_base("resnet44-cifar10"))
     model.add_task("t", side="fcn4", head=2, init="distilled")
     model.save_task("t", tmp_path / "t")
-    for image in ("/dev/zero", str(tmp_path)):
-        with pytest.raises(SystemExit, match="1"):
-            main(["predict", str(tmp_path / "t"), image])
-        assert f"{image}: it is a folder or a device" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        main(["predict", str(tmp_path / "t"), "/dev/zero"])
+    assert "/dev/zero: it is a folder or a device" in capsys.readouterr().err

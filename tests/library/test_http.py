@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,7 +84,7 @@ def embed(text: str, drift: float = 0.0) -> list[float]:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv(http.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(http.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     running = Server()
     yield running
     running.shutdown()
@@ -128,7 +129,7 @@ def test_a_server_that_dies_again_and_again_loses_nothing(server: Server, monkey
             running[0] = Server(port)
             running[0].seen = server.seen
 
-    monkeypatch.setattr(http.time, "sleep", back)
+    monkeypatch.setattr(time, "sleep", back)
     monkeypatch.setattr(http, "BATCH", 4)
     expected = torch.tensor([embed(text) for text in TEXTS])
     for i in range(0, len(TEXTS), 8):

@@ -95,7 +95,7 @@ def names(requirements: list[Requirement]) -> set[str]:
 def test_the_library_is_small_and_needs_six_packages(wheels: dict[str, zipfile.ZipFile]) -> None:
     wheel = wheels["sidetuning"]
     assert contents(wheel) == sources(ROOT / "src/sidetuning")
-    assert {Path(name).suffix for name in contents(wheel)} == {".py", ".typed", ".safetensors", ".md", ".html"}
+    assert {Path(name).suffix for name in contents(wheel)} == {".py", ".typed", ".safetensors", ".md", ".html", ".j2"}
     assert size(wheel) <= 3 * MEGABYTE
     assert names(required(wheel)) == DEPENDENCIES
     # The README, which METADATA repeats, is the page of both packages.

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -554,3 +555,74 @@ def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
     assert one[3] == two[3] == "90" and one[4] == two[4] == "32"
     assert float(one[2]) > 0.9
     assert abs(float(one[2]) - float(two[2])) <= 0.02
+
+
+class Recorder(st.Callback):
+    """Notes what it is told, and stops after some steps."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.steps, self.rows, self.ended = most, list[int](), list[float](), 0
+
+    def on_step(self, step: int, loss: float) -> bool:
+        self.steps.append(step)
+        return step == self.most
+
+    def on_evaluate(self, scores: Mapping[str, float]) -> None:
+        self.rows.append(scores["step"])
+
+    def on_end(self) -> None:
+        self.ended += 1
+
+
+def small_run() -> tuple[st.SideTuner, list[tuple[Tensor, Tensor]]]:
+    model = st.SideTuner(mlp_base())
+    model.add_task("kind", side="mlp", head=2, seed=0)
+    x = torch.randn(16, 12, generator=torch.Generator().manual_seed(0))
+    return model, [(x[i : i + 4], (x[i : i + 4, 0] > 0).long()) for i in range(0, 16, 4)]
+
+
+def test_callbacks_hear_of_steps_and_validations_and_may_stop(tmp_path: Path) -> None:
+    model, batches = small_run()
+    recorder = Recorder(6)
+    how: dict[str, Any] = {"epochs": 3, "validate": batches, "resume": tmp_path / "state", "progress": False}
+    result = st.fit(model, "kind", batches, callbacks=[recorder], **how)
+    assert recorder.steps == [1, 2, 3, 4, 5, 6] and recorder.rows == [4, 6] and recorder.ended == 1
+    assert result.steps == 6
+    # What has ended does not go on.
+    assert st.fit(model, "kind", batches, callbacks=[recorder], **how).steps == 6 and len(recorder.steps) == 6
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_best_validation_is_kept_and_patience_stops(tmp_path: Path, resumed: bool) -> None:
+    model, batches = small_run()
+    state = tmp_path / "state" if resumed else None
+    how: dict[str, Any] = {"epochs": 40, "lr": 0.5, "seed": 1, "keep_best": True, "patience": 3, "progress": False}
+    result = st.fit(model, "kind", batches, validate=batches, resume=state, **how)
+    losses = [row["loss"] for row in result.validation]
+    assert len(losses) == losses.index(min(losses)) + 4 < 40
+    assert st.evaluate(model, "kind", batches)["loss"] == pytest.approx(min(losses), rel=1e-5)
+    if resumed:
+        other, _ = small_run()
+        assert st.fit(other, "kind", batches, validate=batches, resume=state, **how).validation == result.validation
+        assert st.evaluate(other, "kind", batches)["loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_half_precision_learns_nearly_the_same() -> None:
+    losses = []
+    for precision in ("no", "bf16"):
+        model, batches = small_run()
+        st.fit(model, "kind", batches, epochs=5, precision=precision, progress=False)  # type: ignore[arg-type]
+        losses.append(st.evaluate(model, "kind", batches)["loss"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_what_cannot_be_kept_is_said() -> None:
+    model, batches = small_run()
+    with pytest.raises(st.TaskError, match="give validate="):
+        st.fit(model, "kind", batches, keep_best=True)
+    with pytest.raises(st.TaskError, match="patience must be 1 or more"):
+        st.fit(model, "kind", batches, validate=batches, patience=0)
+    with pytest.raises(st.TaskError, match="monitor= is one of loss, accuracy"):
+        st.fit(model, "kind", batches, validate=batches, keep_best=True, monitor="f1", progress=False)
+    with pytest.raises(st.TaskError, match="tracker 'nothing' cannot be used"):
+        st.fit(model, "kind", batches, tracker="nothing", progress=False)

@@ -1,35 +1,56 @@
-"""`sidetuning predict RUN IMAGE…`: every task's answer from one base pass."""
+"""`sidetuning predict MODEL SOURCE…`: every task's answer to images or texts, from one base pass."""
 
 from __future__ import annotations
 
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from torch import Tensor
 
 from sidetuning.errors import DataError
 from sidetuning.files import check_signed, read_json
-from sidetuning.loading import load
-from sidetuning.problems import Classes
-from sidetuning.terminal import plain
-from sidetuning.transforms import ImageTransform
+from sidetuning.terminal import plain, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sidetuning.tuner import SideTuner
+
+# Sources that are asked at a time, and the one that stands for standard input.
+CHUNK, STDIN = 64, "-"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Ask every task of a run about some images; the base runs once for all of them."""
+    """Ask every task of a model about images or texts; the base runs once for all of them."""
 
-    run: Annotated[str, tyro.conf.Positional]
-    """The folder of a run, or of one saved task."""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Image files; resized to what the base takes."""
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder, the folder of a run, or of one saved task."""
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Image files and folders of them; for models of language texts, or .txt files with a text a line; - reads standard
+    input: one image, or a text a line."""
+    task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Task to ask, may be given more than once; all by default."""
+    top: int | None = None
+    """How many classes or labels to show; by default the first class and all labels."""
+    json: bool = False
+    """Print a line of JSON for each source."""
+    csv: bool = False
+    """Print CSV."""
+    out: str | None = None
+    """Folder for the pictures that dense tasks answer with."""
+    quiet: bool = False
+    """Show no bar."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a task says of an image: its most probable class, or each of its labels or numbers.
+    """What a task says of a source: its most probable class, or each of its labels or numbers.
 
     Attributes:
         value: the probability, or the number itself where the task's problem is "numbers".
@@ -42,26 +63,89 @@ class Answer:
 
 
 def predict(settings: Settings) -> list[Answer]:
-    """The answers, image by image, task by task."""
-    if not settings.images:
-        raise DataError("name at least one image file")
-    model = load(settings.run)
-    if not isinstance(model.base.transform, ImageTransform):
-        raise DataError(f"{settings.run} does not read images; see `sidetuning answer` for texts")
-    found = model.predict(list(settings.images), mirror=averages_mirror_images(Path(settings.run)))
-    if others := [task for task, each in found.items() if isinstance(each[0], Tensor)]:
-        raise DataError(
-            f"the task {others[0]} of {settings.run} gives no answer to a whole image; the run's report has pictures "
-            "of dense tasks"
-        )
+    """The answers, source by source, task by task."""
+    return [answer for answers in answered(settings) for answer in answers]
+
+
+def answered(settings: Settings) -> Iterator[list[Answer]]:
+    """The answers to each source."""
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from sidetuning.loading import load
+    from sidetuning.problems import Classes
+    from sidetuning.transforms import ImageTransform
+
+    model = load(settings.model)
+    for task in settings.task:
+        # Raises, with near names.
+        model[task]
+    tasks = list(settings.task or model.tasks)
+    images = isinstance(model.base.transform, ImageTransform)
+    named = list(_images(settings.sources) if images else _texts(settings.sources))
+    if not named:
+        raise DataError(f"name at least one {'image file' if images else 'text'}")
+    mirror = images and averages_mirror_images(Path(settings.model))
     # Of classes one is right, of labels any number.
-    most = {task: 1 if type(model[task].problem) is Classes else None for task in model.tasks}
-    return [
-        Answer(image, task, *answer)
-        for i, image in enumerate(settings.images)
-        for task in model.tasks
-        for answer in found[task][i][: most[task]]
-    ]
+    most = {task: settings.top or (1 if type(model[task].problem) is Classes else None) for task in tasks}
+    off = settings.quiet or len(named) <= CHUNK
+    with tqdm(total=len(named), unit="image" if images else "text", disable=off, leave=False) as bar:
+        for start in range(0, len(named), CHUNK):
+            some = named[start : start + CHUNK]
+            found = model.predict([source for _, source in some], tasks, top=settings.top, mirror=mirror)
+            for i, (name, _) in enumerate(some):
+                rows = []
+                for task in tasks:
+                    answers = found[task][i]
+                    if isinstance(answers, Tensor):
+                        rows.append(Answer(name, task, _written(model, task, name, answers, settings), 1.0))
+                    else:
+                        rows += [Answer(name, task, *answer) for answer in answers[: most[task]]]
+                yield rows
+            bar.update(len(some))
+
+
+def _images(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Names and sources of images; folders are searched."""
+    from sidetuning.images import hidden, image_endings
+
+    for source in sources:
+        path = Path(source)
+        if source == STDIN:
+            yield "standard input", sys.stdin.buffer.read()
+        elif path.is_dir():
+            found = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in image_endings() and f.is_file()]
+            found = [f for f in found if not any(map(hidden, f.relative_to(path).parts))]
+            if not found:
+                raise DataError(f"{source} holds no image file; give image files, or a folder of them")
+            yield from ((str(file), file) for file in found)
+        else:
+            yield source, path
+
+
+def _texts(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Names and texts."""
+    for source in sources:
+        path = Path(source)
+        if source == STDIN:
+            lines = sys.stdin.read().splitlines()
+        elif source.endswith(".txt") and path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        else:
+            lines = [source]
+        yield from ((line, line) for line in lines if line.strip())
+
+
+def _written(model: SideTuner, task: str, source: str, answer: Tensor, settings: Settings) -> str:
+    """What is shown of a map or of tokens: the picture that was written, or the tokens' classes."""
+    from sidetuning.pictures import save_map
+
+    if answer.ndim == 1:
+        names = model[task].labels
+        return " ".join(names[k] if names else str(k) for k in answer.tolist())
+    if settings.out is None:
+        raise DataError(f"the task {task} answers with a picture: give --out, a folder for it, or choose other tasks")
+    return str(save_map(answer, Path(settings.out), f"{Path(source).stem}-{task}"))
 
 
 def averages_mirror_images(run: Path) -> bool:
@@ -77,20 +161,33 @@ def averages_mirror_images(run: Path) -> bool:
 
 
 def main(settings: Settings) -> None:
-    """Print a table."""
+    """Print a table, lines of JSON, or CSV."""
+    if settings.json and settings.csv:
+        raise DataError("choose --json or --csv, not both")
+    if settings.json:
+        for answers in answered(settings):
+            tasks: dict[str, list[dict[str, Any]]] = {}
+            for answer in answers:
+                tasks.setdefault(answer.task, []).append({"label": answer.label, "value": answer.value})
+            say(json.dumps({"source": answers[0].image, "tasks": tasks}, ensure_ascii=False))
+        return
+    if settings.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(("source", "task", "answer", "value"))
+        for answers in answered(settings):
+            writer.writerows((a.image, a.task, a.label, f"{a.value:.6g}") for a in answers)
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
-    for column in ("image", "task", "answer", "value"):
+    for column in ("source", "task", "answer", "value"):
         table.add_column(column, justify="right" if column == "value" else "left")
-    last = ""
-    for answer in predict(settings):
-        if last and answer.image != last:
-            table.add_section()
-        image = "" if answer.image == last else answer.image
-        # Text, in which rich looks for no markup.
-        table.add_row(*(Text(plain(cell)) for cell in (image, answer.task, answer.label, f"{answer.value:.2f}")))
-        last = answer.image
+    for answers in answered(settings):
+        for k, answer in enumerate(answers):
+            # Text, in which rich looks for no markup.
+            source = "" if k else answer.image
+            table.add_row(*(Text(plain(cell)) for cell in (source, answer.task, answer.label, f"{answer.value:.2f}")))
+        table.add_section()
     Console().print(table)

@@ -1,0 +1,314 @@
+"""`st.auto`: a task from data, without options. The base runs once; then a few sides are tried on its features.
+
+The first answer is a solution in closed form. Candidates share what is left of the time equally, and the best by the
+validation rows is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.optim.lr_scheduler import OneCycleLR
+
+from sidetuning.base import Base
+from sidetuning.branch import Branch
+from sidetuning.callbacks import Deadline
+from sidetuning.closed_form import solve
+from sidetuning.data import TaskData, load
+from sidetuning.encoding import Encoded, affordable, encode
+from sidetuning.errors import DataError, SideTuningError, TaskError
+from sidetuning.files import read_json, write_json
+from sidetuning.tapping import with_chosen_taps
+from sidetuning.training import evaluate, fit
+from sidetuning.tuner import SideTuner
+
+# Passes over the training rows at most, and validations without a better one after which a candidate ends.
+PASSES, PATIENCE = 60, 12
+# Steps whose time is measured first.
+MEASURED = 6
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A side to try: its name, merge, start and learning rate; `solved` starts from the head in closed form."""
+
+    side: str | None
+    merge: str = "alpha"
+    init: str | None = None
+    lr: float = 3e-3
+    solved: bool = False
+
+    def __str__(self) -> str:
+        if self.side is None:
+            return "linear head, closed form"
+        start = ", from the closed form" if self.solved else ""
+        return f"{self.side} + {self.merge}, lr {self.lr:g}{start}"
+
+
+@dataclass
+class Attempt:
+    """What became of a recipe.
+
+    Attributes:
+        name: the recipe, in words.
+        loss: mean loss of the validation rows, which decides: of few rows it tells more than a share that is right.
+        score: its number on the validation rows, as `measure` names it.
+        steps, seconds: steps of the optimiser, and time.
+        parameters: numbers that the task stores.
+        curve: `measure` after each pass.
+    """
+
+    name: str
+    loss: float
+    score: float
+    steps: int
+    seconds: float
+    parameters: int
+    curve: list[float] = field(default_factory=list)
+
+
+@dataclass
+class AutoResult:
+    """What `auto` did.
+
+    Attributes:
+        task: name of the task.
+        measure: the number that is shown of each attempt: "accuracy" or "mae".
+        chosen: the candidate that was kept, in words.
+        attempts: all candidates.
+        scores: numbers of the splits, by their names.
+        notes: what was guessed, made and left out.
+        seconds: of all, and in `encoding` of the base pass.
+        encoding: seconds of decoding and of the base pass.
+        rows: rows of each split.
+    """
+
+    task: str
+    measure: str
+    chosen: str
+    attempts: list[Attempt]
+    scores: dict[str, dict[str, float]]
+    notes: list[str]
+    seconds: float
+    encoding: float
+    rows: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return asdict(self)
+
+
+def auto(
+    model: SideTuner,
+    task: str,
+    data: TaskData | str | Path,
+    *,
+    cache: str | Path,
+    side: str = "auto",
+    budget: float = 120.0,
+    balance: bool = False,
+    mirror: bool = False,
+    first: Callable[[SideTuner], None] | None = None,
+    say: Say | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> AutoResult:
+    """Add a task to a model and learn it.
+
+    Args:
+        model: the model; its other tasks do not change.
+        task: name of the new task.
+        data: what `st.data.load` gave, or its source.
+        cache: folder for features and unfinished candidates; the same call resumes from there.
+        side: "auto" tries what fits the base; "none" solves a linear head alone; or a registered side.
+        budget: seconds for all candidates together, after the base pass.
+        balance: repeat the rows of rare classes, so that all classes have as many.
+        mirror: learn from each image's mirror image too.
+        first: called with the model when the task has its first answer, such as to save it.
+        say: called with a sentence about each thing that was done.
+        seed: seed of everything that is drawn.
+        progress: show bars.
+
+    Raises:
+        TaskError: the task exists, or no side of that name fits the base.
+        DataError: data that the base does not read.
+    """
+    started = time.monotonic()
+    say = say or (lambda text: None)
+    if not (math.isfinite(budget) and budget > 0):
+        raise TaskError(f"budget must be a positive number of seconds, not {budget}")
+    model._check_name(task)
+    data = data if isinstance(data, TaskData) else load(data, seed=seed)
+    check_kind(model.base, data)
+    base = model.base
+    if side != "none":
+        base = affordable(with_chosen_taps(base), base, data.splits["train"])
+    splits = {
+        name: encode(base, rows, cache, mirror=mirror and name == "train", progress=progress)
+        for name, rows in data.splits.items()
+    }
+    encoding = time.monotonic() - started
+    notes = [
+        *data.notes,
+        *(f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable),
+    ]
+    say(f"{sum(len(s.kept) for s in splits.values())} rows went through the base in {encoding:.0f} s")
+    how = f"{data.splits['train'].fingerprint()} {balance} {mirror} {budget} {seed}"
+    folder = Path(cache) / f"{task}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
+    search = _Search(base, data, splits, folder, balance, seed)
+    branch, attempt = search.solved()
+    attempts, best = [attempt], (branch, attempt)
+    model.add_branch(task, branch)
+    say(f"{attempt.name}: {search.measure} {attempt.score:.4g} on the validation rows, {attempt.seconds:.1f} s")
+    if first is not None:
+        first(model)
+    tried = search.candidates(side)
+    for recipe in tried:
+        say(f"{recipe}: learning for {budget / len(tried):.0f} s at most …")
+        branch, attempt = search.learn(recipe, budget / len(tried))
+        attempts.append(attempt)
+        say(f"{attempt.name}: {search.measure} {attempt.score:.4g}, {attempt.steps} steps in {attempt.seconds:.0f} s")
+        if attempt.loss < best[1].loss:
+            best = (branch, attempt)
+            model.remove_task(task)
+            model.add_branch(task, branch)
+    scores = {name: search.scores(best[0], name) for name in splits if name != "train"}
+    rows = {name: len(split.kept) for name, split in splits.items()}
+    seconds = time.monotonic() - started
+    return AutoResult(task, search.measure, best[1].name, attempts, scores, notes, seconds, encoding, rows)
+
+
+def check_kind(base: Base, data: TaskData) -> None:
+    """Raise DataError where a base does not read images, or texts, as the data have them."""
+    kind = None if base.transform is None else base.transform.to_json()["kind"]
+    if kind != data.kind:
+        reads = f"{kind}s" if kind else "neither images nor texts"
+        raise DataError(f"the data are {data.kind}s and this base reads {reads}; choose another base, or the columns")
+
+
+class _Search:
+    """The candidates of one task, on features that are known."""
+
+    def __init__(
+        self,
+        base: Base,
+        data: TaskData,
+        splits: dict[str, Encoded],
+        folder: Path,
+        balance: bool,
+        seed: int,
+    ) -> None:
+        self.base, self.data, self.splits, self.folder, self.seed = base, data, splits, folder, seed
+        self.train = splits["train"].loader(
+            shuffle=True, balance=balance, batch_size=batch_of(len(splits["train"].kept))
+        )
+        self.measure = "mae" if data.problem == "numbers" else "accuracy"
+
+    def model(self, recipe: Recipe) -> SideTuner:
+        """A model with one task, "task", of these parts."""
+        model = SideTuner(self.base)
+        how: dict[str, Any] = {"head": len(self.data.names), "problem": self.data.problem, "seed": self.seed}
+        merge = "base-only" if recipe.side is None else recipe.merge
+        model.add_task("task", side=recipe.side, merge=merge, init=recipe.init, labels=self.data.names, **how)
+        model["task"].transform = self.base.transform
+        return model
+
+    def scores(self, branch: Branch, split: str) -> dict[str, float]:
+        """The numbers of a branch on a split."""
+        model = SideTuner(self.base)
+        model.add_branch("task", branch)
+        return evaluate(model, "task", self.splits[split].loader(batch_size=256))
+
+    def solved(self) -> tuple[Branch, Attempt]:
+        """The linear head in closed form."""
+        started, recipe = time.monotonic(), Recipe(None)
+        model = self.model(recipe)
+        solve(model, "task", self.train, progress=False)
+        return self._done(model, recipe, started, 0, [])
+
+    def candidates(self, side: str) -> list[Recipe]:
+        """What is tried for a side, the most promising first; nothing for "none".
+
+        Raises:
+            TaskError: the side does not fit the base.
+        """
+        if side == "none":
+            return []
+        shapes = {len(shape) for shape in self.base.tap_shapes.values()}
+        name = {3: "fusion", 2: "ladder"}.get(max(shapes, default=0)) if side == "auto" else side
+        if name is None:
+            return []
+        tried = [Recipe(name), Recipe(name, merge="sum", init="zero", lr=1e-3, solved=True), Recipe(name, merge="sum")]
+        if side != "auto":
+            try:
+                self.model(tried[0])
+            except SideTuningError as error:
+                raise TaskError(f"the side '{side}' cannot be tried: {error}") from error
+        return tried
+
+    def learn(self, recipe: Recipe, seconds: float) -> tuple[Branch, Attempt]:
+        """Train a candidate for some time, and keep its best weights."""
+        started = time.monotonic()
+        model = self.model(recipe)
+        if recipe.solved:
+            solve(model, "task", self.train, progress=False)
+        steps = self._steps(recipe, seconds)
+        result = fit(
+            model,
+            "task",
+            self.train,
+            steps=steps,
+            lr=recipe.lr,
+            weight_decay=0.01,
+            scheduler=lambda optimizer: OneCycleLR(optimizer, recipe.lr, total_steps=steps, pct_start=0.15),
+            validate=self.splits["validation"].loader(batch_size=256),
+            keep_best=True,
+            patience=PATIENCE,
+            seed=self.seed,
+            resume=self._file(recipe, "state"),
+            callbacks=[Deadline(1.5 * seconds)],
+            progress=False,
+        )
+        curve = [row[self.measure] for row in result.validation]
+        return self._done(model, recipe, started, result.steps, curve)
+
+    def _file(self, recipe: Recipe, kind: str) -> Path:
+        name = str(recipe).replace(" ", "").replace(",", "-").replace("+", "-")
+        return self.folder / f"{name}.{kind}"
+
+    def _steps(self, recipe: Recipe, seconds: float) -> int:
+        """Steps that fit into the time, as measured on a model of its own; the same when the call is repeated."""
+        file = self._file(recipe, "json")
+        if file.exists():
+            return int(read_json(file, {"steps": int}, "delete it to start over")["steps"])
+        model = self.model(recipe)
+        fit(model, "task", self.train, steps=MEASURED, progress=False)
+        began = time.monotonic()
+        fit(model, "task", self.train, steps=MEASURED, progress=False)
+        each = (time.monotonic() - began) / MEASURED
+        steps = max(1, min(int(seconds / each), PASSES * len(self.train)))
+        write_json(file, {"steps": steps})
+        return steps
+
+    def _done(
+        self, model: SideTuner, recipe: Recipe, started: float, steps: int, curve: list[float]
+    ) -> tuple[Branch, Attempt]:
+        branch = model["task"]
+        found = evaluate(model, "task", self.splits["validation"].loader(batch_size=256))
+        parameters = sum(p.numel() for p in branch.parameters())
+        seconds = time.monotonic() - started
+        attempt = Attempt(str(recipe), found["loss"], found[self.measure], steps, seconds, parameters, curve)
+        model.remove_task("task")
+        return branch, attempt
+
+
+def batch_of(rows: int) -> int:
+    """Rows of a batch: 16 to 128, so that a pass has some steps."""
+    return min(128, max(16, 2 ** int(math.log2(max(rows, 1) / 8))))

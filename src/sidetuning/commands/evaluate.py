@@ -1,0 +1,100 @@
+"""`sidetuning evaluate MODEL --task NAME DATA`: what a task's answers to other data are worth."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from sidetuning.errors import DataError
+from sidetuning.files import read_json
+from sidetuning.terminal import plain, say
+
+if TYPE_CHECKING:
+    from sidetuning.scoring import Scored
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Score a task on data whose answers are known."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder."""
+    data: Annotated[str, tyro.conf.Positional]
+    """Data as of train; the split test is taken where there is one, else all rows."""
+    task: str
+    """Name of the task."""
+    split: str | None = None
+    """Split to score: train, validation or test."""
+    image: str | None = None
+    """Column of image files."""
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Column of texts; given twice, the columns of pairs of texts."""
+    label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Column of the answers."""
+    report: bool = False
+    """Write the numbers into the model folder's report.html."""
+    json: bool = False
+    """Print JSON."""
+    quiet: bool = False
+    """Print no notes and no bar."""
+
+
+def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
+    """The scored rows, and what was left out."""
+    from sidetuning.commands.predict import averages_mirror_images
+    from sidetuning.data import load as load_data
+    from sidetuning.loading import load
+    from sidetuning.scoring import score
+
+    model = load(settings.model)
+    branch = model[settings.task]
+    problem = type(branch.problem).__name__.lower()
+    data = load_data(
+        settings.data,
+        image=settings.image,
+        text=settings.text,
+        label=settings.label,
+        problem=problem if problem in ("classes", "labels", "numbers") else None,
+        names=branch.labels,
+        split=False,
+    )
+    split = settings.split or ("test" if "test" in data.splits else "train")
+    if split not in data.splits or (settings.split is None and split == "train" and len(data.splits) > 1):
+        raise DataError(f"{settings.data} has the splits {', '.join(data.splits)}; choose one with --split")
+    mirror = averages_mirror_images(Path(settings.model))
+    scored = score(model, settings.task, data.splits[split], mirror=mirror, progress=not settings.quiet)
+    if settings.report:
+        from sidetuning.report import TRAINING, add_to_report
+
+        training = Path(settings.model) / "tasks" / settings.task / "training.json"
+        known = read_json(training, TRAINING, "train the task again") if training.exists() else None
+        add_to_report(settings.model, model, settings.task, scored, split, known)
+    return scored, [*data.notes, *(f"left out: {told}" for told in scored.unreadable)]
+
+
+def main(settings: Settings) -> None:
+    """Print the numbers, and a row per class."""
+    scored, notes = evaluate(settings)
+    for note in notes if not settings.quiet else ():
+        say(note, error=True)
+    scores = scored.scores()
+    table = scored.table() if scored.problem != "numbers" else []
+    if settings.json:
+        say(json.dumps({"task": settings.task, "scores": scores, "classes": table, "notes": notes}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    if scored.problem == "classes":
+        say(f"accuracy {scores['accuracy']:.1%}, 95 % interval {scores['low']:.1%} to {scores['high']:.1%}")
+    say(", ".join(f"{name} {value:.4g}" for name, value in scores.items() if name not in ("low", "high")))
+    if table:
+        shown = Table("class" if scored.problem == "classes" else "label", "rows", "precision", "recall", "F1")
+        for row in table:
+            numbers = (f"{row[name]:.1%}" for name in ("precision", "recall", "f1"))
+            shown.add_row(plain(row["name"]).replace("[", "\\["), str(row["rows"]), *numbers)
+        Console().print(shown)

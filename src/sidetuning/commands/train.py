@@ -1,0 +1,167 @@
+"""`sidetuning train DATA --base NAME --task NAME --out FOLDER`: a task from data of one's own."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from sidetuning.errors import TaskError
+from sidetuning.terminal import say
+
+if TYPE_CHECKING:
+    from sidetuning.auto import AutoResult
+    from sidetuning.tuner import SideTuner
+
+# Seconds of a unit of time.
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Learn a task from a folder of images, or a table of files or texts, beside the tasks that a model has."""
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder with one folder of images a class, CSV, Parquet or JSON Lines file, saved data set, or name on the Hub."""
+    task: str
+    """Name of the new task."""
+    out: str
+    """Model folder; a further task goes into the same one."""
+    base: str | None = None
+    """Pretrained network, such as timm:resnet50 or hf:bert-base-uncased; that of the model folder by default."""
+    weights: str | None = None
+    """Safetensors file of the base's weights, instead of those that its name stands for."""
+    image: str | None = None
+    """Column of image files."""
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Column of texts; given twice, the columns of pairs of texts."""
+    label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Column of the answers; given more than once, several labels or numbers."""
+    problem: str | None = None
+    """What answers mean: classes, labels or numbers; guessed by default."""
+    side: str = "auto"
+    """Side network: auto tries those that fit, none solves a linear head alone."""
+    budget: str = "2m"
+    """Time for trying sides, after the base pass: 30s, 2m, 1h."""
+    balance: bool = False
+    """Give all classes the same weight."""
+    mirror: bool = False
+    """Learn from mirror images too, at twice the time of the base pass."""
+    replace: bool = False
+    """Replace the task where the model has one of this name."""
+    cache: str | None = None
+    """Folder that keeps the base's features; by default they are deleted when the task is learned."""
+    seed: int = 0
+    """Seed of the splits and of training."""
+    quiet: bool = False
+    """Print the result alone."""
+
+
+def seconds_of(text: str) -> float:
+    """A time such as 90s, 2m or 1h in seconds; a number alone is seconds.
+
+    Raises:
+        TaskError: it is none.
+    """
+    number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS else (text, "s")
+    try:
+        value = float(number) * UNITS[unit]
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise TaskError(f"--budget is a time such as 30s, 2m or 1h, not '{text}'")
+    return value
+
+
+def train(settings: Settings) -> AutoResult:
+    """Learn the task, and save it with its report's numbers."""
+    from sidetuning.auto import auto
+    from sidetuning.data import load as load_data
+    from sidetuning.files import held_folder, write_json
+    from sidetuning.report import add_to_report
+    from sidetuning.scoring import score
+
+    out, budget = Path(settings.out), seconds_of(settings.budget)
+    folder, work = out / "tasks" / settings.task, out / ".work" / settings.task
+    tell = (lambda text: None) if settings.quiet else (lambda text: say(text, error=True))
+    if folder.exists() and not settings.replace and not work.exists():
+        raise TaskError(
+            f"{out} has a task '{settings.task}' already; choose another --task, or give --replace to learn it anew"
+        )
+    with held_folder(out):
+        data = load_data(
+            settings.data,
+            image=settings.image,
+            text=settings.text,
+            label=settings.label,
+            problem=settings.problem,
+            seed=settings.seed,
+        )
+        for note in data.notes:
+            tell(note)
+        model = opened(settings, out)
+        if settings.task in model:
+            # Its files stay until the new task's replace them.
+            model.remove_task(settings.task)
+        work.mkdir(parents=True, exist_ok=True)
+        result = auto(
+            model,
+            settings.task,
+            data,
+            cache=settings.cache or work,
+            side=settings.side,
+            budget=budget,
+            balance=settings.balance,
+            mirror=settings.mirror,
+            first=lambda found: found.save_task(settings.task, folder),
+            say=tell,
+            seed=settings.seed,
+            progress=not settings.quiet,
+        )
+        split = "test" if "test" in data.splits else "validation"
+        model.save_task(settings.task, folder, metrics=result.scores[split])
+        write_json(folder / "training.json", {**result.record(), "data": str(settings.data), "seed": settings.seed})
+        scored = score(model, settings.task, data.splits[split], progress=not settings.quiet)
+        add_to_report(out, model, settings.task, scored, split, result.record())
+        shutil.rmtree(work)
+        if not any(work.parent.iterdir()):
+            work.parent.rmdir()
+    return result
+
+
+def opened(settings: Settings, out: Path) -> SideTuner:
+    """The model of a folder, or a new one on the base that is named.
+
+    Raises:
+        TaskError: no base, or another one than the folder's.
+    """
+    from sidetuning.loading import load, load_base
+    from sidetuning.tuner import SideTuner
+
+    if not any(out.glob("tasks/*/side.json")):
+        if settings.base is None:
+            raise TaskError(f"{out} is a new model: name its base, such as --base timm:resnet50 or --base hf:NAME")
+        options: dict[str, Any] = {} if settings.weights is None else {"weights": settings.weights}
+        return SideTuner(load_base(settings.base, **options))
+    model = load(out)
+    spec = model.base.spec
+    if settings.base is not None and spec is not None and spec.name != settings.base:
+        same = settings.base.startswith(("hf:", "onnx:")) and spec.name.endswith(Path(settings.base[3:]).name)
+        if not same:
+            told = f"{out} is built on {spec.name}, not {settings.base}"
+            raise TaskError(f"{told}; leave --base out, or choose another --out")
+    return model
+
+
+def main(settings: Settings) -> None:
+    """Learn, and print what came of it."""
+    result = train(settings)
+    split = "test" if "test" in result.scores else "validation"
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.scores[split].items() if name != "samples")
+    rows = result.rows[split]
+    say(f"{settings.task}: {numbers} on {rows} {split} rows ({result.chosen}; {result.seconds:.0f} s)")
+    report = Path(settings.out) / "report.html"
+    say(f"saved in {settings.out}; look at {report}, or ask: sidetuning predict {settings.out} …")

@@ -1,0 +1,102 @@
+"""Rows of data: where each one's image or text lies, and its target."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Cells(Sequence[Any]):
+    """A column of images of a data set of the library datasets, read when they are asked for.
+
+    Args:
+        table: the data set, whose column has features `Image(decode=False)`, or holds bytes.
+        column: its name.
+        indices: the rows, by default all.
+    """
+
+    def __init__(self, table: Any, column: str, indices: Sequence[int] | None = None) -> None:
+        self.table, self.column = table, column
+        self.indices = range(len(table)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        cell = self.table[int(self.indices[index])][self.column]
+        if isinstance(cell, dict):
+            inner, path = cell.get("bytes"), cell.get("path")
+            return inner if inner is not None or path is None else Path(path)
+        return cell
+
+    def take(self, rows: Sequence[int]) -> Cells:
+        """Some of the rows."""
+        return Cells(self.table, self.column, [self.indices[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one task.
+
+    Attributes:
+        sources: what `base.transform` takes: paths, bytes, texts or pairs of texts.
+        targets: class numbers (n,), or labels or numbers (n, k).
+        places: how each row is called in messages, "cat/1.jpg" or "row 3 of table.csv".
+    """
+
+    sources: Sequence[Any]
+    targets: Tensor
+    places: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, rows: Sequence[int]) -> Rows:
+        """Some of the rows."""
+        sources = self.sources
+        taken = sources.take(rows) if isinstance(sources, Cells) else [sources[row] for row in rows]
+        return Rows(taken, self.targets[torch.as_tensor(rows, dtype=torch.long)], [self.places[row] for row in rows])
+
+    def fingerprint(self) -> str:
+        """A hash of the sources and targets; of files their paths, sizes and times."""
+        digest = hashlib.sha256(self.targets.numpy().tobytes())
+        if isinstance(self.sources, Cells):
+            digest.update(f"{self.sources.table._fingerprint} {self.sources.column}".encode())
+            digest.update(str(list(self.sources.indices)).encode())
+            return digest.hexdigest()
+        for source in self.sources:
+            about = source.stat() if isinstance(source, Path) and source.exists() else None
+            digest.update(repr((source, about and (about.st_size, about.st_mtime_ns))).encode("utf-8", "replace"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The data of one task.
+
+    Attributes:
+        splits: "train", "validation" and "test", as far as there are rows.
+        kind: "image" or "text".
+        problem: "classes", "labels" or "numbers".
+        names: of the classes, the labels or the numbers, in the order of the outputs.
+        notes: sentences: what was guessed, made and left out.
+    """
+
+    splits: dict[str, Rows]
+    kind: str
+    problem: str
+    names: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def counts(self, split: str = "train") -> list[int]:
+        """Rows of each class or label in a split; of numbers nothing."""
+        targets = self.splits[split].targets
+        if self.problem == "classes":
+            return torch.bincount(targets, minlength=len(self.names)).tolist()
+        return [int(n) for n in targets.nan_to_num().sum(0)] if self.problem == "labels" else []

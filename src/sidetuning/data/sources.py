@@ -1,0 +1,303 @@
+"""From what a user names to columns: folders of images by class by our own reader, tables by the library datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sidetuning.data.rows import Cells
+from sidetuning.errors import DataError
+from sidetuning.images import class_folders, hidden, image_endings, image_folder
+
+SPLITS = ("train", "validation", "test")
+# Other names of splits.
+OTHERS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}
+OTHERS |= {"testing": "test", "holdout": "test"}
+KINDS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json"}
+IMAGES = ("image", "img", "file", "file_name", "filename", "image_path", "filepath", "path", "photo", "picture")
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("sentence1", "sentence2"),
+    ("text1", "text2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+)
+PAIRS += (("question", "sentence"), ("question", "passage"), ("query", "document"))
+TEXTS = ("text", "sentence", "content", "review", "comment", "body", "message", "question", "title", "document")
+LABELS = ("label", "labels", "class", "fine_label", "category", "target", "targets", "y", "answer", "score", "rating")
+
+
+@dataclass
+class Opened:
+    """A source whose columns are known.
+
+    Attributes:
+        sources: by split, what the transform takes; None where a row has nothing.
+        answers: by split, a list for each label column.
+        places: by split, how each row is called.
+        kind: "image" or "text".
+        labels: names of the label columns.
+        classes: names of the classes where the source tells them.
+        notes, skipped: what was guessed, and by split what was left out already, with its count.
+    """
+
+    sources: dict[str, Sequence[Any]]
+    answers: dict[str, list[list[Any]]]
+    places: dict[str, Sequence[str]]
+    kind: str
+    labels: tuple[str, ...] = ("class",)
+    classes: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+    skipped: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+def open_source(
+    source: str | Path,
+    image: str | None,
+    texts: tuple[str, ...],
+    labels: tuple[str, ...],
+    revision: str | None,
+    configuration: str | None,
+) -> Opened:
+    """Find out what a source is, and its columns; arguments as of `data.load`."""
+    path = Path(source).expanduser()
+    saved = [path / name for name in ("dataset_dict.json", "state.json") if (path / name).is_file()]
+    if path.is_dir() and not saved:
+        roots = _split_folders(path)
+        folder_of_images = any(_holds_images(root) for root in roots.values())
+        if folder_of_images:
+            if image or texts or labels or revision or configuration:
+                raise DataError(f"{source} is a folder of images by class, which has no columns; leave them out")
+            return _images_by_class(roots)
+    with _quiet(str(source)) as datasets:
+        if saved:
+            tables = datasets.load_from_disk(str(path))
+        elif path.exists():
+            tables = _read_files(datasets, path)
+        elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) and path.suffix.lower() not in KINDS:
+            tables = datasets.load_dataset(str(source), configuration, revision=revision)
+        else:
+            raise DataError(f"{source} does not exist; give a folder of images by class, a table, or a Hub name")
+        tables = tables if isinstance(tables, Mapping) else {"train": tables}
+        return _columns(datasets, _named_splits(tables, str(source)), path, image, texts, labels)
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    """The folders of splits, where all folders are such; else the folder itself as "train"."""
+    inner = {f.name: f for f in path.iterdir() if f.is_dir() and not hidden(f.name)}
+    found = {_split_of(name): folder for name, folder in inner.items() if _split_of(name)}
+    if "train" in found and len(found) == len(inner):
+        return {split: found[split] for split in SPLITS if split in found}
+    return {"train": path}
+
+
+def _split_of(name: str) -> str:
+    """The split that a name stands for; empty for another name."""
+    name = OTHERS.get(name.lower(), name.lower())
+    return name if name in SPLITS else ""
+
+
+def _holds_images(root: Path) -> bool:
+    folders = [folder for paths in class_folders(root).values() for folder in paths]
+    return any(f.suffix.lower() in image_endings() for folder in folders for f in folder.rglob("*"))
+
+
+def _images_by_class(roots: Mapping[str, Path]) -> Opened:
+    every = {split: image_folder(root) for split, root in roots.items()}
+    names = sorted({name for found in every.values() for name in found.names})
+    opened = Opened({}, {}, {}, "image", classes=names)
+    for split, found in every.items():
+        opened.sources[split] = found.files
+        opened.answers[split] = [[found.names[label] for label in found.labels]]
+        opened.places[split] = [str(file.relative_to(roots[split])) for file in found.files]
+        opened.skipped[split] = Counter(found.skipped)
+    return opened
+
+
+@contextlib.contextmanager
+def _quiet(source: str) -> Iterator[Any]:
+    """The library datasets without its bars and warnings; what it raises becomes one sentence."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("tables and data sets of the Hub need datasets: pip install 'sidetuning[data]'") from error
+    from huggingface_hub.utils import logging as hub
+
+    bars, level, hub_level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity(), hub.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    # It would tell of every attempt to reach the Hub.
+    hub.set_verbosity_error()
+    try:
+        yield datasets
+    except (DataError, ImportError):
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        told = str(cause).partition("\n")[0][:200]
+        raise DataError(
+            f"{source} cannot be read ({type(cause).__name__}: {told}); check the name, the network and the format, or "
+            "give a folder of images by class, a CSV, Parquet or JSON Lines file, or a Hub name"
+        ) from error
+    finally:
+        datasets.logging.set_verbosity(level)
+        hub.set_verbosity(hub_level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _read_files(datasets: Any, path: Path) -> Any:
+    """A table, or a folder of tables by split."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and not hidden(f.name))
+    kinds = Counter(KINDS[f.suffix.lower()] for f in files if f.suffix.lower() in KINDS)
+    if not kinds:
+        what = path.suffix or "a file without an ending" if path.is_file() else "no image in a folder of its class"
+        raise DataError(
+            f"{path} holds {what}; give a folder with one folder of images a class, or a table that ends in "
+            f"{', '.join(KINDS)}"
+        )
+    if len(kinds) > 1:
+        raise DataError(f"{path} holds tables of several kinds ({', '.join(kinds)}); give one of the files")
+    (kind,) = kinds
+    files = [f for f in files if KINDS.get(f.suffix.lower()) == kind]
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.stem.lower())
+        split = next((found for word in words if (found := _split_of(word))), "train")
+        by_split.setdefault("train" if len(files) == 1 else split, []).append(str(file))
+    how = {"sep": _separator(files[0])} if kind == "csv" else {}
+    return datasets.load_dataset(kind, data_files=by_split, **how)
+
+
+def _separator(file: Path) -> str:
+    """What stands between the columns of a table, by its first line."""
+    if file.suffix.lower() == ".tsv":
+        return "\t"
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        first = lines.readline()
+    try:
+        return csv.Sniffer().sniff(first, ",;\t|").delimiter if "," not in first else ","
+    except csv.Error:
+        return ","
+
+
+def _named_splits(tables: Mapping[Any, Any], source: str) -> dict[str, Any]:
+    """Tables by our names of splits; others are left out where there is a "train"."""
+    known = {_split_of(str(name)): table for name, table in tables.items() if _split_of(str(name))}
+    if "train" not in known:
+        if len(tables) != 1:
+            raise DataError(f"{source} has the splits {', '.join(map(str, tables))}; one of them must be called train")
+        known = {"train": next(iter(tables.values()))}
+    return {split: known[split] for split in SPLITS if split in known}
+
+
+def _columns(
+    datasets: Any,
+    tables: dict[str, Any],
+    path: Path,
+    image: str | None,
+    texts: tuple[str, ...],
+    labels: tuple[str, ...],
+) -> Opened:
+    """Choose the columns of tables, and read them."""
+    first = tables["train"]
+    for column in (*([image] if image else []), *texts, *labels):
+        if column not in first.column_names:
+            raise DataError(f"{path} has no column '{column}'; it has {', '.join(first.column_names)}")
+    notes = []
+    given = bool(image or texts)
+    if not labels:
+        labels = (_label_column(datasets, first, {image, *texts}),)
+        notes.append(f"the answers are taken from the column '{labels[0]}' (--label)")
+    if not given:
+        image = _image_column(datasets, first, labels, path)
+        texts = () if image else _text_columns(first, labels)
+        option = "--image" if image else "--text"
+        notes.append(
+            f"{'images' if image else 'texts'} are taken from {_quoted((image,) if image else texts)} ({option})"
+        )
+    told = first.features[labels[0]]
+    # What class numbers are called.
+    inner = getattr(told, "feature", told)
+    classes = list(inner.names) if isinstance(inner, datasets.ClassLabel) and len(labels) == 1 else None
+    opened = Opened({}, {}, {}, "image" if image else "text", labels, classes, notes)
+    for split, table in tables.items():
+        opened.answers[split] = [table[column][:] for column in labels]
+        if classes is not None:
+            opened.answers[split] = [[_class_names(value, classes) for value in opened.answers[split][0]]]
+        opened.sources[split] = _images(datasets, table, image, path) if image else _texts(table, texts)
+        opened.places[split] = [f"row {i + 1} of {split}" for i in range(len(table))]
+    return opened
+
+
+def _class_names(value: Any, classes: list[str]) -> Any:
+    """The name of a class number, or those of a list of them; numbers below 0 stand for no label."""
+    if isinstance(value, (list, tuple)):
+        return [classes[k] for k in value]
+    return classes[value] if value is not None and value >= 0 else None
+
+
+def _quoted(names: Sequence[str | None]) -> str:
+    return f"the column{'s' * (len(names) > 1)} " + " and ".join(f"'{name}'" for name in names)
+
+
+def _label_column(datasets: Any, table: Any, taken: set[str | None]) -> str:
+    names = [name for name in table.column_names if name not in taken]
+    by_name = [name for wanted in LABELS for name in names if name.lower() == wanted]
+    marked = [name for name in names if isinstance(table.features[name], datasets.ClassLabel)]
+    if found := [*by_name, *marked]:
+        return str(found[0])
+    raise DataError(f"no column is called label; name it with --label, one of {', '.join(table.column_names)}")
+
+
+def _image_column(datasets: Any, table: Any, labels: tuple[str, ...], path: Path) -> str | None:
+    names = [name for name in table.column_names if name not in labels]
+    if marked := [name for name in names if isinstance(table.features[name], datasets.Image)]:
+        return str(marked[0])
+    for name in [name for wanted in IMAGES for name in names if name.lower() == wanted]:
+        value = next((cell for cell in table[name][:100] if cell), None)
+        if isinstance(value, dict) and "bytes" in value:
+            return str(name)
+        if isinstance(value, (bytes, str)):
+            ending = Path(value).suffix.lower() if isinstance(value, str) else ""
+            if isinstance(value, bytes) or ending in image_endings():
+                return str(name)
+    return None
+
+
+def _text_columns(table: Any, labels: tuple[str, ...]) -> tuple[str, ...]:
+    types = {name: getattr(table.features[name], "dtype", "") for name in table.column_names}
+    names = {n.lower(): n for n in types if n not in labels and types[n] in ("string", "large_string")}
+    for pair in PAIRS:
+        if all(name in names for name in pair):
+            return tuple(names[name] for name in pair)
+    by_name = [names[wanted] for wanted in TEXTS if wanted in names]
+    if not (found := by_name or list(names.values())):
+        raise DataError(f"no column holds images or texts ({', '.join(types)}); name it with --image or --text")
+    if not by_name and len(found) > 1:
+        raise DataError(f"several columns hold texts ({', '.join(found)}); name one with --text")
+    return (found[0],)
+
+
+def _texts(table: Any, columns: tuple[str, ...]) -> list[Any]:
+    """Texts or pairs of them; None where a part is missing or empty."""
+    read = [table[column][:] for column in columns]
+    rows = zip(*read)
+    whole = [row if all(isinstance(part, str) and part.strip() for part in row) else None for row in rows]
+    return [row if row is None or len(columns) > 1 else row[0] for row in whole]
+
+
+def _images(datasets: Any, table: Any, column: str, path: Path) -> Sequence[Any]:
+    """Images that lie in the table, read when asked for, or the paths of files; None where there is none."""
+    if isinstance(table.features[column], datasets.Image):
+        return Cells(table.cast_column(column, datasets.Image(decode=False)), column)
+    cells = table[column][:]
+    if not any(isinstance(cell, str) for cell in cells):
+        return Cells(table, column)
+    root = path if path.is_dir() else path.parent
+    return [root / cell if isinstance(cell, str) and cell else None for cell in cells]

@@ -1,0 +1,213 @@
+"""What the answers of a table mean: classes, labels or numbers; rows without a usable one are left out and counted."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidetuning.data.rows import Rows, TaskData
+from sidetuning.data.sources import Opened
+from sidetuning.errors import DataError
+
+# Different whole numbers up to which they are taken for classes, where each has this many rows on average.
+MOST_CLASSES, ROWS_EACH = 50, 5
+# What stands between the labels of one row.
+BETWEEN = re.compile(r"\s*[;|]\s*")
+# Rows that are named of those left out for one reason.
+NAMED = 3
+
+
+def understand(opened: Opened, problem: str | None, names: Sequence[str] | None) -> TaskData:
+    """Give every row its target.
+
+    Args:
+        opened: the columns.
+        problem, names: as of `data.load`.
+
+    Raises:
+        DataError: answers that are of no problem or not of the given one, or no row that can be used.
+    """
+    values = {split: _values(columns) for split, columns in opened.answers.items()}
+    every = [value for rows in values.values() for value in rows if value is not None]
+    if not every:
+        raise DataError(f"the column '{opened.labels[0]}' holds no answer; name another with --label")
+    notes = list(opened.notes)
+    if problem is None:
+        problem, why = _guess(every, values["train"], len(opened.labels), opened.classes)
+        if opened.kind == "text" or opened.labels != ("class",):
+            notes.append(f"the problem is '{problem}', since {why} (--problem)")
+    known = list(names) if names is not None else _names(problem, every, opened)
+    splits = {}
+    for split, rows in values.items():
+        reasons: dict[str, list[str]] = {}
+        targets, kept = [], []
+        for i, value in enumerate(rows):
+            target, reason = _target(value, problem, known)
+            reason = reason or _no_source(opened.sources[split], i)
+            if reason:
+                reasons.setdefault(reason, []).append(opened.places[split][i])
+            else:
+                targets.append(target)
+                kept.append(i)
+        notes += _left_out(split, reasons, opened.skipped.get(split, Counter()))
+        if kept:
+            whole = Rows(opened.sources[split], torch.zeros(len(rows)), opened.places[split]).take(kept)
+            dtype = torch.long if problem == "classes" else torch.float32
+            splits[split] = Rows(whole.sources, torch.tensor(targets, dtype=dtype), whole.places)
+    if "train" not in splits:
+        raise DataError(f"no row can be used: {'; '.join(notes)}")
+    data = TaskData(splits, opened.kind, problem, known, notes)
+    notes += _balance(data)
+    return data
+
+
+def _values(columns: list[list[Any]]) -> list[Any]:
+    """A value for each row: the cell, or a list of those of several columns; None where one is missing."""
+    cells = [[None if _missing(cell) else cell for cell in column] for column in columns]
+    if len(cells) == 1:
+        return cells[0]
+    return [None if any(cell is None for cell in row) else list(row) for row in zip(*cells)]
+
+
+def _missing(cell: Any) -> bool:
+    return (
+        cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, str) and not cell.strip())
+    )
+
+
+def _guess(every: list[Any], train: list[Any], columns: int, classes: list[str] | None) -> tuple[str, str]:
+    """The problem of some answers, and why."""
+    first = every[0]
+    if columns > 1:
+        flags = all(cell in (0, 1) for row in every for cell in row)
+        return ("labels", "every column is yes or no") if flags else ("numbers", "several columns hold numbers")
+    if isinstance(first, (list, tuple)):
+        if all(isinstance(cell, float) for row in every for cell in row):
+            return "numbers", "each answer is a list of numbers"
+        return "labels", "each answer is a list"
+    if classes is not None:
+        return "classes", f"the data name {len(classes)} classes"
+    distinct = set(every)
+    if all(isinstance(value, bool) for value in every):
+        return "classes", "the answers are yes or no"
+    if all(isinstance(value, (int, float)) for value in every):
+        whole = all(float(value).is_integer() for value in every)
+        few = len(distinct) <= MOST_CLASSES and len(distinct) * ROWS_EACH <= len(train)
+        if whole and few:
+            return "classes", f"the answers are {len(distinct)} whole numbers, again and again"
+        return "numbers", f"the answers are {len(distinct)} different numbers"
+    parts = {part for value in every for part in BETWEEN.split(str(value))}
+    if len(parts) < len(distinct) and len(parts) * 2 <= len(every):
+        return "labels", f"the answers are {len(parts)} labels, several in one cell"
+    if len(distinct) * 2 > len(every) and len(every) > 2 * ROWS_EACH:
+        raise DataError(
+            f"the answers are {len(distinct)} different texts in {len(every)} rows, such as '{str(first)[:40]}', which "
+            "are no classes; name another column with --label"
+        )
+    return "classes", f"the answers are {len(distinct)} texts"
+
+
+def _names(problem: str, every: list[Any], opened: Opened) -> list[str]:
+    """The names of the outputs."""
+    if problem == "classes":
+        return opened.classes or [_name(value) for value in sorted(set(every), key=_order)]
+    if len(opened.labels) > 1:
+        return list(opened.labels)
+    if problem == "labels":
+        found = {part for value in every for part in _parts(value)}
+        return opened.classes or [_name(part) for part in sorted(found, key=_order)]
+    count = len(every[0]) if isinstance(every[0], (list, tuple)) else 1
+    return [opened.labels[0]] if count == 1 else [f"{opened.labels[0]} {k + 1}" for k in range(count)]
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    """Numbers by size, then texts by alphabet."""
+    return (0, float(value), "") if isinstance(value, (int, float)) else (1, 0.0, str(value))
+
+
+def _name(value: Any) -> str:
+    """A class as a text; 3.0 is 3."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def _parts(value: Any) -> list[Any]:
+    """The labels of one row."""
+    return list(value) if isinstance(value, (list, tuple)) else [p for p in BETWEEN.split(str(value)) if p]
+
+
+def _target(value: Any, problem: str, names: list[str]) -> tuple[Any, str]:
+    """The target of an answer, or why there is none."""
+    if value is None:
+        return None, "no answer"
+    if problem == "classes":
+        name = _name(value)
+        return (names.index(name), "") if name in names else (None, f"the unknown class '{name:.40}'")
+    if problem == "labels":
+        if isinstance(value, list) and len(value) == len(names) and all(cell in (0, 1) for cell in value):
+            return [float(cell) for cell in value], ""
+        parts = {_name(part) for part in _parts(value)}
+        if strange := sorted(parts - set(names)):
+            return None, f"the unknown label '{strange[0]:.40}'"
+        return [float(name in parts) for name in names], ""
+    try:
+        numbers = [float(cell) for cell in (value if isinstance(value, (list, tuple)) else [value])]
+    except (TypeError, ValueError):
+        return None, f"an answer that is no number ('{value!s:.40}')"
+    if len(numbers) != len(names):
+        return None, f"{len(numbers)} numbers in place of {len(names)}"
+    return (numbers, "") if all(map(math.isfinite, numbers)) else (None, "an answer that is not finite")
+
+
+def _no_source(sources: Sequence[Any], row: int) -> str:
+    """Why a row has no image or text; images are looked at when they are decoded."""
+    if not isinstance(sources, list):
+        return ""
+    if sources[row] is None:
+        return "no image or text"
+    return "a missing file" if isinstance(sources[row], Path) and not sources[row].is_file() else ""
+
+
+def _left_out(split: str, reasons: dict[str, list[str]], skipped: Counter[str]) -> list[str]:
+    """Sentences about what was left out of a split."""
+    notes = []
+    for reason, places in reasons.items():
+        shown = ", ".join(places[:NAMED]) + ", …" * (len(places) > NAMED)
+        notes.append(f"left out of {split}: {len(places)} with {reason} ({shown})")
+    notes += [f"left out of {split}: {count} {reason}" for reason, count in sorted(skipped.items())]
+    return notes
+
+
+def _balance(data: TaskData) -> list[str]:
+    """What the classes' numbers of training rows tell."""
+    counts = data.counts()
+    notes = []
+    if empty := [name for name, count in zip(data.names, counts) if not count]:
+        shown = ", ".join(empty[:5]) + ", …" * (len(empty) > 5)
+        notes.append(f"{len(empty)} of {len(data.names)} classes or labels have no training row ({shown})")
+    found = [count for count in counts if count]
+    if data.problem == "classes" and len(found) < 2:
+        raise DataError(f"all rows are of one class, '{data.names[counts.index(max(counts))]}'; give two or more")
+    if data.problem == "classes" and max(found) >= 5 * min(found):
+        most, least = (data.names[counts.index(edge(found))] for edge in (max, min))
+        notes.append(
+            f"the classes are uneven: '{most}' has {max(found)} training rows, '{least}' {min(found)}; --balance gives "
+            "all the same weight"
+        )
+    return notes
+
+
+def stratum(targets: Tensor, problem: str) -> Tensor:
+    """The group of each row, whose share is kept in all splits: its class, first label, or fifth of the numbers."""
+    if problem == "classes":
+        return targets
+    if problem == "labels":
+        return torch.where(targets.any(1), targets.argmax(1), -1)
+    first = targets[:, 0]
+    return torch.bucketize(first, first.quantile(torch.tensor([0.2, 0.4, 0.6, 0.8])))

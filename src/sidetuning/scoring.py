@@ -1,0 +1,193 @@
+"""A task's answers to rows of data, and what they are worth: accuracy with its interval, per class, calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from sidetuning.data import Rows
+from sidetuning.errors import DataError, TaskError
+from sidetuning.tuner import SideTuner
+
+# Rows of a base pass; bins of the calibration; the normal quantile of a 95 % interval.
+BATCH, BINS, QUANTILE = 32, 10, 1.96
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A task's outputs for rows.
+
+    Attributes:
+        rows: those that could be read.
+        outputs: (n, outputs): probabilities of classes and labels, or numbers.
+        problem: "classes", "labels" or "numbers".
+        names: of the outputs.
+        unreadable: sentences about rows that could not be read.
+    """
+
+    rows: Rows
+    outputs: Tensor
+    problem: str
+    names: list[str]
+    unreadable: list[str]
+
+    @property
+    def predicted(self) -> Tensor:
+        """The most probable class (n,), labels (n, k) as booleans, or the numbers."""
+        if self.problem == "classes":
+            return self.outputs.argmax(1)
+        return self.outputs > 0.5 if self.problem == "labels" else self.outputs
+
+    @property
+    def right(self) -> Tensor:
+        """Whether the answer to each row is right; of labels all of them."""
+        right = self.predicted == self.rows.targets.to(self.predicted.dtype)
+        return right.all(1) if right.ndim > 1 else right
+
+    def scores(self) -> dict[str, float]:
+        """The numbers of all rows."""
+        targets, n = self.rows.targets, len(self.rows)
+        if self.problem == "numbers":
+            errors = (self.outputs - targets).abs()
+            around = (targets - targets.mean(0)).square().sum(0).clamp(min=1e-12)
+            explained = 1 - (self.outputs - targets).square().sum(0) / around
+            rmse = math.sqrt(float((self.outputs - targets).square().mean()))
+            return {"mae": float(errors.mean()), "rmse": rmse, "r2": float(explained.mean()), "samples": float(n)}
+        if self.problem == "labels":
+            each = (self.predicted == targets.bool()).float().mean()
+            table = self.table()
+            f1 = sum(row["f1"] for row in table) / len(table)
+            return {
+                "accuracy": float(each),
+                "all right": float(self.right.float().mean()),
+                "f1": f1,
+                "samples": float(n),
+            }
+        low, high = interval(int(self.right.sum()), n)
+        seen = [row for row in self.table() if row["rows"]]
+        balanced = sum(row["recall"] for row in seen) / len(seen)
+        accuracy = float(self.right.float().mean())
+        loss = -float(self.outputs[torch.arange(n), targets].clamp(min=1e-12).log().mean())
+        f1 = sum(row["f1"] for row in seen) / len(seen)
+        numbers = {
+            "accuracy": accuracy,
+            "low": low,
+            "high": high,
+            "balanced accuracy": balanced,
+            "f1": f1,
+            "loss": loss,
+        }
+        return {**numbers, "calibration error": self.calibration_error(), "samples": float(n)}
+
+    def table(self) -> list[dict[str, Any]]:
+        """Per class or label: its rows, precision, recall and F1."""
+        if self.problem == "classes":
+            truth, said = (F.one_hot(t, len(self.names)).bool() for t in (self.rows.targets, self.predicted))
+        else:
+            truth, said = self.rows.targets.bool(), self.predicted
+        hits, rows, claims = (x.sum(0).tolist() for x in (truth & said, truth, said))
+        return [
+            {
+                "name": name,
+                "rows": rows[k],
+                "precision": hits[k] / claims[k] if claims[k] else 0.0,
+                "recall": hits[k] / rows[k] if rows[k] else 0.0,
+                "f1": 2 * hits[k] / (rows[k] + claims[k]) if rows[k] + claims[k] else 0.0,
+            }
+            for k, name in enumerate(self.names)
+        ]
+
+    def confusion(self) -> Tensor:
+        """Rows of each class (first dimension) by the class that was answered (k, k)."""
+        k = len(self.names)
+        return torch.bincount(self.rows.targets * k + self.predicted, minlength=k * k).view(k, k)
+
+    def calibration(self) -> list[tuple[float, float, int]]:
+        """Mean probability, share that was right, and rows, of the answers in ten bins of probability."""
+        top = self.outputs.max(1).values
+        bins = (top * BINS).long().clamp(max=BINS - 1)
+        found = []
+        for k in bins.unique().tolist():
+            inside = bins == k
+            found.append((float(top[inside].mean()), float(self.right[inside].float().mean()), int(inside.sum())))
+        return found
+
+    def calibration_error(self) -> float:
+        """How far probability and share differ, on average over rows."""
+        return sum(n * abs(p - share) for p, share, n in self.calibration()) / max(1, len(self.rows))
+
+    def mistakes(self, most: int) -> list[int]:
+        """The rows with wrong answers, the most certain ones first; of numbers those with the largest errors."""
+        if self.problem == "numbers":
+            return (self.outputs - self.rows.targets).abs().sum(1).argsort(descending=True)[:most].tolist()
+        sure = self.outputs.max(1).values if self.problem == "classes" else (self.outputs - 0.5).abs().max(1).values
+        wrong = (~self.right).nonzero().flatten()
+        return wrong[sure[wrong].argsort(descending=True, stable=True)][:most].tolist()
+
+
+def interval(right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    share, z = right / n, QUANTILE**2 / n
+    middle, half = (share + z / 2) / (1 + z), QUANTILE / (1 + z) * math.sqrt(share * (1 - share) / n + z / (4 * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@torch.no_grad()
+def score(model: SideTuner, task: str, rows: Rows, *, mirror: bool = False, progress: bool = True) -> Scored:
+    """Ask a task about rows whose answers are known; each is prepared as in the task's training.
+
+    Args:
+        model, task: the model and the task.
+        rows: the rows, with targets in the order of the task's labels.
+        mirror: average over each image and its mirror image.
+        progress: show a bar.
+
+    Raises:
+        DataError: no row can be read.
+        TaskError: a task of another problem than classes, labels or numbers.
+    """
+    branch = model[task]
+    problem = type(branch.problem).__name__.lower()
+    if problem not in ("classes", "labels", "numbers"):
+        raise TaskError(f"task '{task}' answers with {problem}, which are not scored from rows; use st.evaluate")
+    outputs, kept, unreadable = [], [], []
+    for start in tqdm(range(0, len(rows), BATCH), task, disable=not progress, leave=False):
+        batch = range(start, min(start + BATCH, len(rows)))
+        found, readable, told = _readable(model, task, rows, batch, mirror)
+        outputs += found
+        kept += readable
+        unreadable += told
+    if not kept:
+        raise DataError(f"no row can be read: {'; '.join(unreadable[:3])}")
+    names = branch.labels or [str(k) for k in range(len(outputs[0]))]
+    return Scored(rows.take(kept), torch.tensor(outputs), problem, names, unreadable)
+
+
+def _readable(
+    model: SideTuner, task: str, rows: Rows, batch: Sequence[int], mirror: bool
+) -> tuple[list[list[float]], list[int], list[str]]:
+    """Values by output, of the rows of a batch that can be read; and what is wrong with the others."""
+    batch = list(batch)
+    try:
+        found = model.predict([rows.sources[i] for i in batch], [task], mirror=mirror)[task]
+    except DataError as error:
+        if len(batch) == 1:
+            return [], [], [f"{rows.places[batch[0]]}: {error}"]
+        parts = [_readable(model, task, rows, [i], mirror) for i in batch]
+        found_all = [value for part in parts for value in part[0]]
+        return found_all, [i for part in parts for i in part[1]], [text for part in parts for text in part[2]]
+    names = model[task].labels
+    values = []
+    for answers in found:
+        by_name = {answer.label: answer.value for answer in answers}
+        if len(by_name) != len(answers):
+            raise TaskError(f"two outputs of task '{task}' have the same name; give its labels other names")
+        values.append([by_name[name] for name in names or [str(k) for k in range(len(by_name))]])
+    return values, batch, []

@@ -1,0 +1,158 @@
+"""A task learned from data alone: taps are chosen, features kept once, candidates tried, the best one kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sidetuning as st
+from conftest import conv_base, mlp_base
+from data_parts import stages_base, write_digits, write_texts
+from sidetuning import encoding
+from sidetuning.auto import auto
+from sidetuning.data import load
+from sidetuning.encoding import encode
+from sidetuning.tapping import spread, with_chosen_taps
+from text_parts import write_encoder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits"), (0, 1, 7), 30)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> st.Base:
+    folder = tmp_path_factory.mktemp("encoder")
+    write_encoder(folder)
+    return st.load_base(f"hf:{folder}")
+
+
+def test_taps_are_the_last_stages_or_blocks_spread_evenly(encoder: st.Base) -> None:
+    assert list(with_chosen_taps(stages_base()).tap_shapes) == ["one", "two"]
+    packaged = with_chosen_taps(st.load_base("resnet44-cifar10"))
+    assert list(packaged.tap_shapes) == ["layer1", "layer2", "layer3"]
+    assert list(with_chosen_taps(encoder).tap_shapes) == ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"]
+    assert list(with_chosen_taps(conv_base(("2",))).tap_shapes) == ["2"]
+    assert not with_chosen_taps(mlp_base()).tap_shapes
+    assert spread([str(k) for k in range(12)]) == ["2", "5", "8", "11"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "tf_efficientnet_lite0"])
+def test_timm_tells_the_stages_of_its_models(name: str) -> None:
+    pytest.importorskip("timm")
+    tapped = with_chosen_taps(st.load_base(f"timm:{name}", pretrained=False))
+    assert len(tapped.tap_shapes) == (4 if "vit" in name else 3)
+
+
+def test_features_are_the_bases_and_bad_images_are_left_out(digits: Path, tmp_path: Path) -> None:
+    base, rows = stages_base(), load(digits, split=False).splits["train"].take(range(0, 90, 10))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    sources, targets = [*rows.sources, tmp_path / "broken.png"], torch.cat([rows.targets, rows.targets[:1]])
+    broken = st.data.Rows(sources, targets, [*rows.places, "broken.png"])
+    for _ in range(2):
+        encoded = encode(base, broken, tmp_path / "cache", progress=False)
+        assert encoded.kept == list(range(9)) and "broken.png: " in encoded.unreadable[0]
+    ((x, features, y),) = encoded.loader()
+    assert base.transform is not None
+    assert torch.equal(x, base.transform.batch(rows.sources)) and torch.equal(y, rows.targets)
+    assert torch.allclose(features.out, base(x).out, atol=1e-3)
+
+
+def test_rows_of_rare_classes_are_repeated(digits: Path, tmp_path: Path) -> None:
+    rows = load(digits, split=False).splits["train"].take([*range(20), *range(60, 65)])
+    encoded = encode(stages_base(), rows, tmp_path, progress=False)
+    targets = torch.cat([y for _, _, y in encoded.loader(balance=True)])
+    assert torch.bincount(targets).tolist() == [20, 0, 20]
+    assert len(torch.cat([y for _, _, y in encoded.loader()])) == 25
+
+
+def test_mirror_images_are_a_second_view(digits: Path, tmp_path: Path) -> None:
+    rows = load(digits, split=False).splits["train"].take(range(8))
+    cached = encode(stages_base(), rows, tmp_path, mirror=True, progress=False).cached
+    views = []
+    for cached.view in (0, 1):
+        views.append(cached[0][0])
+    assert torch.equal(views[0].flip(-1), views[1])
+
+
+def test_texts_are_encoded_token_by_token(encoder: st.Base, tmp_path: Path) -> None:
+    data = load(write_texts(tmp_path / "a.jsonl", 12), split=False)
+    x, features, y = next(iter(encode(encoder, data.splits["train"], tmp_path, progress=False).loader()))
+    assert torch.allclose(features.out, encoder(x).out * x["attention_mask"].unsqueeze(-1), atol=1e-2)
+    assert torch.equal(y, data.splits["train"].targets)
+
+
+def learned(digits: Path, cache: Path, **options: Any) -> tuple[st.SideTuner, st.AutoResult, list[str]]:
+    model, said = st.SideTuner(stages_base()), list[str]()
+    result = auto(model, "digits", digits, cache=cache, budget=3, say=said.append, progress=False, **options)
+    return model, result, said
+
+
+def test_a_task_is_learned_without_options(digits: Path, tmp_path: Path) -> None:
+    first: list[float] = []
+
+    def see(model: st.SideTuner) -> None:
+        first.append(model.predict(next(digits.rglob("*.png")), top=1)["digits"][0].value)
+
+    model, result, said = learned(digits, tmp_path, first=see)
+    assert model.tasks == ["digits"] and model["digits"].labels == ["digit-0", "digit-1", "digit-7"] and len(first) == 1
+    names = [attempt.name for attempt in result.attempts]
+    assert names[0] == "linear head, closed form" and len(names) == 4 and result.chosen in names
+    assert result.chosen == min(result.attempts, key=lambda attempt: attempt.loss).name
+    assert result.scores["validation"]["accuracy"] > 0.7
+    assert all(any(name in text for text in said) for name in names)
+    # The same call again takes up what is there, and ends with the same weights.
+    again, other, _ = learned(digits, tmp_path)
+    assert other.chosen == result.chosen and other.scores == result.scores
+    assert all(torch.equal(a, b) for a, b in zip(again["digits"].parameters(), model["digits"].parameters()))
+
+
+def test_a_linear_head_alone_takes_no_time(digits: Path, tmp_path: Path) -> None:
+    model, result, _ = learned(digits, tmp_path, side="none")
+    assert [attempt.name for attempt in result.attempts] == ["linear head, closed form"]
+    assert model["digits"].side is None and not model.base.tap_shapes
+
+
+def test_other_tasks_do_not_change(digits: Path, tmp_path: Path) -> None:
+    model = st.SideTuner(stages_base())
+    model.add_task("old", side="fcn4", head=2, seed=0)
+    x = torch.rand(2, 3, 32, 32)
+    before: Tensor = model(x, "old").detach()
+    auto(model, "digits", digits, cache=tmp_path, budget=1, progress=False)
+    assert torch.equal(model(x, "old"), before) and model.tasks == ["old", "digits"]
+
+
+def test_texts_are_learned(encoder: st.Base, tmp_path: Path) -> None:
+    model = st.SideTuner(encoder)
+    data = load(write_texts(tmp_path / "a.jsonl", 120))
+    result = auto(model, "about", data, cache=tmp_path, budget=2, progress=False)
+    assert result.scores["test"]["accuracy"] > 0.7
+    assert model.predict("the old tower was red in the big river", top=1)["about"][0].label == "colour"
+
+
+def test_features_that_take_too_much_room_are_of_fewer_taps(
+    digits: Path, encoder: st.Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = stages_base()
+    tapped, rows = with_chosen_taps(base), load(digits, split=False).splits["train"]
+    whole = encoding.bytes_of(tapped, rows)
+    monkeypatch.setattr(encoding, "MOST_BYTES", whole - 1)
+    assert list(encoding.affordable(tapped, base, rows).tap_shapes) == ["two"]
+    monkeypatch.setattr(encoding, "MOST_BYTES", 0)
+    assert not encoding.affordable(tapped, base, rows).tap_shapes
+
+
+def test_what_cannot_be_learned_is_said(digits: Path, encoder: st.Base, tmp_path: Path) -> None:
+    with pytest.raises(st.DataError, match="the data are images and this base reads texts"):
+        auto(st.SideTuner(encoder), "digits", digits, cache=tmp_path)
+    with pytest.raises(st.DataError, match="reads neither images nor texts"):
+        auto(st.SideTuner(mlp_base()), "digits", digits, cache=tmp_path)
+    with pytest.raises(st.TaskError, match="budget must be a positive number"):
+        auto(st.SideTuner(stages_base()), "digits", digits, cache=tmp_path, budget=0)
+    with pytest.raises(st.TaskError, match=r"the side 'fusoin' cannot be tried: .* did you mean 'fusion'"):
+        learned(digits, tmp_path, side="fusoin")

@@ -1,0 +1,208 @@
+"""`sidetuning train`, `evaluate` and `predict` on data of one's own, as the quickstart shows them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sidetuning as st
+from conftest import map_base
+from data_parts import write_digits, write_texts
+from sidetuning.cli import main
+from sidetuning.commands.train import seconds_of
+from sidetuning.pictures import save_map
+from text_parts import write_encoder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two folders of photographs, and a model that has learned both."""
+    root = tmp_path_factory.mktemp("own")
+    write_digits(root / "round", (0, 6, 8), 30)
+    write_digits(root / "straight", (1, 4, 7), 30)
+    write_digits(root / "holdout", (0, 6, 8), 10, first=40)
+    out = str(root / "my-model")
+    first = ["train", str(root / "round"), "--base", "resnet44-cifar10", "--task", "round", "--out", out]
+    main([*first, "--budget", "2s", "--quiet"])
+    main(["train", str(root / "straight"), "--task", "straight", "--out", out, "--side", "none", "--quiet"])
+    return root
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    capsys.readouterr()
+    main([str(argument) for argument in arguments])
+    done = capsys.readouterr()
+    return done.out, done.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("sidetuning: ")
+    return told
+
+
+def test_a_model_folder_holds_both_tasks_and_nothing_else(place: Path) -> None:
+    model = st.load(place / "my-model")
+    assert set(model.tasks) == {"round", "straight"} and model["round"].labels == ["digit-0", "digit-6", "digit-8"]
+    names = {path.name for path in (place / "my-model").rglob("*") if path.is_file()}
+    assert names == {"side.json", "side.safetensors", "training.json", "report.json", "report.html"}
+
+
+def test_a_holdout_is_scored(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, "evaluate", place / "my-model", "--task", "round", place / "holdout", "--quiet")
+    share = re.findall(r"accuracy ([\d.]+)%, 95 % interval ([\d.]+)% to ([\d.]+)%", out)[0]
+    assert float(share[1]) < float(share[0]) < float(share[2]) and float(share[0]) > 60
+    out, _ = run(capsys, "evaluate", place / "my-model", "--task", "round", place / "holdout", "--json", "--quiet")
+    told = json.loads(out)
+    assert told["scores"]["samples"] == 30 and [row["rows"] for row in told["classes"]] == [10, 10, 10]
+    assert round(100 * told["scores"]["accuracy"], 1) == float(share[0])
+
+
+def test_classes_that_the_task_does_not_have_are_left_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, notes = run(capsys, "evaluate", place / "my-model", "--task", "straight", write_both(place))
+    assert "10 with the unknown class 'digit-0'" in notes
+
+
+def write_both(place: Path) -> Path:
+    folder = place / "both"
+    if not folder.exists():
+        write_digits(folder, (0, 1, 7), 10, first=40)
+    return folder
+
+
+def test_answers_are_tables_lines_of_json_and_csv(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted((place / "holdout").rglob("*.png"))
+    out, _ = run(capsys, "predict", place / "my-model", *files[:2], "--top", 2, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["source"] for row in rows] == [str(file) for file in files[:2]]
+    model = st.load(place / "my-model")
+    expected = model.predict(files[0], top=2)
+    for task in model.tasks:
+        found = {answer["label"]: answer["value"] for answer in rows[0]["tasks"][task]}
+        assert found == pytest.approx(dict(expected[task]), abs=1e-5) and len(found) == 2
+    out, _ = run(capsys, "predict", place / "my-model", place / "holdout", "--csv", "--task", "round", "--quiet")
+    lines = out.splitlines()
+    assert lines[0] == "source,task,answer,value" and len(lines) == 31
+    assert lines[1].split(",")[1:3] == ["round", expected["round"][0].label]
+    out, _ = run(capsys, "predict", place / "my-model", files[0])
+    assert "round" in out and "straight" in out and expected["round"][0].label in out
+
+
+def test_an_image_may_come_from_standard_input(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = next((place / "holdout").rglob("*.png"))
+    with file.open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        out, _ = run(capsys, "predict", place / "my-model", "-", "--json")
+    assert (
+        json.loads(out)["tasks"] == json.loads(run(capsys, "predict", place / "my-model", file, "--json")[0])["tasks"]
+    )
+
+
+def test_the_report_needs_no_network_and_shows_mistakes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "evaluate", place / "my-model", "--task", "straight", write_both(place), "--report", "--quiet")
+    page = (place / "my-model/report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page) and "http" not in page.replace("http://www.w3.org", "")
+    for part in ("Learning curves", "Calibration", "Confusion", "What was tried", "The data", "prefers-color-scheme"):
+        assert part in page
+    ids = re.findall(r'id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    told = json.loads((place / "my-model/tasks/round/report.json").read_text())
+    assert page.count("data:image/jpeg") >= len(told["mistakes"])
+
+
+def test_tasks_are_not_overwritten_unless_asked(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(place / "my-model", out)
+    arguments = ("train", place / "holdout", "--task", "round", "--out", out, "--side", "none", "--quiet")
+    assert "has a task 'round' already" in refused(capsys, *arguments)
+    before = (out / "tasks/round/side.safetensors").read_bytes()
+    other = (out / "tasks/straight/side.safetensors").read_bytes()
+    assert "round: " in run(capsys, *arguments, "--replace")[0]
+    assert (out / "tasks/round/side.safetensors").read_bytes() != before
+    assert (out / "tasks/straight/side.safetensors").read_bytes() == other
+
+
+def test_a_run_that_was_killed_goes_on(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ("train", place / "round", "--base", "resnet44-cifar10", "--task", "round", "--out", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sidetuning.auto.fit", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, arguments), "--budget", "2s", "--quiet"])
+    assert stop.value.code == 130
+    # What was learned first answers already.
+    assert st.load(tmp_path)["round"].side is None
+    _, said = run(capsys, *arguments, "--budget", "2s")
+    assert "caching" not in said and "fusion" in said and not (tmp_path / ".work").exists()
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_texts_come_from_a_table_a_file_and_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "encoder").mkdir()
+    write_encoder(tmp_path / "encoder")
+    table, out = write_texts(tmp_path / "a.jsonl", 120), tmp_path / "model"
+    base = f"hf:{tmp_path / 'encoder'}"
+    done, notes = run(capsys, "train", table, "--base", base, "--task", "about", "--out", out, "--budget", "1s")
+    assert "texts are taken from the column 'text'" in notes and "saved in" in done
+    texts = ["the old tower was red in the big river", "the old tower was 1815 in the big river"]
+    (tmp_path / "asked.txt").write_text("\n".join(texts))
+    for sources in (texts, [str(tmp_path / "asked.txt")]):
+        told, _ = run(capsys, "predict", out, *sources, "--csv")
+        assert [line.split(",")[2] for line in told.splitlines()] == ["answer", "colour", "number"]
+    assert "What was tried" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("2m", 120), ("1h", 3600), ("5", 5), ("0.5m", 30)])
+def test_times_have_units(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "two", "-1s", "nan", "0s"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(st.TaskError, match="--budget is a time such as 30s"):
+        seconds_of(text)
+
+
+def test_mistakes_are_one_sentence(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = place / "my-model"
+    new = ("--task", "new", "--out")
+    assert "name its base" in refused(capsys, "train", place / "round", *new, tmp_path / "none")
+    assert "is built on resnet44-cifar10" in refused(
+        capsys, "train", place / "round", "--base", "timm:resnet18", *new, out
+    )
+    assert "does not exist" in refused(capsys, "train", place / "nowhere.csv", *new, out)
+    assert "--budget is a time" in refused(capsys, "train", place / "round", *new, out, "--budget", "soon")
+    assert "did you mean 'round'" in refused(capsys, "evaluate", out, "--task", "rond", place / "holdout")
+    assert "did you mean 'round'" in refused(capsys, "predict", out, "a.png", "--task", "rond")
+    assert "missing.png cannot be read" in refused(capsys, "predict", out, place / "missing.png")
+    assert "choose --json or --csv" in refused(capsys, "predict", out, "a.png", "--json", "--csv")
+    (tmp_path / "empty").mkdir()
+    assert "holds no image file" in refused(capsys, "predict", out, tmp_path / "empty")
+
+
+def test_dense_tasks_write_pictures(tmp_path: Path) -> None:
+    model = st.SideTuner(map_base())
+    model.add_task("parts", side="fcn4", head="pixels", head_options={"channels": 5}, problem="classes", seed=0)
+    answer = model.predict(torch.zeros(3, 40, 40, dtype=torch.uint8))["parts"]
+    path = save_map(answer, tmp_path, "a photo-parts")
+    assert path == tmp_path / "a-photo-parts.png" and path.stat().st_size > 0
+    assert (tmp_path / "a-photo-parts.npy").exists()
+    assert save_map(torch.rand(1, 8, 8), tmp_path, "depth").exists()
