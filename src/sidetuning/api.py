@@ -4,6 +4,7 @@ from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
 from sidetuning.candidates import Candidate, SweepResult, Trial, sweep
+from sidetuning.changing import forget, update
 from sidetuning.closed_form import SolveResult, solve
 from sidetuning.distillation import distill
 from sidetuning.errors import (
@@ -67,6 +68,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "forget",
     "load",
     "load_base",
     "loader_over",
@@ -76,4 +78,5 @@ __all__ = [
     "solve",
     "sweep",
     "train",
+    "update",
 ]
