@@ -6,6 +6,7 @@ from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
 from sidetuning.callbacks import Callback
 from sidetuning.candidates import Candidate, SweepResult, Trial, sweep
+from sidetuning.changing import forget, update
 from sidetuning.closed_form import SolveResult, solve
 from sidetuning.distillation import distill
 from sidetuning.errors import (
@@ -26,6 +27,8 @@ from sidetuning.loop import TrainResult, train
 from sidetuning.merges import MERGES, Merge
 from sidetuning.objective import accuracy
 from sidetuning.predicting import Answer
+from sidetuning.router import Routes
+from sidetuning.routing import learn_routes
 from sidetuning.seeding import seeded
 from sidetuning.sides import SIDES, Side
 from sidetuning.training import evaluate, fit
@@ -53,6 +56,7 @@ __all__ = [
     "ImageTransform",
     "Input",
     "Merge",
+    "Routes",
     "ShapeError",
     "Side",
     "SideTuner",
@@ -72,6 +76,8 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "forget",
+    "learn_routes",
     "load",
     "load_base",
     "loader_over",
@@ -81,4 +87,5 @@ __all__ = [
     "solve",
     "sweep",
     "train",
+    "update",
 ]
