@@ -7,7 +7,7 @@ CODE := src bench examples tests
 # A process per core; in each, torch's own threads would only be in the way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-oldest lint format zoo clean
+.PHONY: demo test test-all test-oldest lint docs format zoo clean
 
 demo: .venv/demo-ready
 	$(BIN)/sidetuning bench demo
@@ -15,7 +15,7 @@ demo: .venv/demo-ready
 test: lint
 	$(PYTEST) -m "not slow"
 
-test-all: lint
+test-all: lint docs
 	$(PYTEST)
 
 # The library's fast tests with the oldest versions that pyproject.toml allows, as requirements-oldest.txt pins them.
@@ -26,6 +26,10 @@ lint: .venv/dev-ready
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+
+# The site, in site/. A dead link and a name that is not documented are errors.
+docs: .venv/dev-ready
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(BIN)/python -m mkdocs build --quiet
 
 format: .venv/dev-ready
 	$(BIN)/ruff format $(CODE)
@@ -52,4 +56,4 @@ zoo: .venv/dev-ready
 	OMP_NUM_THREADS=1 $(BIN)/python bench/records/run.py zoo
 
 clean:
-	rm -rf .venv .venv-oldest runs
+	rm -rf .venv .venv-oldest runs site

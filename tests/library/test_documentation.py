@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +68,16 @@ def test_every_argument_is_documented(name: str) -> None:
         # A short function may say it in its sentences; one argument is named by its own name.
         explained |= set(re.findall(r"\w+", text)) | set(wanted if len(wanted) == 1 else [])
     assert not [argument for argument in wanted if argument not in explained]
+
+
+def test_every_public_name_has_one_place_in_the_api_reference() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in (Path(__file__).parents[2] / "docs/reference").glob("*.md")]
+    entries = [entry.rpartition(".")[2] for page in pages for entry in re.findall(r"^::: (\S+)$", page, re.MULTILINE)]
+    # Registries and type aliases have a sentence there instead.
+    told = {"BASES", "HEADS", "MERGES", "SIDES", "Input"}
+    assert sorted(name for name in entries if name in api.__all__) == sorted(set(api.__all__) - told)
+    assert all(any(f"`st.{name}`" in page for page in pages) for name in told)
+    for registry in (st.SIDES, st.MERGES, st.HEADS):
+        own = [name for name in registry.names() if registry[name].__module__.startswith("sidetuning.")]
+        listed = re.findall(rf"heading: '{registry.kind}=\"([\w-]+)\"'", "\n".join(pages))
+        assert sorted(listed) == own, registry.kind
