@@ -186,7 +186,8 @@ def table(given: Settings) -> str:
         f"{found['seconds']:.0f} s, {found['changes']:,} changes of the folder, one of two servers killed and started "
         f"again: {found['answers']:,} answers of {found['versions_seen']:,} versions of tasks, {found['wrong']} of "
         f"them wrong; {found['lost']} requests lost ({found['asked_again']} were asked again at the other server). "
-        f"The server that lived took {found['megabytes_start']:.0f} MB at first and {found['megabytes_end']:.0f} MB at the end."
+        f"The server that lived took {found['megabytes_start']:.0f} MB at first and "
+        f"{found['megabytes_end']:.0f} MB at the end."
     )
 
 
