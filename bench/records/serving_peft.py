@@ -82,7 +82,8 @@ def main(given: Arguments) -> None:
     base = st.load_base("timm:vit_tiny_patch16_224", weights=given.weights)
     service_model = Adapters(base, given.tasks)
     lora = LoraConfig(r=8, target_modules=["qkv"])
-    net: Any = get_peft_model(base.net, lora, adapter_name="task-0")  # type: ignore[call-overload]
+    network: Any = base.net
+    net: Any = get_peft_model(network, lora, adapter_name="task-0")
     for i in range(1, given.tasks):
         net.add_adapter(f"task-{i}", lora)
     heads = nn.ModuleDict({f"task-{i}": nn.Linear(base.width, 10) for i in range(given.tasks)})

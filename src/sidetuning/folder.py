@@ -14,11 +14,13 @@ from sidetuning.artifacts import CONFIG, TENSORS, SavedTask, read_task, write_fi
 from sidetuning.branch import BY_HEAD
 from sidetuning.checks import check_name
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
-from sidetuning.files import held_folder
+from sidetuning.files import held_folder, read_json, write_json
 from sidetuning.registry import unknown
 
 # Where a task that comes or goes lies meanwhile; two levels deep, where nobody looks for tasks.
 ASIDE = ".aside."
+# What training leaves beside the tasks: a page about all of them, what it says of each, and work that was interrupted.
+PAGE, NOTES, WORK = "report.html", "report.json", ".work"
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,11 @@ def changing(path: str | Path) -> Iterator[dict[str, tuple[Path, SavedTask]]]:
         yield saved_tasks(path)
 
 
-def remove(path: str | Path, name: str) -> None:
-    """Delete a task's whole folder from a model folder.
+def remove(path: str | Path, name: str) -> bool:
+    """Delete a task's whole folder from a model folder, and the page that shows its mistakes.
+
+    Returns:
+        Whether there was such a page; the next report is about the other tasks.
 
     Raises:
         UnknownNameError: there is no such task.
@@ -149,15 +154,22 @@ def remove(path: str | Path, name: str) -> None:
         folder = found[_known(path, name, found)][0]
         if users := users_of(name, found):
             raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
+        shown = _unpublish(Path(path))
         with _aside(Path(path)) as aside:
             # Gone in one step, then deleted.
             folder.replace(aside / name)
+            if (work := Path(path) / WORK / name).exists():
+                work.replace(aside / WORK)
+    return shown
 
 
-def rename(path: str | Path, name: str, new: str) -> None:
+def rename(path: str | Path, name: str, new: str) -> bool:
     """Give a task of a model folder another name; tasks that read its side are told.
 
     Whenever it is interrupted, every task of the folder can still be loaded.
+
+    Returns:
+        Whether there was a page about the tasks, which had the old name and was deleted.
 
     Raises:
         UnknownNameError: there is no such task.
@@ -174,11 +186,22 @@ def rename(path: str | Path, name: str, new: str) -> None:
             # What else lies beside the task, such as a report, goes with it.
             shutil.copytree(folder, aside / new, ignore=shutil.ignore_patterns("*.tmp"))
             write_files(aside / new, {**config, "task": new}, tensors)
+            if (notes := aside / new / NOTES).exists():
+                write_json(notes, {**read_json(notes, {}, "score the task again"), "task": new})
+            shown = _unpublish(Path(path))
             (aside / new).replace(target)
             for user in users_of(name, found):
                 place, (text, own) = found[user]
                 write_files(place, _renamed(text, name, new), own)
             folder.replace(aside / name)
+    return shown
+
+
+def _unpublish(path: Path) -> bool:
+    """Delete the page about all tasks, which `sidetuning evaluate … --report` writes again."""
+    shown = (path / PAGE).exists()
+    (path / PAGE).unlink(missing_ok=True)
+    return shown
 
 
 def _renamed(config: dict[str, Any], name: str, new: str) -> dict[str, Any]:

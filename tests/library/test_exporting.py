@@ -116,6 +116,18 @@ def test_the_command_and_the_example_without_torch(tmp_path: Path, capsys: pytes
     assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 20
 
 
+@pytest.mark.slow
+def test_parts_of_every_kind_are_exported(tmp_path: Path) -> None:
+    model = st.SideTuner(BASES["map"](TAPS["map"]))
+    model.add_task("pixels", side="fusion", merge="mlp2", head="pixels", head_options={"centre": 3.0, "scale": 2.0})
+    model.add_task("film", side="mlp", merge="film", head=3, prenorm=True)
+    model.add_task("gated", side="copy", merge="concat", head=3, init="zero")
+    model.add_task("lateral", side="transformer", laterals=["pixels", "film"], head=3, init="low-energy")
+    model.add_task("code", side="fcn3", merge="res-mlp", head="identity")
+    assert st.export(model, tmp_path / "out", format="torch", single=True).difference == 0
+    assert st.export(model, tmp_path / "out", single=True).difference < 1e-5
+
+
 class Unexportable(nn.Module):
     """Depends on its numbers, which no graph can."""
 

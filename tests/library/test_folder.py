@@ -51,11 +51,17 @@ def test_list_and_info_tell_what_the_files_hold(tmp_path: Path, capsys: pytest.C
     assert [task["task"] for task in json.loads(capsys.readouterr().out)] == ["age"]
 
 
-def test_a_removed_task_leaves_nothing_and_the_others_as_they_were(tmp_path: Path) -> None:
+def test_a_removed_task_leaves_nothing_and_the_others_as_they_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model_folder(tmp_path)
-    (tmp_path / "tasks/age/report.html").write_text("about age")
+    (tmp_path / ".work/age").mkdir(parents=True)
+    for place in ("report.html", "tasks/age/report.json", ".work/age/rows"):
+        (tmp_path / place).write_text("about age")
     before = outputs(tmp_path)
-    main(["remove", str(tmp_path), "age", "--quiet"])
+    main(["remove", str(tmp_path), "age"])
+    assert "report.html was deleted too" in capsys.readouterr().out
+    (tmp_path / ".work").rmdir()
     assert {path.name for path in tmp_path.rglob("*") if path.is_dir()} == {"tasks", "pets", "cars"}
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"about age" in file.read_bytes()]
     after = outputs(tmp_path)
@@ -76,12 +82,13 @@ def test_a_lateral_is_not_removed_before_its_users(tmp_path: Path, capsys: pytes
 
 def test_a_renamed_task_and_its_users_give_what_they_gave(tmp_path: Path) -> None:
     model_folder(tmp_path)
-    (tmp_path / "tasks/pets/report.html").write_text("report")
+    (tmp_path / "tasks/pets/report.json").write_text('{"task": "pets", "scores": {}}')
     before = outputs(tmp_path)
     main(["rename", str(tmp_path), "pets", "animals"])
     after = outputs(tmp_path)
     assert list(after) == ["age", "animals", "cars"] and torch.equal(after["animals"], before["pets"])
-    assert torch.equal(after["cars"], before["cars"]) and (tmp_path / "tasks/animals/report.html").exists()
+    assert torch.equal(after["cars"], before["cars"])
+    assert json.loads((tmp_path / "tasks/animals/report.json").read_text()) == {"task": "animals", "scores": {}}
     assert not (tmp_path / "tasks/pets").exists()
     for new, match in (("cars", "exists already"), ("a/b", "cannot be a task's name"), ("animals", "exists already")):
         with pytest.raises(st.TaskError, match=match):

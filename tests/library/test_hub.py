@@ -229,6 +229,7 @@ def test_one_task_of_a_model_is_pushed_and_pulled_into_a_folder_of_others(
         (["push", str(tmp_path / "model"), "you/cars", "--task", "cars"], "'cars' reads the side of pets"),
         (["push", str(tmp_path / "model"), "you/cars", "--task", "tag"], "did you mean 'tags'"),
         (["push", str(tmp_path / "model"), "you/cars", "--subfolder", "../x"], "'../x' is no folder of a repository"),
+        (["pull", "you/all", "--subfolder", "no", "--out", str(tmp_path / "mine")], "you/all/no holds no task"),
         (["pull", "you/all", "--task", "cars", "--out", str(tmp_path / "mine")], "'cars' reads the side of pets"),
         (["pull", "you/tags", "--out", str(tmp_path / "mine")], "'tags' exists already"),
         (["pull", "you/vectors", "--out", str(tmp_path / "mine")], "exists already|another base"),

@@ -15,6 +15,7 @@ import sidetuning as st
 from conftest import conv_base
 from sidetuning import folder
 from sidetuning.predicting import Answer
+from sidetuning.serving import served as served_module
 from sidetuning.serving.served import Moment, Served, reply
 from sidetuning.transforms import ImageTransform
 
@@ -133,6 +134,34 @@ def test_a_damaged_or_empty_folder_leaves_what_was_served(tmp_path: Path) -> Non
     assert served.refresh() and served.moment is before and "no task any more" in str(served.error)
     model.save(tmp_path)
     assert served.refresh() and served.error is None and set(served.moment.branches) == set(before.branches)
+
+
+@pytest.mark.parametrize("function", ["load", "read_task"])
+def test_a_folder_that_changes_while_it_is_read_first_gives_each_answer_its_own_version(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_folder(tmp_path)
+    asked = ["small"]
+    # By version, what the task answers.
+    expected = {served_version(tmp_path / "tasks/small"): model.predict(PICTURES[:1], asked)["small"][0]}
+    own = getattr(served_module, function)
+
+    def changing(path: Path, **options: Any) -> Any:
+        found = own(path, **options)
+        if len(expected) == 1 and path.name in ("small", tmp_path.name):
+            with torch.no_grad():
+                model["small"].head.linear.bias += 5.0  # type: ignore[union-attr, operator]
+            model.save(tmp_path)
+            expected[served_version(tmp_path / "tasks/small")] = model.predict(PICTURES[:1], asked)["small"][0]
+        return found
+
+    monkeypatch.setattr(served_module, function, changing)
+    served = Served(tmp_path, base=conv_base())
+    for _ in range(2):
+        version = served.moment.versions["small"]
+        assert same(ask(served.moment, PICTURES[:1], asked)[0]["small"], expected[version])
+        served.refresh()
+    assert version == list(expected)[-1] and len(expected) == 2
 
 
 def test_a_source_of_another_kind_is_refused(tmp_path: Path) -> None:

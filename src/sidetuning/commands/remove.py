@@ -26,6 +26,8 @@ def main(settings: Settings) -> None:
     """Remove it."""
     from sidetuning.folder import remove
 
-    remove(settings.model, settings.task)
+    shown = remove(settings.model, settings.task)
     if not settings.quiet:
         say(f"Removed {settings.task} from {settings.model}.")
+        if shown:
+            say("Its report.html was deleted too; write it again: sidetuning evaluate … --report")

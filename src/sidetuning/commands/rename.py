@@ -28,6 +28,8 @@ def main(settings: Settings) -> None:
     """Rename it."""
     from sidetuning.folder import rename
 
-    rename(settings.model, settings.task, settings.name)
+    shown = rename(settings.model, settings.task, settings.name)
     if not settings.quiet:
         say(f"Renamed {settings.task} to {settings.name} in {settings.model}.")
+        if shown:
+            say("Its report.html was deleted too; write it again: sidetuning evaluate … --report")

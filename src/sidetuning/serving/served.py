@@ -16,7 +16,7 @@ from torch import Tensor
 from sidetuning.artifacts import CONFIG, TENSORS, read_task
 from sidetuning.base import Base, Features
 from sidetuning.branch import Branch
-from sidetuning.errors import ArtifactError, DataError
+from sidetuning.errors import ArtifactError, DataError, SideTuningError
 from sidetuning.folder import task_folders
 from sidetuning.inputs import entry, take_rows, to_device
 from sidetuning.loading import load
@@ -180,13 +180,22 @@ class Served:
         self.path, self.told = Path(path), told
         self.error: Exception | None = None
         self._stop = threading.Event()
-        self._seen = self._look()
-        model = load(path, base=base)
-        # Without the taps of tasks, which may go.
+        # Reads one task, for the base. Without the taps of tasks, which may go.
+        model = load(path, base=base, max_tasks_in_memory=1)
         self._base = model.base.with_taps(model._taps)
         # Of each task that is served: the stamps of its files, and what its text says.
-        self._kept = {folder: (stamp, read_task(folder)[0]) for folder, stamp in self._seen.items()}
-        self.moment = moment_of(model, self._kept)
+        self._kept: dict[Path, tuple[Stamp, dict[str, Any]]] = {}
+        self.moment = Moment(self._base, {}, {})
+        self._seen = self._look()
+        while True:
+            try:
+                # A branch and its version are of one reading: the folder may change meanwhile.
+                self.moment, self._kept = self._rebuilt(self._seen)
+                break
+            except SideTuningError:
+                seen, self._seen = self._seen, self._look()
+                if seen == self._seen:
+                    raise
 
     def _look(self) -> dict[Path, Stamp]:
         """The task folders, each with the stamps of its files."""
