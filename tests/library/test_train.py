@@ -152,7 +152,7 @@ def test_tasks_are_not_overwritten_unless_asked(
 def test_a_run_that_was_killed_goes_on(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ("train", place / "round", "--base", "resnet44-cifar10", "--task", "round", "--out", tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sidetuning.auto.fit", interrupted)
+        patch.setattr("sidetuning.automatic.fit", interrupted)
         with pytest.raises(SystemExit) as stop:
             main([*map(str, arguments), "--budget", "2s", "--quiet"])
     assert stop.value.code == 130

@@ -640,7 +640,7 @@ def test_batches_of_one_step_learn_what_a_larger_one_does(ignored: bool) -> None
         result = st.fit(model, "kind", parts, epochs=5, accumulate=accumulate, progress=False)
         assert result.steps == 5
         weights.append(torch.cat([p.detach().flatten() for p in model["kind"].parameters()]))
-    assert torch.allclose(*weights, atol=1e-5)
+    assert torch.allclose(weights[0], weights[1], atol=1e-5)
 
 
 def test_the_last_step_of_a_pass_may_have_fewer_batches(tmp_path: Path) -> None:
