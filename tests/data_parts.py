@@ -57,3 +57,29 @@ def stages_net() -> torch.nn.Sequential:
 def stages_base() -> st.Base:
     with st.seeded(1):
         return st.Base(stages_net(), example=torch.zeros(1, 3, 32, 32), mean=[0.5] * 3, std=[0.2] * 3)
+
+
+# What docs/quickstart.md asks about, and its classes.
+ASKED = ("photos/fox/10147.png", "vehicles/bus/1035.png")
+CLASSES = {"photos": ("fox", "hamster", "mouse"), "vehicles": ("bus", "train", "tractor")}
+
+
+def write_photographs(root: Path) -> None:
+    """Digits in folders of the quickstart's names, with the files that it asks about."""
+    folders = {**dict.fromkeys(CLASSES, (34, 0)), "holdout": (5, 40)}
+    for folder, (count, first) in folders.items():
+        names = CLASSES.get(folder, CLASSES["photos"])
+        write_digits(root / folder, range(len(names)), count, first)
+        for digit, name in enumerate(names):
+            (root / folder / f"digit-{digit}").rename(root / folder / name)
+    for path in ASKED:
+        next((root / path).parent.glob("*.png")).rename(root / path)
+
+
+def write_quickstart() -> None:
+    """What the Python of docs/quickstart.md needs, in the working folder."""
+    from sidetuning.cli import main
+
+    write_photographs(Path())
+    start = ["train", "photos", "--base", "resnet44-cifar10", "--task", "pets", "--out", "my-model"]
+    main([*start, "--side", "none", "--quiet"])

@@ -1,6 +1,6 @@
 """The public names, as `import sidetuning as st` gives them."""
 
-from sidetuning.auto import AutoResult, auto
+from sidetuning.automatic import AutoResult, auto
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over

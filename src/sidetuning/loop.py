@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def train(
     label: str = "",
     first_epoch: int = 0,
     callbacks: Sequence[Callback] = (),
+    accumulate: int = 1,
 ) -> TrainResult:
     """Minimise `objective(batch)` over the batches of `loader` for `steps` optimiser steps.
 
@@ -85,6 +87,8 @@ def train(
         label: what is trained; a resume file of something else is refused.
         first_epoch: passes that were made before; each pass has an order of its own.
         callbacks: called after steps and validations; see `Callback`.
+        accumulate: batches of one step, whose gradients are averaged by what counts in each; the last step of a pass
+            may have fewer. Batch norms see one batch at a time.
 
     Raises:
         TaskError: an accelerator that accumulates gradients.
@@ -95,12 +99,16 @@ def train(
         accelerator = default_accelerator()
     if accelerator.gradient_accumulation_steps > 1:
         raise TaskError(
-            "gradients are not accumulated: give a loader with larger batches, and an accelerator without accumulation"
+            "this accelerator accumulates gradients by itself: give one without, and accumulate= for batches of a step"
         )
     if isinstance(scheduler, ReduceLROnPlateau) and validate is None:
         raise TaskError("ReduceLROnPlateau follows the loss of a validation: give validate=")
     path = None if resume is None else Path(resume)
     how: Any = description(optimizer, scheduler, clip, getattr(objective, "loss", None), loader if path else None)
+    if accumulate < 1:
+        raise TaskError(f"accumulate must be 1 or more batches, not {accumulate}")
+    if path and accumulate > 1:
+        how["batches"] += f" x {accumulate}"
     position = Position(seed=seed, steps=steps, label=label, epoch=first_epoch, **how)
     # Gradients are added up below, whatever the objective uses of its parameters.
     wrapped, optimizer = accelerator.prepare_model(objective, evaluation_mode=True), accelerator.prepare(optimizer)
@@ -111,7 +119,7 @@ def train(
         for callback in callbacks:
             callback.on_start(position.validation)
         with seeded(seed), Stop(path is not None) as stop:
-            run.learn(loader, save_every, stop)
+            run.learn(loader, save_every, stop, accumulate)
     finally:
         run.bar.close()
         objective.eval()
@@ -145,7 +153,7 @@ class _Run:
         self.saved = time.monotonic()
         self.started = self.saved - self.at.seconds
 
-    def learn(self, loader: Iterable[Any], save_every: float, stop: Stop) -> None:
+    def learn(self, loader: Iterable[Any], save_every: float, stop: Stop, accumulate: int) -> None:
         """Pass over the loader until all steps are done."""
         at, objective = self.at, self.state.objective
         objective.train()
@@ -155,8 +163,8 @@ class _Run:
             seed_loader(loader, mix(at.seed, at.epoch))
             iterator = self.resumed(shares.read())
             before = at.batch
-            for batch, self.counting[0] in iterator:
-                self.step(batch)
+            while batches := list(islice(iterator, accumulate)):
+                self.step(batches)
                 self.obey([callback.on_step(at.step, at.losses[-1]) for callback in self.callbacks])
                 if at.step == at.steps or at.stopped:
                     break
@@ -190,20 +198,13 @@ class _Run:
         self.state.set_generators()
         return iterator
 
-    def step(self, batch: Any) -> None:
-        """One step of the optimiser."""
-        from accelerate.utils import send_to_device
-
+    def step(self, batches: Sequence[tuple[Any, bool]]) -> None:
+        """One step of the optimiser, of batches and of whether this process's rows count in each."""
         accelerator, optimizer, scheduler = self.accelerator, self.state.optimizer, self.state.scheduler
         # Running statistics, which the forward pass already moves.
         buffers = [(b, b.clone()) for b in self.wrapped.buffers()]
-        with accelerator.autocast(), whole_batch_norms(self.wrapped, accelerator, self.counting):
-            out = self.wrapped(send_to_device(batch, accelerator.device))
-        loss, weight = out if isinstance(out, tuple) else (out, torch.ones((), device=accelerator.device))
-        loss, value = weighted(loss, weight * self.counting[0], accelerator)
-        self.finite("loss", value, buffers)
         optimizer.zero_grad()
-        accelerator.backward(loss)
+        value = self.backward(batches, buffers)
         add_gradients(self.trained, accelerator)
         norm = accelerator.clip_grad_norm_(self.trained, math.inf if self.clip is None else self.clip)
         # A scaler skips such steps by itself.
@@ -213,9 +214,31 @@ class _Run:
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
         self.at.losses.append(value)
-        self.at.step, self.at.batch = self.at.step + 1, self.at.batch + 1
+        self.at.step, self.at.batch = self.at.step + 1, self.at.batch + len(batches)
         self.bar.update(1)
         self.bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+
+    def backward(self, batches: Sequence[tuple[Any, bool]], buffers: list[tuple[Tensor, Tensor]]) -> float:
+        """Add the gradients of this process's part of the mean loss of all batches, and return that mean."""
+        from accelerate.utils import send_to_device
+
+        accelerator, sums = self.accelerator, [0.0, 0.0]
+        for batch, self.counting[0] in batches:
+            with accelerator.autocast(), whole_batch_norms(self.wrapped, accelerator, self.counting):
+                out = self.wrapped(send_to_device(batch, accelerator.device))
+            loss, weight = out if isinstance(out, tuple) else (out, torch.ones((), device=accelerator.device))
+            loss, value = weighted(loss, weight * self.counting[0], accelerator)
+            self.finite("loss", value, buffers)
+            if len(batches) == 1:
+                accelerator.backward(loss)
+                return value
+            share = float(accelerator.reduce(torch.as_tensor(weight * self.counting[0]).double(), "sum"))
+            accelerator.backward(loss * share)
+            sums = [sums[0] + value * share, sums[1] + share]
+        for parameter in self.trained:
+            if parameter.grad is not None:
+                parameter.grad /= max(sums[1], 1e-30)
+        return sums[0] / max(sums[1], 1e-30)
 
     @torch.no_grad()
     def finite(self, what: str, value: float, buffers: list[tuple[Tensor, Tensor]]) -> None:

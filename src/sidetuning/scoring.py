@@ -166,8 +166,13 @@ def score(model: SideTuner, task: str, rows: Rows, *, mirror: bool = False, prog
         unreadable += told
     if not kept:
         raise DataError(f"no row can be read: {'; '.join(unreadable[:3])}")
-    names = branch.labels or [str(k) for k in range(len(outputs[0]))]
-    return Scored(rows.take(kept), torch.tensor(outputs), problem, names, unreadable)
+    names, whole = branch.labels or [str(k) for k in range(len(outputs[0]))], rows.take(kept)
+    columns = int(whole.targets.max()) + 1 if problem == "classes" else whole.targets.shape[1]
+    if columns > len(names) or (problem != "classes" and columns != len(names)):
+        raise DataError(
+            f"task '{task}' has {len(names)} outputs, and the data {columns}; give data of the same answers"
+        )
+    return Scored(whole, torch.tensor(outputs), problem, names, unreadable)
 
 
 def _readable(

@@ -67,6 +67,7 @@ def fit(
     monitor: str = "loss",
     tracker: str | None = None,
     precision: Literal["no", "bf16"] = "no",
+    accumulate: int = 1,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> TrainResult:
@@ -102,6 +103,7 @@ def fit(
         monitor: the number of the validation that decides which is the best: "loss", or a metric.
         tracker: accelerate's tracker that logs losses and validations, such as "tensorboard"; files go to "logs".
         precision: "bf16" runs the forward pass under autocast; others are accelerate's, Accelerator(mixed_precision=…).
+        accumulate: batches of one step, where larger ones do not fit into memory.
         accelerator: accelerate's; by default one that splits each batch over the launched processes.
         progress: show a bar.
 
@@ -111,12 +113,11 @@ def fit(
         DataError: targets that the problem does not take, or no batches.
     """
     branch = trainable(model, task, loader)
-    steps = _steps(loader, epochs, steps)
+    steps = _steps(loader, epochs, steps, accumulate)
     accelerator = accelerator or default_accelerator()
     model.to(accelerator.device)
     problem = branch.problem if loss is None else branch.own_problem
-    best = _best(branch, monitor, patience, resume, validate) if keep_best or patience is not None else None
-    callbacks = [*callbacks, *([best] if best else []), *([Tracker(tracker, "logs", task)] if tracker else [])]
+    best = [_best(branch, monitor, patience, resume, validate)] if keep_best or patience is not None else []
     built = _optimizer(branch, loss, optimizer, lr, weight_decay)
     score = functools.partial(evaluate, model, task, loss=loss, metrics=metrics, accelerator=accelerator)
     with measured(branch, model, task, loader, problem, seed, accelerator) as batches:
@@ -135,13 +136,13 @@ def fit(
             progress=task if progress else None,
             label=f"task {task}",
             first_epoch=branch.passes,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *best, *([Tracker(tracker, "logs", task)] if tracker else [])],
+            accumulate=accumulate,
         )
-        if keep_best and best is not None:
-            best.restore()
+        for kept in best if keep_best else ():
+            kept.restore()
     branch.passes = result.passes
-    if loss is not None:
-        branch.trained_as = meaning_of(loss)
+    branch.trained_as = branch.trained_as if loss is None else meaning_of(loss)
     return result
 
 
@@ -206,7 +207,7 @@ def _best(
     return Best(branch, monitor, patience, None if resume is None else Path(f"{resume}.best"))
 
 
-def _steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int:
+def _steps(loader: Iterable[Any], epochs: int | None, steps: int | None, accumulate: int) -> int:
     """Optimiser steps of so many passes over a loader, or as given."""
     if steps is not None and epochs is not None:
         raise TaskError("give epochs or steps, not both")
@@ -216,7 +217,7 @@ def _steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int:
     if steps is not None:
         return steps
     try:
-        return (epochs or 1) * len(loader)  # type: ignore[arg-type]
+        return (epochs or 1) * -(-len(loader) // max(1, accumulate))  # type: ignore[arg-type]
     except TypeError as error:
         # A DataLoader has a length by type, but none over a stream.
         raise TaskError("a loader without a length needs steps=") from error

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import sidetuning as st
+from sidetuning import api
 
 
 def test_every_public_name_is_there() -> None:
@@ -29,3 +30,8 @@ def test_what_needs_no_network_does_not_import_torch() -> None:
 @pytest.mark.parametrize("module", ["base", "tuner", "merges"])
 def test_a_module_can_be_imported_first(module: str) -> None:
     subprocess.run([sys.executable, "-c", f"import sidetuning.{module}"], check=True)
+
+
+@pytest.mark.parametrize("name", api.__all__)
+def test_no_module_hides_a_public_name(name: str) -> None:
+    assert getattr(st, name) is getattr(api, name)

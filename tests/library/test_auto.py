@@ -13,7 +13,7 @@ import sidetuning as st
 from conftest import conv_base, mlp_base
 from data_parts import stages_base, write_digits, write_texts
 from sidetuning import encoding
-from sidetuning.auto import auto
+from sidetuning.automatic import auto
 from sidetuning.data import load
 from sidetuning.encoding import encode
 from sidetuning.tapping import spread, with_chosen_taps

@@ -98,6 +98,19 @@ def test_answers_are_tables_lines_of_json_and_csv(place: Path, capsys: pytest.Ca
     assert "round" in out and "straight" in out and expected["round"][0].label in out
 
 
+def test_a_broken_image_does_not_stop_the_others(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(place / "holdout", tmp_path / "some"))
+    (folder / "broken.png").write_bytes(b"no image")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", str(place / "my-model"), str(folder), "--csv", "--task", "round"])
+    done = capsys.readouterr()
+    assert stop.value.code == 1 and len(done.out.splitlines()) == 31
+    assert "broken.png" in done.err and "(1 of 31 could not be read)" in done.err
+
+
 def test_an_image_may_come_from_standard_input(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +152,7 @@ def test_tasks_are_not_overwritten_unless_asked(
 def test_a_run_that_was_killed_goes_on(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ("train", place / "round", "--base", "resnet44-cifar10", "--task", "round", "--out", tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sidetuning.auto.fit", interrupted)
+        patch.setattr("sidetuning.automatic.fit", interrupted)
         with pytest.raises(SystemExit) as stop:
             main([*map(str, arguments), "--budget", "2s", "--quiet"])
     assert stop.value.code == 130
@@ -194,6 +207,11 @@ def test_mistakes_are_one_sentence(place: Path, capsys: pytest.CaptureFixture[st
     assert "did you mean 'round'" in refused(capsys, "predict", out, "a.png", "--task", "rond")
     assert "missing.png cannot be read" in refused(capsys, "predict", out, place / "missing.png")
     assert "choose --json or --csv" in refused(capsys, "predict", out, "a.png", "--json", "--csv")
+    nameless = st.SideTuner(st.load_base("resnet44-cifar10"))
+    nameless.add_task("t", side=None, merge="base-only", head=3)
+    nameless.save(tmp_path / "nameless")
+    told = refused(capsys, "evaluate", tmp_path / "nameless", "--task", "t", place / "holdout")
+    assert "has no names of its classes" in told
     (tmp_path / "empty").mkdir()
     assert "holds no image file" in refused(capsys, "predict", out, tmp_path / "empty")
 

@@ -393,7 +393,7 @@ def test_what_fit_cannot_do_is_said(tmp_path: Path) -> None:
             st.fit(model, "t", loader(), progress=False, **options)  # type: ignore[arg-type]
     with pytest.raises(st.TaskError, match="needs steps="):
         st.fit(model, "t", DataLoader(Stream(), batch_size=4), epochs=1, progress=False)
-    with pytest.raises(st.TaskError, match="not accumulated"):
+    with pytest.raises(st.TaskError, match="accumulates gradients by itself"):
         st.fit(model, "t", loader(), steps=1, accelerator=Accelerator(gradient_accumulation_steps=4), progress=False)
 
 
@@ -626,3 +626,25 @@ def test_what_cannot_be_kept_is_said() -> None:
         st.fit(model, "kind", batches, validate=batches, keep_best=True, monitor="f1", progress=False)
     with pytest.raises(st.TaskError, match="tracker 'nothing' cannot be used"):
         st.fit(model, "kind", batches, tracker="nothing", progress=False)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_batches_of_one_step_learn_what_a_larger_one_does(ignored: bool) -> None:
+    weights = []
+    for size, accumulate in ((16, 1), (4, 4)):
+        model, batches = small_run()
+        x, y = (torch.cat(part) for part in zip(*batches))
+        if ignored:
+            y[:3] = -100
+        parts = list(zip(x.split(size), y.split(size)))
+        result = st.fit(model, "kind", parts, epochs=5, accumulate=accumulate, progress=False)
+        assert result.steps == 5
+        weights.append(torch.cat([p.detach().flatten() for p in model["kind"].parameters()]))
+    assert torch.allclose(weights[0], weights[1], atol=1e-5)
+
+
+def test_the_last_step_of_a_pass_may_have_fewer_batches(tmp_path: Path) -> None:
+    model, batches = small_run()
+    assert st.fit(model, "kind", batches, epochs=2, accumulate=3, resume=tmp_path / "a", progress=False).steps == 4
+    with pytest.raises(st.TaskError, match="accumulate must be 1 or more"):
+        st.fit(model, "kind", batches, accumulate=0)

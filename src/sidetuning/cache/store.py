@@ -136,7 +136,8 @@ class Store:
         state.wait_for_everyone()
         with ExitStack() as stack:
             files = self._reserve(stack)
-            bar = stack.enter_context(tqdm(total=len(share) * chunk, unit="sample", disable=not show, leave=False))
+            total = sum(min(chunk, self.samples - start) for _, start in share)
+            bar = stack.enter_context(tqdm(total=total, unit="sample", disable=not show, leave=False))
             for view, start in share:
                 marker, samples = done / f"{view}-{start}", range(start, min(start + chunk, self.samples))
                 if self._is_done(marker):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from sidetuning.errors import DataError
+from sidetuning.errors import DataError, TaskError
 from sidetuning.files import read_json
 from sidetuning.terminal import plain, say
 
@@ -53,6 +53,11 @@ def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
     model = load(settings.model)
     branch = model[settings.task]
     problem = type(branch.problem).__name__.lower()
+    if branch.labels is None and problem in ("classes", "labels"):
+        raise TaskError(
+            f"task '{settings.task}' has no names of its {problem}, which tell what its outputs mean; add them in "
+            f"Python, model['{settings.task}'].labels = […], and save it again"
+        )
     data = load_data(
         settings.data,
         image=settings.image,

@@ -88,21 +88,39 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
     mirror = images and averages_mirror_images(Path(settings.model))
     # Of classes one is right, of labels any number.
     most = {task: settings.top or (1 if type(model[task].problem) is Classes else None) for task in tasks}
-    off = settings.quiet or len(named) <= CHUNK
+    off, unread = settings.quiet or len(named) <= CHUNK, list[str]()
     with tqdm(total=len(named), unit="image" if images else "text", disable=off, leave=False) as bar:
         for start in range(0, len(named), CHUNK):
             some = named[start : start + CHUNK]
-            found = model.predict([source for _, source in some], tasks, top=settings.top, mirror=mirror)
-            for i, (name, _) in enumerate(some):
+            for name, found in _asked(model, some, tasks, settings.top, mirror, unread):
                 rows = []
-                for task in tasks:
-                    answers = found[task][i]
+                for task, answers in found.items():
                     if isinstance(answers, Tensor):
                         rows.append(Answer(name, task, _written(model, task, name, answers, settings), 1.0))
                     else:
                         rows += [Answer(name, task, *answer) for answer in answers[: most[task]]]
                 yield rows
             bar.update(len(some))
+    if unread:
+        more = f" ({len(unread)} of {len(named)} could not be read)" if len(named) > 1 else ""
+        raise DataError(f"{unread[0]}{more}")
+
+
+def _asked(
+    model: SideTuner, some: list[tuple[str, Any]], tasks: list[str], top: int | None, mirror: bool, unread: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each source's name and answers by task; `unread` gets what is wrong with a source, and the others go on."""
+    try:
+        found = model.predict([source for _, source in some], tasks, top=top, mirror=mirror)
+    except DataError as error:
+        if len(some) == 1:
+            unread.append(str(error))
+            return
+        for one in some:
+            yield from _asked(model, [one], tasks, top, mirror, unread)
+        return
+    for i, (name, _) in enumerate(some):
+        yield name, {task: found[task][i] for task in tasks}
 
 
 def _images(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from sidetuning.errors import TaskError
 from sidetuning.terminal import say
 
 if TYPE_CHECKING:
-    from sidetuning.auto import AutoResult
+    from sidetuning.automatic import AutoResult
     from sidetuning.tuner import SideTuner
 
 # Seconds of a unit of time.
@@ -78,7 +78,7 @@ def seconds_of(text: str) -> float:
 
 def train(settings: Settings) -> AutoResult:
     """Learn the task, and save it with its report's numbers."""
-    from sidetuning.auto import auto
+    from sidetuning.automatic import auto
     from sidetuning.data import load as load_data
     from sidetuning.files import held_folder, write_json
     from sidetuning.report import add_to_report

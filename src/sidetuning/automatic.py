@@ -166,7 +166,7 @@ def auto(
     branch, attempt = search.solved()
     attempts, best = [attempt], (branch, attempt)
     model.add_branch(task, branch)
-    say(f"{attempt.name}: {search.measure} {attempt.score:.4g} on the validation rows, {attempt.seconds:.1f} s")
+    say(f"{search.told(attempt)}, in {attempt.seconds:.1f} s")
     if first is not None:
         first(model)
     tried = search.candidates(side)
@@ -174,7 +174,7 @@ def auto(
         say(f"{recipe}: learning for {budget / len(tried):.0f} s at most …")
         branch, attempt = search.learn(recipe, budget / len(tried))
         attempts.append(attempt)
-        say(f"{attempt.name}: {search.measure} {attempt.score:.4g}, {attempt.steps} steps in {attempt.seconds:.0f} s")
+        say(f"{search.told(attempt)}, {attempt.steps} steps in {attempt.seconds:.0f} s")
         if attempt.loss < best[1].loss:
             best = (branch, attempt)
             model.remove_task(task)
@@ -226,6 +226,10 @@ class _Search:
         model.add_branch("task", branch)
         return evaluate(model, "task", self.splits[split].loader(batch_size=256))
 
+    def told(self, attempt: Attempt) -> str:
+        """An attempt in words."""
+        return f"{attempt.name}: {self.measure} {attempt.score:.4g}, loss {attempt.loss:.4g} on the validation rows"
+
     def solved(self) -> tuple[Branch, Attempt]:
         """The linear head in closed form."""
         started, recipe = time.monotonic(), Recipe(None)
@@ -259,7 +263,7 @@ class _Search:
         model = self.model(recipe)
         if recipe.solved:
             solve(model, "task", self.train, progress=False)
-        steps = self._steps(recipe, seconds)
+        steps = self._steps(recipe, started + seconds)
         result = fit(
             model,
             "task",
@@ -273,7 +277,7 @@ class _Search:
             patience=PATIENCE,
             seed=self.seed,
             resume=self._file(recipe, "state"),
-            callbacks=[Deadline(1.5 * seconds)],
+            callbacks=[Deadline(max(1.0, started + seconds - time.monotonic()))],
             progress=False,
         )
         curve = [row[self.measure] for row in result.validation]
@@ -283,8 +287,8 @@ class _Search:
         name = str(recipe).replace(" ", "").replace(",", "-").replace("+", "-")
         return self.folder / f"{name}.{kind}"
 
-    def _steps(self, recipe: Recipe, seconds: float) -> int:
-        """Steps that fit into the time, as measured on a model of its own; the same when the call is repeated."""
+    def _steps(self, recipe: Recipe, ends: float) -> int:
+        """Steps until a time, as measured on a model of its own; the same when the call is repeated."""
         file = self._file(recipe, "json")
         if file.exists():
             return int(read_json(file, {"steps": int}, "delete it to start over")["steps"])
@@ -293,7 +297,8 @@ class _Search:
         began = time.monotonic()
         fit(model, "task", self.train, steps=MEASURED, progress=False)
         each = (time.monotonic() - began) / MEASURED
-        steps = max(1, min(int(seconds / each), PASSES * len(self.train)))
+        # Validations take a share of the time.
+        steps = max(1, min(int(0.7 * (ends - time.monotonic()) / each), PASSES * len(self.train)))
         write_json(file, {"steps": steps})
         return steps
 
