@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input, Layout
 from sidetuning.errors import ShapeError, TaskError, UnknownNameError
-from sidetuning.heads import HEADS, InUnits, named_head, run_head
+from sidetuning.heads import HEADS, InUnits, Shared, Wide, named_head, run_head
 from sidetuning.inputs import original
 from sidetuning.merges import MERGES, Alpha, Gated, GroupNorm, Merge
 from sidetuning.problems import PROBLEMS, Problem
@@ -88,34 +88,46 @@ class Branch(nn.Module):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """The base's inner activations that the side reads."""
-        side = original(self.side)
-        return side.taps if isinstance(side, Side) else ()
+        """The base's inner activations that the side and the head read."""
+        side, head = original(self.side), original(self.head)
+        sides = side.taps if isinstance(side, Side) else ()
+        return tuple(dict.fromkeys([*sides, *(head.expansion.taps if isinstance(head, Wide) else ())]))
 
     def side_output(self, inputs: Input, features: Features) -> Tensor | None:
         """S(x) of the prepared inputs and the base's features, of the base's output shape; None without a side."""
-        if self.side is None:
-            return None
         if missing := [tap for tap in self.taps if tap not in features.taps]:
             raise ShapeError(
-                f"the side reads the tap '{missing[0]}', which the features do not hold; compute or cache them with "
+                f"the task reads the tap '{missing[0]}', which the features do not hold; compute or cache them with "
                 f"base.with_taps({list(self.taps)})"
             )
-        return run_side(self.side, inputs, features)
+        return None if self.side is None else run_side(self.side, inputs, features)
 
     def forward(self, inputs: Input, features: Features, laterals: Sequence[Tensor] = ()) -> Tensor:
         """The task's output for prepared `inputs`, the base's `features` and other tasks' side outputs `laterals`."""
         return self.output(inputs, features, self.side_output(inputs, features), laterals)
 
-    def output(self, inputs: Input, features: Features, side: Tensor | None, laterals: Sequence[Tensor]) -> Tensor:
-        """Merge, normalise and decode a `side`'s output; `inputs`, `features` and `laterals` are those of `forward`."""
+    def output(
+        self,
+        inputs: Input,
+        features: Features,
+        side: Tensor | None,
+        laterals: Sequence[Tensor],
+        shared: Shared | None = None,
+    ) -> Tensor:
+        """Merge, normalise and decode a `side`'s output.
+
+        Args:
+            inputs, features, laterals: those of `forward`.
+            side: the side's output.
+            shared: that of `run_head`, for tasks that run together.
+        """
         base = features.out
         if side is not None and side.shape != base.shape:
             raise ShapeError(
                 f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree (for inputs "
                 "of another size than the example's build the model on base.with_example(x))"
             )
-        return run_head(self.head, self.norm(self.merge(base, side, laterals)), inputs)
+        return run_head(self.head, self.norm(self.merge(base, side, laterals)), inputs, features, shared)
 
     def train(self, mode: bool = True) -> Branch:
         """What is frozen stays in evaluation mode: a task, a lateral, or a part whose parameters were all frozen."""

@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sidetuning.base import Base, Input, Kind
+from sidetuning.base import Base, Features, Input, Kind
 from sidetuning.errors import TaskError
+from sidetuning.expansion import Expansion
 from sidetuning.inputs import entry, original
 from sidetuning.problems import along
 from sidetuning.registry import Registry
@@ -30,6 +32,20 @@ class Head(nn.Module):
             code: what the merge made, of the shape of the base's output.
             inputs: the prepared input: a tensor, or a mapping with entries such as "attention_mask" (b, t).
         """
+        raise NotImplementedError
+
+
+class Wide(Head):
+    """A head that reads more of the base than the code: its taps, through a fixed expansion.
+
+    Attributes:
+        expansion: what it reads. Tasks whose expansions have equal keys share one where they run together.
+    """
+
+    expansion: Expansion
+
+    def forward(self, code: Tensor, inputs: Input, wide: Tensor | None = None) -> Tensor:
+        """The task's output; `wide` (b, width) is what the expansion made of the base's features."""
         raise NotImplementedError
 
 
@@ -89,14 +105,37 @@ class InUnits(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def run_head(head: nn.Module, code: Tensor, inputs: Input) -> Tensor:
-    """Call a head as its kind wants it."""
-    out: Tensor = head(code, inputs) if isinstance(original(head), Head) else head(code)
+# What expansions made of a batch, by their keys, for all tasks that read it.
+Shared = dict[Any, Tensor]
+
+
+def run_head(
+    head: nn.Module, code: Tensor, inputs: Input, features: Features | None = None, shared: Shared | None = None
+) -> Tensor:
+    """Call a head as its kind wants it.
+
+    Args:
+        head: the head.
+        code: what the merge made.
+        inputs: the prepared input.
+        features: what the base made of it.
+        shared: what other tasks' expansions made of the same batch; its own is added.
+    """
+    own = original(head)
+    if not isinstance(own, Wide):
+        out: Tensor = head(code, inputs) if isinstance(own, Head) else head(code)
+        return out
+    if features is None:
+        raise TaskError("this head reads the base's taps, which this method does not give it; use head=NUMBER")
+    shared = {} if shared is None else shared
+    if own.expansion.key not in shared:
+        shared[own.expansion.key] = own.expansion(inputs, features)
+    out = head(code, inputs, shared[own.expansion.key])
     return out
 
 
 # Registered heads that can answer in the units of their targets.
-IN_UNITS = ("linear", "pixels")
+IN_UNITS = ("linear", "random", "pixels")
 HEADS: Registry[Callable[..., nn.Module]] = Registry("head", group="sidetuning.heads")
 
 
@@ -118,6 +157,32 @@ def linear(base: Base, outputs: int = 1, centre: Any = None, scale: Any = None) 
     `centre` and `scale` of the targets, one number or `outputs` numbers, are measured by `fit` where none are given.
     """
     head = Linear(base.kind, base.width, outputs)
+    head.set_units(centre, scale)
+    return head
+
+
+@HEADS.register("random")
+def random(
+    base: Base,
+    outputs: int = 1,
+    width: int = 2000,
+    grid: int = 8,
+    seed: int = 0,
+    centre: Any = None,
+    scale: Any = None,
+) -> nn.Module:
+    """A linear layer on a fixed random expansion of the base's taps, beside the pooled code -> (b, outputs).
+
+    `solve` learns it in one pass, and better than a linear head on the code alone; it stores `width` + the code's width
+    numbers per output. A side that `fit` trains afterwards goes in by the code.
+
+    Args:
+        base: the base, with the taps that are read.
+        outputs: number of outputs.
+        width, grid, seed: those of `Expansion`; tasks in which they are equal share its time.
+        centre, scale: those of `linear`.
+    """
+    head = Random(base, outputs, Expansion(base, width, grid, seed))
     head.set_units(centre, scale)
     return head
 
@@ -146,6 +211,13 @@ def pixels(base: Base, channels: int = 1, hidden: int = 64, centre: Any = None, 
     return head
 
 
+def pooled(code: Tensor, kind: Kind, inputs: Input) -> Tensor:
+    """Maps and sequences by their mean, over unmasked tokens -> (b, d)."""
+    if kind == "map":
+        return code.mean((2, 3))
+    return masked_mean(code, entry(inputs, "attention_mask")) if kind == "sequence" else code
+
+
 class Linear(InUnits, Head):
     """Pools maps and sequences by their mean (over unmasked tokens), then applies one linear layer.
 
@@ -160,11 +232,23 @@ class Linear(InUnits, Head):
         self.linear = nn.Linear(width, outputs)
 
     def forward(self, code: Tensor, inputs: Input) -> Tensor:
-        if self.kind == "map":
-            code = code.mean((2, 3))
-        elif self.kind == "sequence":
-            code = masked_mean(code, entry(inputs, "attention_mask"))
-        return self.in_units(self.linear(code))
+        return self.in_units(self.linear(pooled(code, self.kind, inputs)))
+
+
+class Random(Linear, Wide):
+    """One linear layer on an expansion and on the pooled code, normalised: its gradient is a side's.
+
+    Shape: as `Linear`.
+    """
+
+    def __init__(self, base: Base, outputs: int, expansion: Expansion) -> None:
+        super().__init__(base.kind, base.width + expansion.width, outputs)
+        self.expansion = expansion
+
+    def forward(self, code: Tensor, inputs: Input, wide: Tensor | None = None) -> Tensor:
+        assert wide is not None
+        code = pooled(code, self.kind, inputs)
+        return self.in_units(self.linear(torch.cat([wide, F.layer_norm(code, code.shape[1:])], 1)))
 
 
 class Span(Head):

@@ -37,16 +37,17 @@ Answers = list[Answer] | Tensor
 
 
 def run(tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features) -> dict[str, Tensor]:
-    """Outputs of tasks on the same samples; a side that is also a lateral runs once."""
+    """Outputs of tasks on the same samples; a side that is also a lateral, or an expansion, runs once."""
     sides: dict[str, Tensor | None] = {}
     for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in branches[task].config.laterals)]):
         with contextlib.nullcontext() if name in tasks else torch.no_grad():
             sides[name] = branches[name].side_output(inputs, features)
-    outputs = {}
+    outputs: dict[str, Tensor] = {}
+    shared: dict[Any, Tensor] = {}
     for task in tasks:
         branch = branches[task]
         laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
-        outputs[task] = branch.output(inputs, features, sides[task], laterals)
+        outputs[task] = branch.output(inputs, features, sides[task], laterals, shared)
     return outputs
 
 
