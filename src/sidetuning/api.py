@@ -6,6 +6,7 @@ from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
 from sidetuning.callbacks import Callback
 from sidetuning.candidates import Candidate, SweepResult, Trial, sweep
+from sidetuning.changing import forget, update
 from sidetuning.closed_form import SolveResult, solve
 from sidetuning.distillation import distill
 from sidetuning.errors import (
@@ -72,6 +73,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "forget",
     "load",
     "load_base",
     "loader_over",
@@ -81,4 +83,5 @@ __all__ = [
     "solve",
     "sweep",
     "train",
+    "update",
 ]

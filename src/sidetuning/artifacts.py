@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sidetuning.base import Base
+from sidetuning.beside import found_beside, is_beside, write_beside
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.checks import Sized
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
@@ -129,6 +130,8 @@ def write_task(
         "base": {"spec": spec, **identity.record(), "taps": list(branch.taps)},
     }
     try:
+        # Before the task's own files: a save that is cut short leaves what is not believed, see `changing.kept_sums`.
+        write_beside(Path(path), branch.beside)
         write_files(path, config, tensors)
     except TypeError as error:
         raise TaskError(
@@ -198,7 +201,8 @@ def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
     if branch.transform is not None:
         notes["transform"] = branch.transform.to_json()
     same = all((config.get(key) or None) == (value or None) for key, value in notes.items())
-    return same and config["tensors_sha256"] == tensors_sha256(branch)
+    same = same and config["tensors_sha256"] == tensors_sha256(branch)
+    return same and is_beside(Path(path), branch.beside)
 
 
 def has_tensors(path: Path, sha256: str) -> bool:
@@ -339,6 +343,7 @@ def read_branch(
     branch.trained_as = config.get("trained_as")
     if config.get("transform") is not None and base.transform is not None:
         branch.transform = transform_from(config["transform"], base)
+    branch.beside = found_beside(path)
     _fill(path, branch, tensors, base.like.dtype, any_base)
     return branch
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input, Layout
+from sidetuning.beside import Kept
 from sidetuning.errors import ShapeError, TaskError, UnknownNameError
 from sidetuning.heads import HEADS, InUnits, Shared, Wide, named_head, run_head
 from sidetuning.inputs import original
@@ -67,6 +68,8 @@ class Branch(nn.Module):
         self.passes = 0
         # The problem of the loss that it was trained with, where that was given.
         self.trained_as: str | None = None
+        # What was kept of its data, in files beside its own.
+        self.beside: dict[str, Kept] = {}
 
     @property
     def units(self) -> Tensor | None:

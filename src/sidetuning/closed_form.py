@@ -7,22 +7,20 @@ learn what one process does.
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sidetuning.artifacts import tensors_sha256
 from sidetuning.branch import Branch
-from sidetuning.errors import DataError, TaskError, TrainingError
-from sidetuning.heads import InUnits
+from sidetuning.errors import TaskError
 from sidetuning.launch import default_accelerator
-from sidetuning.objective import unpack
 from sidetuning.problems import Classes, Labels
-from sidetuning.processes import Shares
+from sidetuning.sums import EXACT, Sums, collect, last_linear
 from sidetuning.training import in_evaluation, trainable
 from sidetuning.units import measured
 
@@ -33,8 +31,8 @@ if TYPE_CHECKING:
 
 # Strengths that are tried, as multiples of the features' mean sum of squares around their means.
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 5))
-# Features up to which one decomposition is faster than a few solutions.
-EXACT = 1024
+# The strength among them that is tried first of many features.
+FIRST = 6
 # Vectors that estimate a trace where the features are many (Hutchinson 1990).
 PROBES = 64
 
@@ -57,53 +55,6 @@ class SolveResult:
     seconds: float
 
 
-@dataclass
-class Sums:
-    """Sums over rows of features x (d) and targets y (k), in double precision.
-
-    Attributes:
-        count: number of rows, as a tensor of one number.
-        x, y: sums of x (d) and of y (k).
-        xx, xy: sums of x xᵀ (d, d) and of x yᵀ (d, k).
-        yy: sums of the squares of y (k).
-    """
-
-    count: Tensor
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-    yy: Tensor
-
-    @classmethod
-    def zeros(cls, d: int, k: int, device: torch.device) -> Sums:
-        """Sums over nothing."""
-        shapes = ((), (d,), (k,), (d, d), (d, k), (k,))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All sums, in the order of the attributes."""
-        return (getattr(self, field.name) for field in fields(self))
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows x (n, d) with targets y (n, k)."""
-        x, y = x.double() if len(self.x) <= EXACT else x, y.double()
-        # Of many features products in their own type are twice as fast; their sums over all batches are not cut.
-        self.xx += x.T @ x
-        x = x.double()
-        self.count += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xy += x.T @ y
-        self.yy += y.square().sum(0)
-
-    def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Means of x and y, and the sums xx, xy and yy around them."""
-        mean, middle = self.x / self.count, self.y / self.count
-        xx = self.xx - torch.outer(self.x, mean)
-        return mean, middle, (xx + xx.T) / 2, self.xy - torch.outer(self.x, middle), self.yy - self.y * middle
-
-
 @torch.no_grad()
 def solve(
     model: SideTuner,
@@ -111,6 +62,8 @@ def solve(
     loader: Iterable[Any],
     *,
     strength: float | None = None,
+    views: int = 1,
+    keep_statistics: bool = False,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> SolveResult:
@@ -126,6 +79,11 @@ def solve(
         task: a task of the problem "classes", "tokens", "labels" or "numbers".
         loader: as in `fit`; cached features spare the base pass.
         strength: λ as a multiple of the features' mean sum of squares; by default chosen.
+        views: a batch has this many views of each sample, such as an image and its mirror image: all first views, then
+            all second ones. What enters the layer is averaged over them, as `predict(mirror=True)` averages answers.
+        keep_statistics: keep the sums with the task, of double precision in every product, so that `update` adds
+            samples and `forget` takes some out. They need d²/2 numbers of 8 bytes for d features; they are saved beside
+            the task, in `statistics.safetensors`, and are not published by `push`.
         accelerator: as in `fit`; processes add their sums.
         progress: show a bar.
 
@@ -135,78 +93,37 @@ def solve(
         TrainingError: features that are not finite.
     """
     started = time.monotonic()
-    branch = trainable(model, task, loader)
-    if strength is not None and not (math.isfinite(strength) and strength > 0):
-        raise TaskError(f"strength must be a positive number, not {strength}")
-    if accelerator is None:
-        accelerator = default_accelerator()
-    model.to(accelerator.device)
+    branch, accelerator = ready(model, task, loader, strength, views, accelerator)
     layer = last_linear(branch, task)
     # As `fit` does, which may go on from here: in the units of the targets, if they are numbers.
     with in_evaluation(branch), measured(branch, model, task, loader, branch.problem, 0, accelerator) as batches:
-        sums = collect(model, task, layer, batches, accelerator, progress)
+        exact = keep_statistics
+        sums = collect(model, branch, task, layer, batches, accelerator, progress, views=views, exact=exact)
         chosen, error = settle(branch, layer, sums, strength)
+    branch.beside.pop("statistics", None)
+    if keep_statistics:
+        keep(model, branch, sums, strength, views)
     return SolveResult(int(sums.count), chosen, error, time.monotonic() - started)
 
 
-def last_linear(branch: Branch, task: str) -> nn.Linear:
-    """The linear layer that a head ends in; that it does is checked with the first batch."""
-    linear = [module for module in branch.head.modules() if isinstance(module, nn.Linear)]
-    if not linear or linear[-1].bias is None:
-        raise TaskError(f"the head of task '{task}' ends in no linear layer with a bias; use fit, or head=NUMBER")
-    return linear[-1]
+def ready(
+    model: SideTuner, task: str, loader: Iterable[Any], strength: float | None, views: int, given: Accelerator | None
+) -> tuple[Branch, Accelerator]:
+    """The branch of a task that may be solved, and the accelerator; errors are those of `solve`."""
+    branch = trainable(model, task, loader)
+    if strength is not None and not (math.isfinite(strength) and strength > 0):
+        raise TaskError(f"strength must be a positive number, not {strength}")
+    if views < 1:
+        raise TaskError(f"views must be 1 or more, not {views}")
+    accelerator = default_accelerator() if given is None else given
+    model.to(accelerator.device)
+    return branch, accelerator
 
 
-def collect(
-    model: SideTuner, task: str, layer: nn.Linear, loader: Iterable[Any], accelerator: Accelerator, progress: bool
-) -> Sums:
-    """The sums of all processes over a loader."""
-    from accelerate.utils import send_to_device
-    from tqdm import tqdm
-
-    sums = Sums.zeros(layer.in_features, layer.out_features, accelerator.device)
-    branch = model[task]
-    problem = branch.problem
-    off = not (progress and accelerator.is_main_process)
-    for batch, counting in tqdm(Shares(loader, accelerator).read(), task, disable=off, leave=False):
-        x, features, target = unpack(send_to_device(batch, accelerator.device))
-        with _Seen(layer) as seen:
-            output = model(x, task, features=features)
-        codes, counts = problem.codes(output, target)
-        ends = layer(seen.inputs[-1]) if seen.inputs else None
-        if ends is not None and isinstance(branch.head, InUnits):
-            ends = branch.head.in_units(ends)
-        if ends is None or not torch.equal(ends.nan_to_num(), output.nan_to_num()):
-            raise TaskError(f"the head of task '{task}' does not end in its last linear layer; use fit")
-        rows = seen.inputs[-1].reshape(-1, layer.in_features)[counts.flatten()]
-        if counting:
-            sums.add(rows, codes)
-    for total in sums.tensors():
-        total.copy_(accelerator.reduce(total, "sum"))
-    if not float(sums.count):
-        raise DataError("the loader gave no rows that count: its data set is empty, or all targets are ignored")
-    if not all(bool(total.isfinite().all()) for total in sums.tensors()):
-        raise TrainingError("features or targets are not finite; look for NaN in the inputs and labels")
-    return sums
-
-
-class _Seen:
-    """What enters a module in this thread while the block runs; other threads may serve the same task."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.thread = module, threading.get_ident()
-        self.inputs: list[Tensor] = []
-
-    def __enter__(self) -> _Seen:
-        self._hook = self.module.register_forward_pre_hook(self._take)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._hook.remove()
-
-    def _take(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == self.thread:
-            self.inputs.append(args[0].detach())
+def keep(model: SideTuner, branch: Branch, sums: Sums, strength: float | None, views: int) -> None:
+    """Keep sums beside a task, with the weights that were solved from them: of others they are not believed."""
+    text = {"weights": tensors_sha256(branch), "base": model.base.identity().sha256, "strength": strength}
+    branch.beside["statistics"] = sums.kept({**text, "views": views})
 
 
 class _Ridge:
@@ -249,11 +166,7 @@ def settle(branch: Branch, layer: nn.Linear, sums: Sums, strength: float | None)
     if strength is not None:
         best = judged(strength)
     else:
-        # The error has one valley: every third strength finds it, the two beside it its bottom.
-        tried = {i: judged(STRENGTHS[i]) for i in range(1, len(STRENGTHS), 3)}
-        lowest = min(tried, key=lambda i: float(tried[i].errors.mean()))
-        tried |= {i: judged(STRENGTHS[i]) for i in (lowest - 1, lowest + 1)}
-        best = min(tried.values(), key=lambda solution: float(solution.errors.mean()))
+        best = _least(judged, exact=len(xx) <= EXACT)
     weight, bias = best.weight, middle - mean @ best.weight
     if isinstance(branch.problem, (Classes, Labels)):
         slope, shift = best.logits(middle, alone=isinstance(branch.problem, Labels))
@@ -262,6 +175,28 @@ def settle(branch: Branch, layer: nn.Linear, sums: Sums, strength: float | None)
     layer.bias.copy_(bias)
     scale = 1.0 if branch.units is None else branch.units[1].double()
     return best.multiple, float((best.errors * scale**2).mean())
+
+
+def _least(judged: Callable[[float], _Solution], exact: bool) -> _Solution:
+    """The solution with the least error, which has one valley."""
+    tried: dict[int, _Solution] = {}
+
+    def error(i: int) -> float:
+        if i not in tried:
+            tried[i] = judged(STRENGTHS[i])
+        return float(tried[i].errors.mean())
+
+    if exact:
+        # Every third strength finds it, the two beside it its bottom.
+        lowest = min(range(1, len(STRENGTHS), 3), key=error)
+        lowest = min((lowest, lowest - 1, lowest + 1), key=error)
+    else:
+        # Each takes a second of thousands of features: down from the usual one.
+        lowest, before = FIRST, -1
+        while lowest != before:
+            before = lowest
+            lowest = min((i for i in (before, before - 1, before + 1) if 0 <= i < len(STRENGTHS)), key=error)
+    return tried[lowest]
 
 
 @dataclass(frozen=True)

@@ -78,4 +78,4 @@ def _versions(branch: nn.Module | None) -> Any:
     assert isinstance(branch, Branch)
     tensors = [*branch.parameters(), *branch.buffers()]
     asked = [(id(t), t._version, t.requires_grad) for t in tensors]
-    return asked, branch.labels, branch.passes, branch.trained_as
+    return asked, dict(branch.beside), branch.labels, branch.passes, branch.trained_as

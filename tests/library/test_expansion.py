@@ -111,7 +111,8 @@ def test_a_side_goes_on_where_it_ended(kind: str) -> None:
 
 
 def test_other_widths_are_refused() -> None:
-    for wrong in ({"width": 1}, {"grid": 0}, {"seed": -1}):
+    options: list[dict[str, Any]] = [{"width": 1}, {"grid": 0}, {"seed": -1}]
+    for wrong in options:
         with pytest.raises(st.TaskError, match="a random expansion has a feature"):
             model_of("conv", **wrong)
 
