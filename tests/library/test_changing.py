@@ -153,7 +153,7 @@ def test_mistakes_are_sentences_and_change_nothing() -> None:
         (batches(CLASSES, 0, 200), st.DataError, "all are to be forgotten"),
         ([(X[:150], zeros[:150])], st.DataError, "were not learned by task 't'"),
         ([], st.DataError, "gave no rows"),
-        ([(X[:5], CLASSES[:5] + 1)], st.DataError, "out of range"),
+        ([(X[:5], CLASSES[:5] + 2)], st.DataError, "out of range"),
     ]
     for samples, error, sentence in mistakes:
         with pytest.raises(error, match=sentence):
