@@ -27,6 +27,7 @@ from sidetuning.loop import TrainResult, train
 from sidetuning.merges import MERGES, Merge
 from sidetuning.objective import accuracy
 from sidetuning.predicting import Answer
+from sidetuning.router import Routes, learn_routes
 from sidetuning.seeding import seeded
 from sidetuning.sides import SIDES, Side
 from sidetuning.training import evaluate, fit
@@ -54,6 +55,7 @@ __all__ = [
     "ImageTransform",
     "Input",
     "Merge",
+    "Routes",
     "ShapeError",
     "Side",
     "SideTuner",
@@ -74,6 +76,7 @@ __all__ = [
     "export",
     "fit",
     "forget",
+    "learn_routes",
     "load",
     "load_base",
     "loader_over",

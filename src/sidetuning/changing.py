@@ -65,7 +65,8 @@ def forget(
 ) -> SolveResult:
     """Take samples out of a task that `solve(keep_statistics=True)` learned, without the others.
 
-    The result is that of solving anew without them: the sums agree to 1e-10 of their size, given equal features.
+    The result is that of solving anew without them: the sums agree to 1e-10 of their size, given equal features. What
+    `learn_routes` kept of the task is dropped, since the samples are in it.
 
     Args:
         model: the model.
@@ -110,6 +111,8 @@ def _change(
         if sign < 0:
             _check_forgotten(task, branch, sums, total)
         chosen, error = settle(branch, layer, total, text["strength"])
+    if sign < 0:
+        branch.beside.pop("route", None)
     keep(model, branch, total, text["strength"], text["views"])
     _replace(model, task, branch)
     return SolveResult(int(total.count), chosen, error, time.monotonic() - started)

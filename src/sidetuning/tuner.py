@@ -21,6 +21,7 @@ from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
 from sidetuning.identity import Identity
 from sidetuning.predicting import predict, run, run_in_parts, run_mixed
 from sidetuning.registry import unknown
+from sidetuning.router import Router, Routes, kept_routes
 from sidetuning.seeding import seeded
 from sidetuning.shelf import Shelf
 from sidetuning.summary import Summary, summarise
@@ -47,6 +48,7 @@ class SideTuner(nn.Module):
         self._removed: dict[str, str] = {}
         # Saved tasks that are read when they are asked for.
         self._shelf: Shelf | None = None
+        self._router: Router | None = None
         # The taps that it came with; others come and go with the tasks.
         self._taps = tuple(base.tap_shapes)
         self.eval()
@@ -179,8 +181,7 @@ class SideTuner(nn.Module):
         return branch
 
     def _check_name(self, name: str) -> None:
-        shelf = self._shelf
-        if name in self.branches or (shelf is not None and name in shelf.folders and name not in shelf.reading):
+        if name in self and (self._shelf is None or name not in self._shelf.reading or name in self.branches):
             raise TaskError(f"task '{name}' exists already; remove_task('{name}') first, or choose another name")
         check_name(name)
 
@@ -304,6 +305,19 @@ class SideTuner(nn.Module):
         wanted = list(branches) if tasks is None else list(tasks)
         return predict(base, branches, sources, wanted, top=top, mirror=mirror)
 
+    def route(self, x: Input, *, features: Features | Tensor | None = None) -> Routes:
+        """Tell which task each sample of a batch is of, or none; one base pass, and no task is run.
+
+        Args:
+            x: a batch as the base takes it; tasks take part after `st.learn_routes`.
+            features: what the base returned for `x`, to spare the base pass.
+        """
+        with self._changes:
+            router, kept = self._router, kept_routes(self)
+            if router is None or router.kept != kept:
+                router = self._router = Router(self.base, kept)
+        return router.routes(self.base, x, features)
+
     def save(self, path: str | Path) -> None:
         """Write every task that is not there already to its folder in `path`/tasks; `load(path)` reads them again.
 
@@ -364,15 +378,7 @@ class SideTuner(nn.Module):
         own: Mapping[str, nn.Module | None] = MappingProxyType({}),
         any_base: bool = False,
     ) -> str:
-        """As `load_task`, of a task that was read already.
-
-        Args:
-            path: the folder.
-            task: what was read there.
-            identity: that of the base.
-            name, any_base: as of `load_task`.
-            own: its instances "side", "merge" and "head".
-        """
+        """As `load_task`, of what was read at `path` already; `identity` is the base's, `own` its three instances."""
         config = task[0]
         name = name or str(config["task"])
         self._check_name(name)

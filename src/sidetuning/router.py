@@ -1,0 +1,336 @@
+"""Which task is this, or none? In closed form over all that was learned, from what each task kept of its own data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sidetuning.base import Base, Features, Input
+from sidetuning.beside import Beside, Kept, found_beside, read_beside
+from sidetuning.branch import Branch
+from sidetuning.errors import ArtifactError, DataError, ShapeError, TaskError, TrainingError
+from sidetuning.expansion import Expansion
+from sidetuning.heads import pooled
+from sidetuning.objective import check_loader, unpack
+from sidetuning.problems import IGNORED, Classes
+
+if TYPE_CHECKING:
+    from sidetuning.tuner import SideTuner
+
+# Every tenth row is held out of a task's sums, up to this many.
+HELD = 512
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+TEMPERATURES = tuple(0.02 * 1.5**i for i in range(16))
+# How likely a sample is of no task before it is seen.
+NONE = 0.1
+
+
+class Routes(NamedTuple):
+    """What a router says of a batch.
+
+    Attributes:
+        tasks: names of the tasks that it knows, sorted.
+        probabilities: of each task (b, tasks).
+        none: the probability that a sample is of none of them (b,); with `probabilities` they sum to 1.
+    """
+
+    tasks: list[str]
+    probabilities: Tensor
+    none: Tensor
+
+    def best(self) -> list[str | None]:
+        """The most probable task of each sample; None where that it is of none is more probable."""
+        values, places = self.probabilities.max(1)
+        known = (values >= self.none).tolist()
+        return [self.tasks[i] if yes else None for i, yes in zip(places.tolist(), known, strict=True)]
+
+
+@torch.no_grad()
+def learn_routes(
+    model: SideTuner,
+    task: str,
+    loader: Iterable[Any],
+    *,
+    width: int = 2000,
+    grid: int = 4,
+    seed: int = 0,
+    views: int = 1,
+    progress: bool = True,
+) -> int:
+    """Let `model.route` know a task, from the task's own data alone; no output of any task changes.
+
+    The task keeps the means of its classes and the scatter around them, in a random expansion of the base's taps, and
+    one row in ten, up to 512, on which probabilities are calibrated. They are saved beside the task, in
+    `route.safetensors` (about 2 `width`² bytes and 2,048 `width`), and are gone with it. What was known of it before is
+    replaced.
+
+    Args:
+        model: the model.
+        task: the task.
+        loader: as in `fit`.
+        width, grid, seed: those of `Expansion`, equal for all tasks of a model.
+        views: as in `solve`.
+        progress: show a bar.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        TaskError: other tasks of the model have routes of other features.
+        DataError: fewer than 20 rows.
+        TrainingError: features that are not finite.
+    """
+    from tqdm import tqdm
+
+    check_loader(loader)
+    branch = model[task]
+    space = _Space(model.base, width, grid, seed)
+    others = {name: kept for name, kept in kept_routes(model).items() if name != task}
+    for name in list(others)[:1]:
+        # Taps that came with later tasks do not matter.
+        known = _Space.read(model.base, _text(name, others[name])["space"])
+        if {**known.text, "taps": {}} != {**space.text, "taps": {}}:
+            raise TaskError(f"the route of task '{name}' is in the features {known.text}, and this one in {space.text}")
+        space = known
+    classes: dict[int, list[Any]] = {}
+    held: list[Tensor] = []
+    scatter = torch.zeros(space.width, space.width, dtype=torch.float64)
+    rows = 0
+    for batch in tqdm(loader, task, disable=not progress, leave=False):
+        x, given, target = unpack(batch)
+        z = space(model.base, x, given)
+        if len(z) % views or len(target) != len(z):
+            raise DataError(f"a batch of {len(z)} rows with {len(target)} targets is not {views} views of each sample")
+        z, labels = z.view(views, -1, z.shape[1]).mean(0), _labels(branch, target)[: len(z) // views]
+        z, labels = z[labels != IGNORED].double().cpu(), labels[labels != IGNORED].cpu()
+        out = (torch.arange(rows, rows + len(z)) % 10 == 9) & (torch.arange(rows, rows + len(z)) < 10 * HELD)
+        held.append(z[out])
+        rows += len(z)
+        z, labels = z[~out], labels[~out]
+        scatter += z.T @ z
+        for label in labels.unique().tolist():
+            some = z[labels == label]
+            entry = classes.setdefault(label, [0, torch.zeros(space.width, dtype=torch.float64)])
+            entry[0], entry[1] = entry[0] + len(some), entry[1] + some.sum(0)
+    if rows < 20:
+        raise DataError(f"a route is learned from 20 rows or more, and task '{task}' was given {rows}")
+    names = sorted(classes)
+    counts = torch.tensor([classes[name][0] for name in names], dtype=torch.float64)
+    means = torch.stack([classes[name][1] for name in names]) / counts.unsqueeze(1)
+    scatter -= (means * counts.unsqueeze(1)).T @ means
+    if not bool(scatter.isfinite().all()):
+        raise TrainingError(f"features of task '{task}' are not finite; look for NaN in the inputs")
+    lower = torch.tril_indices(space.width, space.width)
+    tensors = {"counts": counts, "means": means.float(), "scatter": scatter[lower[0], lower[1]].float()}
+    text = {"space": space.text, "base": model.base.identity().sha256}
+    branch.beside = {**branch.beside, "route": Beside(text, {**tensors, "held": torch.cat(held).float()})}
+    return rows
+
+
+def _labels(branch: Branch, target: Tensor) -> Tensor:
+    """The class of each sample, where a task has classes; else 0."""
+    if type(branch.problem) is Classes and target.ndim == 1 and not target.is_floating_point():
+        return target.long()
+    return torch.zeros(len(target), dtype=torch.long, device=target.device)
+
+
+class _Space:
+    """The features that routes are told by: a random expansion of the base's taps, and the code."""
+
+    def __init__(self, base: Base, width: int, grid: int, seed: int) -> None:
+        self.expansion = Expansion(base, width, grid, seed)
+        self.kind, self.width = base.kind, width + base.width
+        taps = {name: base.layouts.get(name) for name in self.expansion.taps}
+        self.text = {"width": width, "grid": grid, "seed": seed, "taps": taps}
+
+    @classmethod
+    def read(cls, base: Base, text: Mapping[str, Any]) -> _Space:
+        """The features that a task's text tells, on a base that returns their taps."""
+        return cls(base.with_taps(text["taps"]), text["width"], text["grid"], text["seed"])
+
+    def __call__(self, base: Base, x: Input, given: Features | Tensor | None) -> Tensor:
+        """The features (b, width) of a batch."""
+        missing = {name: layout for name, layout in self.text["taps"].items() if name not in base.tap_shapes}
+        if missing and given is None:
+            base = base.with_taps({**dict.fromkeys(base.tap_shapes), **base.layouts, **missing})
+        inputs = base.prepare(x)
+        features = base.features(inputs, given)
+        if lacking := [name for name in self.expansion.taps if name not in features.taps]:
+            raise ShapeError(f"routes read the tap '{lacking[0]}', which the features do not hold; leave features= out")
+        code = pooled(features.out, self.kind, inputs)
+        return torch.cat([self.expansion(inputs, features), F.layer_norm(code, code.shape[1:])], 1)
+
+
+class Router:
+    """Routes over what the tasks kept: linear discriminant analysis of all their classes, sharing one covariance.
+
+    score(c) = φᵀ Σ⁻¹ μ_c - ½ μ_cᵀ Σ⁻¹ μ_c; a task has the sum of its classes' probabilities. A sample is of none where
+    its Mahalanobis distance to the nearest class is larger than those of held-out rows are (Lee et al., NeurIPS 2018).
+    Tasks are taken in the order of their names: the order in which they were learned does not matter, bit for bit.
+
+    Args:
+        base: the base of the model.
+        kept: what each task keeps.
+
+    Raises:
+        TaskError: no task keeps a route, or tasks keep routes of other features or of another base.
+        ArtifactError: a file of a route that is gone or damaged.
+    """
+
+    def __init__(self, base: Base, kept: Mapping[str, Kept]) -> None:
+        self.kept = dict(kept)
+        if not kept:
+            raise TaskError("no task has a route; call st.learn_routes(model, task, loader) for each")
+        self.tasks = sorted(kept)
+        texts = {name: _text(name, kept[name]) for name in self.tasks}
+        first = texts[self.tasks[0]]
+        self.space = _Space.read(base, first["space"])
+        d, identity = self.space.width, base.identity().sha256
+        lower = torch.tril_indices(d, d)
+        half = torch.zeros(len(lower[0]), dtype=torch.float64)
+        means, counts, held, owners, truth = [], [], [], [], []
+        for i, name in enumerate(self.tasks):
+            if texts[name] != {"space": first["space"], "base": identity}:
+                raise TaskError(
+                    f"the route of task '{name}' is of other features or another base; learn_routes it again"
+                )
+            tensors = _checked(name, read_beside(kept[name]), d, len(half))
+            half += tensors["scatter"].double()
+            means.append(tensors["means"].double())
+            counts.append(tensors["counts"])
+            held.append(tensors["held"].double())
+            owners.append(torch.full((len(means[-1]),), i))
+            truth.append(torch.full((len(held[-1]),), i))
+        covariance = torch.zeros(d, d, dtype=torch.float64)
+        covariance[lower[0], lower[1]] = half
+        covariance = covariance + covariance.tril(-1).T
+        self.means, self.owners = torch.cat(means), torch.cat(owners)
+        covariance /= max(1.0, float(torch.cat(counts).sum()) - len(self.means))
+        self._calibrate(covariance, torch.cat(held), torch.cat(truth))
+
+    def _calibrate(self, covariance: Tensor, held: Tensor, truth: Tensor) -> None:
+        """Choose strength and temperature, and learn how sure to be, on rows that are in no sum."""
+        unit = float(covariance.diagonal().mean()) or 1.0
+        best = math.inf
+        for strength in STRENGTHS:
+            ridged = covariance.clone()
+            ridged.diagonal().add_(strength * unit)
+            factor = torch.linalg.cholesky(ridged)
+            weight = torch.cholesky_solve(self.means.T, factor)
+            bias = -0.5 * (self.means * weight.T).sum(1)
+            scores = held @ weight + bias
+            for temperature in TEMPERATURES:
+                loss = F.nll_loss(self._by_task((temperature * scores).log_softmax(1)), truth).item()
+                if loss < best:
+                    best, self.temperature = loss, temperature
+                    self.factor, self.weight, self.bias = factor, weight, bias
+        logs = self._by_task((self.temperature * (held @ self.weight + self.bias)).log_softmax(1))
+        self.sure = _logistic(_odds(logs), (logs.argmax(1) == truth).double())
+        distances = self._distances(held)[torch.arange(len(held)), truth].log()
+        rows = [distances[truth == i] for i in range(len(self.tasks))]
+        spread = torch.cat([row - row.mean() for row in rows]).std(correction=0).clamp(min=1e-3)
+        self.usual = torch.stack([row.mean() for row in rows])
+        # A task of few rows shares the spread of all.
+        self.spread = torch.stack(
+            [((row - row.mean()).square().sum() + 20 * spread**2) / (len(row) + 20) for row in rows]
+        )
+        self.spread = self.spread.sqrt()
+
+    def _by_task(self, logs: Tensor) -> Tensor:
+        """Log probabilities of classes (b, c) to those of tasks (b, t)."""
+        return torch.stack([logs[:, self.owners == i].logsumexp(1) for i in range(len(self.tasks))], 1)
+
+    def _distances(self, z: Tensor) -> Tensor:
+        """Squared Mahalanobis distances (b, t) of features to the nearest class of each task."""
+        own = torch.linalg.solve_triangular(self.factor, z.T, upper=False).square().sum(0)
+        each = (own.unsqueeze(1) - 2 * (z @ self.weight + self.bias)).clamp(min=1e-9)
+        return torch.stack([each[:, self.owners == i].amin(1) for i in range(len(self.tasks))], 1)
+
+    @torch.no_grad()
+    def routes(self, base: Base, x: Input, features: Features | Tensor | None) -> Routes:
+        """The routes of a batch; see `SideTuner.route`."""
+        z = self.space(base, x, features)
+        device, z = z.device, z.double().cpu()
+        logs = self._by_task((self.temperature * (z @ self.weight + self.bias)).log_softmax(1))
+        probabilities = logs.exp()
+        if len(self.tasks) > 1:
+            probabilities = _sharpened(probabilities, (_odds(logs) @ self.sure).sigmoid())
+        # Two normal distributions of log distances: that of the task, and a wider one of what is further off.
+        deviation = ((self._distances(z).log() - self.usual) / self.spread)[torch.arange(len(z)), logs.argmax(1)]
+        deviation = deviation.clamp(-4 / 3, 100)
+        odds = 0.375 * deviation.square() + deviation - 2 - math.log(2) + math.log(NONE / (1 - NONE))
+        none = odds.sigmoid()
+        probabilities = probabilities * (1 - none).unsqueeze(1)
+        return Routes(list(self.tasks), probabilities.float().to(device), none.float().to(device))
+
+
+def kept_routes(model: SideTuner) -> dict[str, Kept]:
+    """The routes of a model's tasks, also of those that wait in their folders, by the tasks' names."""
+    branches, shelf = model._in_memory(), model._shelf
+    folders = {} if shelf is None else shelf.folders
+    found = {name: found_beside(folder) for name, folder in folders.items() if name not in branches}
+    found |= {name: branch.beside for name, branch in branches.items()}
+    return {name: beside["route"] for name, beside in sorted(found.items()) if "route" in beside}
+
+
+def _text(name: str, kept: Kept) -> dict[str, Any]:
+    text = read_beside(kept).text
+    space = text.get("space")
+    whole = isinstance(space, dict) and isinstance(space.get("taps"), dict)
+    if not whole or any(type(space.get(key)) is not int for key in ("width", "grid", "seed")):
+        raise ArtifactError(f"the route of task '{name}' does not tell its features; learn_routes it again")
+    return text
+
+
+def _checked(name: str, beside: Beside, d: int, half: int) -> dict[str, Tensor]:
+    """The tensors of a route; ArtifactError where they are not those of d features."""
+    tensors = beside.tensors
+    k = len(tensors.get("counts", ()))
+    shapes = {"counts": (k,), "means": (k, d), "scatter": (half,), "held": (len(tensors.get("held", ())), d)}
+    if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != shapes or not k or not shapes["held"][0]:
+        raise ArtifactError(f"the route of task '{name}' is not one of {d} features; learn_routes it again")
+    return tensors
+
+
+def _odds(logs: Tensor) -> Tensor:
+    """Powers 0 to 3 of the log odds of the most probable task (b, 4)."""
+    top = logs.exp().amax(1).clamp(1e-4, 1 - 1e-4)
+    odds = (top / (1 - top)).log() / 4
+    return torch.stack([odds**power for power in range(4)], 1)
+
+
+def _sharpened(probabilities: Tensor, top: Tensor) -> Tensor:
+    """Probabilities (b, t) of which the highest is `top` (b,), as far as it stays the highest."""
+    place = probabilities.argmax(1, keepdim=True)
+    others = probabilities.clamp(min=1e-12).scatter(1, place, 0.0)
+    others = others / others.sum(1, keepdim=True)
+    second = others.amax(1)
+    top = torch.maximum(top, second / (1 + second))
+    return (others * (1 - top).unsqueeze(1)).scatter(1, place, top.unsqueeze(1))
+
+
+def _logistic(x: Tensor, right: Tensor) -> Tensor:
+    """Weights of a logistic regression, by Newton's method with halved steps; as few rows as ten are enough."""
+    # Where rows are few, certainty stays what it is.
+    prior = torch.tensor([0.0, 4.0, 0.0, 0.0], dtype=x.dtype)
+    weight = prior.clone()
+
+    def loss(w: Tensor) -> float:
+        return float(
+            F.binary_cross_entropy_with_logits(x @ w, right, reduction="sum") + 0.5 * (w - prior).square().sum()
+        )
+
+    for _ in range(30):
+        mean = (x @ weight).sigmoid()
+        slope = x.T @ (mean - right) + (weight - prior)
+        curve = (x * (mean * (1 - mean)).unsqueeze(1)).T @ x + torch.eye(4, dtype=x.dtype)
+        step, size = torch.linalg.solve(curve, slope), 1.0
+        while loss(weight - size * step) > loss(weight) and size > 1e-6:
+            size /= 2
+        weight = weight - size * step
+    return weight
