@@ -27,7 +27,8 @@ from sidetuning.loop import TrainResult, train
 from sidetuning.merges import MERGES, Merge
 from sidetuning.objective import accuracy
 from sidetuning.predicting import Answer
-from sidetuning.router import Routes, learn_routes
+from sidetuning.router import Routes
+from sidetuning.routing import learn_routes
 from sidetuning.seeding import seeded
 from sidetuning.sides import SIDES, Side
 from sidetuning.training import evaluate, fit

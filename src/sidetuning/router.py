@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,11 @@ from torch import Tensor
 from sidetuning.base import Base, Features, Input
 from sidetuning.beside import Beside, Kept, found_beside, read_beside
 from sidetuning.branch import Branch
-from sidetuning.errors import ArtifactError, DataError, ShapeError, TaskError, TrainingError
+from sidetuning.errors import ArtifactError, ShapeError, TaskError
 from sidetuning.expansion import Expansion
 from sidetuning.heads import pooled
-from sidetuning.objective import check_loader, unpack
-from sidetuning.problems import IGNORED, Classes
+from sidetuning.shelf import Shelf
 
-if TYPE_CHECKING:
-    from sidetuning.tuner import SideTuner
-
-# Every tenth row is held out of a task's sums, up to this many.
-HELD = 512
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 TEMPERATURES = tuple(0.02 * 1.5**i for i in range(16))
 # How likely a sample is of no task before it is seen.
@@ -50,96 +44,7 @@ class Routes(NamedTuple):
         return [self.tasks[i] if yes else None for i, yes in zip(places.tolist(), known, strict=True)]
 
 
-@torch.no_grad()
-def learn_routes(
-    model: SideTuner,
-    task: str,
-    loader: Iterable[Any],
-    *,
-    width: int = 2000,
-    grid: int = 4,
-    seed: int = 0,
-    views: int = 1,
-    progress: bool = True,
-) -> int:
-    """Let `model.route` know a task, from the task's own data alone; no output of any task changes.
-
-    The task keeps the means of its classes and the scatter around them, in a random expansion of the base's taps, and
-    one row in ten, up to 512, on which probabilities are calibrated. They are saved beside the task, in
-    `route.safetensors` (about 2 `width`² bytes and 2,048 `width`), and are gone with it. What was known of it before is
-    replaced.
-
-    Args:
-        model: the model.
-        task: the task.
-        loader: as in `fit`.
-        width, grid, seed: those of `Expansion`, equal for all tasks of a model.
-        views: as in `solve`.
-        progress: show a bar.
-
-    Returns:
-        The number of rows.
-
-    Raises:
-        TaskError: other tasks of the model have routes of other features.
-        DataError: fewer than 20 rows.
-        TrainingError: features that are not finite.
-    """
-    from tqdm import tqdm
-
-    check_loader(loader)
-    branch = model[task]
-    space = _Space(model.base, width, grid, seed)
-    others = {name: kept for name, kept in kept_routes(model).items() if name != task}
-    for name in list(others)[:1]:
-        # Taps that came with later tasks do not matter.
-        known = _Space.read(model.base, _text(name, others[name])["space"])
-        if {**known.text, "taps": {}} != {**space.text, "taps": {}}:
-            raise TaskError(f"the route of task '{name}' is in the features {known.text}, and this one in {space.text}")
-        space = known
-    classes: dict[int, list[Any]] = {}
-    held: list[Tensor] = []
-    scatter = torch.zeros(space.width, space.width, dtype=torch.float64)
-    rows = 0
-    for batch in tqdm(loader, task, disable=not progress, leave=False):
-        x, given, target = unpack(batch)
-        z = space(model.base, x, given)
-        if len(z) % views or len(target) != len(z):
-            raise DataError(f"a batch of {len(z)} rows with {len(target)} targets is not {views} views of each sample")
-        z, labels = z.view(views, -1, z.shape[1]).mean(0), _labels(branch, target)[: len(z) // views]
-        z, labels = z[labels != IGNORED].double().cpu(), labels[labels != IGNORED].cpu()
-        out = (torch.arange(rows, rows + len(z)) % 10 == 9) & (torch.arange(rows, rows + len(z)) < 10 * HELD)
-        held.append(z[out])
-        rows += len(z)
-        z, labels = z[~out], labels[~out]
-        scatter += z.T @ z
-        for label in labels.unique().tolist():
-            some = z[labels == label]
-            entry = classes.setdefault(label, [0, torch.zeros(space.width, dtype=torch.float64)])
-            entry[0], entry[1] = entry[0] + len(some), entry[1] + some.sum(0)
-    if rows < 20:
-        raise DataError(f"a route is learned from 20 rows or more, and task '{task}' was given {rows}")
-    names = sorted(classes)
-    counts = torch.tensor([classes[name][0] for name in names], dtype=torch.float64)
-    means = torch.stack([classes[name][1] for name in names]) / counts.unsqueeze(1)
-    scatter -= (means * counts.unsqueeze(1)).T @ means
-    if not bool(scatter.isfinite().all()):
-        raise TrainingError(f"features of task '{task}' are not finite; look for NaN in the inputs")
-    lower = torch.tril_indices(space.width, space.width)
-    tensors = {"counts": counts, "means": means.float(), "scatter": scatter[lower[0], lower[1]].float()}
-    text = {"space": space.text, "base": model.base.identity().sha256}
-    branch.beside = {**branch.beside, "route": Beside(text, {**tensors, "held": torch.cat(held).float()})}
-    return rows
-
-
-def _labels(branch: Branch, target: Tensor) -> Tensor:
-    """The class of each sample, where a task has classes; else 0."""
-    if type(branch.problem) is Classes and target.ndim == 1 and not target.is_floating_point():
-        return target.long()
-    return torch.zeros(len(target), dtype=torch.long, device=target.device)
-
-
-class _Space:
+class Space:
     """The features that routes are told by: a random expansion of the base's taps, and the code."""
 
     def __init__(self, base: Base, width: int, grid: int, seed: int) -> None:
@@ -149,7 +54,7 @@ class _Space:
         self.text = {"width": width, "grid": grid, "seed": seed, "taps": taps}
 
     @classmethod
-    def read(cls, base: Base, text: Mapping[str, Any]) -> _Space:
+    def read(cls, base: Base, text: Mapping[str, Any]) -> Space:
         """The features that a task's text tells, on a base that returns their taps."""
         return cls(base.with_taps(text["taps"]), text["width"], text["grid"], text["seed"])
 
@@ -187,9 +92,9 @@ class Router:
         if not kept:
             raise TaskError("no task has a route; call st.learn_routes(model, task, loader) for each")
         self.tasks = sorted(kept)
-        texts = {name: _text(name, kept[name]) for name in self.tasks}
+        texts = {name: text_of(name, kept[name]) for name in self.tasks}
         first = texts[self.tasks[0]]
-        self.space = _Space.read(base, first["space"])
+        self.space = Space.read(base, first["space"])
         d, identity = self.space.width, base.identity().sha256
         lower = torch.tril_indices(d, d)
         half = torch.zeros(len(lower[0]), dtype=torch.float64)
@@ -269,16 +174,16 @@ class Router:
         return Routes(list(self.tasks), probabilities.float().to(device), none.float().to(device))
 
 
-def kept_routes(model: SideTuner) -> dict[str, Kept]:
-    """The routes of a model's tasks, also of those that wait in their folders, by the tasks' names."""
-    branches, shelf = model._in_memory(), model._shelf
+def kept_routes(branches: Mapping[str, Branch], shelf: Shelf | None) -> dict[str, Kept]:
+    """The routes of tasks in memory, and of those that wait in their folders, by the tasks' names."""
     folders = {} if shelf is None else shelf.folders
     found = {name: found_beside(folder) for name, folder in folders.items() if name not in branches}
     found |= {name: branch.beside for name, branch in branches.items()}
     return {name: beside["route"] for name, beside in sorted(found.items()) if "route" in beside}
 
 
-def _text(name: str, kept: Kept) -> dict[str, Any]:
+def text_of(name: str, kept: Kept) -> dict[str, Any]:
+    """What a task's route tells of its features and its base; ArtifactError where it does not."""
     text = read_beside(kept).text
     space = text.get("space")
     whole = isinstance(space, dict) and isinstance(space.get("taps"), dict)

@@ -313,7 +313,7 @@ class SideTuner(nn.Module):
             features: what the base returned for `x`, to spare the base pass.
         """
         with self._changes:
-            router, kept = self._router, kept_routes(self)
+            router, kept = self._router, kept_routes(self._in_memory(), self._shelf)
             if router is None or router.kept != kept:
                 router = self._router = Router(self.base, kept)
         return router.routes(self.base, x, features)
