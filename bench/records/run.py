@@ -40,6 +40,8 @@ RECORDS: Registry[Record] = Registry(
         "zoo": "zoo:ZOO",
         "serving": "serving:SERVING",
         "serving-churn": "serving_churn:SERVING_CHURN",
+        "closed-form": "closed_form:CLOSED_FORM",
+        "route-kinds": "closed_form:ROUTE_KINDS",
     },
 )
 

@@ -16,6 +16,7 @@ from sidetuning.beside import read_beside
 from sidetuning.branch import Branch
 from sidetuning.closed_form import SolveResult, keep, ready, settle
 from sidetuning.errors import DataError, TaskError
+from sidetuning.heads import InUnits
 from sidetuning.problems import Classes, Labels
 from sidetuning.sides.initialise import layout
 from sidetuning.sums import Sums, collect, last_linear
@@ -169,6 +170,7 @@ def _grow(branch: Branch, task: str, new_labels: int | Sequence[str]) -> None:
     layer.out_features += more
     for weight in (layer.weight, layer.bias):
         weight.data = torch.cat([weight.data, weight.new_zeros(more, *weight.shape[1:])])
+    assert isinstance(branch.head, InUnits)
     branch.head.channels = layer.out_features
     branch.config = replace(branch.config, head=(name, {**options, "outputs": layer.out_features}))
     branch.built = layout(branch)

@@ -137,8 +137,11 @@ class _Ridge:
         signs = torch.randint(0, 2, (len(xx), PROBES), generator=generator)
         self.probes = (2.0 * signs - 1).to(xx)
 
-    def solution(self, strength: float) -> tuple[Tensor, float]:
-        """The weights (d, k), and the trace of the matrix that makes predictions of targets."""
+    def solution(self, strength: float) -> tuple[Tensor, float] | None:
+        """The weights (d, k), and the trace of the matrix that makes predictions of targets.
+
+        None where the strength is lost in the rounding of the sums.
+        """
         if self.spectrum is not None:
             values, vectors = self.spectrum
             values = values.clamp(min=0)
@@ -146,7 +149,9 @@ class _Ridge:
             return weight, float((values / (values + strength)).sum())
         ridged = self.xx.clone()
         ridged.diagonal().add_(strength)
-        factor = torch.linalg.cholesky(ridged)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        if int(failed):
+            return None
         both = torch.cholesky_solve(torch.cat([self.xy, self.probes], 1), factor)
         weight, inverse = both.split([self.xy.shape[1], PROBES], 1)
         return weight, len(self.xx) - strength * float((self.probes * inverse).sum()) / PROBES
@@ -159,14 +164,16 @@ def settle(branch: Branch, layer: nn.Linear, sums: Sums, strength: float | None)
     unit = float(xx.diagonal().mean()) or 1.0
     ridge = _Ridge(xx, xy)
 
-    def judged(multiple: float) -> _Solution:
-        weight, trace = ridge.solution(multiple * unit)
+    def judged(multiple: float) -> _Solution | None:
+        solution = ridge.solution(multiple * unit)
+        if solution is None:
+            return None
+        weight, trace = solution
         return _Solution(multiple, weight, trace, (weight * xy).sum(0), (weight * (xx @ weight)).sum(0), yy, rows)
 
-    if strength is not None:
-        best = judged(strength)
-    else:
-        best = _least(judged, exact=len(xx) <= EXACT)
+    best = _least(judged, exact=len(xx) <= EXACT) if strength is None else judged(strength)
+    if best is None:
+        raise TaskError(f"strength {strength} is lost in rounding with {len(xx)} features; give a larger one, or none")
     weight, bias = best.weight, middle - mean @ best.weight
     if isinstance(branch.problem, (Classes, Labels)):
         slope, shift = best.logits(middle, alone=isinstance(branch.problem, Labels))
@@ -177,14 +184,15 @@ def settle(branch: Branch, layer: nn.Linear, sums: Sums, strength: float | None)
     return best.multiple, float((best.errors * scale**2).mean())
 
 
-def _least(judged: Callable[[float], _Solution], exact: bool) -> _Solution:
+def _least(judged: Callable[[float], _Solution | None], exact: bool) -> _Solution | None:
     """The solution with the least error, which has one valley."""
-    tried: dict[int, _Solution] = {}
+    tried: dict[int, _Solution | None] = {}
 
     def error(i: int) -> float:
         if i not in tried:
             tried[i] = judged(STRENGTHS[i])
-        return float(tried[i].errors.mean())
+        solution = tried[i]
+        return math.inf if solution is None else float(solution.errors.mean())
 
     if exact:
         # Every third strength finds it, the two beside it its bottom.

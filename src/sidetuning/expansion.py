@@ -8,6 +8,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetuning.base import Base, Features, Input
@@ -82,9 +83,14 @@ def _standard(places: Tensor, mask: Tensor | None) -> Tensor:
     return (places - mean) * (variance + 1e-5).rsqrt()
 
 
-@functools.lru_cache(maxsize=64)
 def signs(seed: int, stream: int, rows: int, columns: int) -> Tensor:
-    """A matrix of -1 and 1: bits of Philox (Salmon et al., SC 2011), the lowest first. Tasks share it."""
+    """A matrix of -1 and 1: bits of Philox (Salmon et al., SC 2011), the lowest first. Tasks share its memory."""
+    return torch.from_numpy(_signs(seed, stream, rows, columns))
+
+
+# An array, since a tensor that is made while a graph is traced is of that graph.
+@functools.lru_cache(maxsize=64)
+def _signs(seed: int, stream: int, rows: int, columns: int) -> NDArray[np.float32]:
     raw = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(-(-rows * columns // 64))
     bits = np.unpackbits(raw.astype("<u8").view(np.uint8), bitorder="little", count=rows * columns)
-    return torch.from_numpy(bits.reshape(rows, columns).astype(np.float32) * 2 - 1)
+    return bits.reshape(rows, columns).astype(np.float32) * 2 - 1

@@ -15,6 +15,7 @@ from sidetuning.beside import Beside, Kept, found_beside, read_beside
 from sidetuning.branch import Branch
 from sidetuning.errors import ArtifactError, ShapeError, TaskError
 from sidetuning.expansion import Expansion
+from sidetuning.files import check_json
 from sidetuning.heads import pooled
 from sidetuning.shelf import Shelf
 
@@ -51,7 +52,7 @@ class Space:
         self.expansion = Expansion(base, width, grid, seed)
         self.kind, self.width = base.kind, width + base.width
         taps = {name: base.layouts.get(name) for name in self.expansion.taps}
-        self.text = {"width": width, "grid": grid, "seed": seed, "taps": taps}
+        self.text: dict[str, Any] = {"width": width, "grid": grid, "seed": seed, "taps": taps}
 
     @classmethod
     def read(cls, base: Base, text: Mapping[str, Any]) -> Space:
@@ -184,11 +185,8 @@ def kept_routes(branches: Mapping[str, Branch], shelf: Shelf | None) -> dict[str
 
 def text_of(name: str, kept: Kept) -> dict[str, Any]:
     """What a task's route tells of its features and its base; ArtifactError where it does not."""
-    text = read_beside(kept).text
-    space = text.get("space")
-    whole = isinstance(space, dict) and isinstance(space.get("taps"), dict)
-    if not whole or any(type(space.get(key)) is not int for key in ("width", "grid", "seed")):
-        raise ArtifactError(f"the route of task '{name}' does not tell its features; learn_routes it again")
+    text, schema = read_beside(kept).text, {"width": int, "grid": int, "seed": int, "taps": dict}
+    check_json(text, f"the route of task '{name}'", {"space": schema, "base": str}, "learn_routes it again")
     return text
 
 

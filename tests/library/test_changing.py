@@ -175,7 +175,8 @@ def test_views_are_averaged() -> None:
     layer: Any = plain["t"].head
     code = (plain.base(X[:100]).out + plain.base(-X[:100]).out) / 2
     solve(plain, [(X[:100], st.Features(code, plain.base(X[:100]).taps), CLASSES[:100])])
-    torch.testing.assert_close(model["t"].head.linear.weight, layer.linear.weight)
+    found: Any = model["t"].head
+    torch.testing.assert_close(found.linear.weight, layer.linear.weight)
     with pytest.raises(st.DataError, match="different targets"):
         solve(model, [(X[:100], CLASSES[:100])], views=2)
     with pytest.raises(st.DataError, match="not 3 views"):

@@ -98,6 +98,17 @@ def test_many_features_are_solved_as_few_are(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(outputs[0][1], outputs[1][1], rtol=1e-2, atol=1e-2)
 
 
+def test_few_rows_of_many_features_are_solved_and_a_strength_that_rounding_swallows_is_refused() -> None:
+    with st.seeded(0):
+        base = st.Base(nn.Sequential(nn.Linear(12, 1500), nn.ReLU()), example=torch.zeros(1, 12))
+    model = model_with("classes", base=base)
+    few = [(X[:30], CLASSES[:30])]
+    st.solve(model, "t", few, progress=False)
+    assert float((model(X[400:], "t").argmax(1) == CLASSES[400:]).float().mean()) > 0.4
+    with pytest.raises(st.TaskError, match="lost in rounding"):
+        st.solve(model, "t", few, strength=1e-9, progress=False)
+
+
 def test_what_is_ignored_does_not_count() -> None:
     models = [model_with("classes") for _ in range(2)]
     ignored = CLASSES.clone()

@@ -147,9 +147,10 @@ def test_maps_and_texts_are_routed() -> None:
 def test_later_taps_do_not_matter_and_missing_ones_are_refused() -> None:
     model = st.SideTuner(mlp_base(("1",)))
     for name in ("a", "b"):
-        side: dict[str, Any] = {"side": None, "merge": "base-only"} if name == "a" else {"side": "ladder"}
-        taps = None if name == "a" else ("0", "1")
-        model.add_task(name, **side, head=2, seed=0, problem="classes", **({"taps": taps} if taps else {}))
+        parts: dict[str, Any] = {"side": None, "merge": "base-only"}
+        if name == "b":
+            parts = {"side": "ladder", "taps": ("0", "1")}
+        model.add_task(name, **parts, head=2, seed=0, problem="classes")
         learn(model, name)
     x = data(1, seed=1)[0]
     whole = model.route(x).probabilities
