@@ -131,7 +131,9 @@ def plot_cost(numbers: Numbers, figure: Figure) -> None:
         paint = [colour["muted" if name in ("lora", "finetune") else "blue"] for name in names]
         axes.barh(names, shares, color=paint, height=0.62)
         for place, share in enumerate(shares):
-            axes.annotate(f"{share:.0f}", (share, place), (4, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                "< 1" if share < 1 else f"{share:.0f}", (share, place), (4, 0), textcoords="offset points", va="center"
+            )
         axes.set_title(title)
         axes.set(xlim=(0, 230), xticks=[0, 100, 200])
         axes.grid(False)
