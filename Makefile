@@ -7,7 +7,7 @@ CODE := src bench examples tests
 # A process per core; in each, torch's own threads would only be in the way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-oldest lint docs format zoo clean
+.PHONY: demo test test-all test-oldest lint docs figures format zoo clean
 
 demo: .venv/demo-ready
 	$(BIN)/sidetuning bench demo
@@ -30,6 +30,10 @@ lint: .venv/dev-ready
 # The site, in site/. A dead link and a name that is not documented are errors.
 docs: .venv/dev-ready
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(BIN)/python -m mkdocs build --quiet
+
+# The figures of docs/results.md, from the committed results; the table of its numbers is printed.
+figures: .venv/dev-ready
+	OMP_NUM_THREADS=1 $(BIN)/python bench/records/figures.py
 
 format: .venv/dev-ready
 	$(BIN)/ruff format $(CODE)

@@ -111,6 +111,18 @@ def test_the_bench_holds_its_package_and_needs_the_library(wheels: dict[str, zip
     assert "sidetuning" in needed and "vizdoom" not in needed and "stable-baselines3" not in needed
 
 
+def test_both_wheels_hold_their_licences_and_a_page_that_renders(wheels: dict[str, zipfile.ZipFile]) -> None:
+    for name, weights in (("sidetuning", "bases"), ("sidetuning_bench", "dense/weights")):
+        files = {path.partition(".dist-info/licenses/")[2] for path in wheels[name].namelist()}
+        assert {"LICENSE", f"src/{name}/{weights}/LICENSE.md"} <= files
+        files = contents(wheels[name])
+        folders = {path.rpartition("/")[0] for path in files if path.endswith(".safetensors")}
+        assert folders and all(f"{folder}/LICENSE.md" in files for folder in folders)
+        command = [sys.executable, "-m", "twine", "check", "--strict", str(wheels[name].filename)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
 def with_requirements(wanted: set[str]) -> set[str]:
     """The distributions in `wanted` and all that they need, as they are installed here."""
     found: set[str] = set()

@@ -24,20 +24,26 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 # Names of weights that must be downloaded, and what takes their place here.
 STAND_INS = {"timm:resnet18": "resnet44-cifar10"}
-PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python\n" in page.read_text(encoding="utf-8"))
+PAGES = {
+    page.relative_to(DOCS).as_posix(): text
+    for page in sorted(DOCS.rglob("*.md"))
+    if "```python\n" in (text := page.read_text(encoding="utf-8"))
+}
+# Pages that need more than the library import much.
+MARKED = [pytest.param(page, marks=pytest.mark.slow if "importorskip" in PAGES[page] else ()) for page in PAGES]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(DOCS).as_posix() for page in PAGES])
-def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = page.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", MARKED)
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = PAGES[page]
     for name, stand_in in STAND_INS.items():
         text = text.replace(name, stand_in)
     # What a page needs and does not show stands in a comment, <!-- setup … -->.
     blocks = re.findall(r"^(?:```python|<!-- setup)\n(.*?)^(?:```|-->)", text, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {"__name__": page.stem}
+    scope: dict[str, Any] = {"__name__": "page"}
     for block in blocks:
-        exec(compile(block, page.name, "exec"), scope)
+        exec(compile(block, page, "exec"), scope)
 
 
 def test_the_readme_runs_with_an_encoder_of_texts(tmp_path: Path) -> None:

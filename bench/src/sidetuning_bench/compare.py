@@ -55,7 +55,7 @@ class OnIcifar:
     samples: Count = 20_000
     """Training images per task, repetitions included."""
     shares: Annotated[tuple[Share, ...], Once] = (0.01, 0.1, 1.0)
-    """Parts of the training data, of the grid data."""
+    """Shares of the training data that the grid "data" compares."""
 
     def settings(self, tasks: int | None) -> icifar.Settings:
         """The settings of a run on this data."""
@@ -85,9 +85,9 @@ class Shared:
     base_weights: str | None = None
     """A safetensors file of the base's weights to use instead of the packaged ones."""
     init: str | None = "distilled"
-    """How sides start, where the grid does not say."""
+    """How sides start, unless the grid compares starts."""
     merge: str | None = None
-    """How sides and base are fused, where the grid does not say; by default the scenario's."""
+    """How sides and base are fused, unless the grid compares merges; by default as in the scenario."""
     lr: Positive | None = None
     """Learning rate of all methods; by default the scenario's for each."""
     batch: Count | None = None

@@ -48,7 +48,7 @@ class AgentOptions:
     test_split: str = "test"
     """Split of the scenes of these episodes."""
     base: str = "resnet-doom-curvature"
-    """Base network; of timm:… the last map."""
+    """Base network. A timm:… model gives its last map."""
     base_weights: str | None = None
     """A safetensors file of the base's weights to use instead of the packaged ones."""
 

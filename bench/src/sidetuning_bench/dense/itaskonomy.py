@@ -84,9 +84,9 @@ class Settings:
     frames: Count | None = None
     """Number of training frames, drawn evenly over the training buildings; None for all."""
     draw: int = 0
-    """Seed of that draw."""
+    """Seed for the choice of training frames."""
     test_split: Literal["test", "val"] = "test"
-    """Frames to test on; val to choose settings by."""
+    """Split to test on: test, or val to choose settings."""
     epochs: Positive = 3.0
     """Passes over the training frames, per task."""
     pictures: Natural = 4

@@ -36,9 +36,9 @@ class Settings:
     """Learn single dense tasks from few to many frames: side-tuning, fine-tuning, fixed features, from scratch."""
 
     targets: Names = ("normal", "class_object")
-    """The tasks."""
+    """Tasks to learn."""
     frames: Annotated[tuple[Count, ...], Once] = (20, 100, 500, 2000, 5000)
-    """Numbers of training frames; fewer frames are among the more."""
+    """Numbers of training frames; a smaller set is part of each larger one."""
     methods: Names = ("sidetune", BEST, COPY, "finetune", "features", "scratch")
     """Methods; sidetune-best has itaskonomy's best recipe, sidetune-copy the paper's side of this experiment, a copy of
     the base."""
@@ -47,7 +47,7 @@ class Settings:
     source: itaskonomy.FrameOptions = field(default=itaskonomy.FrameOptions())
     shared: compare.Shared = field(default=compare.Shared(merge="mlp2", batch=16))
     run: GridOptions = field(default=GridOptions(out="runs/transfer"))
-    """Every seed draws its frames anew."""
+    """Each seed draws its own frames."""
 
 
 def cells(settings: Settings) -> Iterator[Cell[itaskonomy.Settings]]:
