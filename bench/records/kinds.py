@@ -38,7 +38,7 @@ def noise(random: Random, label: int) -> NDArray[np.float64]:
 def mosaics(random: Random, label: int) -> NDArray[np.float64]:
     """Cells of the nearest of 4, 8, 16 or 32 points, each in one colour."""
     points, colours = random.uniform(0, SIZE, (4 << label, 2)), random.uniform(size=(4 << label, 3))
-    places = np.stack(np.mgrid[:SIZE, :SIZE], -1)[:, :, None]
+    places = np.moveaxis(np.mgrid[:SIZE, :SIZE], 0, -1)[:, :, None]
     nearest: NDArray[np.intp] = np.square(places - points).sum(-1).argmin(-1)
     return colours[nearest]
 

@@ -142,9 +142,9 @@ def pull(
         return folder
     if task not in found:
         raise UnknownNameError(unknown("task", task, found, verb=f"in {repo}"))
-    place, (config, _) = found[task]
+    chosen, (config, _) = found[task]
     alone(config)
-    return place
+    return chosen
 
 
 def checked_subfolder(subfolder: str | None) -> str | None:
