@@ -37,17 +37,21 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A side to try: its name, merge, start and learning rate; `solved` starts from the head in closed form."""
+    """A side to try: its name, merge, start and learning rate; `solved` starts from the head in closed form.
+
+    Without a side the head is solved alone: a linear one, or one on a random expansion of the taps.
+    """
 
     side: str | None
     merge: str = "alpha"
     init: str | None = None
     lr: float = 3e-3
     solved: bool = False
+    head: str = "linear"
 
     def __str__(self) -> str:
         if self.side is None:
-            return "linear head, closed form"
+            return f"{self.head} head, closed form"
         start = ", from the closed form" if self.solved else ""
         return f"{self.side} + {self.merge}, lr {self.lr:g}{start}"
 
@@ -163,18 +167,23 @@ def auto(
     how = f"{data.splits['train'].fingerprint()} {balance} {mirror} {budget} {seed}"
     folder = Path(cache) / f"{task}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
     search = _Search(base, data, splits, folder, balance, seed)
-    branch, attempt = search.solved()
+    branch, attempt = search.solved(Recipe(None))
     attempts, best = [attempt], (branch, attempt)
     model.add_branch(task, branch)
     say(f"{search.told(attempt)}, in {attempt.seconds:.1f} s")
     if first is not None:
         first(model)
     tried = search.candidates(side)
+    share = budget / max(1, sum(recipe.side is not None for recipe in tried))
     for recipe in tried:
-        say(f"{recipe}: learning for {budget / len(tried):.0f} s at most …")
-        branch, attempt = search.learn(recipe, budget / len(tried))
+        if recipe.side is None:
+            branch, attempt = search.solved(recipe)
+        else:
+            say(f"{recipe}: learning for {share:.0f} s at most …")
+            branch, attempt = search.learn(recipe, share)
         attempts.append(attempt)
-        say(f"{search.told(attempt)}, {attempt.steps} steps in {attempt.seconds:.0f} s")
+        steps = f"{attempt.steps} steps in {attempt.seconds:.0f} s" if attempt.steps else f"in {attempt.seconds:.1f} s"
+        say(f"{search.told(attempt)}, {steps}")
         if attempt.loss < best[1].loss:
             best = (branch, attempt)
             model.remove_task(task)
@@ -214,7 +223,8 @@ class _Search:
     def model(self, recipe: Recipe) -> SideTuner:
         """A model with one task, "task", of these parts."""
         model = SideTuner(self.base)
-        how: dict[str, Any] = {"head": len(self.data.names), "problem": self.data.problem, "seed": self.seed}
+        how: dict[str, Any] = {"head": recipe.head, "head_options": {"outputs": len(self.data.names)}}
+        how |= {"problem": self.data.problem, "seed": self.seed}
         merge = "base-only" if recipe.side is None else recipe.merge
         model.add_task("task", side=recipe.side, merge=merge, init=recipe.init, labels=self.data.names, **how)
         model["task"].transform = self.base.transform
@@ -230,9 +240,9 @@ class _Search:
         """An attempt in words."""
         return f"{attempt.name}: {self.measure} {attempt.score:.4g}, loss {attempt.loss:.4g} on the validation rows"
 
-    def solved(self) -> tuple[Branch, Attempt]:
-        """The linear head in closed form."""
-        started, recipe = time.monotonic(), Recipe(None)
+    def solved(self, recipe: Recipe) -> tuple[Branch, Attempt]:
+        """A head in closed form."""
+        started = time.monotonic()
         model = self.model(recipe)
         solve(model, "task", self.train, progress=False)
         return self._done(model, recipe, started, 0, [])
@@ -255,7 +265,8 @@ class _Search:
                 self.model(tried[0])
             except SideTuningError as error:
                 raise TaskError(f"the side '{side}' cannot be tried: {error}") from error
-        return tried
+        # The expansion is of maps.
+        return [Recipe(None, head="random"), *tried] if side == "auto" and name == "fusion" else tried
 
     def learn(self, recipe: Recipe, seconds: float) -> tuple[Branch, Attempt]:
         """Train a candidate for some time, and keep its best weights."""

@@ -102,7 +102,12 @@ def test_a_task_is_learned_without_options(digits: Path, tmp_path: Path) -> None
     model, result, said = learned(digits, tmp_path, first=see)
     assert model.tasks == ["digits"] and model["digits"].labels == ["digit-0", "digit-1", "digit-7"] and len(first) == 1
     names = [attempt.name for attempt in result.attempts]
-    assert names[0] == "linear head, closed form" and len(names) == 4 and result.chosen in names
+    assert (
+        names[0] == "linear head, closed form"
+        and names[1] == "random head, closed form"
+        and len(names) == 5
+        and result.chosen in names
+    )
     assert result.chosen == min(result.attempts, key=lambda attempt: attempt.loss).name
     assert result.scores["validation"]["accuracy"] > 0.7
     assert all(any(name in text for text in said) for name in names)
