@@ -43,10 +43,10 @@ class Candidate:
         task: arguments of `SideTuner.add_task`: side, merge, head, taps and so on.
         fit: arguments of `fit`, such as lr and epochs; None trains nothing.
         solve: set the head in closed form first.
-        strength: that of `solve`; by default chosen.
+        strength: ridge strength of `solve`; by default chosen from the data.
         indices: rows of the cache that it learns from; all of them by default. Customers have rows of their own.
         relabel: applied to the labels of a batch.
-        seed: of its initial weights and of the order of its batches.
+        seed: seed for its initial weights and data order.
     """
 
     name: str
@@ -61,14 +61,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of a candidate.
+    """Outcome of one candidate.
 
     Attributes:
         name: the candidate's.
         scores: loss and metrics on the validation data; empty where it did not end.
-        seconds: time that it took, without what others took meanwhile.
+        seconds: time spent on this candidate alone.
         parameters: numbers that were trained or solved.
-        error: why it did not end.
+        error: why it did not end; None where it did.
     """
 
     name: str
@@ -83,7 +83,7 @@ class SweepResult:
     """All candidates, the best first.
 
     Attributes:
-        trials: what became of each.
+        trials: outcome of each candidate.
         model: a model with the task of each candidate that ended.
     """
 
@@ -129,8 +129,8 @@ def sweep(
         validation: cached features to score them on, with the labels of the same problem.
         best_by: the score that decides: the lowest of losses and errors, the highest of others.
         batch_size: samples per batch.
-        budget: seconds; candidates that have not ended by then are left, and go on if the same call is made again with
-            `out`.
+        budget: time in seconds; candidates that have not ended by then are stopped, and resume if the same call is made
+            again with `out`.
         out: a folder: each candidate that ends is saved there as a task, and the same call resumes there.
         progress: show a bar.
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tyro
 
 from run import RECORDS, main
+from sidetuning import cli
 from sidetuning.errors import UnknownNameError
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +138,7 @@ def test_every_record_can_be_named_and_explains_its_settings(capsys: pytest.Capt
     for extra in ("vizdoom", "stable_baselines3", "transformers", "minari"):
         pytest.importorskip(extra)
     main([])
-    assert "Records: batch-statistics, campaign, compare, " in capsys.readouterr().out
+    assert "Records: batch-statistics, campaign, " in capsys.readouterr().out
     for name in RECORDS.names():
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
@@ -143,3 +147,30 @@ def test_every_record_can_be_named_and_explains_its_settings(capsys: pytest.Capt
         main(["icifarr"])
     commands = re.findall(r"`python bench/records/run.py ([\w-]+)", (ROOT / "docs/benchmarks.md").read_text())
     assert len(commands) > 15 and set(commands) <= set(RECORDS.names())
+
+
+class Parsed(Exception):
+    """A command was understood; nothing of it is run."""
+
+
+def test_every_command_of_the_documents_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    for extra in ("vizdoom", "stable_baselines3", "transformers", "minari"):
+        pytest.importorskip(extra)
+    parse: Callable[..., Any] = tyro.cli
+
+    def only_parse(*given: Any, **options: Any) -> None:
+        parse(*given, **options)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", only_parse)
+    texts = [file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))]
+    joined = "\n".join(texts).replace("\\\n", " ")
+    commands = sorted(set(re.findall(r"^sidetuning (.*)$", joined, re.MULTILINE)))
+    assert len(commands) > 25
+    for command in commands:
+        arguments = shlex.split(command, comments=True)
+        if "--help" in arguments or "--version" in arguments:
+            continue
+        with pytest.raises(Parsed):
+            cli.run(arguments)
+            pytest.fail(f"not parsed: sidetuning {command}")

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from email.parser import HeaderParser
@@ -121,6 +122,18 @@ def test_both_wheels_hold_their_licences_and_a_page_that_renders(wheels: dict[st
         command = [sys.executable, "-m", "twine", "check", "--strict", str(wheels[name].filename)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
+
+
+def test_the_sources_that_are_published_hold_a_package_alone(tmp_path: Path) -> None:
+    for project in (ROOT, ROOT / "bench"):
+        out = tmp_path / project.name
+        command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(out), str(project)]
+        subprocess.run(command, check=True, capture_output=True)
+        (file,) = out.iterdir()
+        with tarfile.open(file) as archive:
+            tops = {Path(name).parts[1] for name in archive.getnames()}
+        assert {"src", "README.md", "LICENSE", "pyproject.toml", "PKG-INFO"} <= tops
+        assert not tops & {"tests", "docs", "records", "bench", "examples"}
 
 
 def with_requirements(wanted: set[str]) -> set[str]:
