@@ -76,7 +76,7 @@ class Tracker(Callback):
 
     def on_evaluate(self, scores: Mapping[str, float]) -> None:
         """Log the numbers."""
-        values = {f"validation {name}": value for name, value in scores.items() if name != "step"}
+        values = {f"validation/{name}": value for name, value in scores.items() if name != "step"}
         self.accelerator.log(values, step=int(scores["step"]))
 
     def on_end(self) -> None:

@@ -17,6 +17,7 @@ from data_parts import write_digits, write_texts
 from sidetuning.cli import main
 from sidetuning.commands.train import seconds_of
 from sidetuning.pictures import save_map
+from sidetuning.report import charts
 from text_parts import write_encoder
 
 
@@ -127,7 +128,7 @@ def test_the_report_needs_no_network_and_shows_mistakes(place: Path, capsys: pyt
     run(capsys, "evaluate", place / "my-model", "--task", "straight", write_both(place), "--report", "--quiet")
     page = (place / "my-model/report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page) and "http" not in page.replace("http://www.w3.org", "")
-    for part in ("Learning curves", "Calibration", "Confusion", "What was tried", "The data", "prefers-color-scheme"):
+    for part in ("Calibration", "Confusion", "What was tried", "The data", "prefers-color-scheme"):
         assert part in page
     ids = re.findall(r'id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -147,6 +148,14 @@ def test_tasks_are_not_overwritten_unless_asked(
     assert "round: " in run(capsys, *arguments, "--replace")[0]
     assert (out / "tasks/round/side.safetensors").read_bytes() != before
     assert (out / "tasks/straight/side.safetensors").read_bytes() == other
+
+
+def test_learning_curves_are_drawn_where_there_are_some() -> None:
+    attempt = {"name": "fusion + alpha, lr 0.003", "score": 0.8, "curve": [0.5, 0.7, 0.8]}
+    task = {"task": "pets", "measure": "accuracy", "chosen": attempt["name"], "attempts": [attempt], "calibration": []}
+    (chart,) = charts(task)
+    assert chart["title"] == "Learning curves" and "fusion + alpha" in chart["svg"] and "var(--blue)" in chart["svg"]
+    assert charts({**task, "attempts": [{**attempt, "curve": [0.5]}]}) == []
 
 
 def test_a_run_that_was_killed_goes_on(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -648,3 +648,13 @@ def test_the_last_step_of_a_pass_may_have_fewer_batches(tmp_path: Path) -> None:
     assert st.fit(model, "kind", batches, epochs=2, accumulate=3, resume=tmp_path / "a", progress=False).steps == 4
     with pytest.raises(st.TaskError, match="accumulate must be 1 or more"):
         st.fit(model, "kind", batches, accumulate=0)
+
+
+def test_a_tracker_logs_losses_and_validations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboardX")
+    monkeypatch.chdir(tmp_path)
+    model, batches = small_run()
+    st.fit(model, "kind", batches, epochs=2, validate=batches, tracker="tensorboard", progress=False)
+    (events,) = (tmp_path / "logs").rglob("events.out.tfevents*")
+    content = events.read_bytes()
+    assert content.count(b"loss") >= 10 and b"validation/accuracy" in content
