@@ -135,8 +135,8 @@ def pull(
             f"{repo} could not be read from the Hub ({type(error).__name__}: {error}); check name and network"
         ) from error
     if not (folder / CONFIG).exists() and not task_folders(folder):
-        place = f"{repo}/{inner}" if inner else repo
-        raise ArtifactError(f"{place} holds no task of sidetuning; check subfolder and revision")
+        asked = f"{repo}/{inner}" if inner else repo
+        raise ArtifactError(f"{asked} holds no task of sidetuning; check subfolder and revision")
     found = saved_tasks(folder)
     if task is None:
         return folder

@@ -89,6 +89,10 @@ def test_the_table_of_the_zoo_is_made_from_the_results(printed: Callable[[str], 
     assert table.count("\n") == 11 and table in (ROOT / "docs/zoo.md").read_text()
 
 
+def test_the_load_on_a_server_is_that_of_its_result(printed: Callable[[str], str]) -> None:
+    assert printed("serving-churn") in (ROOT / "docs/serve.md").read_text()
+
+
 def test_how_often_clones_of_five_trajectories_stop_elsewhere_is_counted_in_the_results() -> None:
     def share(method: str, trajectories: int) -> float:
         files = [*(ROOT / "bench/records/results").glob(f"imitation-{method}-{trajectories}-?.json")]

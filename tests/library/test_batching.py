@@ -77,14 +77,16 @@ def test_an_error_belongs_to_the_item_that_made_it() -> None:
 
 def test_a_cancelled_item_is_not_run() -> None:
     model = Model()
-    batcher = Batcher(model)
+    batcher = Batcher(model, max_waiting=2)
     busy(model, batcher)
     left, gone = batcher.submit([1, 2])
     assert gone.cancel()
+    # Nor does it take anybody's place.
+    (other,) = batcher.submit([3])
     model.free.set()
-    assert left.result(10) == 1
+    assert (left.result(10), other.result(10)) == (1, 9)
     batcher.close()
-    assert model.batches == [[0], [1]]
+    assert model.batches == [[0], [1, 3]]
 
 
 def test_too_many_are_refused_as_a_whole_and_none_after_it_was_closed() -> None:

@@ -25,6 +25,7 @@ from PIL import Image
 import sidetuning as st
 from conftest import conv_base
 from sidetuning.cli import main
+from sidetuning.commands.serve import listening
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
@@ -124,6 +125,10 @@ def test_what_cannot_be_answered_is_one_sentence(given: Any, status: int, detail
 def test_a_body_without_a_length_is_counted_while_it_comes(web: TestClient) -> None:
     reply = web.post("/predict", content=iter([b'{"inputs": ["', *[b"a" * 50_000] * 5]))
     assert reply.status_code == 413 and "more than 200000 bytes" in reply.json()["detail"]
+    form = {"content-type": "multipart/form-data; boundary=b"}
+    start = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    reply = web.post("/predict/files", content=iter([start, *[b"a" * 50_000] * 5]), headers=form)
+    assert reply.status_code == 413
     half = web.post("/predict", content=b'{"inputs": [', headers={"content-type": "application/json"})
     assert half.status_code == 422 and "JSON" in half.json()["detail"]
 
@@ -203,6 +208,17 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path, capsys: pytest.C
         assert f"{option} is " in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_one_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"cannot listen at 127\.0\.0\.1, port {port} .*choose another"):
+            listening("127.0.0.1", port)
+    with pytest.raises(OSError, match="--port is from 0 to 65535, not 70000"):
+        listening("127.0.0.1", 70_000)
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -253,7 +269,8 @@ def test_a_process_that_is_told_to_stop_answers_what_is_under_way(tmp_path: Path
         log.close()
     errors = (tmp_path / "log").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
-    assert (lines[0]["event"], lines[-1]["event"]) == ("serving", "stopped")
+    assert [line["event"] for line in lines if line["event"] != "request"] == ["listening", "serving", "stopped"]
+    assert lines[0]["address"] == address
     logged = [line for line in lines if line.get("path") == "/predict"]
     assert len(logged) == len(statuses) and all(line["status"] == 200 and line["rows"] >= 1 for line in logged)
     assert errors.endswith("Stopped; every request was answered.\n")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
+import socket
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -83,20 +85,36 @@ def main(settings: Settings) -> None:
         service.log.warning(f"other machines can ask without a token; set {TOKEN} to let only some")
     config = uvicorn.Config(
         service.app,
-        settings.host,
-        settings.port,
         log_config=None,
         access_log=False,
         # Bodies that are read at a time.
         limit_concurrency=settings.max_waiting,
         timeout_graceful_shutdown=int(settings.timeout) + 1,
     )
-    server = uvicorn.Server(config)
+    logging.getLogger("uvicorn.error").handlers = service.log.handlers
+    listener = listening(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    service.log.info(
+        "listening", extra={"fields": {"address": f"http://{f'[{host}]' if ':' in host else host}:{port}"}}
+    )
     # uvicorn stops gracefully, then sends itself the signal that it got: stopping as asked is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
-    if not server.started:
-        raise OSError(f"cannot listen at {settings.host}:{settings.port}; choose another --port")
+        uvicorn.Server(config).run(sockets=[listener])
     if not settings.quiet:
         say("Stopped; every request was answered.", error=True)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        OSError: the address is none of this machine, or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if not 0 <= port < 2**16:
+        raise OSError(f"--port is from 0 to 65535, not {port}")
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}, port {port} ({error}); choose another --host or --port") from error

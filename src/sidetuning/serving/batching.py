@@ -70,6 +70,9 @@ class Batcher(Generic[Item, Result]):
             if self._closed:
                 raise BusyError("the server is stopping; ask another one, or again in a moment")
             if len(self._items) + len(items) > self.max_waiting:
+                # Nobody waits for those that were given up.
+                self._items = deque(pair for pair in self._items if not pair[1].cancelled())
+            if len(self._items) + len(items) > self.max_waiting:
                 raise BusyError(f"{len(self._items)} inputs wait already; ask again in a moment")
             futures: list[Future[Result]] = [Future() for _ in items]
             self._items.extend(zip(items, futures, strict=True))

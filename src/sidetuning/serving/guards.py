@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Anybody may ask these, with a token or without.
@@ -64,18 +65,23 @@ class Guard:
         body = Body(receive, self.max_body)
 
         async def answer(message: Message) -> None:
-            if body.too_large and notes["status"] != 413:
-                # Whatever the application made of half a body.
-                notes["status"] = 413
-                await self._refuse(send, 413, self._large())
-            elif not body.too_large:
+            # Whatever the application made of half a body is not sent.
+            if not body.too_large:
                 if message["type"] == "http.response.start":
                     notes["status"] = message["status"]
                     MutableHeaders(scope=message)["x-request-id"] = number
                 await send(message)
 
         try:
-            await self._guarded(scope, body, answer)
+            try:
+                await self._guarded(scope, body, answer)
+            except ClientDisconnect:
+                # What the application is told of a body that is too large.
+                if not body.too_large:
+                    raise
+            if body.too_large:
+                notes["status"] = 413
+                await self._refuse(send, 413, self._large())
         finally:
             self.done({**notes, "seconds": round(time.perf_counter() - start, 6)})
 
