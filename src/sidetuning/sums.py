@@ -17,6 +17,7 @@ from sidetuning.errors import ArtifactError, DataError, TaskError, TrainingError
 from sidetuning.heads import InUnits
 from sidetuning.objective import unpack
 from sidetuning.processes import Shares
+from sidetuning.training import record_size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -147,6 +148,7 @@ def collect(
     off = not (progress and accelerator.is_main_process)
     for batch, counting in tqdm(Shares(loader, accelerator).read(), task, disable=off, leave=False):
         x, features, target = unpack(send_to_device(batch, accelerator.device))
+        record_size(branch, model.base, x)
         inputs = model.base.prepare(x)
         known = model.base.features(inputs, features)
         with _Seen(layer) as seen:

@@ -196,18 +196,21 @@ def test_damaged_records_are_refused(wrong: dict[str, Any]) -> None:
         transform_from(wrong, conv_base())
 
 
-def trained(size: int, **how: Any) -> st.SideTuner:
+def trained(size: int, learn: Callable[..., Any] = st.fit) -> st.SideTuner:
     """A model whose task saw images of a size."""
     model = st.SideTuner(conv_base())
     model.add_task("pets", side="fcn4", head=2, seed=0, labels=["cat", "dog"])
     x = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
-    st.fit(model, "pets", [(x, torch.tensor([0, 1, 0, 1]))], steps=2, progress=False)
+    learn(model, "pets", [(x, torch.tensor([0, 1, 0, 1]))], progress=False)
     return model
 
 
+@pytest.mark.parametrize("learn", [st.fit, st.solve])
 @pytest.mark.parametrize("size", [32, 48])
-def test_a_task_is_asked_at_the_size_that_it_was_trained_at(size: int, tmp_path: Path) -> None:
-    model = trained(size)
+def test_a_task_is_asked_at_the_size_that_it_was_trained_at(
+    size: int, learn: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = trained(size, learn)
     model.save(tmp_path)
     image = photo()
     expected: Tensor = model(ImageTransform((size, size))(image)[None], "pets").softmax(1)[0]
