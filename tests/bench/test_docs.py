@@ -134,7 +134,7 @@ def test_every_record_can_be_named_and_explains_its_settings(capsys: pytest.Capt
     for extra in ("vizdoom", "stable_baselines3", "transformers", "minari"):
         pytest.importorskip(extra)
     main([])
-    assert "Records: batch-statistics, campaign, compare, " in capsys.readouterr().out
+    assert "Records: batch-statistics, campaign, closed-form, compare, " in capsys.readouterr().out
     for name in RECORDS.names():
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
