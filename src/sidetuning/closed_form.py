@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Strengths that are tried, as multiples of the features' mean sum of squares around their means.
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 5))
 # The strength among them that is tried first of many features.
-FIRST = 6
+FIRST = 7
 # Vectors that estimate a trace where the features are many (Hutchinson 1990).
 PROBES = 64
 

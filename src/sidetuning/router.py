@@ -14,13 +14,15 @@ from sidetuning.base import Base, Features, Input
 from sidetuning.beside import Beside, Kept, found_beside, read_beside
 from sidetuning.branch import Branch
 from sidetuning.errors import ArtifactError, ShapeError, TaskError
-from sidetuning.expansion import Expansion
+from sidetuning.expansion import Expansion, signs
 from sidetuning.files import check_json
 from sidetuning.heads import pooled
 from sidetuning.shelf import Shelf
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 TEMPERATURES = tuple(0.02 * 1.5**i for i in range(16))
+# Directions in which a task's own spread is known.
+DIRECTIONS = 64
 # How likely a sample is of no task before it is seen.
 NONE = 0.1
 
@@ -76,7 +78,8 @@ class Router:
     """Routes over what the tasks kept: linear discriminant analysis of all their classes, sharing one covariance.
 
     score(c) = φᵀ Σ⁻¹ μ_c - ½ μ_cᵀ Σ⁻¹ μ_c; a task has the sum of its classes' probabilities. A sample is of none where
-    its Mahalanobis distance to the nearest class is larger than those of held-out rows are (Lee et al., NeurIPS 2018).
+    its Mahalanobis distance to the task's nearest class is larger than those of held-out rows are (Lee et al., NeurIPS
+    2018), by the task's own covariance: its largest directions, and the mean variance of all tasks in the others.
     Tasks are taken in the order of their names: the order in which they were learned does not matter, bit for bit.
 
     Args:
@@ -97,31 +100,34 @@ class Router:
         first = texts[self.tasks[0]]
         self.space = Space.read(base, first["space"])
         d, identity = self.space.width, base.identity().sha256
-        lower = torch.tril_indices(d, d)
-        half = torch.zeros(len(lower[0]), dtype=torch.float64)
-        means, counts, held, owners, truth = [], [], [], [], []
+        half = torch.zeros(d * (d + 1) // 2, dtype=torch.float64)
+        means, counts, held, owners, truth, scatters = [], [], [], [], [], []
         for i, name in enumerate(self.tasks):
             if texts[name] != {"space": first["space"], "base": identity}:
                 raise TaskError(
                     f"the route of task '{name}' is of other features or another base; learn_routes it again"
                 )
             tensors = _checked(name, read_beside(kept[name]), d, len(half))
-            half += tensors["scatter"].double()
+            scatters.append(tensors["scatter"])
+            half += scatters[-1].double()
             means.append(tensors["means"].double())
             counts.append(tensors["counts"])
             held.append(tensors["held"].double())
             owners.append(torch.full((len(means[-1]),), i))
             truth.append(torch.full((len(held[-1]),), i))
-        covariance = torch.zeros(d, d, dtype=torch.float64)
-        covariance[lower[0], lower[1]] = half
-        covariance = covariance + covariance.tril(-1).T
+        covariance = _whole(half)
         self.means, self.owners = torch.cat(means), torch.cat(owners)
         covariance /= max(1.0, float(torch.cat(counts).sum()) - len(self.means))
-        self._calibrate(covariance, torch.cat(held), torch.cat(truth))
-
-    def _calibrate(self, covariance: Tensor, held: Tensor, truth: Tensor) -> None:
-        """Choose strength and temperature, and learn how sure to be, on rows that are in no sum."""
         unit = float(covariance.diagonal().mean()) or 1.0
+        # Of each task's own covariance: directions (d, r), and how far a distance along them is not counted.
+        self.directions = []
+        for scatter, count in zip(scatters, counts, strict=True):
+            values, vectors = _largest(_whole(scatter.double()) / max(1.0, float(count.sum()) - len(count)))
+            self.directions.append(vectors * (values / (values + unit)).sqrt())
+        self._calibrate(covariance, unit, torch.cat(held), torch.cat(truth))
+
+    def _calibrate(self, covariance: Tensor, unit: float, held: Tensor, truth: Tensor) -> None:
+        """Choose strength and temperature, and learn how sure to be, on rows that are in no sum."""
         best = math.inf
         for strength in STRENGTHS:
             ridged = covariance.clone()
@@ -134,7 +140,7 @@ class Router:
                 loss = F.nll_loss(self._by_task((temperature * scores).log_softmax(1)), truth).item()
                 if loss < best:
                     best, self.temperature = loss, temperature
-                    self.factor, self.weight, self.bias = factor, weight, bias
+                    self.weight, self.bias = weight, bias
         logs = self._by_task((self.temperature * (held @ self.weight + self.bias)).log_softmax(1))
         self.sure = _logistic(_odds(logs), (logs.argmax(1) == truth).double())
         distances = self._distances(held)[torch.arange(len(held)), truth].log()
@@ -152,16 +158,27 @@ class Router:
         return torch.stack([logs[:, self.owners == i].logsumexp(1) for i in range(len(self.tasks))], 1)
 
     def _distances(self, z: Tensor) -> Tensor:
-        """Squared Mahalanobis distances (b, t) of features to the nearest class of each task."""
-        own = torch.linalg.solve_triangular(self.factor, z.T, upper=False).square().sum(0)
-        each = (own.unsqueeze(1) - 2 * (z @ self.weight + self.bias)).clamp(min=1e-9)
-        return torch.stack([each[:, self.owners == i].amin(1) for i in range(len(self.tasks))], 1)
+        """Squared distances (b, t) of features to the nearest class of each task, in the task's own measure."""
+        found = []
+        for i, directions in enumerate(self.directions):
+            means = self.means[self.owners == i]
+            whole = torch.cdist(z, means, compute_mode="donot_use_mm_for_euclid_dist").square()
+            along = torch.cdist(
+                z @ directions, means @ directions, compute_mode="donot_use_mm_for_euclid_dist"
+            ).square()
+            found.append((whole - along).clamp(min=1e-12).amin(1))
+        return torch.stack(found, 1)
 
     @torch.no_grad()
     def routes(self, base: Base, x: Input, features: Features | Tensor | None) -> Routes:
         """The routes of a batch; see `SideTuner.route`."""
         z = self.space(base, x, features)
-        device, z = z.device, z.double().cpu()
+        device = z.device
+        probabilities, none = self.judge(z.double().cpu())
+        return Routes(list(self.tasks), probabilities.float().to(device), none.float().to(device))
+
+    def judge(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities of the tasks (b, t), and of none (b,), of features (b, d) of double precision."""
         logs = self._by_task((self.temperature * (z @ self.weight + self.bias)).log_softmax(1))
         probabilities = logs.exp()
         if len(self.tasks) > 1:
@@ -171,8 +188,7 @@ class Router:
         deviation = deviation.clamp(-4 / 3, 100)
         odds = 0.375 * deviation.square() + deviation - 2 - math.log(2) + math.log(NONE / (1 - NONE))
         none = odds.sigmoid()
-        probabilities = probabilities * (1 - none).unsqueeze(1)
-        return Routes(list(self.tasks), probabilities.float().to(device), none.float().to(device))
+        return probabilities * (1 - none).unsqueeze(1), none
 
 
 def kept_routes(branches: Mapping[str, Branch], shelf: Shelf | None) -> dict[str, Kept]:
@@ -198,6 +214,25 @@ def _checked(name: str, beside: Beside, d: int, half: int) -> dict[str, Tensor]:
     if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != shapes or not k or not shapes["held"][0]:
         raise ArtifactError(f"the route of task '{name}' is not one of {d} features; learn_routes it again")
     return tensors
+
+
+def _whole(half: Tensor) -> Tensor:
+    """A symmetric matrix of its lower half, row by row."""
+    d = round((math.sqrt(8 * len(half) + 1) - 1) / 2)
+    rows, columns = torch.tril_indices(d, d)
+    whole = half.new_zeros(d, d)
+    whole[rows, columns] = half
+    whole[columns, rows] = half
+    return whole
+
+
+def _largest(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues (r,) of a covariance and their vectors (d, r), by subspace iteration."""
+    basis = signs(0, 0, len(covariance), min(DIRECTIONS, len(covariance))).to(covariance)
+    for _ in range(5):
+        basis = torch.linalg.qr(covariance @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ covariance @ basis)
+    return values.clamp(min=0), basis @ vectors
 
 
 def _odds(logs: Tensor) -> Tensor:
