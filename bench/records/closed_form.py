@@ -182,17 +182,17 @@ def routed(
     task_right, class_right, sure, none = [], [], [], []
     for x, features, y in Pairs(test, range(len(test))):
         truth = y[: len(y) // 2]
-        routes = model.route(x, features=features)
+        routes = model.route(x, features=features, views=2)
         heads = model.forward_all(x, features=features)
-        inner = torch.stack([heads[name].softmax(1) for name in routes.tasks], 1)
-        joint = (routes.probabilities.unsqueeze(2) * inner).view(2, len(truth), -1).mean(0)
-        both = routes.probabilities.view(2, len(truth), -1).mean(0)
+        inner = torch.stack([heads[name].softmax(1).view(2, len(truth), -1).mean(0) for name in routes.tasks], 1)
+        joint = (routes.probabilities.unsqueeze(2) * inner).flatten(1)
+        both = routes.probabilities
         class_right.append(joint.argmax(1) == truth)
         task_right.append(both.argmax(1) == truth // 10)
         sure.append(both.amax(1))
-        none.append(routes.none.view(2, -1).mean(0))
+        none.append(routes.none)
     right = torch.cat(task_right).double()
-    foreign = torch.cat([model.route(some).none for some in others.split(BATCH)])
+    foreign = torch.cat([model.route(torch.cat([x, x.flip(-1)]), views=2).none for x in others.split(BATCH)])
     return {
         "class": float(torch.cat(class_right).double().mean()),
         "task": float(right.mean()),

@@ -170,11 +170,13 @@ class Router:
         return torch.stack(found, 1)
 
     @torch.no_grad()
-    def routes(self, base: Base, x: Input, features: Features | Tensor | None) -> Routes:
+    def routes(self, base: Base, x: Input, features: Features | Tensor | None, views: int) -> Routes:
         """The routes of a batch; see `SideTuner.route`."""
         z = self.space(base, x, features)
+        if views < 1 or len(z) % views:
+            raise ShapeError(f"a batch of {len(z)} rows is not {views} views of each sample")
         device = z.device
-        probabilities, none = self.judge(z.double().cpu())
+        probabilities, none = self.judge(z.view(views, -1, z.shape[1]).mean(0).double().cpu())
         return Routes(list(self.tasks), probabilities.float().to(device), none.float().to(device))
 
     def judge(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def learn_routes(
         task: the task.
         loader: as in `fit`.
         width, grid, seed: those of `Expansion`, equal for all tasks of a model.
-        views: as in `solve`.
+        views: as in `solve`; `route` is then asked with as many, since single views lie further off.
         progress: show a bar.
 
     Returns:

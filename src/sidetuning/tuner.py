@@ -305,18 +305,18 @@ class SideTuner(nn.Module):
         wanted = list(branches) if tasks is None else list(tasks)
         return predict(base, branches, sources, wanted, top=top, mirror=mirror)
 
-    def route(self, x: Input, *, features: Features | Tensor | None = None) -> Routes:
+    def route(self, x: Input, *, features: Features | Tensor | None = None, views: int = 1) -> Routes:
         """Tell which task each sample of a batch is of, or none; one base pass, and no task is run.
 
         Args:
             x: a batch as the base takes it; tasks take part after `st.learn_routes`.
-            features: what the base returned for `x`, to spare the base pass.
+            features, views: what the base returned for `x`, to spare the base pass; and as of `st.learn_routes`.
         """
         with self._changes:
             router, kept = self._router, kept_routes(self._in_memory(), self._shelf)
             if router is None or router.kept != kept:
                 router = self._router = Router(self.base, kept)
-        return router.routes(self.base, x, features)
+        return router.routes(self.base, x, features, views)
 
     def save(self, path: str | Path) -> None:
         """Write every task that is not there already to its folder in `path`/tasks; `load(path)` reads them again.

@@ -178,3 +178,12 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(st.ArtifactError, match=r"route\.safetensors"):
         st.load(tmp_path, base=mlp_base()).route(x)
+
+
+def test_views_are_averaged() -> None:
+    model = model_with()
+    x = data(1, seed=3)[0]
+    twice = model.route(torch.cat([x, x]), views=2)
+    torch.testing.assert_close(twice.probabilities, model.route(x).probabilities)
+    with pytest.raises(st.ShapeError, match="is not 3 views"):
+        model.route(x, views=3)
