@@ -167,6 +167,23 @@ def auto(
     how = f"{data.splits['train'].fingerprint()} {balance} {mirror} {budget} {seed}"
     folder = Path(cache) / f"{task}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
     search = _Search(base, data, splits, folder, balance, seed)
+    attempts, best = _try(search, model, task, side, budget, first, say)
+    scores = {name: search.scores(best[0], name) for name in splits if name != "train"}
+    rows = {name: len(split.kept) for name, split in splits.items()}
+    seconds = time.monotonic() - started
+    return AutoResult(task, search.measure, best[1].name, attempts, scores, notes, seconds, encoding, rows)
+
+
+def _try(
+    search: _Search,
+    model: SideTuner,
+    task: str,
+    side: str,
+    budget: float,
+    first: Callable[[SideTuner], None] | None,
+    say: Say,
+) -> tuple[list[Attempt], tuple[Branch, Attempt]]:
+    """Learn all candidates, and leave the best one in the model; other arguments are those of `auto`."""
     branch, attempt = search.solved(Recipe(None))
     attempts, best = [attempt], (branch, attempt)
     model.add_branch(task, branch)
@@ -188,10 +205,7 @@ def auto(
             best = (branch, attempt)
             model.remove_task(task)
             model.add_branch(task, branch)
-    scores = {name: search.scores(best[0], name) for name in splits if name != "train"}
-    rows = {name: len(split.kept) for name, split in splits.items()}
-    seconds = time.monotonic() - started
-    return AutoResult(task, search.measure, best[1].name, attempts, scores, notes, seconds, encoding, rows)
+    return attempts, best
 
 
 def check_kind(base: Base, data: TaskData) -> None:
