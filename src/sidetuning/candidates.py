@@ -13,15 +13,19 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from sidetuning.artifacts import tensors_sha256
 from sidetuning.base import Base
 from sidetuning.cache import data_identity, loader_over
-from sidetuning.closed_form import solve
+from sidetuning.closed_form import settle, solve, sums_of
 from sidetuning.errors import SideTuningError, TaskError
 from sidetuning.files import atomic_write, check_signed, held_folder, json_text, read_json, signed
 from sidetuning.identity import content_sha256
+from sidetuning.problems import Classes, Labels
 from sidetuning.seeding import Generators, seeded
+from sidetuning.sums import Sums, last_linear
 from sidetuning.training import evaluate, fit
 from sidetuning.tuner import SideTuner
 
@@ -206,6 +210,8 @@ class _Shared:
 
     def __init__(self, cached: Any) -> None:
         self.cached = cached
+        # Those of solutions; None while they are collected.
+        self.sums: dict[str, Sums | None] = {}
         self._read: dict[Any, tuple[Any, Generators, list[tuple[Tensor, int]]]] = {}
 
     def __len__(self) -> int:
@@ -258,7 +264,11 @@ class _Turn:
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         given = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
-        self.identity = content_sha256([given, list(about)], 12)
+        held = [*candidate.task.values(), *(candidate.fit or {}).values()]
+        weights = [tensors_sha256(module) for module in held if isinstance(module, nn.Module)]
+        self.identity = content_sha256([given, weights, list(about)], 12)
+        # Candidates that differ in name and strength alone have equal sums.
+        self.kin = content_sha256([{**given, "name": "", "strength": None, "fit": None}, weights], 12)
         if self.folder is not None and (self.folder / NOTE).exists():
             self._read(self.folder)
         # In the order of the candidates, whatever the turns are.
@@ -321,7 +331,7 @@ class _Turn:
         loader = loader_over(self.shared, batch_size=self.batch, indices=candidate.indices, relabel=candidate.relabel)
         scored = loader_over(self.held, batch_size=self.batch, shuffle=False, relabel=candidate.relabel)
         if candidate.solve:
-            solve(model, name, loader, strength=candidate.strength, progress=False)
+            self._solve(loader)
         if candidate.fit is not None:
             resume = None if self.folder is None else self.folder / "resume"
             given = {"seed": candidate.seed, "save_every": 10.0, **candidate.fit}
@@ -330,6 +340,29 @@ class _Turn:
         parameters = sum(parameter.numel() for parameter in model[name].parameters())
         self.trial = Trial(name, scores, self.seconds, parameters)
         self._write()
+
+    def _solve(self, loader: Any) -> None:
+        """As `solve`, from the sums of another candidate where they would be equal."""
+        model, name, strength, known = self.model, self.candidate.name, self.candidate.strength, self.shared.sums
+        branch = model[name]
+        if not isinstance(branch.problem, (Classes, Labels)):
+            # Numbers are measured first, and each task keeps its own units.
+            solve(model, name, loader, strength=strength, progress=False)
+            return
+        while self.kin in known and known[self.kin] is None:
+            # Another candidate is at it.
+            self.give_up()
+        if self.kin not in known:
+            known[self.kin] = None
+            try:
+                known[self.kin] = sums_of(model, name, loader, strength)
+            finally:
+                if known[self.kin] is None:
+                    del known[self.kin]
+        sums = known[self.kin]
+        assert sums is not None
+        with torch.no_grad():
+            settle(branch, last_linear(branch, name), sums, strength)
 
     def _write(self) -> None:
         """Save the task, and what became of it last."""

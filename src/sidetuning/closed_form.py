@@ -106,6 +106,14 @@ def solve(
     return SolveResult(int(sums.count), chosen, error, time.monotonic() - started)
 
 
+@torch.no_grad()
+def sums_of(model: SideTuner, task: str, loader: Iterable[Any], strength: float | None) -> Sums:
+    """The sums that `solve` takes of a task whose targets have no units; arguments are those of `solve`."""
+    branch, accelerator = ready(model, task, loader, strength, 1, None)
+    with in_evaluation(branch):
+        return collect(model, branch, task, last_linear(branch, task), loader, accelerator, progress=False)
+
+
 def ready(
     model: SideTuner, task: str, loader: Iterable[Any], strength: float | None, views: int, given: Accelerator | None
 ) -> tuple[Branch, Accelerator]:

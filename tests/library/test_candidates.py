@@ -70,6 +70,8 @@ def candidates(width: int) -> list[st.Candidate]:
         st.Candidate("dropped", {**SIDE, "side": dropping(width)}, fit),
         st.Candidate("other", SIDE, fit, seed=3),
         st.Candidate("solved", LINEAR, solve=True),
+        st.Candidate("weak", LINEAR, solve=True, strength=1e-4),
+        st.Candidate("strong", LINEAR, solve=True, strength=10.0),
         st.Candidate("both", LINEAR, {**fit, "steps": 3, "epochs": None}, solve=True, strength=0.1),
         st.Candidate("customer", LINEAR, fit, indices=range(0, 200, 3), relabel=turned),
     ]
@@ -157,6 +159,10 @@ def test_a_folder_is_not_believed_about_another_candidate(data: Any, tmp_path: P
     for other in others:
         with pytest.raises(st.TaskError, match="holds another candidate called 'c'"):
             st.sweep(base, cached, [other], **given)
+    own = [st.Candidate("own", {**SIDE, "side": Dropping(width)}, {"lr": 0.1}) for width in (16, 16)]
+    st.sweep(base, cached, own[:1], **given)
+    with pytest.raises(st.TaskError, match="holds another candidate called 'own'"):
+        st.sweep(base, cached, own[1:], **given)
     with pytest.raises(st.TaskError, match="on other data"):
         st.sweep(base, held, [st.Candidate("c", LINEAR, {"lr": 0.1})], **given)
 
@@ -185,3 +191,23 @@ def test_mistakes(data: Any) -> None:
         st.sweep(base, cached, [st.Candidate("c", {**LINEAR, "merge": "alpa"}, solve=True)], validation=held)
     with pytest.raises(st.TaskError, match="neither fit= nor solve="):
         st.sweep(base, cached, [st.Candidate("c", LINEAR)], validation=held)
+
+
+def test_solutions_of_many_strengths_read_the_data_once(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, cached, held = data
+    reads: list[int] = []
+    read = st.CachedFeatures.__getitems__
+
+    def counted(self: st.CachedFeatures, indices: Any) -> Any:
+        reads.append(len(indices))
+        return read(self, indices)
+
+    monkeypatch.setattr(st.CachedFeatures, "__getitems__", counted)
+    many = [st.Candidate(f"c{i}", LINEAR, solve=True, strength=10.0**-i) for i in range(6)]
+    result = st.sweep(base, cached, many, validation=held, batch_size=50, progress=False)
+    assert reads[:4] == [50] * 4 and len({trial.scores["loss"] for trial in result.trials}) == 6
+    # The first candidate is a batch ahead of the others on the validation data.
+    assert len(reads) <= 8
+    kinds = [st.Candidate(f"k{i}", {**LINEAR, "prenorm": bool(i)}, solve=True) for i in range(2)]
+    found = st.sweep(base, cached, kinds, validation=held, batch_size=50, progress=False)
+    assert len({trial.scores["loss"] for trial in found.trials}) == 2
