@@ -28,6 +28,7 @@ RECORDS: Registry[Record] = Registry(
         "batch-statistics": "batch_statistics:BATCH_STATISTICS",
         "dense-constants": "dense_constants:DENSE_CONSTANTS",
         "step-cost": "step_cost:STEP_COST",
+        "many-tasks": "many_tasks:MANY_TASKS",
         "squad": "text_grid:SQUAD",
         "squad-cost": "text_step_cost:SQUAD_COST",
         "campaign": "campaign:CAMPAIGN",

@@ -181,11 +181,17 @@ def _take_turns(turns: list[_Turn], data: tuple[_Shared, _Shared], budget: float
         try:
             while waiting:
                 for turn in waiting:
+                    if turn.waits:
+                        continue
                     turn.take()
                     if turn.failure is not None:
                         raise turn.failure
                 for shared in data:
                     shared.clear()
+                if data[0].woken:
+                    data[0].woken = False
+                    for turn in waiting:
+                        turn.waits = False
                 ended = [turn for turn in waiting if turn.ended]
                 waiting = [turn for turn in waiting if not turn.ended]
                 bar.update(len(ended))
@@ -212,6 +218,8 @@ class _Shared:
         self.cached = cached
         # Those of solutions; None while they are collected.
         self.sums: dict[str, Sums | None] = {}
+        # Whether candidates that waited for sums may go on: they are there, or could not be collected.
+        self.woken = False
         self._read: dict[Any, tuple[Any, Generators, list[tuple[Tensor, int]]]] = {}
 
     def __len__(self) -> int:
@@ -256,7 +264,8 @@ class _Turn:
         self.folder = None if out is None else Path(out) / candidate.name
         self.trial = Trial(candidate.name, error="not ended within the budget")
         self.failure: BaseException | None = None
-        self.ended = self._left = False
+        # Whether it waits for what another candidate collects.
+        self.ended = self._left = self.waits = False
         self.seconds = 0.0
         # What it draws before `fit` seeds anew depends on its seed alone.
         with seeded(candidate.seed):
@@ -351,6 +360,7 @@ class _Turn:
             return
         while self.kin in known and known[self.kin] is None:
             # Another candidate is at it.
+            self.waits = True
             self.give_up()
         if self.kin not in known:
             known[self.kin] = None
@@ -359,6 +369,7 @@ class _Turn:
             finally:
                 if known[self.kin] is None:
                     del known[self.kin]
+                self.shared.woken = True
         sums = known[self.kin]
         assert sums is not None
         with torch.no_grad():

@@ -182,6 +182,9 @@ def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
 
 def original(module: Any) -> Any:
     """The module that `torch.compile` wraps, or itself."""
+    if isinstance(module, nn.Module):
+        # Asked for in each pass: torch takes microseconds to tell that an attribute is not there.
+        return module._modules.get("_orig_mod", module)
     return getattr(module, "_orig_mod", module)
 
 

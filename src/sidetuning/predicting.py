@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,10 +37,10 @@ Answers = list[Answer] | Tensor
 
 def run(tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features) -> dict[str, Tensor]:
     """Outputs of tasks on the same samples; a side that is also a lateral, or an expansion, runs once."""
-    sides: dict[str, Tensor | None] = {}
-    for name in dict.fromkeys([*tasks, *(lateral for task in tasks for lateral in branches[task].config.laterals)]):
-        with contextlib.nullcontext() if name in tasks else torch.no_grad():
-            sides[name] = branches[name].side_output(inputs, features)
+    sides = {name: branches[name].side_output(inputs, features) for name in dict.fromkeys(tasks)}
+    with torch.no_grad():
+        for lateral in {lateral for task in tasks for lateral in branches[task].config.laterals} - sides.keys():
+            sides[lateral] = branches[lateral].side_output(inputs, features)
     outputs: dict[str, Tensor] = {}
     shared: dict[Any, Tensor] = {}
     for task in tasks:
