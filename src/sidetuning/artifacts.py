@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -137,6 +137,7 @@ def write_task(
         raise TaskError(
             f"task '{name}' cannot be saved: {error}; give its options as plain numbers and texts"
         ) from error
+    branch.written.add(_sha256(tensors))
 
 
 @functools.cache
@@ -205,10 +206,10 @@ def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
     return same and is_beside(Path(path), branch.beside)
 
 
-def has_tensors(path: Path, sha256: str) -> bool:
-    """Whether the folder `path` holds a task whose weights have this hash."""
+def has_tensors(path: Path, hashes: Collection[str]) -> bool:
+    """Whether the folder `path` holds a task whose weights have one of these hashes."""
     try:
-        return bool(read_task(path)[0]["tensors_sha256"] == sha256)
+        return read_task(path)[0]["tensors_sha256"] in hashes
     except (ArtifactError, OSError):
         return False
 
@@ -343,7 +344,7 @@ def read_branch(
     branch.trained_as = config.get("trained_as")
     if config.get("transform") is not None and base.transform is not None:
         branch.transform = transform_from(config["transform"], base)
-    branch.beside = found_beside(path)
+    branch.beside, branch.written = found_beside(path), {config["tensors_sha256"]}
     _fill(path, branch, tensors, base.like.dtype, any_base)
     return branch
 

@@ -68,6 +68,8 @@ class Branch(nn.Module):
         self.passes = 0
         # The problem of the loss that it was trained with, where that was given.
         self.trained_as: str | None = None
+        # Hashes of its weights as they were read and written: by these its files are known.
+        self.written: set[str] = set()
         # What was kept of its data, in files beside its own.
         self.beside: dict[str, Kept] = {}
 

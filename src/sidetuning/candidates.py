@@ -273,8 +273,8 @@ class _Turn:
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         given = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
-        held = [*candidate.task.values(), *(candidate.fit or {}).values()]
-        weights = [tensors_sha256(module) for module in held if isinstance(module, nn.Module)]
+        parts = [*candidate.task.values(), *(candidate.fit or {}).values()]
+        weights = [tensors_sha256(part) for part in parts if isinstance(part, nn.Module)]
         self.identity = content_sha256([given, weights, list(about)], 12)
         # Candidates that differ in name and strength alone have equal sums.
         self.kin = content_sha256([{**given, "name": "", "strength": None, "fit": None}, weights], 12)

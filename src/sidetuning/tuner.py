@@ -44,8 +44,8 @@ class SideTuner(nn.Module):
         self.base = base
         self.branches = nn.ModuleDict()
         self._owners, self._changes = Owners(), Lock()
-        # Tasks that were removed, with the hash of their weights.
-        self._removed: dict[str, str] = {}
+        # Tasks that were removed, with the hashes of their weights as they were read, written and removed.
+        self._removed: dict[str, set[str]] = {}
         # Saved tasks that are read when they are asked for.
         self._shelf: Shelf | None = None
         self._router: Router | None = None
@@ -191,7 +191,7 @@ class SideTuner(nn.Module):
             branch = self[name]
             if users := self.users(name):
                 raise TaskError(f"task '{name}' is a lateral of {', '.join(users)}; remove those first")
-            self._removed[name] = tensors_sha256(branch)
+            self._removed[name] = {*self._removed.get(name, ()), *branch.written, tensors_sha256(branch)}
             del self.branches[name]
             self._owners.remove(name)
             if self._shelf is not None:
@@ -324,8 +324,8 @@ class SideTuner(nn.Module):
         A task that was removed from the model is deleted there, if it is what the model held; others stay.
         """
         root, identity = Path(path) / "tasks", self.base.identity()
-        for name, sha256 in self._removed.items():
-            if name not in self and has_tensors(root / name, sha256):
+        for name, hashes in self._removed.items():
+            if name not in self and has_tensors(root / name, hashes):
                 shutil.rmtree(root / name)
         for name in self.tasks:
             if not is_saved(root / name, name, self[name]):

@@ -132,6 +132,9 @@ def test_a_folder_is_saved_as_the_model_is(tmp_path: Path) -> None:
     other = st.SideTuner(mlp_base())
     other.add_task("b", side=None, merge="base-only", head=2, seed=9)
     other.save_task("b", tmp_path / "elsewhere" / "tasks" / "b")
+    with torch.no_grad():
+        # What was trained since it was saved is the same task.
+        model["b"].head.linear.bias += 1  # type: ignore[union-attr, operator]
     model.remove_task("b")
     model["c"].labels = ["x", "z"]
     model.save(tmp_path)
@@ -141,3 +144,17 @@ def test_a_folder_is_saved_as_the_model_is(tmp_path: Path) -> None:
     assert (tmp_path / "tasks" / "a" / "side.json").stat().st_mtime_ns == stamps[tmp_path / "tasks" / "a" / "side.json"]
     assert not (tmp_path / "tasks" / "b").exists()
     assert set(st.load(tmp_path / "elsewhere", base=mlp_base()).tasks) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("most", [None, 1])
+def test_a_task_that_was_loaded_and_changed_leaves_its_folder(tmp_path: Path, most: int | None) -> None:
+    model = st.SideTuner(mlp_base())
+    for name in ("a", "b"):
+        model.add_task(name, side=None, merge="base-only", head=2)
+    model.save(tmp_path)
+    again = st.load(tmp_path, base=mlp_base(), max_tasks_in_memory=most)
+    with torch.no_grad():
+        again["a"].head.linear.bias += 1  # type: ignore[union-attr, operator]
+    again.remove_task("a")
+    again.save(tmp_path)
+    assert [folder.name for folder in (tmp_path / "tasks").iterdir()] == ["b"]
