@@ -134,11 +134,17 @@ def tiny_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def habitat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+def habitat(fake_habitat: None, tmp_path: Path) -> str:
     """Name of an environment of the stand-in for Habitat."""
-    monkeypatch.syspath_prepend(str(FAKE_HABITAT))
     (tmp_path / "nav.yaml").write_text("")
-    yield f"habitat:{tmp_path / 'nav.yaml'}"
+    return f"habitat:{tmp_path / 'nav.yaml'}"
+
+
+@pytest.fixture
+def fake_habitat(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts the stand-in for Habitat where it is imported from, for one test."""
+    monkeypatch.syspath_prepend(str(FAKE_HABITAT))
+    yield
     for name in [n for n in sys.modules if n.partition(".")[0] == "habitat"]:
         del sys.modules[name]
 

@@ -17,6 +17,7 @@ from sidetuning.errors import ArtifactError, DataError, TaskError, TrainingError
 from sidetuning.heads import InUnits
 from sidetuning.objective import unpack
 from sidetuning.processes import Shares
+from sidetuning.seeding import seed_loader, seeded
 from sidetuning.training import record_size
 
 if TYPE_CHECKING:
@@ -146,24 +147,27 @@ def collect(
     sums, before = start.plus(start, 0), float(0.0 if sums is None else sums.count)
     problem = branch.problem
     off = not (progress and accelerator.is_main_process)
-    for batch, counting in tqdm(Shares(loader, accelerator).read(), task, disable=off, leave=False):
-        x, features, target = unpack(send_to_device(batch, accelerator.device))
-        record_size(branch, model.base, x)
-        inputs = model.base.prepare(x)
-        known = model.base.features(inputs, features)
-        with _Seen(layer) as seen:
-            output = branch(inputs, known, model.lateral_outputs(branch, inputs, known))
-        codes, counts = problem.codes(output, target)
-        ends = layer(seen.inputs[-1]) if seen.inputs else None
-        if ends is not None and isinstance(branch.head, InUnits):
-            ends = branch.head.in_units(ends)
-        if ends is None or not torch.equal(ends.nan_to_num(), output.nan_to_num()):
-            raise TaskError(f"the head of task '{task}' does not end in its last linear layer; use fit")
-        rows = seen.inputs[-1].reshape(-1, layer.in_features)[counts.flatten()]
-        if views > 1:
-            rows, codes = _averaged(rows, views), _averaged(codes, views, equal=True)
-        if counting:
-            sums.add(rows, codes, exact or len(sums.x) <= EXACT)
+    # In the same order at every call: rounding may decide between two strengths.
+    with seeded(0):
+        seed_loader(loader, 0)
+        for batch, counting in tqdm(Shares(loader, accelerator).read(), task, disable=off, leave=False):
+            x, features, target = unpack(send_to_device(batch, accelerator.device))
+            record_size(branch, model.base, x)
+            inputs = model.base.prepare(x)
+            known = model.base.features(inputs, features)
+            with _Seen(layer) as seen:
+                output = branch(inputs, known, model.lateral_outputs(branch, inputs, known))
+            codes, counts = problem.codes(output, target)
+            ends = layer(seen.inputs[-1]) if seen.inputs else None
+            if ends is not None and isinstance(branch.head, InUnits):
+                ends = branch.head.in_units(ends)
+            if ends is None or not torch.equal(ends.nan_to_num(), output.nan_to_num()):
+                raise TaskError(f"the head of task '{task}' does not end in its last linear layer; use fit")
+            rows = seen.inputs[-1].reshape(-1, layer.in_features)[counts.flatten()]
+            if views > 1:
+                rows, codes = _averaged(rows, views), _averaged(codes, views, equal=True)
+            if counting:
+                sums.add(rows, codes, exact or len(sums.x) <= EXACT)
     for total in sums.tensors():
         total.copy_(accelerator.reduce(total, "sum"))
     if float(sums.count) == before:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import FAKE_HABITAT
 from legacy_cases import ROOT, copied, differing, hashes, read
 
 pytest.importorskip("stable_baselines3")
@@ -27,10 +26,10 @@ def tables_of(run: Path) -> list[str]:
     return [line for line in (run / "table.md").read_text().splitlines() if line.startswith("|")]
 
 
+@pytest.mark.usefixtures("fake_habitat")
 @pytest.mark.parametrize("scenario", ["imitation", "rl"])
 def test_runs(scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("av")
-    monkeypatch.syspath_prepend(str(FAKE_HABITAT))
     monkeypatch.chdir(copied(tmp_path, "data", "trajectories", f"runs/{scenario}"))
     folder = Path("runs") / scenario
     about, expected = read(folder)
@@ -47,9 +46,9 @@ def test_runs(scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert tables_of(folder / "run") == tables and len(tables) > 8
 
 
+@pytest.mark.usefixtures("fake_habitat")
 def test_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read as they were, and the command adds one."""
-    monkeypatch.syspath_prepend(str(FAKE_HABITAT))
     monkeypatch.chdir(copied(tmp_path, "data", "trajectories"))
     about, expected = read(Path("trajectories"))
     folder = Path("trajectories") / about["folder"]
