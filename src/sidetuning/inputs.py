@@ -184,7 +184,9 @@ def original(module: Any) -> Any:
     """The module that `torch.compile` wraps, or itself."""
     if isinstance(module, nn.Module):
         # Asked for in each pass: torch takes microseconds to tell that an attribute is not there.
-        return module._modules.get("_orig_mod", module)
+        # Not `get`: the modules of scripted networks have none.
+        held = "_orig_mod" in module._modules
+        return module._modules["_orig_mod"] if held else module
     return getattr(module, "_orig_mod", module)
 
 
