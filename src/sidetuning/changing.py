@@ -104,9 +104,8 @@ def _change(
         sums = sums.wider(last_linear(branch, task).out_features - len(sums.y))
     layer = last_linear(branch, task)
     with in_evaluation(branch):
-        how = partial(
-            collect, model, branch, task, layer, loader, accelerator, progress, views=text["views"], exact=True
-        )
+        arguments = (model, branch, task, layer, loader, accelerator, progress)
+        how = partial(collect, *arguments, views=text["views"], exact=True, further=True)
         # Batch by batch into the same sums, as solving anew adds them.
         total = how(sums=sums) if sign > 0 else sums.plus(how(), -1)
         if sign < 0:

@@ -132,10 +132,12 @@ def collect(
     views: int = 1,
     exact: bool = False,
     sums: Sums | None = None,
+    further: bool = False,
 ) -> Sums:
     """The sums of all processes over a loader, and those in `sums`.
 
-    Other arguments are those of `solve`; `exact` is that of `Sums.add`.
+    Other arguments are those of `solve`; `exact` is that of `Sums.add`. Images that are `further` ones of a task that
+    was solved are of the size that it knows.
     """
     from accelerate.utils import send_to_device
     from tqdm import tqdm
@@ -152,7 +154,10 @@ def collect(
         seed_loader(loader, 0)
         for batch, counting in tqdm(Shares(loader, accelerator).read(), task, disable=off, leave=False):
             x, features, target = unpack(send_to_device(batch, accelerator.device))
+            known_size = branch.transform
             record_size(branch, model.base, x)
+            if further and branch.transform is not known_size:
+                raise DataError(f"task '{task}' was solved on images of another size; resize these")
             inputs = model.base.prepare(x)
             known = model.base.features(inputs, features)
             with _Seen(layer) as seen:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sidetuning as st
-from conftest import mlp_base
+from conftest import conv_base, mlp_base
 from sidetuning.changing import kept_sums
 
 generator = torch.Generator().manual_seed(0)
@@ -181,3 +181,23 @@ def test_views_are_averaged() -> None:
         solve(model, [(X[:100], CLASSES[:100])], views=2)
     with pytest.raises(st.DataError, match="not 3 views"):
         solve(model, [(X[:100], CLASSES[:100])], views=3)
+
+
+@pytest.mark.parametrize("change", [st.update, st.forget])
+@pytest.mark.parametrize("size", [32, 48])
+def test_images_of_another_size_than_the_task_was_solved_on_are_refused(size: int, change: Any) -> None:
+    model = st.SideTuner(conv_base())
+    model.add_task("t", side=None, merge="base-only", head=2)
+    y = torch.arange(8) % 2
+
+    def images(edge: int) -> Tensor:
+        return torch.randint(0, 256, (8, 3, edge, edge), dtype=torch.uint8, generator=generator)
+
+    learned = images(size), y
+    solve(model, [learned, (images(size), y)])
+    before = weights(model)
+    for others in ([(images(40), y)], [(images(40), y), learned]):
+        with pytest.raises(st.DataError, match="solved on images of another size; resize these"):
+            change(model, "t", others, progress=False)
+    assert torch.equal(weights(model), before)
+    assert change(model, "t", [learned], progress=False).rows == (24 if change is st.update else 8)
