@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sidetuning.artifacts import tensors_sha256
 from sidetuning.base import Base
 from sidetuning.cache import data_identity, loader_over
+from sidetuning.callbacks import LOWER
 from sidetuning.closed_form import settle, solve, sums_of
 from sidetuning.errors import SideTuningError, TaskError
 from sidetuning.files import atomic_write, check_signed, held_folder, json_text, read_json, signed
@@ -29,8 +30,6 @@ from sidetuning.sums import Sums, last_linear
 from sidetuning.training import evaluate, fit
 from sidetuning.tuner import SideTuner
 
-# What is better when it is lower; of other scores the highest is the best.
-LOWER = ("loss", "mae", "mse", "rmse")
 NOTE = "candidate.json"
 SCHEMA = {
     "candidate": str,
@@ -188,10 +187,6 @@ def _take_turns(turns: list[_Turn], data: tuple[_Shared, _Shared], budget: float
                         raise turn.failure
                 for shared in data:
                     shared.clear()
-                if data[0].woken:
-                    data[0].woken = False
-                    for turn in waiting:
-                        turn.waits = False
                 ended = [turn for turn in waiting if turn.ended]
                 waiting = [turn for turn in waiting if not turn.ended]
                 bar.update(len(ended))
@@ -218,8 +213,6 @@ class _Shared:
         self.cached = cached
         # Those of solutions; None while they are collected.
         self.sums: dict[str, Sums | None] = {}
-        # Whether candidates that waited for sums may go on: they are there, or could not be collected.
-        self.woken = False
         self._read: dict[Any, tuple[Any, Generators, list[tuple[Tensor, int]]]] = {}
 
     def __len__(self) -> int:
@@ -240,7 +233,8 @@ class _Shared:
             batch = self.cached.__getitems__(rows)
             x, features, y = batch
             # A part that writes into its input writes into that of the others: they read again then.
-            versions = [(tensor, tensor._version) for tensor in (x, y, *features.tensors())]
+            given = [x] if isinstance(x, Tensor) else [part for part in x.values() if isinstance(part, Tensor)]
+            versions = [(tensor, tensor._version) for tensor in (*given, y, *features.tensors())]
             found = self._read[key] = batch, Generators(), versions
         else:
             found[1].set()
@@ -264,8 +258,7 @@ class _Turn:
         self.folder = None if out is None else Path(out) / candidate.name
         self.trial = Trial(candidate.name, error="not ended within the budget")
         self.failure: BaseException | None = None
-        # Whether it waits for what another candidate collects.
-        self.ended = self._left = self.waits = False
+        self.ended = self._left = self._asked = False
         self.seconds = 0.0
         # What it draws before `fit` seeds anew depends on its seed alone.
         with seeded(candidate.seed):
@@ -288,6 +281,12 @@ class _Turn:
     def of_this_thread() -> _Turn | None:
         """The candidate whose thread runs."""
         return getattr(threading.current_thread(), "turn", None)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for sums that another candidate collects."""
+        known = self.shared.sums
+        return self._asked and self.kin in known and known[self.kin] is None
 
     def take(self) -> None:
         """Go on until the candidate's next batch, or its end."""
@@ -360,8 +359,9 @@ class _Turn:
             return
         while self.kin in known and known[self.kin] is None:
             # Another candidate is at it.
-            self.waits = True
+            self._asked = True
             self.give_up()
+        self._asked = False
         if self.kin not in known:
             known[self.kin] = None
             try:
@@ -369,7 +369,6 @@ class _Turn:
             finally:
                 if known[self.kin] is None:
                     del known[self.kin]
-                self.shared.woken = True
         sums = known[self.kin]
         assert sums is not None
         with torch.no_grad():

@@ -12,6 +12,8 @@ from torch.utils.data import TensorDataset
 
 import sidetuning as st
 from conftest import mlp_base
+from sidetuning.data import Rows
+from sidetuning.encoding import encode
 
 generator = torch.Generator().manual_seed(0)
 X = torch.randn(300, 12, generator=generator)
@@ -109,16 +111,22 @@ def test_each_ends_as_it_does_alone(data: Any) -> None:
     assert "customer" in str(result) and "accuracy" in str(result)
 
 
-def test_what_is_drawn_alike_is_read_once(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, cached, held = data
-    reads: list[int] = []
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each batch that was read from a cache."""
+    found: list[int] = []
     read = st.CachedFeatures.__getitems__
 
     def counted(self: st.CachedFeatures, indices: Any) -> Any:
-        reads.append(len(indices))
+        found.append(len(indices))
         return read(self, indices)
 
     monkeypatch.setattr(st.CachedFeatures, "__getitems__", counted)
+    return found
+
+
+def test_what_is_drawn_alike_is_read_once(data: Any, reads: list[int]) -> None:
+    base, cached, held = data
     many = [st.Candidate(f"c{i}", LINEAR, {"lr": 10.0**-i, "epochs": 2}) for i in range(5)]
     for wanted in (many[:1], many):
         reads.clear()
@@ -193,16 +201,8 @@ def test_mistakes(data: Any) -> None:
         st.sweep(base, cached, [st.Candidate("c", LINEAR)], validation=held)
 
 
-def test_solutions_of_many_strengths_read_the_data_once(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_solutions_of_many_strengths_read_the_data_once(data: Any, reads: list[int]) -> None:
     base, cached, held = data
-    reads: list[int] = []
-    read = st.CachedFeatures.__getitems__
-
-    def counted(self: st.CachedFeatures, indices: Any) -> Any:
-        reads.append(len(indices))
-        return read(self, indices)
-
-    monkeypatch.setattr(st.CachedFeatures, "__getitems__", counted)
     many = [st.Candidate(f"c{i}", LINEAR, solve=True, strength=10.0**-i) for i in range(6)]
     result = st.sweep(base, cached, many, validation=held, batch_size=50, progress=False)
     assert reads[:4] == [50] * 4 and len({trial.scores["loss"] for trial in result.trials}) == 6
@@ -211,3 +211,15 @@ def test_solutions_of_many_strengths_read_the_data_once(data: Any, monkeypatch: 
     kinds = [st.Candidate(f"k{i}", {**LINEAR, "prenorm": bool(i)}, solve=True) for i in range(2)]
     found = st.sweep(base, cached, kinds, validation=held, batch_size=50, progress=False)
     assert len({trial.scores["loss"] for trial in found.trials}) == 2
+
+
+def test_cached_texts_are_swept_too(text_base: st.Base, tmp_path: Path) -> None:
+    texts = [f"one {word} three" for word in ("two", "four") * 12]
+    rows = Rows(texts, torch.arange(24) % 2, texts)
+    cached = encode(text_base, rows, tmp_path, progress=False).cached
+    wanted = [
+        st.Candidate("solved", {"side": None, "merge": "base-only", "head": 2}, solve=True),
+        st.Candidate("side", {"side": "transformer", "merge": "sum", "head": 2}, {"lr": 1e-3}),
+    ]
+    result = st.sweep(text_base, cached, wanted, validation=cached, batch_size=8, progress=False)
+    assert all(trial.error is None for trial in result.trials) and result.best.scores["samples"] == 24
