@@ -6,6 +6,7 @@ import io
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,15 @@ def write_parquet(folder: Path, split: str, images: np.ndarray, labels: list[int
     pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
 
 
+def in_threads(work: Callable[[int], object], count: int = 4) -> None:
+    """Call `work(i)` in `count` threads at once, and wait for all."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.fixture(scope="session")
 def tiny_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 classes, 12 training and 4 test images each: noise around a colour per class."""
@@ -184,6 +194,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
     write_encoder(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_base(encoder: Path) -> st.Base:
+    """A base of texts, with its tokenizer."""
+    return st.load_base(f"hf:{encoder}")
 
 
 @pytest.fixture(scope="session")

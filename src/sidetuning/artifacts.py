@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sidetuning.base import Base
-from sidetuning.beside import found_beside, is_beside, write_beside
+from sidetuning.beside import found_beside, hash_of, is_beside, write_beside
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.checks import Sized
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
@@ -132,12 +132,11 @@ def write_task(
     try:
         # Before the task's own files: a save that is cut short leaves what is not believed, see `changing.kept_sums`.
         write_beside(Path(path), branch.beside)
-        write_files(path, config, tensors)
+        branch.written.add(write_files(path, config, tensors))
     except TypeError as error:
         raise TaskError(
             f"task '{name}' cannot be saved: {error}; give its options as plain numbers and texts"
         ) from error
-    branch.written.add(_sha256(tensors))
 
 
 @functools.cache
@@ -168,14 +167,17 @@ def recorded_head(branch: Branch) -> tuple[str, dict[str, Any]]:
     return name, {**options, "centre": centre, "scale": scale}
 
 
-def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> str:
     """Write a task's two files, the tensors' with the text in it first.
+
+    Returns:
+        The hash of the tensors.
 
     Raises:
         TypeError: a value that JSON does not have.
     """
-    path = Path(path)
-    config = {**config, "format_version": FORMAT_VERSION, "tensors_sha256": _sha256(tensors)}
+    path, sha256 = Path(path), hash_of(tensors)
+    config = {**config, "format_version": FORMAT_VERSION, "tensors_sha256": sha256}
     # Equal tasks have equal tensor files, whenever they are saved and whatever was measured. One entry: safetensors
     # writes several in any order.
     inner = {key: value for key, value in config.items() if key not in NOTES}
@@ -185,6 +187,7 @@ def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, 
     with atomic_write(path / CONFIG) as config_file, atomic_write(path / TENSORS) as tensors_file:
         config_file.write_text(text, encoding="utf-8")
         tensors_file.write_bytes(data)
+    return sha256
 
 
 def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
@@ -216,7 +219,7 @@ def has_tensors(path: Path, hashes: Collection[str]) -> bool:
 
 def tensors_sha256(module: nn.Module | None) -> str:
     """sha256 over a module's tensors, as they are saved."""
-    return hashlib.sha256(b"").hexdigest() if module is None else _sha256(_tensors(module))
+    return hashlib.sha256(b"").hexdigest() if module is None else hash_of(_tensors(module))
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -224,12 +227,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {plain(key): value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
 
 
-def _sha256(tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()
-
-
 def _sha256_of(data: bytes) -> str:
-    """What `_sha256` gives of the tensors in a safetensors file, without writing them again."""
+    """What `hash_of` gives of the tensors in a safetensors file, without writing them again."""
     size = int.from_bytes(data[:8], "little")
     header = json.dumps({**json.loads(data[8 : 8 + size]), "__metadata__": {"format": "pt"}}, separators=(",", ":"))
     text = header.encode() + b" " * (-len(header.encode()) % 8)
@@ -274,7 +273,7 @@ def read_task(path: str | Path) -> SavedTask:
         config = {key: notes[key] for key in NOTES if key in notes} | inner
         sha256 = _sha256_of(data)
         # Another version of safetensors may have written the same tensors in another order.
-        sha256 = sha256 if sha256 == config["tensors_sha256"] else _sha256(values)
+        sha256 = sha256 if sha256 == config["tensors_sha256"] else hash_of(values)
     if sha256 != config["tensors_sha256"]:
         raise ArtifactError(f"{tensor_file} is truncated or was changed: its sha256 is not the one recorded; {MEND}")
     return config, values

@@ -94,16 +94,17 @@ def read_beside(kept: Kept) -> Beside:
         raise ArtifactError(f"{kept} is truncated or not a safetensors file ({error}); {MEND}") from error
     text = parse_json(safetensors_header(data).get("sidetuning", ""), str(kept), {"tensors_sha256": str}, MEND)
     text = check_signed(text, str(kept), MEND)
-    if text.pop("tensors_sha256") != _sha256(tensors):
+    if text.pop("tensors_sha256") != hash_of(tensors):
         raise ArtifactError(f"{kept} was changed: its sha256 is not the one recorded; {MEND}")
     return Beside(text, tensors)
 
 
 def _bytes(beside: Beside) -> bytes:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in beside.tensors.items()}
-    text = json_text(signed({**beside.text, "tensors_sha256": _sha256(tensors)}))
+    text = json_text(signed({**beside.text, "tensors_sha256": hash_of(tensors)}))
     return save(tensors, metadata={"sidetuning": text})
 
 
-def _sha256(tensors: dict[str, Tensor]) -> str:
+def hash_of(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and values."""
     return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()

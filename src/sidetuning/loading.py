@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +141,27 @@ def load(path: str | Path, *, base: Base | None = None, max_tasks_in_memory: int
     if max_tasks_in_memory is not None:
         model._shelf = Shelf({folder.name: folder for folder in folders}, identity, max_tasks_in_memory)
         return model
-    # Tasks come after their laterals.
+    for folder in in_order(path, {folder: config for folder, (config, _) in waiting.items()}):
+        # Its tensors are not needed twice.
+        model._add_saved(folder, waiting.pop(folder), identity)
+    return model
+
+
+def in_order(path: Path, configs: Mapping[Path, Mapping[str, Any]]) -> Iterator[Path]:
+    """The folders of saved tasks, by what each one's text says: a task comes after its laterals.
+
+    Raises:
+        ArtifactError: laterals that are not among them.
+    """
+    waiting, known = dict(configs), set[str]()
     while waiting:
-        ready = [f for f, (c, _) in waiting.items() if all(t in model for t in c["parts"].get("laterals", []))]
+        ready = [f for f, config in waiting.items() if known.issuperset(config["parts"].get("laterals", []))]
         if not ready:
-            names = ", ".join(config["task"] for config, _ in waiting.values())
+            names = ", ".join(config["task"] for config in waiting.values())
             raise ArtifactError(f"{path}: the laterals of {names} are not there")
         for folder in ready:
-            model._add_saved(folder, waiting.pop(folder), identity)
-    return model
+            yield folder
+            known.add(waiting.pop(folder)["task"])
 
 
 def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:

@@ -132,6 +132,22 @@ def predict(
     return {task: found[task][0] if one else found[task] for task in tasks}
 
 
+def each_answered(
+    ask: Callable[[list[Any]], dict[str, Any]], sources: Sequence[Any]
+) -> list[dict[str, Any] | DataError]:
+    """Each source's answers by task, or what is wrong with it: one that cannot be read does not stop the others.
+
+    Args:
+        ask: gives the answers to a list of sources, as `predict` does.
+        sources: the sources.
+    """
+    try:
+        found = ask(list(sources))
+    except DataError as error:
+        return [error] if len(sources) == 1 else [one for source in sources for one in each_answered(ask, [source])]
+    return [{task: answered[i] for task, answered in found.items()} for i in range(len(sources))]
+
+
 def _outputs(base: Base, branches: Mapping[str, Branch], x: Input, tasks: list[str], mirror: bool) -> dict[str, Tensor]:
     """Each task's outputs of a batch; with `mirror` those of images and their mirror images, averaged."""
     views = [x]

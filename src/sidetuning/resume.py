@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
 import signal
 import threading
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from sidetuning.errors import TrainingError
 from sidetuning.files import atomic_write, read_safetensors, safetensors_header
 from sidetuning.identity import PLAIN, tensor_bytes
-from sidetuning.seeding import seeded
+from sidetuning.seeding import Generators, seeded
 from sidetuning.sides.initialise import mismatch
 
 if TYPE_CHECKING:
@@ -231,11 +230,10 @@ class State:
             return
         numpy, (version, numbers, gauss) = states["numpy"], states["python"]
         key = numpy["state"]["key"].numpy().astype(np.uint32)
-        random.setstate((version, tuple(numbers), gauss))
-        np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
-        torch.set_rng_state(states["torch"])
-        if states["cuda"]:
-            torch.cuda.set_rng_state_all(states["cuda"])
+        saved = Generators()
+        saved.python, saved.numpy = (version, tuple(numbers), gauss), {**numpy, "state": {**numpy["state"], "key": key}}
+        saved.torch, saved.cuda = states["torch"], states["cuda"]
+        saved.set()
 
 
 def _is_there(path: Path) -> bool:
@@ -249,10 +247,10 @@ def _is_there(path: Path) -> bool:
 
 def _generators() -> dict[str, Any]:
     """The states of python's, numpy's and torch's generators."""
-    state = np.random.get_state(legacy=False)
-    state["state"]["key"] = torch.from_numpy(state["state"]["key"].astype(np.int64))
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": state, "torch": torch.get_rng_state(), "cuda": cuda}
+    states = vars(Generators())
+    numpy = states["numpy"]["state"]
+    numpy["key"] = torch.from_numpy(numpy["key"].astype(np.int64))
+    return states
 
 
 def _pack(content: Any) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from sidetuning.branch import Branch
 from sidetuning.data import Rows
 from sidetuning.errors import DataError, TaskError
+from sidetuning.predicting import Answer, each_answered
 from sidetuning.tuner import SideTuner
 
 # Rows of a base pass; bins of the calibration; the normal quantile of a 95 % interval.
@@ -160,10 +163,13 @@ def score(model: SideTuner, task: str, rows: Rows, *, mirror: bool = False, prog
     outputs, kept, unreadable = [], [], []
     for start in tqdm(range(0, len(rows), BATCH), task, disable=not progress, leave=False):
         batch = range(start, min(start + BATCH, len(rows)))
-        found, readable, told = _readable(model, task, rows, batch, mirror)
-        outputs += found
-        kept += readable
-        unreadable += told
+        ask = partial(model.predict, tasks=[task], mirror=mirror)
+        for i, found in zip(batch, each_answered(ask, [rows.sources[i] for i in batch]), strict=True):
+            if isinstance(found, DataError):
+                unreadable.append(f"{rows.places[i]}: {found}")
+            else:
+                outputs.append(_values(task, branch, found[task]))
+                kept.append(i)
     if not kept:
         raise DataError(f"no row can be read: {'; '.join(unreadable[:3])}")
     names, whole = branch.labels or [str(k) for k in range(len(outputs[0]))], rows.take(kept)
@@ -175,24 +181,9 @@ def score(model: SideTuner, task: str, rows: Rows, *, mirror: bool = False, prog
     return Scored(whole, torch.tensor(outputs), problem, names, unreadable)
 
 
-def _readable(
-    model: SideTuner, task: str, rows: Rows, batch: Sequence[int], mirror: bool
-) -> tuple[list[list[float]], list[int], list[str]]:
-    """Values by output, of the rows of a batch that can be read; and what is wrong with the others."""
-    batch = list(batch)
-    try:
-        found = model.predict([rows.sources[i] for i in batch], [task], mirror=mirror)[task]
-    except DataError as error:
-        if len(batch) == 1:
-            return [], [], [f"{rows.places[batch[0]]}: {error}"]
-        parts = [_readable(model, task, rows, [i], mirror) for i in batch]
-        found_all = [value for part in parts for value in part[0]]
-        return found_all, [i for part in parts for i in part[1]], [text for part in parts for text in part[2]]
-    names = model[task].labels
-    values = []
-    for answers in found:
-        by_name = {answer.label: answer.value for answer in answers}
-        if len(by_name) != len(answers):
-            raise TaskError(f"two outputs of task '{task}' have the same name; give its labels other names")
-        values.append([by_name[name] for name in names or [str(k) for k in range(len(by_name))]])
-    return values, batch, []
+def _values(task: str, branch: Branch, answers: Sequence[Answer]) -> list[float]:
+    """The values of a row by output."""
+    by_name = {answer.label: answer.value for answer in answers}
+    if len(by_name) != len(answers):
+        raise TaskError(f"two outputs of task '{task}' have the same name; give its labels other names")
+    return [by_name[name] for name in branch.labels or [str(k) for k in range(len(by_name))]]

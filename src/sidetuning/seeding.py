@@ -29,7 +29,7 @@ class Generators:
 
     def __init__(self) -> None:
         self.python, self.torch = random.getstate(), torch.get_rng_state()
-        self.numpy: Any = np.random.get_state()
+        self.numpy: Any = np.random.get_state(legacy=False)
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
     def set(self) -> None:
@@ -42,7 +42,8 @@ class Generators:
 
     def key(self) -> tuple[Any, ...]:
         """Equal where the states of all generators but those of GPUs are."""
-        return self.python, self.numpy[1].tobytes(), self.numpy[2:], self.torch.numpy().tobytes()
+        state, gauss = self.numpy["state"], (self.numpy["has_gauss"], self.numpy["gauss"])
+        return self.python, state["key"].tobytes(), state["pos"], gauss, self.torch.numpy().tobytes()
 
 
 def seed_all(seed: int) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 # Escape sequences, other control characters, and marks that turn the direction of writing.
@@ -45,8 +45,8 @@ def say_json(content: Any) -> None:
     print(json.dumps(content, indent=2), flush=True)
 
 
-def say_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
-    """Print a table; the columns in `right` are numbers."""
+def say_table(columns: Sequence[str], rows: Iterable[Sequence[str] | None], right: Collection[str] = ()) -> None:
+    """Print a table; the columns in `right` are numbers, and a row that is None is a line between sections."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -55,6 +55,9 @@ def say_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Coll
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left")
     for row in rows:
-        # Text, in which rich looks for no markup.
-        table.add_row(*(Text(plain(cell)) for cell in row))
+        if row is None:
+            table.add_section()
+        else:
+            # Text, in which rich looks for no markup.
+            table.add_row(*(Text(plain(cell)) for cell in row))
     Console().print(table)

@@ -20,7 +20,7 @@ from torch import nn
 
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base, network
-from sidetuning import artifacts, checks, identity
+from sidetuning import beside, checks, identity
 from task_parts import edit, saved, scrambled
 
 
@@ -28,7 +28,7 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Other tensors, with their right sha256."""
     text = (path / "side.json").read_text()
     (path / "side.safetensors").write_bytes(save(tensors, metadata={"sidetuning": text}))
-    edit(path, lambda c: c.update(tensors_sha256=artifacts._sha256(tensors)))
+    edit(path, lambda c: c.update(tensors_sha256=beside.hash_of(tensors)))
 
 
 def refused(path: Path, match: str) -> None:

@@ -17,7 +17,6 @@ from sidetuning.automatic import auto
 from sidetuning.data import load
 from sidetuning.encoding import encode
 from sidetuning.tapping import spread, with_chosen_taps
-from text_parts import write_encoder
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +24,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits"), (0, 1, 7), 30)
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> st.Base:
-    folder = tmp_path_factory.mktemp("encoder")
-    write_encoder(folder)
-    return st.load_base(f"hf:{folder}")
-
-
-def test_taps_are_the_last_stages_or_blocks_spread_evenly(encoder: st.Base) -> None:
+def test_taps_are_the_last_stages_or_blocks_spread_evenly(text_base: st.Base) -> None:
     assert list(with_chosen_taps(stages_base()).tap_shapes) == ["one", "two"]
     packaged = with_chosen_taps(st.load_base("resnet44-cifar10"))
     assert list(packaged.tap_shapes) == ["layer1", "layer2", "layer3"]
-    assert list(with_chosen_taps(encoder).tap_shapes) == ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"]
+    assert list(with_chosen_taps(text_base).tap_shapes) == ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"]
     assert list(with_chosen_taps(conv_base(("2",))).tap_shapes) == ["2"]
     assert not with_chosen_taps(mlp_base()).tap_shapes
     assert spread([str(k) for k in range(12)]) == ["2", "5", "8", "11"]
@@ -80,10 +72,10 @@ def test_mirror_images_are_a_second_view(digits: Path, tmp_path: Path) -> None:
     assert torch.equal(views[0].flip(-1), views[1])
 
 
-def test_texts_are_encoded_token_by_token(encoder: st.Base, tmp_path: Path) -> None:
+def test_texts_are_encoded_token_by_token(text_base: st.Base, tmp_path: Path) -> None:
     data = load(write_texts(tmp_path / "a.jsonl", 12), split=False)
-    x, features, y = next(iter(encode(encoder, data.splits["train"], tmp_path, progress=False).loader()))
-    assert torch.allclose(features.out, encoder(x).out * x["attention_mask"].unsqueeze(-1), atol=1e-2)
+    x, features, y = next(iter(encode(text_base, data.splits["train"], tmp_path, progress=False).loader()))
+    assert torch.allclose(features.out, text_base(x).out * x["attention_mask"].unsqueeze(-1), atol=1e-2)
     assert torch.equal(y, data.splits["train"].targets)
 
 
@@ -132,8 +124,8 @@ def test_other_tasks_do_not_change(digits: Path, tmp_path: Path) -> None:
     assert torch.equal(model(x, "old"), before) and model.tasks == ["old", "digits"]
 
 
-def test_texts_are_learned(encoder: st.Base, tmp_path: Path) -> None:
-    model = st.SideTuner(encoder)
+def test_texts_are_learned(text_base: st.Base, tmp_path: Path) -> None:
+    model = st.SideTuner(text_base)
     data = load(write_texts(tmp_path / "a.jsonl", 120))
     result = auto(model, "about", data, cache=tmp_path, budget=2, progress=False)
     assert result.scores["test"]["accuracy"] > 0.7
@@ -141,7 +133,7 @@ def test_texts_are_learned(encoder: st.Base, tmp_path: Path) -> None:
 
 
 def test_features_that_take_too_much_room_are_of_fewer_taps(
-    digits: Path, encoder: st.Base, monkeypatch: pytest.MonkeyPatch
+    digits: Path, text_base: st.Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = stages_base()
     tapped, rows = with_chosen_taps(base), load(digits, split=False).splits["train"]
@@ -152,9 +144,9 @@ def test_features_that_take_too_much_room_are_of_fewer_taps(
     assert not encoding.affordable(tapped, base, rows).tap_shapes
 
 
-def test_what_cannot_be_learned_is_said(digits: Path, encoder: st.Base, tmp_path: Path) -> None:
+def test_what_cannot_be_learned_is_said(digits: Path, text_base: st.Base, tmp_path: Path) -> None:
     with pytest.raises(st.DataError, match="the data are images and this base reads texts"):
-        auto(st.SideTuner(encoder), "digits", digits, cache=tmp_path)
+        auto(st.SideTuner(text_base), "digits", digits, cache=tmp_path)
     with pytest.raises(st.DataError, match="reads neither images nor texts"):
         auto(st.SideTuner(mlp_base()), "digits", digits, cache=tmp_path)
     with pytest.raises(st.TaskError, match="budget must be a positive number"):

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import sidetuning as st
+from conftest import in_threads
 from sidetuning.integrations import http
 
 WORDS = ["good", "bad", "fine", "poor", "great", "awful", "nice", "sad"]
@@ -219,9 +220,5 @@ def test_threads_send_a_text_once(server: Server) -> None:
         if not torch.allclose(base(x).out, expected):
             wrong.append(i)
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(ask, 6)
     assert not wrong and all(server.seen[text] == 1 for text in TEXTS[:32])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import sidetuning as st
-from conftest import mlp_base
+from conftest import in_threads, mlp_base
 from sidetuning import artifacts, tuner
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
@@ -114,11 +113,7 @@ def test_threads_get_the_right_answers(saved: Any) -> None:
             if not torch.equal(model(X, MANY[i]), expected[MANY[i]]):
                 wrong.append(MANY[i])
 
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(ask)
     assert not wrong
 
 

@@ -119,15 +119,8 @@ def test_timm_bases_have_that_of_their_configuration() -> None:
     assert base.transform == ImageTransform((224, 224), 0.95, "center", "bicubic", (124, 116, 104))
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> st.Base:
-    folder = tmp_path_factory.mktemp("encoder")
-    write_encoder(folder)
-    return st.load_base(f"hf:{folder}")
-
-
-def test_texts_and_pairs_become_what_the_network_reads(encoder: st.Base) -> None:
-    transform = encoder.transform
+def test_texts_and_pairs_become_what_the_network_reads(text_base: st.Base) -> None:
+    transform = text_base.transform
     assert isinstance(transform, TextTransform) and transform.max_length <= 512
     short, long = "one two", "one two three four five"
     batch = transform.batch([short, long])
@@ -135,22 +128,22 @@ def test_texts_and_pairs_become_what_the_network_reads(encoder: st.Base) -> None
     assert torch.equal(batch["input_ids"][1], transform(long)["input_ids"])
     pair = transform((short, long))
     assert len(pair["input_ids"]) > len(transform(long)["input_ids"])
-    assert encoder(batch).out.shape[:2] == batch["input_ids"].shape
+    assert text_base(batch).out.shape[:2] == batch["input_ids"].shape
     assert len(replace(transform, max_length=4)(long)["input_ids"]) == 4
 
 
 @pytest.mark.parametrize("source", [7, ["a"], ("a", "b", "c")])
-def test_what_is_no_text_is_refused(encoder: st.Base, source: Any) -> None:
-    transform = encoder.transform
+def test_what_is_no_text_is_refused(text_base: st.Base, source: Any) -> None:
+    transform = text_base.transform
     assert transform is not None
     with pytest.raises(st.DataError, match="a text or a pair of texts"):
         transform(source)
 
 
-def test_texts_and_pairs_are_not_mixed(encoder: st.Base) -> None:
-    assert encoder.transform is not None
+def test_texts_and_pairs_are_not_mixed(text_base: st.Base) -> None:
+    assert text_base.transform is not None
     with pytest.raises(st.DataError, match="one by one"):
-        encoder.transform.batch(["a", ("a", "b")])
+        text_base.transform.batch(["a", ("a", "b")])
 
 
 def test_a_base_without_a_tokenizer_says_so(tmp_path: Path) -> None:
@@ -170,8 +163,8 @@ def test_a_transform_is_read_as_it_was_written(make: Callable[[], Transform]) ->
     assert transform_from(make().to_json(), conv_base()) == make()
 
 
-def test_a_transform_of_texts_takes_the_tokenizer_of_the_base(encoder: st.Base) -> None:
-    transform = transform_from({"kind": "text", "max_length": 5}, encoder)
+def test_a_transform_of_texts_takes_the_tokenizer_of_the_base(text_base: st.Base) -> None:
+    transform = transform_from({"kind": "text", "max_length": 5}, text_base)
     assert len(transform("one two three four five six")["input_ids"]) == 5
 
 
@@ -253,8 +246,8 @@ def test_dense_tasks_answer_with_maps() -> None:
     assert torch.equal(model.predict(photo())["parts"], output[0].argmax(0))
 
 
-def test_texts_are_asked_in_one_pass(encoder: st.Base) -> None:
-    model = st.SideTuner(encoder)
+def test_texts_are_asked_in_one_pass(text_base: st.Base) -> None:
+    model = st.SideTuner(text_base)
     model.add_task("mood", side="transformer", head=2, labels=["good", "bad"], seed=0)
     texts = ["the river is big", "who made the old tower in 1801 ?"]
     together, alone = model.predict(texts)["mood"], [model.predict(text)["mood"] for text in texts]

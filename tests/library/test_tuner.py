@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 import sidetuning as st
-from conftest import BASES, TAPS, conv_base, inputs, mlp_base
+from conftest import BASES, TAPS, conv_base, in_threads, inputs, mlp_base
 from sidetuning import artifacts, loading
 from sidetuning.base import Base
 
@@ -69,11 +68,7 @@ def test_threads_that_add_and_remove_tasks_lose_no_tap() -> None:
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=change, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(change)
     assert not errors and set(model.base.tap_shapes) == set(TAPS["conv"])
     assert set(model.forward_all(x)) == {"t0", "t1", "t2", "t3"}
     assert copy.deepcopy(model).tasks == model.tasks

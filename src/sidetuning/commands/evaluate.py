@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import tyro
 
 from sidetuning.errors import DataError, TaskError
 from sidetuning.files import read_json
-from sidetuning.terminal import plain, say
+from sidetuning.terminal import say, say_json, say_table
 
 if TYPE_CHECKING:
     from sidetuning.scoring import Scored
@@ -89,17 +88,12 @@ def main(settings: Settings) -> None:
     scores = scored.scores()
     table = scored.table() if scored.problem != "numbers" else []
     if settings.json:
-        say(json.dumps({"task": settings.task, "scores": scores, "classes": table, "notes": notes}, indent=2))
+        say_json({"task": settings.task, "scores": scores, "classes": table, "notes": notes})
         return
-    from rich.console import Console
-    from rich.table import Table
-
     if scored.problem == "classes":
         say(f"accuracy {scores['accuracy']:.1%}, 95 % interval {scores['low']:.1%} to {scores['high']:.1%}")
     say(", ".join(f"{name} {value:.4g}" for name, value in scores.items() if name not in ("low", "high")))
     if table:
-        shown = Table("class" if scored.problem == "classes" else "label", "rows", "precision", "recall", "F1")
-        for row in table:
-            numbers = (f"{row[name]:.1%}" for name in ("precision", "recall", "f1"))
-            shown.add_row(plain(row["name"]).replace("[", "\\["), str(row["rows"]), *numbers)
-        Console().print(shown)
+        shares = ("precision", "recall", "f1")
+        rows = [[row["name"], str(row["rows"]), *(f"{row[share]:.1%}" for share in shares)] for row in table]
+        say_table(["class" if scored.problem == "classes" else "label", "rows", "precision", "recall", "F1"], rows)

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ import tyro
 
 from sidetuning.errors import DataError
 from sidetuning.files import check_signed, read_json
-from sidetuning.terminal import plain, say
+from sidetuning.terminal import say, say_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +74,7 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
     from tqdm import tqdm
 
     from sidetuning.loading import load
+    from sidetuning.predicting import each_answered
     from sidetuning.problems import Classes
     from sidetuning.transforms import ImageTransform
 
@@ -92,7 +94,11 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
     with tqdm(total=len(named), unit="image" if images else "text", disable=off, leave=False) as bar:
         for start in range(0, len(named), CHUNK):
             some = named[start : start + CHUNK]
-            for name, found in _asked(model, some, tasks, settings.top, mirror, unread):
+            ask = partial(model.predict, tasks=tasks, top=settings.top, mirror=mirror)
+            for (name, _), found in zip(some, each_answered(ask, [source for _, source in some]), strict=True):
+                if isinstance(found, DataError):
+                    unread.append(str(found))
+                    continue
                 rows = []
                 for task, answers in found.items():
                     if isinstance(answers, Tensor):
@@ -104,23 +110,6 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
     if unread:
         more = f" ({len(unread)} of {len(named)} could not be read)" if len(named) > 1 else ""
         raise DataError(f"{unread[0]}{more}")
-
-
-def _asked(
-    model: SideTuner, some: list[tuple[str, Any]], tasks: list[str], top: int | None, mirror: bool, unread: list[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each source's name and answers by task; `unread` gets what is wrong with a source, and the others go on."""
-    try:
-        found = model.predict([source for _, source in some], tasks, top=top, mirror=mirror)
-    except DataError as error:
-        if len(some) == 1:
-            unread.append(str(error))
-            return
-        for one in some:
-            yield from _asked(model, [one], tasks, top, mirror, unread)
-        return
-    for i, (name, _) in enumerate(some):
-        yield name, {task: found[task][i] for task in tasks}
 
 
 def _images(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -195,17 +184,8 @@ def main(settings: Settings) -> None:
         for answers in answered(settings):
             writer.writerows((a.image, a.task, a.label, f"{a.value:.6g}") for a in answers)
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for column in ("source", "task", "answer", "value"):
-        table.add_column(column, justify="right" if column == "value" else "left")
+    rows: list[Sequence[str] | None] = []
     for answers in answered(settings):
-        for k, answer in enumerate(answers):
-            # Text, in which rich looks for no markup.
-            source = "" if k else answer.image
-            table.add_row(*(Text(plain(cell)) for cell in (source, answer.task, answer.label, f"{answer.value:.2f}")))
-        table.add_section()
-    Console().print(table)
+        rows += [("" if k else a.image, a.task, a.label, f"{a.value:.2f}") for k, a in enumerate(answers)]
+        rows.append(None)
+    say_table(("source", "task", "answer", "value"), rows, right=("value",))

@@ -151,7 +151,7 @@ class Embeddings:
                 answer = httpx.request(method, f"{self.url}/{path}", json=content, headers=headers, timeout=TIMEOUT)
             except httpx.TransportError as error:
                 problem = str(error) or type(error).__name__
-            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            except httpx.InvalidURL as error:
                 raise UnknownNameError(f"{self.url} is no address of a server ({error})") from error
             else:
                 if answer.status_code == 200:

@@ -19,7 +19,7 @@ from sidetuning.branch import Branch
 from sidetuning.errors import ArtifactError, DataError, SideTuningError
 from sidetuning.folder import task_folders
 from sidetuning.inputs import entry, take_rows, to_device
-from sidetuning.loading import load
+from sidetuning.loading import in_order, load
 from sidetuning.predicting import Answers, answers, groups, run
 from sidetuning.transforms import TextTransform, Transform
 from sidetuning.tuner import SideTuner
@@ -238,23 +238,15 @@ class Served:
         same = {folder for folder in stamps if folder in self._kept and self._kept[folder][0] == stamps[folder]}
         read = {folder: read_task(folder) for folder in stamps if folder not in same}
         configs = {folder: read[folder][0] if folder in read else self._kept[folder][1] for folder in stamps}
-        waiting, untouched = dict(configs), set[str]()
-        while waiting:
-            ready = [
-                folder for folder, config in waiting.items() if all(t in model for t in config["parts"]["laterals"])
-            ]
-            if not ready:
-                names = ", ".join(config["task"] for config in waiting.values())
-                raise ArtifactError(f"{self.path}: the laterals of {names} are not there")
-            for folder in ready:
-                config = waiting.pop(folder)
-                name = config["task"]
-                if folder in same and untouched.issuperset(config["parts"]["laterals"]):
-                    model.add_branch(name, before[name])
-                    untouched.add(name)
-                else:
-                    # Raises where it was trained beside another lateral than is there now.
-                    model._add_saved(folder, read.get(folder) or read_task(folder), identity)
+        untouched = set[str]()
+        for folder in in_order(self.path, configs):
+            name, laterals = configs[folder]["task"], configs[folder]["parts"]["laterals"]
+            if folder in same and untouched.issuperset(laterals):
+                model.add_branch(name, before[name])
+                untouched.add(name)
+            else:
+                # Raises where it was trained beside another lateral than is there now.
+                model._add_saved(folder, read.get(folder) or read_task(folder), identity)
         kept = {folder: (stamps[folder], config) for folder, config in configs.items()}
         return moment_of(model, kept), kept
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ import torch
 from gymnasium.wrappers import TransformReward
 from safetensors import SafetensorError
 from safetensors.torch import load as parse
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
@@ -24,6 +23,7 @@ from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecTransposeImage
 from torch import Tensor
 
+from sidetuning.beside import hash_of
 from sidetuning.errors import SideTuningError
 from sidetuning.files import atomic_write, held_folder, read_safetensors, safetensors_header
 from sidetuning.integrations.sb3 import VecBaseFeatures
@@ -224,12 +224,7 @@ def save_policy(policy: Any, file: Path) -> None:
     """Write the policy's tensors, each once, without the base."""
     tensors = {name: t.contiguous() for name, t in policy.state_dict().items() if not name.startswith(SHARED)}
     with atomic_write(file) as temporary:
-        save_file(tensors, temporary, metadata={"sha256": tensors_hash(tensors)})
-
-
-def tensors_hash(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names and values."""
-    return hashlib.sha256(save(tensors)).hexdigest()
+        save_file(tensors, temporary, metadata={"sha256": hash_of(tensors)})
 
 
 def load_policy(folder: str | Path) -> tuple[Settings, Any]:
@@ -254,7 +249,7 @@ def load_policy(folder: str | Path) -> tuple[Settings, Any]:
         data = read_safetensors(file)
         tensors, recorded = parse(data), safetensors_header(data).get("sha256")
         # Version 0.1.0 wrote none.
-        if recorded is not None and recorded != tensors_hash(tensors):
+        if recorded is not None and recorded != hash_of(tensors):
             raise RuntimeError("its sha256 is not the one recorded")
         missing, unexpected = policy.load_state_dict(tensors, strict=False)
         if wrong := [*unexpected, *(name for name in missing if not name.startswith(SHARED))]:

@@ -47,12 +47,13 @@ class Gallery:
             if isinstance(task, Categories):
                 continue  # no picture
             output = method(send_to_device(images, method.base.device), name).float().cpu()
-            for moment in (f"after{len(method.tasks)}", "end"):
-                write_strip(self.folder / f"{name}.{moment}.png", task.picture(output))
+            seen = task.picture(output)
+            moments = [f"after{len(method.tasks)}", "end", *(["learned"] if name == learned else [])]
+            for moment in moments:
+                write_strip(self.folder / f"{name}.{moment}.png", seen)
             if name == learned:
                 labels = task.labels(torch.stack([self.frames.read(i, task.domain) for i in self.rows]), masks)
                 write_strip(self.folder / f"{name}.truth.png", task.picture(labels))
-                write_strip(self.folder / f"{name}.learned.png", task.picture(output))
 
 
 def write_strip(path: Path, pictures: Tensor) -> None:
