@@ -27,7 +27,7 @@ MISTAKES, EDGE, LETTERS, CLASSES = 12, 160, 400, 40
 FILE = "report.json"
 MEND = "score the task again: sidetuning evaluate … --report"
 ATTEMPT = {"name": str, "loss": float, "score": float, "steps": int, "seconds": float, "parameters": int}
-TRAINING = {"measure?": str, "chosen?": str, "seconds?": float, "notes?": [str]}
+TRAINING = {"data?": str, "measure?": str, "chosen?": str, "seconds?": float, "notes?": [str]}
 TRAINING |= {"attempts?": [{**ATTEMPT, "curve": [float]}]}
 ROW = {"name": str, "rows": int, "precision": float, "recall": float, "f1": float}
 MISTAKE = {"place": str, "truth": str, "answer": str, "value": str, "image?": str, "text?": str}
@@ -48,7 +48,7 @@ def describe(
     Args:
         model, task: the model and the task.
         scored: its answers to rows.
-        split: what the rows are called: "test", "validation" or another name.
+        split: what the rows are called: a split of the data that the task learned from, or the name of other data.
         training: what `AutoResult.record` gave, if the task was learned so.
     """
     training, summary = dict(training or {}), summarise(task, model[task])
@@ -162,9 +162,11 @@ def charts(task: Mapping[str, Any]) -> list[dict[str, str]]:
                 chosen = attempt["name"] == task["chosen"]
                 x = range(1, len(attempt["curve"]) + 1)
                 axes.plot(x, attempt["curve"], color=COLOURS[colour], lw=2.5 if chosen else 1.2, label=attempt["name"])
-            for attempt in task["attempts"]:
-                if not attempt["curve"]:
-                    axes.axhline(attempt["score"], color=COLOURS["muted"], ls="--", lw=1, label=attempt["name"])
+            # Heads in closed form, which have no passes.
+            solved = [attempt for attempt in task["attempts"] if not attempt["curve"]]
+            for attempt, dashes in zip(solved, ("--", ":")):
+                lw = 2.5 if attempt["name"] == task["chosen"] else 1.2
+                axes.axhline(attempt["score"], color=COLOURS["muted"], ls=dashes, lw=lw, label=attempt["name"])
             axes.set_xlabel("passes over the training rows")
             axes.set_ylabel(f"{task['measure']} of the validation rows")
             axes.legend(frameon=False, fontsize=8)

@@ -136,6 +136,20 @@ def test_the_report_needs_no_network_and_shows_mistakes(place: Path, capsys: pyt
     assert page.count("data:image/jpeg") >= len(told["mistakes"])
 
 
+def test_the_report_says_of_other_rows_that_they_are_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, page = place / "my-model", place / "my-model/report.html"
+
+    def reported(data: Path) -> str:
+        run(capsys, "evaluate", model, "--task", "straight", data, "--report", "--quiet")
+        text = page.read_text()
+        return text[text.index('id="straight"') :].partition("</section>")[0]
+
+    learned = reported(Path(json.loads((model / "tasks/straight/training.json").read_text())["data"]))
+    assert " train rows" in learned and "The task learned from such rows" in learned
+    others = write_both(place).rename(place / "later")
+    assert " later rows" in reported(others) and "too good" not in reported(others)
+
+
 def test_tasks_are_not_overwritten_unless_asked(
     place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

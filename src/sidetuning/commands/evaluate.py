@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -76,8 +77,16 @@ def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
 
         training = Path(settings.model) / "tasks" / settings.task / "training.json"
         known = read_json(training, TRAINING, "train the task again") if training.exists() else None
-        add_to_report(settings.model, model, settings.task, scored, split, known)
+        add_to_report(settings.model, model, settings.task, scored, called(settings, split, known), known)
     return scored, [*data.notes, *(f"left out: {told}" for told in scored.unreadable)]
+
+
+def called(settings: Settings, split: str, training: Mapping[str, Any] | None) -> str:
+    """What the rows are called in the report: other data than the task learned from have the name of their source."""
+    learned = None if training is None else training.get("data")
+    if learned is not None and Path(learned).resolve() == Path(settings.data).resolve():
+        return split
+    return " ".join(filter(None, (Path(settings.data).resolve().stem, settings.split)))
 
 
 def main(settings: Settings) -> None:
