@@ -66,7 +66,8 @@ def run_cells(
         free: settings that a result may have otherwise.
     """
     todo = [cell for cell in cells if not recorded(name(cell), public(cell.settings), free)]
-    for cell, result in grid.run(todo, work, finished):
+    progress = all(flat(cell.settings).get("progress", True) for cell in todo)
+    for cell, result in grid.run(todo, work, finished, progress=progress):
         write(name(cell), content(cell, result))
 
 

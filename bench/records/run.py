@@ -41,6 +41,8 @@ RECORDS: Registry[Record] = Registry(
         "zoo": "zoo:ZOO",
         "serving": "serving:SERVING",
         "serving-churn": "serving_churn:SERVING_CHURN",
+        "peers": "peers:PEERS",
+        "five-jobs": "five_jobs:FIVE_JOBS",
         "closed-form": "closed_form:CLOSED_FORM",
         "route-kinds": "closed_form:ROUTE_KINDS",
     },

@@ -317,13 +317,23 @@ def test_cached_features_spare_every_base_pass(tmp_path: Path, no_base_pass: Cal
         model.forward_all(x)
 
 
-def test_inputs_that_are_no_tensor_are_refused(tmp_path: Path) -> None:
-    class Words(Toy):
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        (({"ids": torch.arange(3)}, 0), "one tensor, not a dict.*cache_tokens"),
+        (({"ids": 1}, {"ids": 1}, 0), r"samples \(x, y\), and the first is a tuple"),
+        ({"image": torch.zeros(12), "label": 0}, r"a mapping \(image, label\)"),
+        ((torch.zeros(12), "cat"), "numbers, not a str"),
+        (torch.zeros(12), "the first is a Tensor"),
+    ],
+)
+def test_samples_that_cannot_be_kept_are_refused_in_a_sentence(tmp_path: Path, sample: Any, said: str) -> None:
+    class Others(Toy):
         def __getitem__(self, index: int) -> Any:
-            return {"ids": torch.arange(3)}, 0
+            return sample
 
-    with pytest.raises(st.ShapeError, match="one tensor"):
-        fill(tmp_path, data=Words())
+    with pytest.raises(st.ShapeError, match=said):
+        fill(tmp_path, data=Others())
 
 
 def test_an_empty_data_set_is_said(tmp_path: Path) -> None:

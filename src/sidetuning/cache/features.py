@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ def cache_features(
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise DataError("the data set is empty; there is nothing to keep features of")
     how = older = "none"
+    _first_of(dataset)
     if augment is not None and views > 1:
         where = getattr(augment, "__module__", "")
         how, older = (
@@ -165,13 +166,34 @@ def data_identity(dataset: Dataset[Any]) -> str:
     return digest.hexdigest()
 
 
+def _first_of(dataset: Dataset[Any]) -> tuple[Tensor, Tensor]:
+    """The first sample, which tells what all are."""
+    sample = dataset[0]
+    if isinstance(sample, Mapping):
+        raise ShapeError(
+            f"cache_features takes samples (x, y), and the first is a mapping ({', '.join(map(str, sample))}); "
+            "wrap the data set in one that gives (image, label)"
+        )
+    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+        raise ShapeError(f"cache_features takes samples (x, y), and the first is a {type(sample).__name__}")
+    if not isinstance(sample[0], Tensor):
+        raise ShapeError(
+            f"cache_features keeps inputs that are one tensor, not a {type(sample[0]).__name__}; images need a "
+            "transform to a tensor, and texts go to sidetuning.cache.cache_tokens or st.auto"
+        )
+    try:
+        return sample[0], torch.as_tensor(sample[1])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            f"cache_features keeps targets that are numbers, not a {type(sample[1]).__name__}; give class numbers"
+        ) from error
+
+
 def _store(base: Base, dataset: Dataset[Any], folder: Path, views: int, dtype: str) -> Store:
     """The cache that a data set will have; its first sample sets the shapes."""
-    x, y = dataset[0]
-    if not isinstance(x, Tensor):
-        raise ShapeError(f"cache_features keeps inputs that are one tensor, not a {type(x).__name__}")
+    x, y = _first_of(dataset)
     features = base(x.unsqueeze(0).to(base.device))
-    given = {"x": x, "y": torch.as_tensor(y)}
+    given = {"x": x, "y": y}
     fields = {name: np.dtype((value.numpy().dtype, tuple(value.shape))) for name, value in given.items()}
     for name, value in fields_of(features.out, features.taps).items():
         fields[name] = np.dtype((dtype, tuple(value.shape[1:])))
