@@ -27,7 +27,9 @@ class Settings:
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Model folder, or the folder of one task."""
+    """Model folder, or the folder of one task; with --base-only the name of a base, such as hf:NAME."""
+    base_only: bool = False
+    """Serve embeddings of texts, as OpenAI's /v1/embeddings, for models whose base is this server."""
     host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines ask."""
     port: Annotated[int, tyro.conf.arg(metavar="NUMBER")] = 8000
@@ -58,9 +60,11 @@ def main(settings: Settings) -> None:
         import uvicorn
 
         from sidetuning.serving.app import Limits, Service
+        from sidetuning.serving.embeddings import EmbeddingService
     except ImportError as error:
         raise ImportError("serving needs more packages: pip install 'sidetuning[serve]'") from error
     from sidetuning.errors import TaskError
+    from sidetuning.loading import load_base
     from sidetuning.serving.served import Served
 
     least = {"max_batch": 1, "max_waiting": 1, "max_inputs": 1, "wait": 0, "watch": 0}
@@ -70,6 +74,9 @@ def main(settings: Settings) -> None:
     for name in ("max_body", "max_pixels", "timeout"):
         if getattr(settings, name) <= 0:
             raise TaskError(f"--{name.replace('_', '-')} is positive, not {getattr(settings, name)}")
+    for name in ("max_pixels", "watch") if settings.base_only else ():
+        if getattr(settings, name) != getattr(Settings, name):
+            raise TaskError(f"--base-only does not read --{name.replace('_', '-')}; leave it out")
     limits = Limits(
         max_batch=settings.max_batch,
         wait=settings.wait / 1000,
@@ -80,7 +87,11 @@ def main(settings: Settings) -> None:
         timeout=settings.timeout,
     )
     token = os.environ.get(TOKEN) or None
-    service = Service(Served(settings.model), limits, token=token, watch=settings.watch, quiet=settings.quiet)
+    service: Service | EmbeddingService
+    if settings.base_only:
+        service = EmbeddingService(load_base(settings.model), settings.model, limits, token=token, quiet=settings.quiet)
+    else:
+        service = Service(Served(settings.model), limits, token=token, watch=settings.watch, quiet=settings.quiet)
     if token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
         service.log.warning(f"other machines can ask without a token; set {TOKEN} to let only some")
     config = uvicorn.Config(

@@ -29,7 +29,7 @@ from sidetuning.transforms import TextTransform
 # The key that a server asks for, and where answers are kept. Neither is ever written anywhere.
 KEY, CACHE = "SIDETUNING_API_KEY", "SIDETUNING_CACHE"
 # Texts in one request; seconds that one may take; tries, between which 0.5, 1, 2, … seconds pass, 30 at most.
-BATCH, TIMEOUT, TRIES, LONGEST_PAUSE = 64, 60.0, 12, 30.0
+BATCH, TIMEOUT, TRIES, LONGEST_PAUSE = 32, 60.0, 12, 30.0
 # Bytes of a text that are read.
 MOST_BYTES = 2**15
 # Bytes are shifted, so that 1, with which a base is probed, is a letter; 0 is padding.
