@@ -39,6 +39,8 @@ CELLS = [
     for kind, name in itertools.product(("conv", "map", "sequence", "mlp"), METHODS.names())
     if kind in ("conv", "map") or name not in CONVOLUTIONS
 ]
+# Those that take steps.
+TRAINED = [name for name in METHODS.names() if name != "solve"]
 QUIET = Recipe(5, lr=1e-2)
 
 
@@ -64,7 +66,7 @@ def test_contract(kind: str, name: str, tmp_path: Path) -> None:
     method = build(kind, name)
     fingerprint, x = method.base.identity().sha256, inputs(kind, 8)
     first = method.learn(Task("a", 3), batches(kind), Recipe(12, lr=1e-2), progress=False)
-    assert first.losses[-1] < first.losses[0]
+    assert first.losses[-1] < first.losses[0] or name not in TRAINED
     before = method(x, "a").detach()
     assert before.shape == (8, 3)
     learn(method, kind, "b")
@@ -85,7 +87,7 @@ def test_contract(kind: str, name: str, tmp_path: Path) -> None:
     assert torch.equal(again(x, "c"), method(x, "c"))
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_run_that_was_cut_short_ends_with_the_same_weights(name: str, tmp_path: Path) -> None:
     """In the second task, in the process that was interrupted and in another that reads the first task from disk."""
     recipe, second = Recipe(8, lr=1e-2), Task("b", 3, seed=1)
@@ -116,6 +118,22 @@ def test_a_run_that_was_cut_short_ends_with_the_same_weights(name: str, tmp_path
         method.learn(second, batches("conv"), recipe, resume=resume, progress=False)
         for task in ("a", "b"):
             assert torch.equal(method(inputs("conv", 8), task), whole(inputs("conv", 8), task))
+
+
+@pytest.mark.parametrize("width", [0, 40])
+def test_solve_is_the_closed_form_of_the_library(width: int) -> None:
+    base = BASES["conv"](TAPS["conv"])
+    method = METHODS.build("solve", base, options={"width": width})
+    x, y = inputs("conv", 8), torch.arange(8) % 3
+    method.learn(Task("a", 3, seed=4), [(x, y)], QUIET, progress=False)
+    model = st.SideTuner(base)
+    options = {"outputs": 3, "width": width, "grid": 4, "seed": 4}
+    head: dict[str, Any] = {"head": "random", "head_options": options} if width else {"head": 3}
+    model.add_task("a", side=None, merge="base-only", problem="classes", **head)
+    st.solve(model, "a", [(x, y)], progress=False)
+    assert torch.equal(method(x, "a"), model(x, "a")) and (width == 0 or (method(x, "a").argmax(1) == y).all())
+    with pytest.raises(st.TaskError, match="learns classes"):
+        method.learn(Task("b", 3, F.mse_loss), [(x, y)], QUIET, progress=False)
 
 
 @pytest.mark.parametrize("name", ["finetune", "ewc", "psp"])
@@ -564,7 +582,7 @@ def test_a_resume_file_of_another_task_is_refused(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", TRAINED)
 def test_bfloat16_learns(name: str) -> None:
     method = build("conv", name)
     result = method.learn(Task("a", 3), batches("conv"), Recipe(10, lr=1e-2, precision="bf16"), progress=False)

@@ -42,7 +42,7 @@ DENSE = ", dense"
 ALONE = "alone"
 FIRST = {"finetune": ("independent", ""), "ewc": ("independent", ""), "psp": ("psp", ALONE), "pnn": ("pnn", ALONE)}
 MAIN = ("sidetune", "features", "independent", "finetune")
-ALL = (*MAIN, "ewc", "psp", "pnn", "scratch", "residual-adapter", "lora", "piggyback", "boosting")
+ALL = (*MAIN, "solve", "ewc", "psp", "pnn", "scratch", "residual-adapter", "lora", "piggyback", "boosting")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def variants(settings: Settings) -> Iterator[Variant]:
     dense = isinstance(settings.on, OnITaskonomy)
     match settings.grid:
         case "methods":
-            for method in settings.methods or ALL:
+            for method in settings.methods or [name for name in ALL if name in settings.on.scenario.METHODS]:
                 yield "", method, {}
                 if method == "sidetune" and dense:
                     yield "recipe=best", method, {"recipe": "best", **itaskonomy.BEST}
@@ -207,8 +207,8 @@ def run(settings: Settings) -> list[RunResult]:
         SideTuningError: a cell failed; the others' results stay.
     """
     for method in settings.methods:
-        if method not in METHODS:
-            raise UnknownNameError(unknown("method", method, METHODS.names(), verb="registered"))
+        if method not in settings.on.scenario.METHODS:
+            raise UnknownNameError(unknown("method", method, settings.on.scenario.METHODS, verb="compared here"))
     if isinstance(settings.on, OnITaskonomy):
         settings = dated(settings, settings.run.out)
     check(settings)

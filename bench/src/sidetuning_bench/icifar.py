@@ -28,7 +28,11 @@ from sidetuning_bench.runs import Run
 from sidetuning_bench.sequence import Course, Lesson, Score, learn_in_order, print_result, with_recipe
 
 CLASSES_PER_TASK = 10
-METHODS = options.image_methods(options.SideTuneOptions(), options.BoostingOptions(), options.EWCOptions())
+METHODS = {
+    **options.image_methods(options.SideTuneOptions(), options.BoostingOptions(), options.EWCOptions()),
+    # Its answers are classes.
+    "solve": options.SolveOptions(),
+}
 # The most accurate recipe found within the paper's parameters per task and ten minutes on two cores; see benchmarks.md.
 BEST_SIDE = {"side": "fusion", "side_shift": 2, "taps": ("layer2", "layer3"), "merge": "sum", "init": None}
 BEST_TRAINING = {"lr": 6e-3, "optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle", "clip": None}

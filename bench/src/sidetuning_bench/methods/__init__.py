@@ -18,6 +18,7 @@ METHODS: Registry[type[Method]] = Registry(
     {
         "sidetune": "sidetuning_bench.methods.sidetune:SideTune",
         "features": "sidetuning_bench.methods.sidetune:FixedFeatures",
+        "solve": "sidetuning_bench.methods.sidetune:Solve",
         "finetune": "sidetuning_bench.methods.finetune:FineTune",
         "scratch": "sidetuning_bench.methods.finetune:Scratch",
         "independent": "sidetuning_bench.methods.finetune:Independent",

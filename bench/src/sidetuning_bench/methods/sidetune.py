@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from sidetuning.artifacts import is_saved
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
+from sidetuning.closed_form import solve
 from sidetuning.errors import TaskError
 from sidetuning.objective import parameter_groups
+from sidetuning.training import TrainResult
 from sidetuning.tuner import SideTuner
 from sidetuning_bench.methods.method import Method, count
-from sidetuning_bench.methods.recipe import Task
+from sidetuning_bench.methods.recipe import Recipe, Task
 
 PARTS = ("side", "merge", "init", "prenorm", "side_options")
 
@@ -118,6 +121,36 @@ class FixedFeatures(SideTune):
     def __init__(self, base: Base, prenorm: bool = False) -> None:
         super().__init__(base, side=None, merge="base-only", prenorm=prenorm)
         self.options = {"prenorm": prenorm}
+
+
+class Solve(FixedFeatures):
+    """Fixed features with a head in closed form (`st.solve`): the best linear probe, or more, without a gradient.
+
+    Args:
+        base: the base.
+        width: features of a random expansion of the base's taps, which the head reads beside the code; 0 reads the code
+            alone.
+        grid: places along an edge to which taps are pooled.
+    """
+
+    name: ClassVar[str] = "solve"
+
+    def __init__(self, base: Base, width: int = 0, grid: int = 4) -> None:
+        super().__init__(base)
+        self.options = {"width": width, "grid": grid}
+
+    def add(self, task: Task) -> None:
+        if getattr(task.loss, "func", task.loss) is not F.cross_entropy:
+            raise TaskError("the method 'solve' learns classes, by regression on their numbers; use features")
+        head: dict[str, Any] = {"head": task.head, "head_options": task.head_options}
+        if self.options["width"]:
+            head = {"head": "random", "head_options": {"outputs": task.head, "seed": task.seed, **self.options}}
+        self.model.add_task(task.name, side=None, merge="base-only", labels=task.labels, problem="classes", **head)
+
+    def _train(self, task: Task, loader: Iterable[Any], recipe: Recipe, phase: int, **run: Any) -> TrainResult:
+        # A second or two: there is nothing to resume, and a recipe's steps and rates have no meaning.
+        found = solve(self.model, task.name, loader, progress=run["progress"] is not None)
+        return TrainResult(recipe.steps, found.seconds, [found.error])
 
 
 class Boosting(Branches):
