@@ -22,6 +22,8 @@ from sidetuning_bench.results import estimate, number_text
 METHODS: dict[str, dict[str, Any]] = {
     "sidetune, match": {"method": "sidetune"},
     "sidetune, slim": {"method": "sidetune", "side": "slim"},
+    "sidetune, copy": {"method": "sidetune", "side": "copy", "lr": 2e-4},
+    **{f"sidetune, top {n}": {"method": "sidetune", "side": "top", "layers": n, "lr": 2e-4} for n in (1, 2, 3)},
     "ladder": {"method": "ladder"},
     "features": {"method": "features"},
     # Rates for so small a base and so few steps; the others have the scenario's own.
@@ -32,11 +34,12 @@ METHODS: dict[str, dict[str, Any]] = {
 # Questions on which the speed is measured.
 FEW = 160
 SCORES = {
+    "F1 with an answer, %": "has_answer",
+    "Best F1, %": "best_f1",
+    "Area, %": "area",
     "F1, %": "f1",
     "Exact, %": "exact",
-    "F1 with an answer, %": "has_answer",
     "F1 without, %": "no_answer",
-    "Best F1, %": "best_f1",
 }
 COSTS = {
     "Parameters trained": "added",
@@ -69,6 +72,8 @@ class Settings:
     """Number of test questions; None for all."""
     cache: str = "~/.cache/sidetuning"
     """Folder of base features."""
+    answerable: bool = False
+    """Leave out the questions without an answer, as in SQuAD v1.1."""
     run: GridOptions = field(default=GridOptions(out="runs/records/squad", seeds=1))
 
 
@@ -81,12 +86,14 @@ def settings_of(method: str, values: dict[str, Any]) -> squad.Settings:
 
 def file_name(given: Settings, method: str, seed: int | str) -> str:
     """The name of a result."""
-    return f"squad-{given.grid}-{method.replace(', ', '-')}-{seed}"
+    form = "answerable" if given.answerable else given.grid
+    return f"squad-{form}-{method.replace(', ', '-')}-{seed}"
 
 
 def cells(given: Settings) -> Iterator[Cell[squad.Settings]]:
     """The runs, seed by seed; a variant is one of METHODS."""
-    shared = {name: getattr(given, name) for name in ("data", "base", "epochs", "test_questions", "cache")}
+    names = ("data", "base", "epochs", "test_questions", "cache", "answerable")
+    shared = {name: getattr(given, name) for name in names}
     questions = given.questions if given.grid == "epochs" else None
     for seed in range(given.run.seeds):
         for method in given.methods:
@@ -122,12 +129,16 @@ def run(given: Settings) -> None:
 
 def table(given: Settings) -> str:
     """Methods as rows."""
-    columns = [*SCORES, *COSTS, "Seeds"]
+    rows = {method: read_all(f"{file_name(given, method, '*')}.json") for method in METHODS}
+    # Older results have no area.
+    known = {name for runs in rows.values() for run in runs for name in run["scores"]}
+    scores = {column: name for column, name in SCORES.items() if name in known}
+    columns = [*scores, *COSTS, "Seeds"]
     text = f"| Method | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}\n"
-    for method in METHODS:
-        runs = read_all(f"{file_name(given, method, '*')}.json")
+    for method, runs in rows.items():
         if runs:
-            texts = [number_text(estimate([run["scores"][name] for run in runs])) for name in SCORES.values()]
+            found = [[run["scores"][name] for run in runs if name in run["scores"]] for name in scores.values()]
+            texts = [number_text(estimate(values)) for values in found]
             costs = [sum(run[name] for run in runs) / len(runs) for name in COSTS.values()]
             row = [method, *texts, *(number_text(cost, 0) for cost in costs), str(len(runs))]
             text += f"| {' | '.join(row)} |\n"

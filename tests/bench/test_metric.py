@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sidetuning_bench.language import metric
@@ -27,6 +28,18 @@ def test_the_metric_is_the_official_one() -> None:
     scores = metric.score(golds, texts, odds)._asdict()
     for name, value in found["official"].items():
         assert scores[name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_the_area_is_that_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    # Some odds are equal.
+    odds = random.integers(0, 20, 200).astype(float).tolist()
+    golds = [["x"] if random.random() < 0.6 - value / 60 else [] for value in odds]
+    expected = metrics.roc_auc_score([not gold for gold in golds], odds)
+    assert metric.score(golds, ["x"] * 200, odds).area == pytest.approx(100 * expected)
+    area = metric.score([["x"]], ["x"], [0.0]).area
+    assert area != area
 
 
 def test_edges_of_the_metric() -> None:

@@ -184,13 +184,22 @@ def test_a_distilled_side_starts_near_the_base(questions_folder: Path, encoder: 
     assert near < 0.5 * far and near < features.out[real].var()
 
 
-@pytest.mark.parametrize("name", ["match", "slim", "top", "ladder", "features", "finetune", "scratch", "lora"])
+def test_answerable_questions_are_answered_each(questions_folder: Path, encoder: Path, tmp_path: Path) -> None:
+    values = {"method": "features", "epochs": 0.1, "questions": 30, "answerable": True}
+    result = squad.run(settings_for(tmp_path, questions_folder, encoder, values))
+    given = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    test = squad.read_questions(questions_folder, "dev")
+    assert set(given) == {question.id for question in test.items if question.golds} and len(given) < len(test)
+    assert result.scores["f1"] == result.scores["has_answer"] and not {"no_answer", "area"} & set(result.scores)
+
+
+@pytest.mark.parametrize("name", ["match", "slim", "top", "copy", "ladder", "features", "finetune", "scratch", "lora"])
 def test_every_method_reads(name: str, questions_folder: Path, encoder: Path, tmp_path: Path) -> None:
     if name == "lora":
         pytest.importorskip("peft")
     values: dict[str, Any] = {"epochs": 0.2, "questions": 120, "test_questions": 12, "layers": 1}
-    branches = ("match", "slim", "top", "ladder")
-    values |= {"method": "sidetune", "side": name} if name in branches[:3] else {"method": name}
+    branches = ("match", "slim", "top", "copy", "ladder")
+    values |= {"method": "sidetune", "side": name} if name in branches[:4] else {"method": name}
     result = squad.run(settings_for(tmp_path, questions_folder, encoder, values))
     assert result.questions == 120 and result.test_questions == 12 and 0 <= result.scores["f1"] <= 100
     assert result.added > 0 and result.steps == round(0.2 * 120 / 16)

@@ -48,7 +48,7 @@ class SideTuneOptions(BranchOptions):
     name = "sidetune"
     side: str = "match"
     """Side network: match (compares the text with the question), slim (a transformer on the base's embeddings),
-    convolutional, or top (a copy of the base's last layers)."""
+    convolutional, top (a copy of the base's last layers), or copy (of the whole base, as in the paper)."""
     layers: Count | None = None
     """Layers of the side network; by default 2 of match, 1 of top, 4 of slim and convolutional."""
 
@@ -58,11 +58,13 @@ class SideTuneOptions(BranchOptions):
         return self.layers or {"match": 2, "top": 1}.get(self.side, 4)
 
     def network(self) -> tuple[str, dict[str, Any]]:
-        return self.side, {} if self.side == "top" else {"width": self.width, "layers": self.depth}
+        return self.side, {} if self.side in ("top", "copy") else {"width": self.width, "layers": self.depth}
 
     def taps(self, layers: Sequence[str]) -> list[str]:
         if self.side == "match":
             return [EMBEDDINGS, *dict.fromkeys((layers[(len(layers) - 1) // 2], layers[-2:][0]))]
+        if self.side == "copy":
+            return []
         if self.side != "top":
             return [EMBEDDINGS]
         if self.depth > len(layers):
@@ -106,5 +108,5 @@ KINDS = (SideTuneOptions, LadderOptions, FeaturesOptions, FineTuneOptions, Scrat
 METHODS: dict[str, MethodOptions] = {kind.name: kind() for kind in KINDS}
 # Methods that never train the base: its features are computed once.
 CACHED = ("sidetune", "ladder", "features")
-# Learning rates where none is set; others have 1e-3.
-RATES = {"finetune": 3e-5, "scratch": 1e-4, "lora": 2e-4}
+# Learning rates of methods, and of sides, where none is set; others have 1e-3.
+RATES = {"copy": 3e-5, "finetune": 3e-5, "scratch": 1e-4, "lora": 2e-4}

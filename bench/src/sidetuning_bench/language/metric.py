@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,6 +21,8 @@ class Scores(NamedTuple):
         best_exact, best_f1: with the best threshold on the odds of there being no answer.
         best_threshold: that of best_f1.
         has_answer_exact: exact match of the questions with an answer.
+        area: area under the curve of the receiver: how often a question without an answer has higher odds of having
+            none than one with an answer.
     """
 
     exact: float
@@ -30,6 +33,7 @@ class Scores(NamedTuple):
     best_f1: float
     best_threshold: float
     has_answer_exact: float
+    area: float
 
 
 def normalise(text: str) -> str:
@@ -82,7 +86,17 @@ def score(
         for group in (values, has, none)
         for part in ([value[0] for value in group], [value[1] for value in group])
     )
-    return Scores(exact_all, f1_all, f1_has, f1_none, best_exact, best_f1, at, exact_has)
+    return Scores(exact_all, f1_all, f1_has, f1_none, best_exact, best_f1, at, exact_has, _area(golds, null_odds))
+
+
+def _area(golds: Sequence[Sequence[str]], odds: Sequence[float]) -> float:
+    """How often a question without an answer has the higher odds; equal odds count half (Mann and Whitney, 1947)."""
+    known = sorted(value for value, gold in zip(odds, golds, strict=True) if gold)
+    others = [value for value, gold in zip(odds, golds, strict=True) if not gold]
+    if not known or not others:
+        return float("nan")
+    lower = sum(bisect_left(known, value) + bisect_right(known, value) for value in others)
+    return 100 * lower / (2 * len(known) * len(others))
 
 
 def _best(gains: Sequence[float], silent: float, odds: Sequence[float]) -> tuple[float, float]:

@@ -85,7 +85,9 @@ class Questions:
         return len(self.items)
 
 
-def read_questions(source: str | Path, split: str = "train", limit: int | None = None) -> Questions:
+def read_questions(
+    source: str | Path, split: str = "train", limit: int | None = None, answerable: bool = False
+) -> Questions:
     """Read a split.
 
     Where the data are wrong, this is done, and counted in `problems`:
@@ -100,6 +102,7 @@ def read_questions(source: str | Path, split: str = "train", limit: int | None =
             or with parquet files in the layout of the Hub's `rajpurkar/squad_v2`, or such a name on the Hub.
         split: "train" or "dev".
         limit: number of questions to take, spread evenly; None for all.
+        answerable: take only questions that have an answer.
 
     Raises:
         DataError: no such data, several files of one split, damaged, or two questions of one id.
@@ -113,7 +116,7 @@ def read_questions(source: str | Path, split: str = "train", limit: int | None =
             if raw[0] in items:
                 raise DataError(f"{file} has two questions with the id {raw[0]}; make the ids of questions differ")
             items[raw[0]] = question
-    found = [question for question in items.values() if question is not None]
+    found = [question for question in items.values() if question is not None and (question.golds or not answerable)]
     if not found:
         raise DataError(f"{files[0]} holds no question")
     if limit is not None and limit < len(found):

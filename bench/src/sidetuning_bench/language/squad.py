@@ -59,6 +59,8 @@ class Settings:
     """Number of training questions, spread evenly; None for all."""
     test_questions: Count | None = None
     """Number of test questions, spread evenly; None for all."""
+    answerable: bool = False
+    """Leave out the questions without an answer, as SQuAD v1.1 has none; then each is answered."""
     method: Annotated[MethodOptions, options.choice(METHODS)] = METHODS["sidetune"]
     training: Training = field(default=Training(batch=16, weight_decay=0.01))
     run: RunOptions = field(default=RunOptions(out="runs/squad", save_every=30.0))
@@ -110,8 +112,8 @@ def run(settings: Settings) -> Result:
     higher no answer scores. Where that is above the threshold, there is no answer. `nbest_predictions.json` has more.
     """
     check_settings(settings)
-    train = read_questions(settings.data, "train", settings.questions)
-    test = read_questions(settings.data, "dev", settings.test_questions)
+    train = read_questions(settings.data, "train", settings.questions, settings.answerable)
+    test = read_questions(settings.data, "dev", settings.test_questions, settings.answerable)
     folder = Run(settings.run.out, "squad", settings)
     folder.belongs(data=fingerprint(train, test))
     file = folder.folder / "result.json"
@@ -136,7 +138,8 @@ def run(settings: Settings) -> Result:
     best = {name: [span._asdict() for span in spans] for name, spans in by_id.items()}
     write_json(folder.folder / "nbest_predictions.json", best)
     given, odds = [spans[0].text for spans in answers], [spans[0].null_odds for spans in answers]
-    scores = metric.score([question.golds for question in test.items], given, odds, settings.threshold)._asdict()
+    threshold = float("inf") if settings.answerable else settings.threshold
+    scores = metric.score([question.golds for question in test.items], given, odds, threshold)._asdict()
     result = Result(
         method=settings.method.name,
         seed=settings.run.seed,
@@ -208,7 +211,8 @@ def learn(settings: Settings, base: st.Base, windows: Windows, folder: Run) -> t
         file, imitated = imitate(settings, chosen, base, data, windows, folder)
         chosen = options.with_values(chosen, {"init": str(file)})
     method = chosen.build(base, run.seed)
-    lr, optimizer = training.lr or RATES.get(chosen.name, 1e-3), torch.optim.AdamW
+    usual = RATES.get(chosen.network()[0] if isinstance(chosen, BranchOptions) else chosen.name, 1e-3)
+    lr, optimizer = training.lr or usual, torch.optim.AdamW
     steps = max(1, round(settings.epochs * len(windows) / training.batch))
     recipe = Recipe(steps, lr, training.weight_decay, 1.0, optimizer, linear_decay, run.seed, training.precision)
     file = folder.resume(TASK)
@@ -284,6 +288,7 @@ FAMILIES["squad"] = Family(
         "F1 with an answer, %": lambda result: result.scores.get("has_answer"),
         "F1 without, %": lambda result: result.scores.get("no_answer"),
         "Best F1, %": lambda result: result.scores.get("best_f1"),
+        "Area, %": lambda result: result.scores.get("area"),
         "Parameters trained": scaled("added"),
         "Training, s": scaled("seconds"),
         "1,000 answers, s": scaled("seconds_per_1000"),
