@@ -143,11 +143,11 @@ class Rows(Dataset[Any]):
 class Peer(nn.Module):
     """A copy of the base that is adapted by PEFT, or as a whole, with a linear head."""
 
-    def __init__(self, base: st.Base, way: str) -> None:
+    def __init__(self, base: st.Base, way: str, classes: int = CLASSES) -> None:
         super().__init__()
         net, self.base = copy.deepcopy(base.net), (base,)
         assert isinstance(net, nn.Module)
-        self.heads = nn.ModuleDict({"0": nn.Linear(base.width, CLASSES)})
+        self.heads = nn.ModuleDict({"0": nn.Linear(base.width, classes)})
         if way == "finetune":
             self.net: Any = net.requires_grad_(True)
             return

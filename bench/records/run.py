@@ -41,6 +41,7 @@ RECORDS: Registry[Record] = Registry(
         "zoo": "zoo:ZOO",
         "serving": "serving:SERVING",
         "serving-churn": "serving_churn:SERVING_CHURN",
+        "own-data": "own_data:OWN_DATA",
         "peers": "peers:PEERS",
         "five-jobs": "five_jobs:FIVE_JOBS",
         "closed-form": "closed_form:CLOSED_FORM",

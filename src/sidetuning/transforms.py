@@ -81,7 +81,7 @@ class ImageTransform:
 
     def batch(self, sources: Sequence[Any]) -> Tensor:
         """Images to (b, 3, height, width)."""
-        return torch.stack([self(source) for source in sources])
+        return torch.stack([self(source) for source in some(sources)])
 
     def is_one(self, source: Any) -> bool:
         """Whether `source` is one image: a tensor or array of four dimensions holds several."""
@@ -141,7 +141,7 @@ class TextTransform:
 
     def batch(self, sources: Sequence[str | Sequence[str]]) -> dict[str, Tensor]:
         """Texts to entries (b, tokens of the longest); shorter ones are padded at the end."""
-        pairs = [source for source in sources if not isinstance(source, str)]
+        pairs = [source for source in some(sources) if not isinstance(source, str)]
         for source in pairs:
             if not (isinstance(source, (list, tuple)) and len(source) == 2 and all(isinstance(s, str) for s in source)):
                 raise DataError(f"this base reads a text or a pair of texts, not {source!r:.60}; give a str")
@@ -203,6 +203,13 @@ def for_example(transform: Transform | None, example: Any) -> Transform | None:
         return transform if isinstance(transform, TextTransform) else None
     size = (int(example.shape[2]), int(example.shape[3]))
     return replace(transform, size=size) if isinstance(transform, ImageTransform) else ImageTransform(size)
+
+
+def some(sources: Sequence[Any]) -> Sequence[Any]:
+    """The sources; DataError where there are none."""
+    if len(sources) == 0:
+        raise DataError("a batch has one source at least, and none was given")
+    return sources
 
 
 def picture(source: Any) -> Image.Image:

@@ -140,6 +140,13 @@ def test_what_is_no_text_is_refused(text_base: st.Base, source: Any) -> None:
         transform(source)
 
 
+def test_a_batch_of_nothing_is_refused(text_base: st.Base) -> None:
+    for base in (text_base, conv_base()):
+        assert base.transform is not None
+        with pytest.raises(st.DataError, match="one source at least"):
+            base.transform.batch([])
+
+
 def test_texts_and_pairs_are_not_mixed(text_base: st.Base) -> None:
     assert text_base.transform is not None
     with pytest.raises(st.DataError, match="one by one"):
