@@ -113,7 +113,7 @@ class SideTuner(nn.Module):
             name: letters, digits, "-" and "_".
             side: a registered side, your own module, or None with a merge that ignores it.
             head: number of outputs of a linear head, a registered head, or your own module.
-            merge: a registered merge ("alpha"; of the head "lm" "sum" with init="zero") or your own, called as `Merge` is.
+            merge: a registered merge ("alpha"; of the head "lm" "sum", init="zero") or your own, called as `Merge` is.
             taps: the base's inner modules that the side reads, as `Base` takes them; by default all that it returns.
             laterals: earlier tasks whose side outputs, detached, the merge reads too; they can no longer be trained.
             prenorm: group-normalise the merged code before the head, as the original code does.
