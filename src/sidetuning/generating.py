@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sidetuning.base import Base, Features
 from sidetuning.branch import CUSTOM, Branch
@@ -126,6 +127,7 @@ class Merged:
         named = {name for name in tasks if name is not None}
         named |= {lateral for name in named for lateral in branches[name].config.laterals}
         self.tokenwise = all(_tokenwise(branches[name]) for name in named)
+        self.groups = _groups(branches, list(tasks), self.tokenwise)
         # Layers of the cache that are the base's.
         self.own: int | None = None
 
@@ -161,11 +163,47 @@ class Merged:
         if len(self.tasks) == 1 and self.tasks[0] is not None:
             return run([self.tasks[0]], self.branches, inputs, features, decode=False)[self.tasks[0]]
         code, each = features.out.clone(), len(features.out) // len(self.tasks)
-        for name in dict.fromkeys(name for name in self.tasks if name is not None):
-            places = [i for i, task in enumerate(self.tasks) for i in range(i * each, (i + 1) * each) if task == name]
-            rows = torch.tensor(places, device=code.device)
-            code[rows] = run([name], self.branches, take_rows(inputs, rows), features.rows(rows), decode=False)[name]
+        for names, alike in self.groups:
+            places = [[i for i, task in enumerate(self.tasks) if task == name] for name in names]
+            # (tasks, rows of each)
+            rows = torch.tensor([[i * each + k for i in some for k in range(each)] for some in places])
+            rows = rows.to(code.device)
+            if alike is not None:
+                code[rows] = alike(take_rows(inputs, rows), features.rows(rows))
+            else:
+                some, known = take_rows(inputs, rows[0]), features.rows(rows[0])
+                code[rows[0]] = run(names, self.branches, some, known, decode=False)[names[0]]
         return code
+
+
+def _groups(branches: Mapping[str, Branch], tasks: Tasks, tokenwise: bool) -> list[tuple[list[str], Any]]:
+    """The tasks, those together that are built alike and have as many rows, with what runs them all at once."""
+    found: dict[Any, list[str]] = {}
+    for name in dict.fromkeys(name for name in tasks if name is not None):
+        branch = branches[name]
+        together = tokenwise and not branch.config.laterals and branch.side is not None
+        config = branch.config.side, branch.config.merge, branch.config.prenorm, branch.config.init, branch.built
+        found.setdefault((repr(config), tasks.count(name)) if together else name, []).append(name)
+    return [(names, _alike([branches[name] for name in names]) if len(names) > 1 else None) for names in found.values()]
+
+
+def _alike(branches: Sequence[Branch]) -> Any:
+    """Runs tasks that are built alike as one: their weights are stacked, so that ten cost little more than one."""
+    states = [branch.state_dict(prefix="branch.") for branch in branches]
+    weights = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+    code = partial(torch.func.functional_call, _Code(branches[0]))
+    return partial(torch.func.vmap(lambda state, *given: code(state, given)), weights)
+
+
+class _Code(nn.Module):
+    """What the head of a task would read."""
+
+    def __init__(self, branch: Branch) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, inputs: Mapping[str, Tensor], features: Features) -> Tensor:
+        return self.branch.code(features, self.branch.side_output(inputs, features), ())
 
 
 def _tokenwise(branch: Branch) -> bool:

@@ -105,7 +105,7 @@ def learned(base: st.Base, tasks: Sequence[str] = tuple(SIDES)) -> st.SideTuner:
         branch = model.add_task(task, **SIDES[task], head="lm", seed=seed)
         with st.seeded(seed), torch.no_grad():
             for parameter in branch.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
+                parameter.add_(0.3 * torch.randn_like(parameter))
             branch.merge.gate.fill_(0.02)  # type: ignore[union-attr, operator]
     return model
 
@@ -323,10 +323,10 @@ def test_a_task_is_saved_without_the_embedding_and_knows_it(folder: Path, base: 
     assert torch.equal(
         again.generate(IDS, list(SIDES), max_new_tokens=4), model.generate(IDS, list(SIDES), max_new_tokens=4)
     )
-    task = tmp_path / "model/tasks/each"
+    kept = tmp_path / "model/tasks/each"
     size = sum(parameter.numel() for parameter in model["each"].parameters())
-    assert (task / "side.safetensors").stat().st_size < 4 * size + 8000
-    assert json.loads((task / "side.json").read_text())["parts"]["head"][1].keys() == {"sha256"}
+    assert (kept / "side.safetensors").stat().st_size < 4 * size + 8000
+    assert json.loads((kept / "side.json").read_text())["parts"]["head"][1].keys() == {"sha256"}
     # The same backbone with another output embedding is another base for what writes, and for nothing else.
     net = network("llama")
     net.save_pretrained(tmp_path / "llama")

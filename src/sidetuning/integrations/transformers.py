@@ -57,7 +57,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(name, **how)
         writes = _writes(config)
-        build = AutoModelForCausalLM if writes else AutoModel
+        build: Any = AutoModelForCausalLM if writes else AutoModel
         if pretrained and weights is None:
             loaded = build.from_pretrained(name, config=config, use_safetensors=True, output_loading_info=True, **how)
             net, missing = loaded[0], set(loaded[1]["missing_keys"])
