@@ -104,8 +104,12 @@ def counted(x: Input, reads_places: bool) -> dict[str, Any]:
     """An input with the places of its tokens, where padding comes before some: counted as generation counts them."""
     found: dict[str, Any] = dict(x) if isinstance(x, Mapping) else {}
     mask = found.get("attention_mask") if reads_places and "position_ids" not in found else None
-    if isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, :1] == 0).any()):
-        found["position_ids"] = (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return found
+    # A graph cannot look whether there is any; without, these are the places that the network counts itself.
+    if torch.compiler.is_compiling() or bool((mask[:, :1] == 0).any()):
+        first = (mask != 0).int().argmax(1, keepdim=True)
+        found["position_ids"] = (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)
     return found
 
 
