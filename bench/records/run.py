@@ -43,6 +43,7 @@ RECORDS: Registry[Record] = Registry(
         "serving-churn": "serving_churn:SERVING_CHURN",
         "peers": "peers:PEERS",
         "five-jobs": "five_jobs:FIVE_JOBS",
+        "generators": "generators:GENERATORS",
         "closed-form": "closed_form:CLOSED_FORM",
         "route-kinds": "closed_form:ROUTE_KINDS",
     },
