@@ -44,6 +44,7 @@ RECORDS: Registry[Record] = Registry(
         "own-data": "own_data:OWN_DATA",
         "peers": "peers:PEERS",
         "five-jobs": "five_jobs:FIVE_JOBS",
+        "generators": "generators:GENERATORS",
         "closed-form": "closed_form:CLOSED_FORM",
         "route-kinds": "closed_form:ROUTE_KINDS",
     },

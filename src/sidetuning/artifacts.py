@@ -39,7 +39,7 @@ from sidetuning.files import (
     safetensors_header,
     signed,
 )
-from sidetuning.heads import IN_UNITS
+from sidetuning.heads import IN_UNITS, LanguageHead
 from sidetuning.identity import Identity
 from sidetuning.outputs import Layout
 from sidetuning.sides.copy import Dead
@@ -159,8 +159,10 @@ def _check_built(name: str, branch: Branch) -> None:
 
 
 def recorded_head(branch: Branch) -> tuple[str, dict[str, Any]]:
-    """Name and options of a head, with the units that were measured since it was built."""
+    """Name and options of a head, with the units that were measured since it was built, or its weights' hash."""
     name, options = branch.config.head
+    if isinstance(branch.head, LanguageHead):
+        return name, {**options, "sha256": branch.head.model.sha256()}
     if branch.units is None or name not in IN_UNITS:
         return name, options
     centre, scale = branch.units.tolist()
@@ -324,6 +326,8 @@ def read_branch(
     if layouts is None and base.causal and chosen["side"] in ("transformer", "ladder"):
         # Sides of older files saw later tokens, whatever the base did.
         chosen["side_options"] = {"causal": False, **(chosen["side_options"] or {})}
+    if any_base and chosen["head"] == "lm":
+        chosen["head_options"] = {}
     shared = {key: getattr(parts, key) for key in ("laterals", "prenorm", "init", "problem")}
     try:
         # Older files know one layout for all maps of a network, right or not; their tasks were trained on that.

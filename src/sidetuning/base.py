@@ -21,6 +21,7 @@ from sidetuning.inputs import (
     FirstWeight,
     call,
     check_entries,
+    counted,
     entries_of,
     example_record,
     freeze,
@@ -30,6 +31,7 @@ from sidetuning.inputs import (
     trained_with,
 )
 from sidetuning.inputs import Input as Input
+from sidetuning.language import LanguageModel
 from sidetuning.outputs import Features as Features
 from sidetuning.outputs import Layout as Layout
 from sidetuning.outputs import Select, channels_first, hooks_on, layouts_of, layouts_told, seen, tap_of, version
@@ -74,6 +76,7 @@ class Base(nn.Module):
     Attributes:
         layouts: of each tap that is a map, where the network has its channels.
         causal: the code of a token depends on it and on earlier ones alone.
+        lm: the causal language model around the network, where it is one's backbone.
 
     Raises:
         UnknownNameError: a tap or an output that `net` does not have.
@@ -81,6 +84,8 @@ class Base(nn.Module):
             or whose channels cannot be told; a network that does not take the example.
     """
 
+    causal = False
+    lm: LanguageModel | None = None
     mean: Tensor | None
     std: Tensor | None
     # Empty; of the type that features have, which `.to()` changes with everything else.
@@ -142,10 +147,9 @@ class Base(nn.Module):
         with told("the base does not run on its example ({}); give another example="):
             features = self(self.example)
         if features.out.ndim - 1 not in KINDS:
-            raise ShapeError(
-                f"the base returns {tuple(features.out.shape)}; side-tuning needs (b, d), (b, t, d) or (b, c, h, w): "
-                "pick one tensor with output="
-            )
+            shape = tuple(features.out.shape)
+            wanted = "side-tuning needs (b, d), (b, t, d) or (b, c, h, w): pick one tensor with output="
+            raise ShapeError(f"the base returns {shape}; {wanted}")
         for name, tap in features.taps.items():
             if tap.ndim == 0 or len(tap) != len(features.out):
                 raise ShapeError(
@@ -200,8 +204,7 @@ class Base(nn.Module):
         if isinstance(x, Tensor):
             return self._prepare(x)
         check_entries(self._entries, x)
-        moved = to_device(x, self.device)
-        assert not isinstance(moved, Tensor)
+        moved = counted(to_device(x, self.device), self.causal and "position_ids" in self._entries)
         return {**moved, **{key: self._prepare(moved[key]) for key in IMAGES if isinstance(moved.get(key), Tensor)}}
 
     def _prepare(self, x: Tensor) -> Tensor:
@@ -232,28 +235,32 @@ class Base(nn.Module):
 
     def encode(self, inputs: Input) -> Features:
         """Run the network on a prepared input; without a graph, unless the input asks for its gradient."""
-        for module in self._networks():
-            if getattr(module, "training", False):
-                # Whoever has the network put it there, and its statistics would move.
-                module.eval()
         if self._writes:
             inputs = map_input(inputs, torch.clone)
         tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
         wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+        given = self._given()
+        # Not inference_mode: its tensors cannot be saved for the backward pass of a merge.
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+            if given is not None:
+                inputs = map_input(inputs, lambda x: x.to(given) if x.is_floating_point() else x)
+            return self.observe(lambda: call(self.net, inputs))[1]
+
+    def observe(self, run: Callable[[], Any]) -> tuple[Any, Features]:
+        """What a pass of the network that `run` makes returns, and the features in it."""
+        for module in self._networks():
+            if getattr(module, "training", False):
+                # Whoever has the network put it there, and its statistics would move.
+                module.eval()
         activations: dict[Tap, tuple[Any, int]] = {}
         token = seen.set(activations if self._taps else None)
-        given = self._given()
         try:
-            # Not inference_mode: its tensors cannot be saved for the backward pass of a merge.
-            with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
-                if given is not None:
-                    inputs = map_input(inputs, lambda x: x.to(given) if x.is_floating_point() else x)
-                out = self.select(call(self.net, inputs))
+            out = self.select(returned := run())
         finally:
             seen.reset(token)
         features = Features(out, {name: self._tapped(name, activations.get(tap)) for name, tap in self._taps.items()})
-        own = given is None and self.dtype is not None
-        return features if own else features.each(lambda tensor: tensor.to(self.like.dtype))
+        own = self._given() is None and self.dtype is not None
+        return returned, features if own else features.each(lambda tensor: tensor.to(self.like.dtype))
 
     def features(self, inputs: Input, given: Features | Tensor | None = None) -> Features:
         """What the network makes of prepared `inputs`, or the features of them that are `given`, checked."""
@@ -377,7 +384,7 @@ class Base(nn.Module):
         # What `.to()`, `.cuda()` and `.half()` call; the one door left open to the hidden network.
         super()._apply(fn, recurse)
         before = self._first.dtype, self._first.device
-        for net in self._networks():
+        for net in [*self._networks(), *([self.lm.net] if self.lm else [])]:
             net._apply(fn, recurse)
         if (self._first.dtype, self._first.device) != before:
             # LeViT keeps biases of the old type until it trains. Where nothing is moved, other threads may be served.

@@ -22,7 +22,7 @@ from sidetuning.sides.initialise import LowEnergy, initialise, layout
 from sidetuning.transforms import Transform
 
 # The problem that goes with a head; with others it is "classes".
-BY_HEAD = {"span": "span"}
+BY_HEAD = {"span": "span", "tokens": "tokens", "lm": "next"}
 # The recorded name of a part that the user built.
 CUSTOM = "custom"
 Options = dict[str, Any]
@@ -126,13 +126,18 @@ class Branch(nn.Module):
             side: the side's output.
             shared: that of `run_head`, for tasks that run together.
         """
+        return run_head(self.head, self.code(features, side, laterals), inputs, features, shared)
+
+    def code(self, features: Features, side: Tensor | None, laterals: Sequence[Tensor]) -> Tensor:
+        """What the head reads: the base's code in `features` merged with those of `side` and `laterals`, normalised."""
         base = features.out
         if side is not None and side.shape != base.shape:
             raise ShapeError(
                 f"the side returns {tuple(side.shape)} and the base {tuple(base.shape)}; they must agree (for inputs "
                 "of another size than the example's build the model on base.with_example(x))"
             )
-        return run_head(self.head, self.norm(self.merge(base, side, laterals)), inputs, features, shared)
+        merged: Tensor = self.norm(self.merge(base, side, laterals))
+        return merged
 
     def train(self, mode: bool = True) -> Branch:
         """What is frozen stays in evaluation mode: a task, a lateral, or a part whose parameters were all frozen."""
@@ -159,7 +164,7 @@ def build_branch(
     *,
     side: str | nn.Module | None,
     head: int | str | nn.Module,
-    merge: str | nn.Module,
+    merge: str | nn.Module | None = None,
     laterals: Sequence[str] = (),
     prenorm: bool = False,
     init: str | Path | None = None,
@@ -169,6 +174,11 @@ def build_branch(
     head_options: Mapping[str, Any] | None = None,
 ) -> Branch:
     """Build the branch that `SideTuner.add_task` describes, in evaluation mode."""
+    if merge is None:
+        # A task that writes starts as the base does, bit for bit.
+        merge, init = ("sum", init or "zero") if head == "lm" else ("alpha", init)
+    if head == "lm" and side == "ladder":
+        side_options = {"heads": 0, **(side_options or {})}
     merge_module, merge_name = _build(MERGES, merge, merge_options, base.kind, base.width, len(laterals))
     side_module: nn.Module | None = None
     side_name: tuple[str, Options] | None = None

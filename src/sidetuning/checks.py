@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from sidetuning.base import Base, Features
 from sidetuning.branch import Branch
 from sidetuning.errors import ArtifactError, TaskError, told
+from sidetuning.heads import LanguageHead
 from sidetuning.inputs import Input, modules_of
-from sidetuning.probe import shapes_of
+from sidetuning.probe import influence, shapes_of
 
 
 def check_name(name: str) -> None:
@@ -67,9 +68,29 @@ def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Inpu
     shapes = f"input {shapes_of(base.example)}, base output {shapes_of(features.out)}"
     with torch.no_grad(), told(f"the parts of task '{name}' do not fit each other ({shapes}): {{}}"):
         out = branch(inputs, features, laterals(inputs, features))
+        if isinstance(branch.head, LanguageHead):
+            _check_causal(name, branch, base, laterals)
     labels = branch.labels
     if labels is not None and isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] != len(labels):
         raise TaskError(f"task '{name}' has {len(labels)} labels for {out.shape[1]} outputs; give one per output")
+
+
+def _check_causal(name: str, branch: Branch, base: Base, laterals: Callable[[Input, Features], list[Tensor]]) -> None:
+    """Raise TaskError where the code of a token depends on later ones, which a text that is written does not have."""
+
+    def sides(x: Input) -> Tensor:
+        inputs = base.prepare(x)
+        features = base.encode(inputs)
+        own = branch.side_output(inputs, features)
+        found = [*([] if own is None else [own]), *laterals(inputs, features)]
+        return torch.cat(found or [features.out], -1)
+
+    moved = influence(sides, base.example)
+    if not base.causal or (moved is not None and moved[0] > 1e-3 * moved[1]):
+        raise TaskError(
+            f"the side of task '{name}', or a lateral's, sees later tokens, which a text that is being written does "
+            "not have: leave causal= out of its side_options, or choose another side"
+        )
 
 
 class Lock:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input, Kind
-from sidetuning.errors import TaskError
+from sidetuning.errors import ArtifactError, TaskError
 from sidetuning.expansion import Expansion
 from sidetuning.inputs import entry, original
+from sidetuning.language import LanguageModel
 from sidetuning.problems import along
 from sidetuning.registry import Registry
 from sidetuning.sides.fit import masked_mean
@@ -195,6 +196,39 @@ def span(base: Base) -> nn.Module:
     return Span(base.width)
 
 
+@HEADS.register("tokens")
+def tokens(base: Base, outputs: int = 1) -> nn.Module:
+    """Scores of each token -> (b, t, outputs), as of a guard that reads what a generator writes."""
+    if base.kind != "sequence":
+        raise TaskError(f"head 'tokens' scores the tokens of a sequence, and this base returns a {base.kind}")
+    if outputs < 1:
+        raise TaskError(f"a head of tokens needs at least one output, not {outputs}")
+    return nn.Linear(base.width, outputs)
+
+
+@HEADS.register("lm")
+def lm(base: Base, sha256: str | None = None) -> nn.Module:
+    """The base's own output embedding: scores of the next token -> (b, t, vocabulary).
+
+    It is frozen, the same for all tasks, and no part of a task's file, which records its hash.
+
+    Args:
+        base: a causal language model that was loaded with its output embedding.
+        sha256: what the output embedding must be.
+    """
+    if base.lm is None:
+        raise TaskError(
+            "head 'lm' is the output embedding of a causal language model, and this base has none: load one with "
+            "load_base('hf:…') whose checkpoint holds it, as AutoModelForCausalLM saves it"
+        )
+    if sha256 not in (None, base.lm.sha256()):
+        raise ArtifactError(
+            "the task was trained with another output embedding than this base has; load the base that it was trained "
+            "on, or pass any_base=True"
+        )
+    return LanguageHead(base.lm)
+
+
 @HEADS.register("pixels")
 def pixels(base: Base, channels: int = 1, hidden: int = 64, centre: Any = None, scale: Any = None) -> nn.Module:
     """A convolutional decoder from a map to images of the input's size -> (b, channels, H, W).
@@ -264,6 +298,20 @@ class Span(Head):
         if mask is None:
             return logits
         return logits.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(logits.dtype).min)
+
+
+class LanguageHead(nn.Module):
+    """The output embedding of a language model, which holds it; nothing here is trained or saved.
+
+    Shape: (b, t, d) -> (b, t, vocabulary).
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, code: Tensor) -> Tensor:
+        return self.model.logits(code)
 
 
 class Pixels(InUnits):

@@ -22,7 +22,7 @@ Input = Tensor | Mapping[str, Any]
 # Entries of a mapping that are images.
 IMAGES = ("x", "pixel_values")
 # What a network keeps of an earlier part of the same text.
-STATE = ("past_key_values", "past_key_value", "cache_params", "mems", "state", "past_buckets_states")
+STATE = ("cache", "past_key_values", "past_key_value", "cache_params", "mems", "state", "past_buckets_states")
 # Numbers of an example that are written down with it, at most.
 WRITTEN = 4096
 
@@ -98,6 +98,19 @@ def check_entries(entries: Mapping[str, bool], x: Mapping[str, Any]) -> None:
     image = any(key in x for key in IMAGES)
     if missing := [key for key, needed in entries.items() if needed and key not in x and not image]:
         raise UnknownNameError(f"the network reads '{missing[0]}', which the input lacks; it has {', '.join(x)}")
+
+
+def counted(x: Input, reads_places: bool) -> dict[str, Any]:
+    """An input with the places of its tokens, where padding comes before some: counted as generation counts them."""
+    found: dict[str, Any] = dict(x) if isinstance(x, Mapping) else {}
+    mask = found.get("attention_mask") if reads_places and "position_ids" not in found else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return found
+    # A graph cannot look whether there is any; without, these are the places that the network counts itself.
+    if torch.compiler.is_compiling() or bool((mask[:, :1] == 0).any()):
+        first = (mask != 0).int().argmax(1, keepdim=True)
+        found["position_ids"] = (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)
+    return found
 
 
 def image_of(inputs: Input) -> Tensor | None:

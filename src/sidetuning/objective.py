@@ -78,6 +78,7 @@ class Objective(nn.Module):
         with torch.autocast(y.device.type, torch.bfloat16) if low else contextlib.nullcontext():
             output = model(x, task, features=features)
         output = output.float() if low else output
+        y = y if self.problem is None else self.problem.among(y, x)
         value, _, counts = loss_of(output, y, self.loss, self.problem)
         return value + self.penalty(), weight_of(self.loss, y, counts)
 

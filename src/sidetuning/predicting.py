@@ -12,7 +12,7 @@ from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.errors import DataError, ShapeError, TaskError
 from sidetuning.inputs import map_input, take_rows
-from sidetuning.problems import Classes, Labels, Tokens
+from sidetuning.problems import Classes, Labels, Next, Tokens
 from sidetuning.transforms import Transform
 
 # Sources that are decoded and run at a time.
@@ -35,8 +35,13 @@ class Answer(NamedTuple):
 Answers = list[Answer] | Tensor
 
 
-def run(tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features) -> dict[str, Tensor]:
-    """Outputs of tasks on the same samples; a side that is also a lateral, or an expansion, runs once."""
+def run(
+    tasks: list[str], branches: Mapping[str, Branch], inputs: Input, features: Features, *, decode: bool = True
+) -> dict[str, Tensor]:
+    """Outputs of tasks on the same samples, or what their heads would read (`decode=False`).
+
+    A side that is also a lateral, or an expansion, runs once.
+    """
     sides = {name: branches[name].side_output(inputs, features) for name in dict.fromkeys(tasks)}
     with torch.no_grad():
         for lateral in {lateral for task in tasks for lateral in branches[task].config.laterals} - sides.keys():
@@ -46,7 +51,8 @@ def run(tasks: list[str], branches: Mapping[str, Branch], inputs: Input, feature
     for task in tasks:
         branch = branches[task]
         laterals = [out.detach() for t in branch.config.laterals if (out := sides[t]) is not None]
-        outputs[task] = branch.output(inputs, features, sides[task], laterals, shared)
+        known = features, sides[task], laterals
+        outputs[task] = branch.output(inputs, *known, shared) if decode else branch.code(*known)
     return outputs
 
 
@@ -116,6 +122,11 @@ def predict(
         raise TaskError(f"top must be 1 or more, not {top}")
     found: dict[str, Any] = {}
     one = False
+    if writers := [task for task in tasks if isinstance(branches[task].problem, Next)]:
+        raise TaskError(
+            f"task '{writers[0]}' goes on with texts: model.generate('…', task='{writers[0]}'); predict asks other "
+            "tasks, tasks=[…]"
+        )
     for transform, names in groups(base, branches, tasks).items():
         one = transform.is_one(sources)
         given = [sources] if one else list(sources)

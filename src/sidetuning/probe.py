@@ -104,17 +104,26 @@ def check_base(run: Callable[[Input], Tensor], example: Input) -> bool:
 
 
 def is_causal(run: Callable[[Input], Tensor], example: Input) -> bool:
-    """Whether a token's code depends on earlier tokens and on no later one.
+    """Whether a token's code depends on earlier tokens and on no later one; `run` and `example` as of `influence`."""
+    before, after = influence(run, example) or (1.0, 0.0)
+    return before <= 1e-3 * after and after > 0
+
+
+def influence(run: Callable[[Input], Tensor], example: Input) -> tuple[float, float] | None:
+    """How far one token moves the codes of earlier ones, and another those of later ones: both may be little.
 
     Args:
         run: gives the code of raw inputs, (b, t, d).
         example: one input.
+
+    Returns:
+        None where it cannot be told: no tokens are read, or the probe is not taken.
     """
     both = probe_input(example)
     key = "" if isinstance(both, Tensor) else next((k for k in ("input_ids", "inputs_embeds", "x") if k in both), "")
     found = both if isinstance(both, Tensor) else both.get(key)
     if not isinstance(found, Tensor) or found.ndim != 2 + found.is_floating_point():
-        return False
+        return None
     # Three tokens at least, and all of them real: padding has no say in anything.
     t, times = found.shape[1], -(-3 // max(1, found.shape[1]))
     both = map_input(both, lambda x: torch.cat([x] * times, 1) if x.ndim > 1 and x.shape[1] == t else x)
@@ -133,13 +142,12 @@ def is_causal(run: Callable[[Input], Tensor], example: Input) -> bool:
         plain, first, last = code(None), code(0), code(-1)
     except Exception:
         # A network that does not take the probe, as of boxes that must fit each other.
-        return False
+        return None
     if plain.ndim != 3 or plain.shape[1] != tokens.shape[1]:
-        return False
-    # How far one token moves earlier ones, against how far another moves later ones: both may be little.
+        return None
     before = (last - plain)[:, :-1].double().abs().nan_to_num().max()
     after = (first - plain)[:, 1:].double().abs().nan_to_num().max()
-    return bool(before <= 1e-3 * after) and bool(after > 0)
+    return float(before), float(after)
 
 
 def probe_of(run: Callable[[Input], Tensor], example: Input) -> list[float]:

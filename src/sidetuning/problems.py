@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetuning.errors import DataError
+from sidetuning.inputs import Input, entry
 from sidetuning.registry import Registry
 
 # The target that cross-entropy ignores; numbers that are ignored are NaN.
@@ -28,6 +31,10 @@ class Problem:
     """
 
     units: Tensor | None = None
+
+    def among(self, target: Tensor, inputs: Input) -> Tensor:
+        """The target, with what the input's padding leaves out of it ignored; `prepare` comes next."""
+        return target
 
     def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Output and target in the form that the loss takes.
@@ -48,6 +55,10 @@ class Problem:
     def metrics(self) -> dict[str, Metric]:
         """The scores that are reported by default, functions of (output, target) that return one number per entry."""
         raise NotImplementedError
+
+    def final(self, averages: dict[str, float]) -> dict[str, float]:
+        """The scores, of the averages of what `metrics` gave."""
+        return averages
 
     def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """What a regression takes for targets: the numbers (n, k) of those that count, and which do, as booleans.
@@ -229,6 +240,43 @@ class Tokens(Classes):
                 f"{tuple(target.shape)}; for outputs (b, classes, t) take problem='classes'"
             )
         return super().prepare(output.transpose(1, 2), target)
+
+
+@PROBLEMS.register("next")
+class Next(Classes):
+    """The next token of a text: outputs (b, t, vocabulary), and as targets the ids (b, t) of the text itself.
+
+    They are shifted here, as transformers does it: the output of a token is held against the token after it. Padding,
+    what only padding comes before, and -100 are ignored. The perplexity is e to the mean loss of a token.
+    """
+
+    def among(self, target: Tensor, inputs: Input) -> Tensor:
+        mask = entry(inputs, "attention_mask")
+        if mask is None or mask.shape != target.shape:
+            return target
+        return target.masked_fill((mask == 0) | (F.pad(mask, (1, 0))[:, :-1] == 0), IGNORED)
+
+    def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if output.ndim != 3 or output.shape[:2] != target.shape or target.is_floating_point():
+            raise DataError(
+                f"next tokens have outputs (b, t, vocabulary) and ids (b, t) of the same text, not "
+                f"{tuple(output.shape)} and {tuple(target.shape)} {target.dtype}; give the input_ids as targets"
+            )
+        return super().prepare(output[:, :-1].transpose(1, 2), target[:, 1:])
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        counts = self.counts(target)
+        # Rows of the vocabulary lie together in memory this way.
+        return super().loss(output.transpose(1, 2)[counts], target[counts])
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"perplexity": partial(F.cross_entropy, reduction="none"), **super().metrics()}
+
+    def final(self, averages: dict[str, float]) -> dict[str, float]:
+        return {**averages, "perplexity": math.exp(averages["perplexity"])} if "perplexity" in averages else averages
+
+    def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return Problem.codes(self, output, target)
 
 
 @PROBLEMS.register("span")

@@ -265,6 +265,7 @@ def evaluate(
         for batch, counting in Shares(loader, accelerator).read():
             x, features, y = unpack(send_to_device(batch, accelerator.device))
             output = model(x, task, features=features)
+            y = y if problem is None else problem.among(y, x)
             value, given, counts = loss_of(output, y, loss, problem)
             weight = weight_of(loss, y, counts) * counting
             if loss is not None and problem is not None:
@@ -294,6 +295,7 @@ class Scores:
         if metrics is not None and (not isinstance(metrics, Mapping) or metrics.keys() & {"loss", "samples"}):
             raise DataError("metrics are given by name, as {'f1': f1}, and may not be called 'loss' or 'samples'")
         self.metrics = None if metrics is None else dict(metrics)
+        self.final: Callable[[dict[str, float]], dict[str, float]] = dict
         self.sums: dict[str, float] = {"loss": 0.0, "samples": 0.0}
         self.weights: dict[str, float] = {"loss": 0.0}
 
@@ -311,6 +313,7 @@ class Scores:
         if self.metrics is None:
             classes = isinstance(output, Tensor) and target.dtype == torch.int64 and classes_second(output, target)
             self.metrics = problem.metrics() if problem is not None else {"accuracy": accuracy} if classes else {}
+            self.final = self.final if problem is None else problem.final
         self.sums["samples"] += len(target) * counting
         # Nothing weighs nothing, even where its mean is no number.
         self.sums["loss"] += float(loss) * float(weight) if float(weight) else 0.0
@@ -356,4 +359,4 @@ class Scores:
         for name, metric in found.items():
             averages[name] = float(metric.compute())
             metric.reset()
-        return {**averages, "samples": totals[-1][0]}
+        return {**self.final(averages), "samples": totals[-1][0]}

@@ -18,6 +18,7 @@ from sidetuning.base import Base, Features, Input, Taps
 from sidetuning.branch import Branch, build_branch
 from sidetuning.checks import Lock, Owners, check_name, check_shapes, check_state, tapped_for
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
+from sidetuning.generating import generate
 from sidetuning.identity import Identity
 from sidetuning.predicting import predict, run, run_in_parts, run_mixed
 from sidetuning.registry import unknown
@@ -77,9 +78,7 @@ class SideTuner(nn.Module):
             for left in shelf.take(task, self.branches._modules):
                 del self.branches[left]
                 self._owners.remove(left)
-            branch = self.branches[task]
-            assert isinstance(branch, Branch)
-            return branch
+            return self.branches[task]  # type: ignore[return-value]
 
     def __contains__(self, task: str) -> bool:
         return task in self.branches or (self._shelf is not None and task in self._shelf.folders)
@@ -96,7 +95,7 @@ class SideTuner(nn.Module):
         *,
         side: str | nn.Module | None,
         head: int | str | nn.Module,
-        merge: str | nn.Module = "alpha",
+        merge: str | nn.Module | None = None,
         taps: Taps | None = None,
         laterals: Sequence[str] = (),
         prenorm: bool = False,
@@ -114,17 +113,16 @@ class SideTuner(nn.Module):
             name: letters, digits, "-" and "_".
             side: a registered side, your own module, or None with a merge that ignores it.
             head: number of outputs of a linear head, a registered head, or your own module.
-            merge: a registered merge, or your own module, called as `merge(base, side, laterals)`.
+            merge: a registered merge ("alpha"; of the head "lm" "sum", init="zero") or your own, called as `Merge` is.
             taps: the base's inner modules that the side reads, as `Base` takes them; by default all that it returns.
             laterals: earlier tasks whose side outputs, detached, the merge reads too; they can no longer be trained.
             prenorm: group-normalise the merged code before the head, as the original code does.
-            init: how the side starts. None: as built. "xavier". "low-energy": its output scaled to 1 %. "zero": the
-                merged output starts as the base's (a gate at 0 in the merge). "distilled": the weights that ship for
-                this base and side. A path: a safetensors file of the side's weights.
+            init: how the side starts. None: as built. "xavier". "low-energy": its output scaled to 1 %. "zero": as the
+                base, by a gate at 0. "distilled": weights that ship for this base and side. A path: of its weights.
             side_options, merge_options, head_options: keyword arguments of registered parts.
             labels: names of the classes, one per output, saved with the task.
-            problem: what targets mean: "classes", "labels" (several may be right), "numbers", "tokens", "span",
-                "pixels" or "own" (a loss alone knows); by default what goes with the loss or the head.
+            problem: what targets mean: "classes", "labels" (several may be right), "numbers", "tokens", "next",
+                "span", "pixels" or "own" (a loss alone knows); by default what goes with the loss or the head.
             seed: seed for the initial weights; by default torch's generator is used as it is.
 
         Returns:
@@ -304,6 +302,8 @@ class SideTuner(nn.Module):
         base, branches = self._moment(self.tasks if tasks is None and self._shelf is not None else tasks)
         wanted = list(branches) if tasks is None else list(tasks)
         return predict(base, branches, sources, wanted, top=top, mirror=mirror)
+
+    generate = generate
 
     def route(self, x: Input, *, features: Features | Tensor | None = None, views: int = 1) -> Routes:
         """Tell which task each sample of a batch is of, or none; one base pass, and no task is run.

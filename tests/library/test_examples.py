@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples"
-SCRIPTS = {"two_tasks", "cached_features", "own_module", "onnx_without_torch"}
+SCRIPTS = {"two_tasks", "cached_features", "own_module", "onnx_without_torch", "guards"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +33,8 @@ def test_examples_of_two_tasks(name: str) -> None:
 
 def test_the_example_of_own_modules_learns() -> None:
     assert importlib.import_module("own_module").main(samples=300, epochs=6) > 0.9
+
+
+def test_the_example_of_guards_judges_what_is_written() -> None:
+    pytest.importorskip("transformers")
+    assert importlib.import_module("guards").main(guards=4, steps=60) > 0.9

@@ -41,7 +41,7 @@ class CachedTokens(Dataset[Any]):
         seconds: as of `Store`.
     """
 
-    def __init__(self, base: Base, texts: Texts, labels: Tensor, folder: Path) -> None:
+    def __init__(self, base: Base, texts: Texts, labels: Tensor | None, folder: Path) -> None:
         self.texts, self.labels, self.folder = texts, labels, folder
         self._starts = np.concatenate([[0], np.cumsum(texts.lengths())])
         self._store = store = Store.open(folder, int(self._starts[-1]))
@@ -59,7 +59,10 @@ class CachedTokens(Dataset[Any]):
         longest = inputs["attention_mask"].shape[1]
         taps = {} if self._embeddings is None else {EMBEDDINGS: _embed(self._embeddings, inputs)}
         taps.update({name: self._read(f"tap.{name}", rows, longest) for name in self.taps})
-        return inputs, Features(self._read("out", rows, longest), taps), self.labels[list(rows)]
+        return inputs, Features(self._read("out", rows, longest), taps), self._labels(rows, inputs)
+
+    def _labels(self, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
+        return inputs["input_ids"] if self.labels is None else self.labels[list(rows)]
 
     def _read(self, name: str, rows: Sequence[int], longest: int) -> Tensor:
         out = torch.zeros(len(rows), longest, *self._store.fields[name].shape)
@@ -96,7 +99,7 @@ def looked_up(base: Base) -> nn.Module | None:
 def cache_tokens(
     base: Base,
     texts: Texts,
-    labels: Tensor,
+    labels: Tensor | None,
     path: str | Path,
     *,
     dtype: str = "float16",
@@ -109,7 +112,7 @@ def cache_tokens(
         base: a base whose output, and taps, are sequences. Its tap "embeddings" is looked up where token ids tell it,
             and not stored.
         texts: the texts.
-        labels: labels of the texts, (n, …); not part of the cache.
+        labels: labels of the texts, (n, …); not part of the cache. None: their own ids, for a task with the head "lm".
         path, dtype, batch_size, progress: as of `cache_features`, which see for errors too.
 
     Raises:

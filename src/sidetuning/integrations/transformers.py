@@ -13,6 +13,7 @@ import torch
 from sidetuning.base import Base, Input
 from sidetuning.errors import DataError, ShapeError, UnknownNameError
 from sidetuning.inputs import call, dtype_of
+from sidetuning.language import LanguageModel
 from sidetuning.outputs import Select, Taps
 from sidetuning.sides.initialise import load_weights
 from sidetuning.transforms import INTERPOLATIONS, MOST_TOKENS, ImageTransform, TextTransform, Transform
@@ -45,7 +46,7 @@ def load(
         UnknownNameError: no such model, or its checkpoint lacks weights that the output depends on.
     """
     try:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError as error:
         raise ImportError("transformers models need transformers: pip install 'sidetuning[transformers]'") from error
@@ -55,28 +56,48 @@ def load(
     how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(name, **how)
+        writes = _writes(config)
+        build: Any = AutoModelForCausalLM if writes else AutoModel
         if pretrained and weights is None:
-            loaded = AutoModel.from_pretrained(
-                name, config=config, use_safetensors=True, output_loading_info=True, **how
-            )
+            loaded = build.from_pretrained(name, config=config, use_safetensors=True, output_loading_info=True, **how)
             net, missing = loaded[0], set(loaded[1]["missing_keys"])
         else:
-            net = AutoModel.from_config(config, trust_remote_code=False)
+            net = build.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UnknownNameError(
             f"transformers cannot load '{name}' ({first}); check the name and the network, or give a local folder"
         ) from error
+    # A checkpoint in half precision is loaded as it is.
+    whole = net = net.float()
+    lm = LanguageModel(whole) if writes else None
+    headed = lm is not None and (weights is None or config.tie_word_embeddings)
+    if lm is not None:
+        net, before = lm.backbone, f"{lm.name}."
+        headed = headed and all(name.startswith(before) for name in missing)
+        missing = {name.removeprefix(before) for name in missing}
     if weights is not None:
         load_weights(net, weights, f"transformers model '{name}'")
     if config.is_encoder_decoder:
         net = net.get_encoder()
     images = getattr(net, "main_input_name", "") == "pixel_values"
     trained = normalisation(name, revision) if images else {"transform": text_transform(net, name, revision)}
-    # A checkpoint in half precision is loaded as it is.
-    net = net.float()
     _settle(net, missing, output or "last_hidden_state", f"the checkpoint of '{name}'")
-    return from_model(net.to(dtype_of(dtype)), taps=taps, output=output, **trained)
+    whole.to(dtype_of(dtype))
+    base = from_model(net, taps=taps, output=output, **trained)
+    # What is drawn at random at every load is no output embedding.
+    base.lm = lm if headed and base.causal else None
+    return base
+
+
+def _writes(config: Any) -> bool:
+    """Whether a model is a decoder of texts, loaded with its output embedding; an encoder only if saved as such."""
+    from transformers.models.auto import modeling_auto as known
+
+    kind, saved = type(config), str(config.architectures or "")
+    alone = kind in known.MODEL_MAPPING and config.get_text_config() is config and not config.is_encoder_decoder
+    decoder = kind not in known.MODEL_FOR_MASKED_LM_MAPPING or "CausalLM" in saved or "LMHeadModel" in saved
+    return alone and decoder and kind in known.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _settle(net: Any, missing: set[str], output: str, checkpoint: str) -> None:

@@ -21,9 +21,12 @@ class Side(nn.Module):
 
     Attributes:
         taps: names of the taps that it reads, in its own order. The base of its model returns them, among others.
+        tokenwise: its output for a token reads what the base gave for that token alone, so that texts which are
+            written token by token need nothing of it but the last.
     """
 
     taps: tuple[str, ...] = ()
+    tokenwise = False
 
     def forward(self, inputs: Input, features: Features) -> Tensor:
         """S(x), of the shape of `features.out`.

@@ -29,7 +29,8 @@ class LowEnergy(Side):
         super().__init__()
         self.side = side
         self.scale = nn.Parameter(torch.tensor(ENERGY))
-        self.taps = original(side).taps if isinstance(original(side), Side) else ()
+        own = original(side)
+        self.taps, self.tokenwise = (own.taps, own.tokenwise) if isinstance(own, Side) else ((), False)
 
     def forward(self, inputs: Input, features: Features) -> Tensor:
         return self.scale * run_side(self.side, inputs, features)

@@ -18,12 +18,13 @@ class Ladder(Side):
 
     h_i = block_i(g_i down_i(tap_i) + (1 - g_i) h_(i-1)), g_i = sigmoid(gate_i); then to the base's shape.
     It never sees the input, only the taps, in the order in which the base was told to keep them, and sends no gradient
-    into the base. Blocks are residual 3x3 convolutions on maps, encoder layers on sequences, linear layers on vectors.
+    into the base. Blocks are residual 3x3 convolutions on maps, encoder layers on sequences, linear layers on vectors,
+    and on sequences without heads.
 
     Args:
         base: a base with taps, all maps, all sequences or all vectors.
         width: channels of the ladder, to which every tap is projected down.
-        heads: attention heads, on sequences.
+        heads: attention heads, on sequences; with 0 a token sees itself alone, and what the base made of the others.
         causal: a token attends to itself and to earlier ones alone; by default where the base does so.
     """
 
@@ -47,10 +48,11 @@ class Ladder(Side):
         else:
             self.down = nn.ModuleList(nn.Linear(c, width) for c in channels)
             sequence = self.dimension == 2
-            if sequence and width % heads:
+            self.tokenwise = sequence and heads == 0
+            if sequence and heads and width % heads:
                 raise ShapeError(f"the ladder's width {width} is not a multiple of its {heads} heads")
             self.blocks = nn.ModuleList(
-                encoder_layer(width, heads) if sequence else _VectorBlock(width) for _ in channels
+                encoder_layer(width, heads) if sequence and heads else _VectorBlock(width) for _ in channels
             )
             if sequence and base.kind == "map":
                 raise ShapeError("a ladder over sequences cannot make a map")
@@ -71,7 +73,8 @@ class Ladder(Side):
             if h is not None:
                 h = resize(h, rung.shape[-2:]) if self.dimension == 3 else h
                 rung = gate * rung + (1 - gate) * h
-            h = attend(block, rung, mask, self.causal) if self.dimension == 2 else block(rung)
+            looks = self.dimension == 2 and not self.tokenwise
+            h = attend(block, rung, mask, self.causal) if looks else block(rung)
         return self.fit(h, mask) if self.dimension == 2 else self.fit(h)
 
 
