@@ -36,6 +36,7 @@ from sidetuning.outputs import Select, channels_first, hooks_on, layouts_of, lay
 from sidetuning.outputs import Tap as Tap
 from sidetuning.outputs import Taps as Taps
 from sidetuning.probe import check_base, is_causal, probe_input, probe_of, shapes_of
+from sidetuning.running import Engine
 from sidetuning.transforms import Transform, for_example
 
 Kind = Literal["vector", "map", "sequence"]
@@ -73,6 +74,7 @@ class Base(nn.Module):
 
     Attributes:
         layouts: of each tap that is a map, where the network has its channels.
+        engine: how the network is run; see `with_engine`.
         causal: the code of a token depends on it and on earlier ones alone.
 
     Raises:
@@ -113,6 +115,7 @@ class Base(nn.Module):
         self.select = Select(output, bool(channels_last))
         self.spec, self.bgr, self._transform = spec, bgr, transform
         # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
+        self.engine = Engine()
         self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._sha256: tuple[object, str] | None = None
         self._first = FirstWeight(self._modules_run)
@@ -232,20 +235,23 @@ class Base(nn.Module):
 
     def encode(self, inputs: Input) -> Features:
         """Run the network on a prepared input; without a graph, unless the input asks for its gradient."""
+        tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
+        wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+        wanted = wanted and torch.is_grad_enabled()
+        if (made := self.engine.features(inputs, wanted)) is not None:
+            return Features(made.out, {name: made.taps[name] for name in self._taps})
         for module in self._networks():
             if getattr(module, "training", False):
                 # Whoever has the network put it there, and its statistics would move.
                 module.eval()
         if self._writes:
             inputs = map_input(inputs, torch.clone)
-        tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
-        wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
         activations: dict[Tap, tuple[Any, int]] = {}
         token = seen.set(activations if self._taps else None)
         given = self._given()
         try:
             # Not inference_mode: its tensors cannot be saved for the backward pass of a merge.
-            with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(wanted):
                 if given is not None:
                     inputs = map_input(inputs, lambda x: x.to(given) if x.is_floating_point() else x)
                 out = self.select(call(self.net, inputs))
@@ -297,6 +303,8 @@ class Base(nn.Module):
         )
         if same and list(named) == list(self._taps):
             return self
+        if not same:
+            self.engine.check_taps(list(named), list(self._taps))
         other = copy.copy(self)
         if same:
             other._taps = {tap: self._taps[tap] for tap in named}
@@ -316,6 +324,13 @@ class Base(nn.Module):
         if self.spec is not None:
             options = {**self.spec.options, "example": example_record(example)}
             other.spec = replace(self.spec, options=options)
+        return self.engine.rebuilt(other)
+
+    def with_net(self, net: nn.Module) -> Base:
+        """The same base with a copy of its network that gives the same shapes, such as one in fewer bits."""
+        other = copy.copy(self)
+        other._hidden, other._modules_run, other._first = (net,), (net,), FirstWeight((net,))
+        other._sha256 = other._probe = None
         return other
 
     def folded(self) -> Base:
@@ -323,11 +338,10 @@ class Base(nn.Module):
 
         Features differ from this base's by rounding only (about 1e-6 of their size).
         """
-        net = fold(self.net, tuple(self._taps)) if isinstance(self.net, nn.Module) else None
+        net = fold(self.net, tuple(self._taps)) if isinstance(self.net, nn.Module) and not self.engine.run else None
         if net is None:
             return self
-        other = copy.copy(self)
-        other._hidden, other._modules_run, other._first = (net,), (net,), FirstWeight((net,))
+        other = self.with_net(net)
         x = probe_input(self.example)
         pairs = zip(self(x).tensors(), other(x).tensors(), strict=True)
         # What tracing does not see, such as hooks or a method that was replaced, is lost in the copy.
@@ -350,9 +364,11 @@ class Base(nn.Module):
             # The probe is of the weights that it is taken with.
             self._probe = None
             self._sha256 = version, weights_sha256(self.net, nets, self.output_shape)
+            self.engine.check_weights(self._sha256[1])
         if self._probe is None:
             self._probe = probe_of(lambda x: self(x).out, self.example)
         prepared = preparation(self.mean, self.std, self.select.output, self.select.channels_last, self.bgr)
+        prepared |= self.engine.told()
         shapes = shapes_of(self.example)
         return Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self._probe), shapes)
 
@@ -375,6 +391,7 @@ class Base(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Base:
         # What `.to()`, `.cuda()` and `.half()` call; the one door left open to the hidden network.
+        self.engine = self.engine.moved(self.like, fn(self.like))
         super()._apply(fn, recurse)
         before = self._first.dtype, self._first.device
         for net in self._networks():

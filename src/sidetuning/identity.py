@@ -64,6 +64,9 @@ class Identity:
 
         A map or a sequence of another size is the same base on other inputs. Older files may hold the hash alone.
         """
+        ran, runs = (told.get("precision", "torch") for told in (recorded.get("preparation") or {}, self.preparation))
+        if ran != runs:
+            return f"it ran in {ran}, this base in {runs}: give load_base that engine= and precision="
         found = recorded.get("sha256")
         if found != self.sha256:
             return f"its weights have the sha256 {str(found)[:12]}…, this base's {self.sha256[:12]}…"
