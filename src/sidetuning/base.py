@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sidetuning.errors import ShapeError, told
 from sidetuning.folding import fold
+from sidetuning.identity import BaseSpec as BaseSpec
 from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
 from sidetuning.inputs import (
     IMAGES,
@@ -42,15 +43,6 @@ from sidetuning.transforms import Transform, for_example
 Kind = Literal["vector", "map", "sequence"]
 # By dimensions without the batch.
 KINDS: dict[int, Kind] = {1: "vector", 2: "sequence", 3: "map"}
-
-
-@dataclass(frozen=True)
-class BaseSpec:
-    """How to build a base again: the arguments of `load_base`."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    revision: str | None = None
 
 
 class Base(nn.Module):
@@ -236,8 +228,7 @@ class Base(nn.Module):
     def encode(self, inputs: Input) -> Features:
         """Run the network on a prepared input; without a graph, unless the input asks for its gradient."""
         tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
-        wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
-        wanted = wanted and torch.is_grad_enabled()
+        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
         if (made := self.engine.features(inputs, wanted)) is not None:
             return Features(made.out, {name: made.taps[name] for name in self._taps})
         for module in self._networks():
@@ -258,8 +249,8 @@ class Base(nn.Module):
         finally:
             seen.reset(token)
         features = Features(out, {name: self._tapped(name, activations.get(tap)) for name, tap in self._taps.items()})
-        own = given is None and self.dtype is not None
-        return features if own else features.each(lambda tensor: tensor.to(self.like.dtype))
+        whole = given is None and self.dtype is not None
+        return features if whole else features.each(lambda tensor: tensor.to(self.like.dtype))
 
     def features(self, inputs: Input, given: Features | Tensor | None = None) -> Features:
         """What the network makes of prepared `inputs`, or the features of them that are `given`, checked."""
@@ -303,8 +294,7 @@ class Base(nn.Module):
         )
         if same and list(named) == list(self._taps):
             return self
-        if not same:
-            self.engine.check_taps(list(named), list(self._taps))
+        self.engine.check_taps([] if same else list(named), list(self._taps))
         other = copy.copy(self)
         if same:
             other._taps = {tap: self._taps[tap] for tap in named}
@@ -320,6 +310,7 @@ class Base(nn.Module):
         """The same network for inputs of another size; parts are built for the shapes that this example gives."""
         other = copy.copy(self)
         other.example, other._probe, other._sha256 = map_input(example, lambda x: x), None, None
+        other.engine = Engine() if self.engine.run else self.engine
         other._run_example({tap: self.layouts.get(tap) for tap in self._taps})
         if self.spec is not None:
             options = {**self.spec.options, "example": example_record(example)}
@@ -368,9 +359,8 @@ class Base(nn.Module):
         if self._probe is None:
             self._probe = probe_of(lambda x: self(x).out, self.example)
         prepared = preparation(self.mean, self.std, self.select.output, self.select.channels_last, self.bgr)
-        prepared |= self.engine.told()
-        shapes = shapes_of(self.example)
-        return Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self._probe), shapes)
+        prepared, probe, shapes = prepared | self.engine.told(), tuple(self._probe), shapes_of(self.example)
+        return Identity(self._sha256[1], self.kind, self.output_shape, prepared, probe, shapes)
 
     @property
     def transform(self) -> Transform | None:

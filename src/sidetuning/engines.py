@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input
-from sidetuning.errors import ShapeError, SideTuningError, UnknownNameError, told
+from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, UnknownNameError, told
 from sidetuning.graphs import Graph, Pass, exporting, longer, named, open_onnx, samples, texts, write
-from sidetuning.integrations.quantised import quantise_onnx, quantise_weights
+from sidetuning.quantising import quantise_onnx, quantise_weights
 from sidetuning.registry import unknown
 from sidetuning.running import Engine, Run, form_of, tensors_of
 from sidetuning.terminal import say
@@ -86,7 +86,7 @@ def with_engine(
         kind = f"{type(base.net).__name__} in {base.dtype}"
         raise ShapeError(f"engines run torch modules whose weights are float32, not a {kind}; leave engine= out")
     batches = [] if calibration is None else batches_of(base, calibration)
-    ranges = calibration if is_ranges(calibration) else None
+    ranges: Any = calibration if is_ranges(calibration) else None
     if engine == "auto":
         return _fastest(base, precision, batches)
     return _built(base, engine, precision, batches, ranges)
@@ -94,7 +94,8 @@ def with_engine(
 
 def is_ranges(calibration: Any) -> bool:
     """Whether a calibration is what an earlier one has measured, as a base's spec keeps it."""
-    return isinstance(calibration, Mapping) and all(isinstance(value, list) for value in calibration.values())
+    pairs = list(calibration.values()) if isinstance(calibration, Mapping) else [None]
+    return all(isinstance(p, list) and len(p) == 2 and all(isinstance(v, (int, float)) for v in p) for p in pairs)
 
 
 def batches_of(base: Base, calibration: Calibration) -> list[Input]:
@@ -135,8 +136,8 @@ def _built(
             else:
                 run = inner.encode if name == "folded" else _graph(inner, name, precision)[0]
                 otherwise = None if precision == "fp32" else inner.encode
-    again = partial(_built, name=name, precision=precision, batches=batches, ranges=ranges)
-    form = form_of(inputs[0])
+    again = partial(_built, name=name, precision=precision, batches=(), ranges=ranges)
+    form = form_of(_probe(base, 2))
     other.engine = Engine(name, precision, 0.0, None, ranges, run, otherwise, form, None, again)
     with told(f"this base does not run by {name} ({{}}); choose another engine="):
         found = [other.encode(x) if run is None else run(x) for x in inputs]
@@ -321,6 +322,8 @@ def rebuilt(base: Base, engine: str, precision: str, ranges: Mapping[str, list[f
     Raises:
         SideTuningError: the engine cannot be had, and plain torch would give other numbers.
     """
+    if ranges is not None and not is_ranges(ranges):
+        raise ArtifactError("the recorded calibration of a base is damaged; build the base, and give base=")
     try:
         return with_engine(base, engine, precision=precision, calibration=ranges)
     except (ImportError, SideTuningError) as error:

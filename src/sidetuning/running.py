@@ -94,14 +94,11 @@ class Engine:
 
     def rebuilt(self, base: Any) -> Any:
         """The engine for a base that has another example."""
-        if self.run is None or self.again is None:
-            return base
-        base.engine = Engine()
-        return self.again(base)
+        return base if self.run is None or self.again is None else self.again(base)
 
     def check_taps(self, wanted: list[str], known: list[str]) -> None:
         """Raise ShapeError: with other taps, a graph rounds otherwise, and tasks that are learned would change."""
-        if self.run is not None:
+        if self.run is not None and wanted:
             raise ShapeError(
                 f"this base runs in {self} with the taps {known}, and not with {wanted}; name all taps when it is "
                 "built, load_base(…, taps=…)"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -28,21 +29,18 @@ def quantise_weights(net: nn.Module, precision: str) -> None:
         ShapeError: it has no linear layer that can be.
     """
     try:
-        import torch
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
         from torchao.quantization.granularity import PerGroup
     except ImportError as error:
         raise ImportError("weights in int8 and int4 need torchao: pip install 'sidetuning[quantised]'") from error
-    config: Any = Int8WeightOnlyConfig()
-    if precision == "int4":
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
-    wanted = [m for m in net.modules() if type(m) is nn.Linear and (precision == "int8" or m.in_features % GROUP == 0)]
-    if not wanted:
+    group, bits = (GROUP, torch.int4) if precision == "int4" else (1, torch.int8)  # type: ignore[attr-defined]
+    config = IntxWeightOnlyConfig(bits, PerGroup(group)) if group > 1 else Int8WeightOnlyConfig()
+    chosen = {id(m) for m in net.modules() if type(m) is nn.Linear and m.in_features % group == 0}
+    if not chosen:
         raise ShapeError(
             f"{type(net).__name__} has no linear layer to keep in {precision}; choose precision='bf16', or int8 by "
             "engine='onnxruntime', which takes convolutions too"
         )
-    chosen = {id(module) for module in wanted}
     with told(f"torchao cannot keep this network in {precision} ({{}}); choose another precision="):
         quantize_(net, config, filter_fn=lambda module, name: id(module) in chosen)
     for parameter in net.parameters():
