@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sidetuning as st
 from conftest import conv_net, in_threads, mlp_base, network
 from sidetuning import engines
+from sidetuning.identity import tensor_bytes
 from sidetuning.running import Engine
 
 PACKAGES = {"onnxruntime": "onnxscript", "openvino": "openvino"}
@@ -280,3 +282,47 @@ def test_a_model_on_an_engine_is_not_exported(tmp_path: Path) -> None:
     model.add_task("pets", side=None, merge="base-only", head=3)
     with pytest.raises(st.ArtifactError, match="fp32 by folded is not exported"):
         st.export(model, tmp_path / "out")
+
+
+def stored_bytes(net: nn.Module) -> int:
+    """Bytes of the weights of a network, those within quantised tensors too."""
+    return sum(tensor_bytes(parameter).numel() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_quantised_base_under_any_side(kind: str, precision: str, encoder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    name, taps, how = f"hf:{encoder}", ["encoder.layer.0"], {}
+    x: Any = {"input_ids": torch.randint(0, 9, (6, 7)), "attention_mask": torch.ones(6, 7).long()}
+    if kind == "image":
+        timm = pytest.importorskip("timm")
+        with st.seeded(0):
+            net = timm.create_model("test_vit", num_classes=0)
+        save_file(net.state_dict(), tmp_path / "weights.safetensors")
+        name, taps, how = "timm:test_vit", ["blocks.0"], {"weights": tmp_path / "weights.safetensors"}
+        x = torch.randint(0, 256, (6, 3, 160, 160), dtype=torch.uint8)
+    plain = st.load_base(name, taps=taps, **how)
+    base = st.load_base(name, taps=taps, precision=precision, **how)
+    assert 1e-5 < base.engine.error < 0.3 and 0 < apart(base(x), plain(x)) < 0.3
+    assert stored_bytes(network(base)) < stored_bytes(network(plain))
+    assert base.identity() == st.load_base(name, taps=taps, precision=precision, **how).identity()
+    assert base.identity().difference(plain.identity().record())
+    # The network takes any input, and gives its gradient.
+    raw = torch.rand(2, 3, 160, 160, requires_grad=True)
+    if kind == "image":
+        base(raw).out[:, 0].sum().backward()
+        assert raw.grad is not None and raw.grad.abs().sum() > 0
+    model = st.SideTuner(base)
+    with pytest.raises(st.TaskError, match="not quantised"):
+        model.add_task("copied", side="copy", head=2)
+    model.add_task("ladder", side="ladder", head=2)
+    before = base(x).out
+    st.fit(model, "ladder", [(x, torch.arange(6) % 2)], epochs=2, progress=False)
+    assert torch.equal(base(x).out, before)
+    model.save(tmp_path / "model")
+    again = st.load(tmp_path / "model")
+    assert str(again.base.engine) == f"{precision} by torch"
+    assert torch.equal(again(x, "ladder"), model(x, "ladder"))
+    with pytest.raises(st.ArtifactError, match=f"ran in {precision} by torch, this base in torch"):
+        st.SideTuner(plain).load_task(tmp_path / "model" / "tasks" / "ladder")
