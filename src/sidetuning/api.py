@@ -9,6 +9,7 @@ from sidetuning.candidates import Candidate, SweepResult, Trial, sweep
 from sidetuning.changing import forget, update
 from sidetuning.closed_form import SolveResult, solve
 from sidetuning.distillation import distill
+from sidetuning.engines import with_engine
 from sidetuning.errors import (
     ArtifactError,
     CacheError,
@@ -88,4 +89,5 @@ __all__ = [
     "sweep",
     "train",
     "update",
+    "with_engine",
 ]

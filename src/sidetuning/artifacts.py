@@ -392,4 +392,5 @@ def _spec_text(config: dict[str, Any]) -> str:
     spec = config["base"].get("spec")
     if not spec:
         return "which has no recorded spec"
-    return f"load_base({', '.join([repr(spec['name']), *(f'{k}={v!r}' for k, v in spec['options'].items())])})"
+    shown = [f"{k}={v!r}" for k, v in spec["options"].items() if k != "calibration"]
+    return f"load_base({', '.join([repr(spec['name']), *shown])})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sidetuning.errors import ShapeError, told
 from sidetuning.folding import fold
+from sidetuning.identity import BaseSpec as BaseSpec
 from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
 from sidetuning.inputs import (
     IMAGES,
@@ -38,20 +39,12 @@ from sidetuning.outputs import Select, channels_first, hooks_on, layouts_of, lay
 from sidetuning.outputs import Tap as Tap
 from sidetuning.outputs import Taps as Taps
 from sidetuning.probe import check_base, is_causal, probe_input, probe_of, shapes_of
+from sidetuning.running import Engine
 from sidetuning.transforms import Transform, for_example
 
 Kind = Literal["vector", "map", "sequence"]
 # By dimensions without the batch.
 KINDS: dict[int, Kind] = {1: "vector", 2: "sequence", 3: "map"}
-
-
-@dataclass(frozen=True)
-class BaseSpec:
-    """How to build a base again: the arguments of `load_base`."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    revision: str | None = None
 
 
 class Base(nn.Module):
@@ -75,6 +68,7 @@ class Base(nn.Module):
 
     Attributes:
         layouts: of each tap that is a map, where the network has its channels.
+        engine: how the network is run; see `with_engine`.
         causal: the code of a token depends on it and on earlier ones alone.
         lm: the causal language model around the network, where it is one's backbone.
 
@@ -116,7 +110,7 @@ class Base(nn.Module):
                 if isinstance(part, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)):
                     tap_of(part)
         self.select = Select(output, bool(channels_last))
-        self.spec, self.bgr, self._transform = spec, bgr, transform
+        self.spec, self.bgr, self._transform, self.engine = spec, bgr, transform, Engine()
         # Weights of sides that ship for this base: the side's name -> its file, and the options it was built with.
         self.distilled: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._sha256: tuple[object, str] | None = None
@@ -147,9 +141,8 @@ class Base(nn.Module):
         with told("the base does not run on its example ({}); give another example="):
             features = self(self.example)
         if features.out.ndim - 1 not in KINDS:
-            shape = tuple(features.out.shape)
             wanted = "side-tuning needs (b, d), (b, t, d) or (b, c, h, w): pick one tensor with output="
-            raise ShapeError(f"the base returns {shape}; {wanted}")
+            raise ShapeError(f"the base returns {tuple(features.out.shape)}; {wanted}")
         for name, tap in features.taps.items():
             if tap.ndim == 0 or len(tap) != len(features.out):
                 raise ShapeError(
@@ -235,13 +228,15 @@ class Base(nn.Module):
 
     def encode(self, inputs: Input) -> Features:
         """Run the network on a prepared input; without a graph, unless the input asks for its gradient."""
+        tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
+        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+        if (made := self.engine.features(inputs, wanted)) is not None:
+            return Features(made.out, {name: made.taps[name] for name in self._taps})
         if self._writes:
             inputs = map_input(inputs, torch.clone)
-        tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
-        wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
         given = self._given()
         # Not inference_mode: its tensors cannot be saved for the backward pass of a merge.
-        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(wanted):
             if given is not None:
                 inputs = map_input(inputs, lambda x: x.to(given) if x.is_floating_point() else x)
             return self.observe(lambda: call(self.net, inputs))[1]
@@ -259,8 +254,8 @@ class Base(nn.Module):
         finally:
             seen.reset(token)
         features = Features(out, {name: self._tapped(name, activations.get(tap)) for name, tap in self._taps.items()})
-        own = self._given() is None and self.dtype is not None
-        return returned, features if own else features.each(lambda tensor: tensor.to(self.like.dtype))
+        whole = self._given() is None and self.dtype is not None
+        return returned, features if whole else features.each(lambda tensor: tensor.to(self.like.dtype))
 
     def features(self, inputs: Input, given: Features | Tensor | None = None) -> Features:
         """What the network makes of prepared `inputs`, or the features of them that are `given`, checked."""
@@ -278,13 +273,9 @@ class Base(nn.Module):
             raise ShapeError(f"the tap '{name}' is not run by the network; tap a module that is")
         tensor, before = activation
         if not isinstance(tensor, Tensor):
-            raise ShapeError(
-                f"the tap '{name}' returns a {type(tensor).__name__}, not a tensor; tap a module within it"
-            )
+            raise ShapeError(f"the tap '{name}' returns a {type(tensor).__name__}, not a tensor; tap a module in it")
         if version(tensor) != before:
-            raise ShapeError(
-                f"what the tap '{name}' returns is written over in place by what follows it; tap that instead"
-            )
+            raise ShapeError(f"what the tap '{name}' returns is written over in place by what follows; tap that")
         return channels_first(tensor, self.layouts.get(name))
 
     def forward(self, x: Input) -> Features:
@@ -304,6 +295,7 @@ class Base(nn.Module):
         )
         if same and list(named) == list(self._taps):
             return self
+        self.engine.check_taps([] if same else list(named), list(self._taps))
         other = copy.copy(self)
         if same:
             other._taps = {tap: self._taps[tap] for tap in named}
@@ -319,10 +311,17 @@ class Base(nn.Module):
         """The same network for inputs of another size; parts are built for the shapes that this example gives."""
         other = copy.copy(self)
         other.example, other._probe, other._sha256 = map_input(example, lambda x: x), None, None
+        other.engine = Engine() if self.engine.run else self.engine
         other._run_example({tap: self.layouts.get(tap) for tap in self._taps})
         if self.spec is not None:
-            options = {**self.spec.options, "example": example_record(example)}
-            other.spec = replace(self.spec, options=options)
+            other.spec = replace(self.spec, options={**self.spec.options, "example": example_record(example)})
+        return self.engine.rebuilt(other)
+
+    def with_net(self, net: nn.Module) -> Base:
+        """The same base with a copy of its network that gives the same shapes, such as one in fewer bits."""
+        other = copy.copy(self)
+        other._hidden, other._modules_run, other._first = (net,), (net,), FirstWeight((net,))
+        other._sha256 = other._probe = None
         return other
 
     def folded(self) -> Base:
@@ -330,11 +329,10 @@ class Base(nn.Module):
 
         Features differ from this base's by rounding only (about 1e-6 of their size).
         """
-        net = fold(self.net, tuple(self._taps)) if isinstance(self.net, nn.Module) else None
+        net = fold(self.net, tuple(self._taps)) if isinstance(self.net, nn.Module) and not self.engine.run else None
         if net is None:
             return self
-        other = copy.copy(self)
-        other._hidden, other._modules_run, other._first = (net,), (net,), FirstWeight((net,))
+        other = self.with_net(net)
         x = probe_input(self.example)
         pairs = zip(self(x).tensors(), other(x).tensors(), strict=True)
         # What tracing does not see, such as hooks or a method that was replaced, is lost in the copy.
@@ -357,11 +355,12 @@ class Base(nn.Module):
             # The probe is of the weights that it is taken with.
             self._probe = None
             self._sha256 = version, weights_sha256(self.net, nets, self.output_shape)
+            self.engine.check_weights(self._sha256[1])
         if self._probe is None:
             self._probe = probe_of(lambda x: self(x).out, self.example)
         prepared = preparation(self.mean, self.std, self.select.output, self.select.channels_last, self.bgr)
-        shapes = shapes_of(self.example)
-        return Identity(self._sha256[1], self.kind, self.output_shape, prepared, tuple(self._probe), shapes)
+        prepared, probe, shapes = prepared | self.engine.told(), tuple(self._probe), shapes_of(self.example)
+        return Identity(self._sha256[1], self.kind, self.output_shape, prepared, probe, shapes)
 
     @property
     def transform(self) -> Transform | None:
@@ -382,6 +381,7 @@ class Base(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Base:
         # What `.to()`, `.cuda()` and `.half()` call; the one door left open to the hidden network.
+        self.engine = self.engine.moved(self.like, fn(self.like))
         super()._apply(fn, recurse)
         before = self._first.dtype, self._first.device
         for net in [*self._networks(), *([self.lm.net] if self.lm else [])]:

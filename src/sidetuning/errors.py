@@ -56,7 +56,7 @@ def told(sentence: str) -> Iterator[None]:
     """Turn what somebody else's code raises into a ShapeError: `sentence`, with what happened in place of "{}"."""
     try:
         yield
-    except SideTuningError:
+    except (SideTuningError, ImportError):
         raise
     except Exception as error:
         raise ShapeError(sentence.replace("{}", str(error).partition("\n")[0])) from error

@@ -84,6 +84,8 @@ def export(
         raise ArtifactError(f"{path} exists and holds no earlier export; give another folder, or an empty one")
     if not chosen:
         raise ArtifactError("the model has no task to export; add one first")
+    if model.base.engine.run is not None:
+        raise ArtifactError(f"a base in {model.base.engine} is not exported; give a model on the plain base")
     if not isinstance(model.base.net, nn.Module) or model.base.device.type != "cpu":
         raise ArtifactError(
             f"only a base that is a torch module on the CPU can be exported, not {type(model.base.net).__name__} on "

@@ -37,15 +37,17 @@ class Graph:
 
 
 class Pass(nn.Module):
-    """The base on raw inputs: its code, then its taps."""
+    """The base on raw inputs, or on prepared ones: its code, then its taps."""
 
-    def __init__(self, base: Base, names: Sequence[str]) -> None:
+    def __init__(self, base: Base, names: Sequence[str], raw: bool = True) -> None:
         super().__init__()
+        self.raw = raw
         # The network is registered under its own name: `Base` hides it, and weights would become constants.
         self.base, self.names, self.net = base, list(names), base.net
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.base.encode(self.base.prepare(named(self.base, self.names, tensors))).tensors())
+        inputs = named(self.base, self.names, tensors)
+        return tuple(self.base.encode(self.base.prepare(inputs) if self.raw else inputs).tensors())
 
 
 class Tasks(nn.Module):
@@ -173,7 +175,7 @@ def write(graph: Graph, file: Path, format: str) -> Run:
 def write_onnx(graph: Graph, file: Path, shapes: Any) -> Run:
     """As `write`, through torch.onnx; run by ONNX Runtime. Inputs that nothing reads are no part of the graph."""
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("export to ONNX needs more packages: pip install 'sidetuning[onnx]'") from error
@@ -190,11 +192,18 @@ def write_onnx(graph: Graph, file: Path, shapes: Any) -> Run:
     inputs: Any = program.model.graph.inputs
     for value in [value for value in inputs if not value.uses() and not value.is_graph_output()]:
         inputs.remove(value)
-    graph.read = [str(value.name) for value in inputs]
     program.save(str(file))
+    return open_onnx(graph, file)
+
+
+def open_onnx(graph: Graph, file: Path) -> Run:
+    """What runs a graph from its file, by ONNX Runtime, on as many cores as torch."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level, options.intra_op_num_threads = 4, torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    graph.read = [str(value.name) for value in session.get_inputs()]
 
     def answer(given: Mapping[str, Tensor]) -> list[Tensor]:
         arrays = {name: np.ascontiguousarray(given[name].numpy()) for name in graph.read}

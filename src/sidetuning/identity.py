@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -21,6 +21,15 @@ PLAIN = (int, float, str, bool, tuple, type(None))
 TORCHS = frozenset(vars(nn.Module()))
 # Types of torch whose values have names.
 NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.qscheme)
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """How to build a base again: the arguments of `load_base`."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,9 @@ class Identity:
 
         A map or a sequence of another size is the same base on other inputs. Older files may hold the hash alone.
         """
+        ran, runs = (told.get("precision", "torch") for told in (recorded.get("preparation") or {}, self.preparation))
+        if ran != runs:
+            return f"it ran in {ran}, this base in {runs}: give load_base that engine= and precision="
         found = recorded.get("sha256")
         if found != self.sha256:
             return f"its weights have the sha256 {str(found)[:12]}…, this base's {self.sha256[:12]}…"

@@ -10,6 +10,7 @@ from typing import Any
 
 from sidetuning.artifacts import CONFIG, read_task
 from sidetuning.base import Base, BaseSpec
+from sidetuning.engines import Calibration, rebuilt, with_engine
 from sidetuning.errors import ArtifactError, UnknownNameError
 from sidetuning.folder import task_folders
 from sidetuning.inputs import Input, example_from, example_record
@@ -44,6 +45,9 @@ def load_base(
     dtype: str | None = None,
     example: Input | None = None,
     nhwc: Sequence[str] = (),
+    engine: str = "torch",
+    precision: str = "fp32",
+    calibration: Calibration | None = None,
 ) -> Base:
     """Build a pretrained base by name.
 
@@ -61,6 +65,7 @@ def load_base(
         example: an input of the size that parts are built for, as of `Base.with_example`; an ONNX file that leaves
             sizes open needs it.
         nhwc: names of the inputs and outputs of an ONNX file that are (b, h, w, c).
+        engine, precision, calibration: what runs the network, and in how many bits, as of `with_engine`.
 
     Raises:
         UnknownNameError: no such base, scheme or tap, or an option that this kind of base does not read.
@@ -91,7 +96,7 @@ def load_base(
         # Found from every folder.
         name = f"{name.partition(':')[0]}:{Path(arguments[0]).resolve()}"
     base.spec = BaseSpec(name, {key: value for key, value in given.items() if key != "revision"}, revision)
-    return base
+    return with_engine(base, engine, precision=precision, calibration=calibration)
 
 
 def _builder(name: str) -> tuple[Callable[..., Base], list[str]]:
@@ -182,8 +187,10 @@ def _recorded_base(path: Path, spec: Mapping[str, Any] | None) -> Base:
     read = {key: value for key, value in options.items() if key in _read_by(build) or key not in UNREAD}
     if options.get("example") is not None:
         read["example"] = example_from(options["example"])
+    engine, precision = str(read.pop("engine", "torch")), str(read.pop("precision", "fp32"))
+    ranges = read.pop("calibration", None)
     try:
-        return load_base(spec["name"], **read)
+        return rebuilt(load_base(spec["name"], **read), engine, precision, ranges)
     except TypeError as error:
         raise ArtifactError(
             f"{path} names a base that cannot be built ({error}); build it and pass load(…, base=base)"

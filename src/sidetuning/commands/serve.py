@@ -46,6 +46,8 @@ class Settings:
     """Width times height of an image, at most (422)."""
     max_inputs: Annotated[int, tyro.conf.arg(metavar="INPUTS")] = 32
     """Inputs of a request, at most (422)."""
+    engine: Annotated[str, tyro.conf.arg(metavar="ENGINE")] = "torch"
+    """What runs the base: torch, folded, compile, onnxruntime, openvino, or auto, which measures them."""
     timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 30.0
     """Time until a request is given up (504)."""
     watch: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 1.0
@@ -88,10 +90,11 @@ def main(settings: Settings) -> None:
     )
     token = os.environ.get(TOKEN) or None
     service: Service | EmbeddingService
+    name, engine = settings.model, settings.engine
     if settings.base_only:
-        service = EmbeddingService(load_base(settings.model), settings.model, limits, token=token, quiet=settings.quiet)
+        service = EmbeddingService(load_base(name, engine=engine), name, limits, token=token, quiet=settings.quiet)
     else:
-        service = Service(Served(settings.model), limits, token=token, watch=settings.watch, quiet=settings.quiet)
+        service = Service(Served(name, engine=engine), limits, token=token, watch=settings.watch, quiet=settings.quiet)
     if token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
         service.log.warning(f"other machines can ask without a token; set {TOKEN} to let only some")
     config = uvicorn.Config(

@@ -16,6 +16,7 @@ from torch import Tensor
 from sidetuning.artifacts import CONFIG, TENSORS, read_task
 from sidetuning.base import Base, Features
 from sidetuning.branch import Branch
+from sidetuning.engines import with_engine
 from sidetuning.errors import ArtifactError, DataError, SideTuningError
 from sidetuning.folder import task_folders
 from sidetuning.inputs import entry, take_rows, to_device
@@ -167,6 +168,7 @@ class Served:
     Args:
         path: a model folder, or the folder of one task.
         base: the base, where it cannot be built from its recorded spec.
+        engine: what runs the base, as of `with_engine`; tasks that read other taps are refused then.
         told: called after each change with the names of the tasks, or with the error.
     """
 
@@ -175,6 +177,7 @@ class Served:
         path: str | Path,
         *,
         base: Base | None = None,
+        engine: str = "torch",
         told: Callable[[list[str] | Exception], None] = lambda found: None,
     ) -> None:
         self.path, self.told = Path(path), told
@@ -196,6 +199,10 @@ class Served:
                 seen, self._seen = self._seen, self._look()
                 if seen == self._seen:
                     raise
+        if engine != "torch":
+            # With the taps of all tasks that are there.
+            self._base = with_engine(self.moment.base, engine)
+            self.moment, self._kept = self._rebuilt(self._seen)
 
     def _look(self) -> dict[Path, Stamp]:
         """The task folders, each with the stamps of its files."""
