@@ -21,17 +21,37 @@ from sidetuning.terminal import say
 from sidetuning_bench import options
 from sidetuning_bench.cifar import ImageSet, load_images, random_flip_crop
 from sidetuning_bench.methods import Method, Task
-from sidetuning_bench.options import Count, MethodOptions, Probability, RunOptions, Share, check
+from sidetuning_bench.options import Count, MethodOptions, Natural, Probability, RunOptions, Share, check
 from sidetuning_bench.report_runs import FAMILIES, Family, report
 from sidetuning_bench.results import RunResult
 from sidetuning_bench.runs import Run
 from sidetuning_bench.sequence import Course, Lesson, Score, learn_in_order, print_result, with_recipe
 
 CLASSES_PER_TASK = 10
+
+
+@dataclass(frozen=True)
+class SolveOptions(MethodOptions):
+    """Fixed features with a head in closed form: the best linear probe."""
+
+    name = "solve"
+    width: Natural = 0
+    """Features of a random expansion of the base's taps that the head reads too; 0 reads the code alone."""
+    taps: tuple[str, ...] = ()
+    """Inner modules of the base that the expansion reads."""
+
+    def arguments(self, base: Base, seed: int) -> dict[str, Any]:
+        return {"width": self.width}
+
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        return self.taps
+
+
 METHODS = {
     **options.image_methods(options.SideTuneOptions(), options.BoostingOptions(), options.EWCOptions()),
     # Its answers are classes.
-    "solve": options.SolveOptions(),
+    "solve": SolveOptions(),
 }
 # The most accurate recipe found within the paper's parameters per task and ten minutes on two cores; see benchmarks.md.
 BEST_SIDE = {"side": "fusion", "side_shift": 2, "taps": ("layer2", "layer3"), "merge": "sum", "init": None}

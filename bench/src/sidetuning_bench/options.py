@@ -227,24 +227,6 @@ class FeaturesOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class SolveOptions(MethodOptions):
-    """Fixed features with a head in closed form: the best linear probe."""
-
-    name = "solve"
-    width: Natural = 0
-    """Features of a random expansion of the base's taps that the head reads too; 0 reads the code alone."""
-    taps: tuple[str, ...] = ()
-    """Inner modules of the base that the expansion reads."""
-
-    def arguments(self, base: Base, seed: int) -> dict[str, Any]:
-        return {"width": self.width}
-
-    @property
-    def tapped(self) -> tuple[str, ...]:
-        return self.taps
-
-
-@dataclass(frozen=True)
 class FineTuneOptions(MethodOptions):
     """Fine-tuning: one network, trained on one task after another."""
 
@@ -318,15 +300,7 @@ class PiggybackOptions(MethodOptions):
 
 def image_methods(sidetune: SideTuneOptions, boosting: BoostingOptions, ewc: EWCOptions) -> dict[str, MethodOptions]:
     """The methods that learn images of any kind, by name, with a scenario's defaults."""
-    others = (
-        FeaturesOptions,
-        SolveOptions,
-        FineTuneOptions,
-        IndependentOptions,
-        ScratchOptions,
-        PSPOptions,
-        PNNOptions,
-    )
+    others = (FeaturesOptions, FineTuneOptions, IndependentOptions, ScratchOptions, PSPOptions, PNNOptions)
     more = (ResidualAdapterOptions, LoRAOptions, PiggybackOptions)
     return {method.name: method for method in (sidetune, boosting, ewc, *(kind() for kind in (*others, *more)))}
 
