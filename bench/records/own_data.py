@@ -86,8 +86,8 @@ def make_texts(folder: Path, source: str, classes: int, count: int) -> Path:
     chosen = [asked for asked in contexts.values() if len(asked) >= 2 * count][:classes]
     folder.mkdir(parents=True)
     for split, part in (("train", 0), ("test", 1)):
-        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as table:
+            rows = csv.writer(table)
             rows.writerow(["text", "label"])
             for label, asked in enumerate(chosen):
                 # Spread over the article, so that both splits ask about all of it.

@@ -97,7 +97,12 @@ def base_of(subject: str) -> st.Base:
             )
         from transformers import BertConfig, BertModel
 
-        sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        sizes: dict[str, Any] = {
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+        }
         net = BertModel(BertConfig(**sizes), add_pooling_layer=False)
         taps = [f"encoder.layer.{i}" for i in (1, 3, 5)]
         return st.Base(net, example=texts(1), output="last_hidden_state", taps=taps)
@@ -275,7 +280,7 @@ def ours_answering(base: st.Base, asked: Asked, x: Any, batch: int) -> dict[str,
         model.add_task(f"t{i}", head=CLASSES, seed=i, **side)
     names, found = model.tasks, {}
     for count in TASKS:
-        spent = [seconds(lambda some=names[:count]: model.forward_all(x, tasks=some)) for _ in range(4)][1:]
+        spent = [seconds(partial(model.forward_all, x, tasks=names[:count])) for _ in range(4)][1:]
         found[str(count)] = batch / statistics.median(spent)
     mixed = [names[i % len(names)] for i in range(batch)]
     spent = [seconds(lambda: model(x, tasks=mixed)) for _ in range(4)][1:]

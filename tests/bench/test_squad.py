@@ -15,6 +15,7 @@ from sidetuning import loop
 from sidetuning.cli import main
 from sidetuning_bench.language import answer, squad
 from sidetuning_bench.language.methods import METHODS
+from sidetuning_bench.language.questions import read_questions
 from sidetuning_bench.methods import load_method
 from sidetuning_bench.options import with_values
 from text_parts import NUMBERS, SPECIAL, WORDS, Lines, number_questions, write_tokenizer
@@ -188,7 +189,7 @@ def test_answerable_questions_are_answered_each(questions_folder: Path, encoder:
     values = {"method": "features", "epochs": 0.1, "questions": 30, "answerable": True}
     result = squad.run(settings_for(tmp_path, questions_folder, encoder, values))
     given = json.loads((tmp_path / "run" / "predictions.json").read_text())
-    test = squad.read_questions(questions_folder, "dev")
+    test = read_questions(questions_folder, "dev")
     assert set(given) == {question.id for question in test.items if question.golds} and len(given) < len(test)
     assert result.scores["f1"] == result.scores["has_answer"] and not {"no_answer", "area"} & set(result.scores)
 

@@ -35,6 +35,7 @@ TEXTS = ["one two three", "four", "five six"]
 def expected(base: st.Base, texts: list[str]) -> torch.Tensor:
     """Each text alone."""
     rows = []
+    assert base.transform is not None
     for text in texts:
         inputs = base.prepare(base.transform.batch([text]))
         rows.append(pooled(base.encode(inputs).out, base.kind, inputs)[0])
@@ -116,6 +117,7 @@ def test_a_task_on_the_server_is_the_task_on_the_base_itself(
             time.sleep(0.01)
         remote = st.load_base(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
         texts = [f"{word} {i}" for i in range(20) for word in ("one", "two")]
+        assert remote.transform is not None
         found = remote(remote.transform.batch(texts))
         torch.testing.assert_close(found.out, expected(text_base, texts), atol=1e-5, rtol=1e-4)
     finally:

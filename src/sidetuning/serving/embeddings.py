@@ -57,9 +57,11 @@ class EmbeddingService:
     def __init__(
         self, base: Base, name: str, limits: Limits | None = None, *, token: str | None = None, quiet: bool = False
     ) -> None:
-        if not isinstance(base.transform, TextTransform):
+        transform = base.transform
+        if not isinstance(transform, TextTransform):
             raise TaskError(f"{name} reads images, and embeddings are of texts; serve a model folder instead")
-        self.base, self.name, self.limits, self.log = base, name, limits or Limits(), logger(quiet)
+        self.base, self.transform, self.name, self.limits = base, transform, name, limits or Limits()
+        self.log = logger(quiet)
         self.batcher: Batcher[str, Tensor] = Batcher(
             self._run, max_batch=self.limits.max_batch, max_waiting=self.limits.max_waiting, wait=self.limits.wait
         )
@@ -78,7 +80,7 @@ class EmbeddingService:
         await to_thread.run_sync(self.batcher.close)
 
     def _run(self, texts: Sequence[str]) -> Sequence[Tensor]:
-        inputs = self.base.prepare(self.base.transform.batch(list(texts)))
+        inputs = self.base.prepare(self.transform.batch(list(texts)))
         with torch.no_grad():
             code = self.base.encode(inputs).out
         return list(pooled(code, self.base.kind, inputs).float().cpu())

@@ -14,8 +14,8 @@ from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.closed_form import solve
 from sidetuning.errors import TaskError
+from sidetuning.loop import TrainResult
 from sidetuning.objective import parameter_groups
-from sidetuning.training import TrainResult
 from sidetuning.tuner import SideTuner
 from sidetuning_bench.methods.method import Method, count
 from sidetuning_bench.methods.recipe import Recipe, Task
