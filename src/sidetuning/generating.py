@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Features
 from sidetuning.branch import CUSTOM, Branch
-from sidetuning.errors import DataError, TaskError
+from sidetuning.errors import DataError, TaskError, told
 from sidetuning.heads import LanguageHead
 from sidetuning.inputs import original, take_rows, to_device
 from sidetuning.predicting import run
@@ -26,19 +26,15 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 Tasks = Sequence[str | None]
-# Names under which networks are given what they keep of earlier tokens.
+# The settings that go by name; and names under which networks are given what they keep of earlier tokens.
+NAMED = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "num_beams", "eos_token_id", "pad_token_id")
 CACHES = ("cache", "past_key_values", "cache_params")
-
-
-class Tuner(Protocol):
-    """A model: its base and its tasks of one moment."""
-
-    def _moment(self, tasks: Sequence[str] | None) -> tuple[Base, dict[str, Branch]]: ...
+KEEPS_NONE = "which such a cache does not keep; give a generation_config with use_cache=False, or another cache"
 
 
 @torch.no_grad()
 def generate(
-    self: Tuner,
+    self: Any,
     source: Any,
     task: str | Tasks | None = None,
     *,
@@ -72,6 +68,7 @@ def generate(
         DataError: a source of another kind, or an empty text.
     """
     names = [] if task is None else [task] if isinstance(task, str) else list(task)
+    base: Base
     base, branches = self._moment([name for name in names if name is not None])
     if base.lm is None:
         raise TaskError(
@@ -85,17 +82,8 @@ def generate(
         given, one = {key: value.repeat(len(names), 1) for key, value in given.items()}, False
     if task is not None and not isinstance(task, str) and len(names) != len(given["input_ids"]):
         raise TaskError(f"{len(names)} tasks for {len(given['input_ids'])} texts; name one task, or one for each text")
-    named = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": do_sample,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "num_beams": num_beams,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-    }
-    named = {key: value for key, value in named.items() if value is not None}
+    values = (max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, eos_token_id, pad_token_id)
+    named = {key: value for key, value in zip(NAMED, values, strict=True) if value is not None}
     settings: dict[str, Any] = dict(named)
     if generation_config is not None:
         # Transformers will take one or the other.
@@ -103,7 +91,8 @@ def generate(
         settings["generation_config"].update(**named)
     tasked = any(name is not None for name in names)
     net = base.lm.over(Merged(base, branches, names)) if tasked else base.lm.net
-    written = net.generate(**given, **settings)
+    with told("transformers cannot go on with this ({}); give other settings, or a shorter text"):
+        written = net.generate(**given, **settings)
     if not isinstance(written, Tensor) or isinstance(source, (Tensor, Mapping)):
         return written
     new = written[:, given["input_ids"].shape[1] :]
@@ -139,7 +128,10 @@ class Merged:
         if not self.tokenwise:
             inputs["attention_mask"] = _mask(named.get("attention_mask"), ids)
             cache = next((named[key] for key in CACHES if named.get(key) is not None), None)
-            inputs, features = (inputs, features) if cache is None else self._whole(cache, inputs, features)
+            if cache is not None:
+                inputs, features = self._whole(cache, inputs, features)
+            elif named.get("use_cache"):
+                raise TaskError(f"this task's side looks back at tokens, {KEEPS_NONE}")
         returned.last_hidden_state = self._merge(inputs, features)[:, -new:].to(kind)
         return returned
 
@@ -181,9 +173,10 @@ def _groups(branches: Mapping[str, Branch], tasks: Tasks, tokenwise: bool) -> li
     found: dict[Any, list[str]] = {}
     for name in dict.fromkeys(name for name in tasks if name is not None):
         branch = branches[name]
-        together = tokenwise and not branch.config.laterals and branch.side is not None
-        config = branch.config.side, branch.config.merge, branch.config.prenorm, branch.config.init, branch.built
-        found.setdefault((repr(config), tasks.count(name)) if together else name, []).append(name)
+        config = branch.config
+        together = tokenwise and not config.laterals and config.side is not None and config.side[0] != CUSTOM
+        built = repr((config.side, config.merge, config.prenorm, config.init, branch.taps, branch.built))
+        found.setdefault((built, tasks.count(name)) if together else name, []).append(name)
     return [(names, _alike([branches[name] for name in names]) if len(names) > 1 else None) for names in found.values()]
 
 
@@ -215,7 +208,7 @@ def _tokenwise(branch: Branch) -> bool:
 def _mask(mask: Tensor | None, ids: Tensor) -> Tensor:
     """Which of the new tokens (b, t) are no padding, of a mask of all tokens so far."""
     if mask is not None and mask.ndim != 2:
-        raise TaskError("this task's side looks back at tokens, and such a cache hides which are padding; use another")
+        raise TaskError(f"this task's side looks back at tokens, {KEEPS_NONE}")
     return torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
 
 
@@ -236,29 +229,21 @@ def _given(source: Any, base: Base) -> tuple[dict[str, Tensor], bool]:
         if strange := found.keys() - {"input_ids", "attention_mask"}:
             raise DataError(f"generation reads input_ids and attention_mask, not '{min(strange)}'; leave it out")
     else:
-        texts, chat, one = _texts(source)
+        # A chat is a list of messages.
+        chat = isinstance(source, (list, tuple)) and all(isinstance(item, Mapping) for item in source)
+        one = isinstance(source, str) or chat
+        texts = [source] if one else list(source) if isinstance(source, (list, tuple)) else []
         how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        tokenizer = _tokenizer(base)
-        if chat:
-            found = tokenizer.apply_chat_template(texts, add_generation_prompt=True, return_dict=True, **how)
+        if texts and all(isinstance(text, str) for text in texts):
+            found = _tokenizer(base)(texts, **how)
+        elif texts and all(isinstance(text, (list, tuple)) and text and isinstance(text[0], Mapping) for text in texts):
+            template = _tokenizer(base).apply_chat_template
+            with told("the tokenizer makes no text of this chat ({}); give messages of a role and a content, or texts"):
+                found = template(texts, add_generation_prompt=True, return_dict=True, **how)
         else:
-            found = tokenizer(texts, **how)
+            raise DataError(f"a text to go on with is a str, a chat, a list of such, or ids (b, t), not {source!r:.60}")
         found = {key: found[key] for key in ("input_ids", "attention_mask")}
         if not bool(found["attention_mask"].any(1).all()):
             raise DataError("a text without a token cannot be gone on with; give one that begins")
         return to_device(found, base.device), one  # type: ignore[return-value]
     return to_device(found, base.device), False  # type: ignore[return-value]
-
-
-def _texts(source: Any) -> tuple[list[Any], bool, bool]:
-    """Texts or chats, whether they are chats, and whether one was given."""
-    if isinstance(source, str):
-        return [source], False, True
-    items = list(source) if isinstance(source, (list, tuple)) else []
-    if items and all(isinstance(item, str) for item in items):
-        return items, False, False
-    if items and all(isinstance(item, Mapping) for item in items):
-        return [items], True, True
-    if items and all(isinstance(item, (list, tuple)) and all(isinstance(m, Mapping) for m in item) for item in items):
-        return items, True, False
-    raise DataError(f"a text to go on with is a str, a chat, a list of such, or ids (b, t), not {source!r:.60}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sidetuning as st
 from sidetuning.cache import cache_tokens
+from sidetuning.generating import Merged
 from text_parts import WORDS, Lines
 
 transformers = pytest.importorskip("transformers")
@@ -176,6 +177,19 @@ def test_texts_give_texts_and_chats_go_through_the_template(base: st.Base) -> No
     assert torch.allclose(found.logits[0], model(text(IDS), "each")[:, -1], atol=1e-5)
 
 
+def test_tasks_that_are_alike_and_read_other_taps_are_not_run_as_one(base: st.Base) -> None:
+    model = st.SideTuner(base)
+    for seed, taps in enumerate((["h.0"], ["h.2"], ["h.2"])):
+        branch = model.add_task(f"t{seed}", side="ladder", head="lm", taps=taps, seed=seed)
+        branch.merge.gate.data.fill_(0.05)  # type: ignore[union-attr, operator]
+    names = [f"t{seed}" for seed in range(3)]
+    assert [group for group, _ in Merged(model.base, dict(model.branches.items()), names).groups] == [["t0"], names[1:]]  # type: ignore[arg-type]
+    mixed = model.generate(IDS, names, max_new_tokens=5)
+    alone = [model.generate(IDS[k : k + 1], name, max_new_tokens=5) for k, name in enumerate(names)]
+    assert torch.equal(mixed, torch.cat(alone))
+    assert torch.equal(model.generate(IDS[:1], names, max_new_tokens=5)[1:2], greedy(model, IDS[:1], "t1", 5))
+
+
 def test_threads_get_their_own_texts(base: st.Base) -> None:
     model = learned(base)
     asked = [(IDS[i % 3 : i % 3 + 1], task) for i in range(6) for task in (*SIDES, None)]
@@ -185,7 +199,7 @@ def test_threads_get_their_own_texts(base: st.Base) -> None:
     assert all(map(torch.equal, found, told))
 
 
-def test_what_cannot_be_written_is_refused(base: st.Base, folder: Path) -> None:
+def test_what_cannot_be_written_is_refused(base: st.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     model = learned(base, ["each"])
     model.add_task("guard", side=None, merge="base-only", head=2)
     with pytest.raises(st.TaskError, match="'guard' writes no texts"):
@@ -206,6 +220,12 @@ def test_what_cannot_be_written_is_refused(base: st.Base, folder: Path) -> None:
     for sees in ({"side": "ladder", "side_options": {"causal": False, "heads": 2}}, {"side": Backwards()}):
         with pytest.raises(st.TaskError, match="sees later tokens"):
             model.add_task("wrong", head="lm", **sees)
+    with pytest.raises(st.ShapeError, match="or a shorter text"):
+        model.generate(IDS.repeat(1, 10), "each", max_new_tokens=3)
+    assert base.transform is not None
+    monkeypatch.setattr(base.transform.tokenizer(), "chat_template", None)  # type: ignore[attr-defined]
+    with pytest.raises(st.ShapeError, match="no text of this chat"):
+        model.generate([{"role": "user", "content": "red"}], "each")
     encoder = st.SideTuner(st.Base(nn.Linear(4, 4), example=torch.zeros(1, 4)))
     with pytest.raises(st.TaskError, match="has none: load one"):
         encoder.add_task("style", side="mlp", head="lm")
