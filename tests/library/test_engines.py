@@ -326,3 +326,27 @@ def test_a_quantised_base_under_any_side(kind: str, precision: str, encoder: Pat
     assert torch.equal(again(x, "ladder"), model(x, "ladder"))
     with pytest.raises(st.ArtifactError, match=f"ran in {precision} by torch, this base in torch"):
         st.SideTuner(plain).load_task(tmp_path / "model" / "tasks" / "ladder")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_decoder_in_fewer_bits_writes_in_them(precision: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torchao")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    with st.seeded(0):
+        config = transformers.LlamaConfig(vocab_size=50, **shape, eos_token_id=None, pad_token_id=0)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    plain = st.load_base(f"hf:{tmp_path}")
+    base = st.load_base(f"hf:{tmp_path}", precision=precision)
+    assert plain.lm is not None and base.lm is not None and base.lm.backbone is base.net
+    ids = torch.randint(1, 50, (2, 6))
+    model = st.SideTuner(base)
+    written = model.generate({"input_ids": ids}, None, max_new_tokens=3)
+    # What it writes is of its own codes: in int8, of quantised layers.
+    logits = base.lm.logits(base({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).out)
+    assert torch.equal(written[:, 6], logits[:, -1].argmax(-1))
+    with torch.no_grad():
+        whole = base.lm.net(input_ids=ids).logits
+    assert torch.allclose(whole.float(), logits, atol=1e-2) and not torch.equal(whole, plain.lm.net(ids).logits)
+    with pytest.raises(st.ShapeError, match="by engine='torch' alone"):
+        st.with_engine(plain, "onnxruntime", precision="int8", calibration=[])
