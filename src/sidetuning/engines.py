@@ -217,7 +217,12 @@ def _graph(
         feeds = [{k: v.numpy() for k, v in tensors_of(batch).items() if k in inputs} for batch in batches]
         ranges = quantise_onnx(whole, None, feeds, ranges)
         file = _kept([*named_by, ranges], ".onnx", lambda path: quantise_onnx(whole, path, [], ranges))
-    run = open_onnx(graph, file) if name == "onnxruntime" else _open_openvino(graph, file, precision)
+    try:
+        run = open_onnx(graph, file) if name == "onnxruntime" else _open_openvino(graph, file, precision)
+    except Exception:
+        # A file that was damaged is made anew by the next call.
+        file.unlink()
+        raise
     return _outputs(base, run), ranges
 
 
