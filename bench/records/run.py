@@ -45,6 +45,7 @@ RECORDS: Registry[Record] = Registry(
         "peers": "peers:PEERS",
         "five-jobs": "five_jobs:FIVE_JOBS",
         "generators": "generators:GENERATORS",
+        "engines": "engines:ENGINES",
         "closed-form": "closed_form:CLOSED_FORM",
         "route-kinds": "closed_form:ROUTE_KINDS",
     },

@@ -317,11 +317,11 @@ class Base(nn.Module):
             other.spec = replace(self.spec, options={**self.spec.options, "example": example_record(example)})
         return self.engine.rebuilt(other)
 
-    def with_net(self, net: nn.Module) -> Base:
+    def with_net(self, net: nn.Module, lm: LanguageModel | None = None) -> Base:
         """The same base with a copy of its network that gives the same shapes, such as one in fewer bits."""
         other = copy.copy(self)
         other._hidden, other._modules_run, other._first = (net,), (net,), FirstWeight((net,))
-        other._sha256 = other._probe = None
+        other._sha256, other._probe, other.lm = None, None, lm
         return other
 
     def folded(self) -> Base:

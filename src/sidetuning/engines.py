@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, UnknownNameError, told
 from sidetuning.graphs import Graph, Pass, exporting, longer, named, open_onnx, samples, texts, write
+from sidetuning.language import LanguageModel
 from sidetuning.quantising import quantise_onnx, quantise_weights
 from sidetuning.registry import unknown
 from sidetuning.running import Engine, Run, form_of, tensors_of
@@ -85,6 +86,8 @@ def with_engine(
     if not isinstance(base.net, nn.Module) or base.dtype != torch.float32:
         kind = f"{type(base.net).__name__} in {base.dtype}"
         raise ShapeError(f"engines run torch modules whose weights are float32, not a {kind}; leave engine= out")
+    if base.lm is not None and precision != "fp32" and engine != "torch":
+        raise ShapeError(f"a base that writes texts runs in {precision} by engine='torch' alone")
     batches = [] if calibration is None else batches_of(base, calibration)
     ranges: Any = calibration if is_ranges(calibration) else None
     if engine == "auto":
@@ -177,12 +180,14 @@ def _converted(base: Base, precision: str) -> Base:
     """The base with its own weights in fewer bits; nothing of the given one changes."""
     assert isinstance(base.net, nn.Module)
     if precision == "bf16":
-        return base.with_net(copy.deepcopy(base.net).to(torch.bfloat16))
+        whole = copy.deepcopy(base.net if base.lm is None else base.lm.net).to(torch.bfloat16)
+        lm = None if base.lm is None else LanguageModel(whole)
+        return base.with_net(whole if lm is None else lm.backbone, lm)
     tensors = {id(tensor): tensor for tensor in [*base.net.parameters(), *base.net.buffers()]}
     # Only what is converted takes memory anew.
     net = copy.deepcopy(base.net, tensors)
     quantise_weights(net, precision)
-    return base.with_net(net)
+    return base.with_net(net, None if base.lm is None else base.lm.around(net))
 
 
 def _graph(
@@ -212,7 +217,12 @@ def _graph(
         feeds = [{k: v.numpy() for k, v in tensors_of(batch).items() if k in inputs} for batch in batches]
         ranges = quantise_onnx(whole, None, feeds, ranges)
         file = _kept([*named_by, ranges], ".onnx", lambda path: quantise_onnx(whole, path, [], ranges))
-    run = open_onnx(graph, file) if name == "onnxruntime" else _open_openvino(graph, file, precision)
+    try:
+        run = open_onnx(graph, file) if name == "onnxruntime" else _open_openvino(graph, file, precision)
+    except Exception:
+        # A file that was damaged is made anew by the next call.
+        file.unlink()
+        raise
     return _outputs(base, run), ranges
 
 

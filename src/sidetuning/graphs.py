@@ -202,6 +202,8 @@ def open_onnx(graph: Graph, file: Path) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, torch.get_num_threads()
+    # Its threads would wait in a loop, and take the cores from the sides.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     graph.read = [str(value.name) for value in session.get_inputs()]
 

@@ -43,6 +43,13 @@ class LanguageModel:
             backbone.decoder.forward = run
         return other
 
+    def around(self, backbone: Any) -> LanguageModel:
+        """The same model around another backbone, such as one in fewer bits."""
+        other = copy.copy(self)
+        other.net, other.backbone = _shallow(self.net), backbone
+        other.net._modules[self.name] = backbone
+        return other
+
     def logits(self, code: Tensor) -> Tensor:
         """The scores (b, t, vocabulary) of the next token after each, of codes (b, t, d), and of their type."""
         given = _Returned(code.to(self.net.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import sys
 from collections.abc import Callable
@@ -132,6 +133,9 @@ def test_a_task_learned_on_an_engine_is_the_plain_bases(tmp_path: Path) -> None:
     other = st.SideTuner(plain)
     other.load_task(tmp_path / "pets")
     assert torch.allclose(other(IMAGES, "pets"), model(IMAGES, "pets"), atol=1e-5)
+    rows = torch.utils.data.TensorDataset(IMAGES, torch.zeros(5))
+    first, second = (st.cache_features(one, rows, tmp_path / "cache") for one in (plain, model.base))
+    assert first.folder == second.folder
 
 
 @pytest.mark.parametrize(("engine", "precision"), [("torch", "bf16"), ("folded", "bf16"), ("onnxruntime", "int8")])
@@ -326,3 +330,54 @@ def test_a_quantised_base_under_any_side(kind: str, precision: str, encoder: Pat
     assert torch.equal(again(x, "ladder"), model(x, "ladder"))
     with pytest.raises(st.ArtifactError, match=f"ran in {precision} by torch, this base in torch"):
         st.SideTuner(plain).load_task(tmp_path / "model" / "tasks" / "ladder")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_decoder_in_fewer_bits_writes_in_them(precision: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torchao")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    with st.seeded(0):
+        config = transformers.LlamaConfig(vocab_size=50, **shape, eos_token_id=None, pad_token_id=0)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    plain = st.load_base(f"hf:{tmp_path}")
+    base = st.load_base(f"hf:{tmp_path}", precision=precision)
+    assert plain.lm is not None and base.lm is not None and base.lm.backbone is base.net
+    ids = torch.randint(1, 50, (2, 6))
+    model = st.SideTuner(base)
+    written = model.generate({"input_ids": ids}, None, max_new_tokens=3)
+    # What it writes is of its own codes: in int8, of quantised layers.
+    logits = base.lm.logits(base({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).out)
+    assert torch.equal(written[:, 6], logits[:, -1].argmax(-1))
+    with torch.no_grad():
+        whole = base.lm.net(input_ids=ids).logits
+    assert torch.allclose(whole.float(), logits, atol=1e-2) and not torch.equal(whole, plain.lm.net(ids).logits)
+    with pytest.raises(st.ShapeError, match="by engine='torch' alone"):
+        st.with_engine(plain, "onnxruntime", precision="int8", calibration=[])
+
+
+def test_a_damaged_file_of_an_engine_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed("onnxruntime")
+    monkeypatch.setenv("SIDETUNING_CACHE", str(tmp_path))
+    plain = mlp_base()
+    st.with_engine(plain, "onnxruntime")
+    (file,) = tmp_path.rglob("*.onnx")
+    file.write_bytes(b"no graph")
+    with pytest.raises(st.ShapeError, match="cannot be built for onnxruntime"):
+        st.with_engine(plain, "onnxruntime")
+    x = inputs("mlp")
+    assert apart(st.with_engine(plain, "onnxruntime")(x), plain(x)) < 1e-5
+
+
+def test_the_command_line_trains_on_a_base_in_fewer_bits(tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    from sidetuning.commands.train import Settings, opened
+
+    settings = Settings("photos", "pets", str(tmp_path), base="resnet44-cifar10", precision="bf16")
+    model = opened(settings, tmp_path)
+    assert str(model.base.engine) == "bf16 by torch"
+    model.add_task("pets", side=None, merge="base-only", head=3)
+    model.save(tmp_path)
+    assert opened(settings, tmp_path).base.identity() == model.base.identity()
+    with pytest.raises(st.TaskError, match="a base in bf16; leave --precision out"):
+        opened(dataclasses.replace(settings, precision="int8"), tmp_path)

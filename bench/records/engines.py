@@ -1,0 +1,188 @@
+"""What runs the frozen base how fast, how far from torch in fp32, in how much memory, and what tasks on it are worth.
+
+Three networks: the packaged ResNet-44 on images of CIFAR-100, a ViT-Tiny of timm at 224 pixels and a BERT of
+MiniLM-L6's size on windows of 128 tokens; the weights of the last two are random, and so are their errors.
+
+- speed: passes over one batch, all engines in turn in one process, on one core and on two;
+- memory: the most that a process holds while it makes passes, Python and torch included, each in its own;
+- accuracy: ten tasks of ten classes of CIFAR-100 in closed form, learned and asked on the base as it runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+import sidetuning as st
+from peers import Rows, base_of
+from record import RESULTS, Record, read, write
+from sidetuning_bench import grid, icifar
+from sidetuning_bench.cifar import load_images
+from sidetuning_bench.grid import Cell
+from sidetuning_bench.options import Count
+from sidetuning_bench.runs import peak_memory_mb
+
+# Rows of a batch of each network, and the ways that it has beside those of all.
+SUBJECTS = {"resnet44": 64, "vit-tiny": 8, "minilm": 8}
+ALL = [("torch", "fp32"), ("compile", "fp32"), ("onnxruntime", "fp32"), ("openvino", "fp32"), ("torch", "bf16")]
+STATIC = [("onnxruntime", "int8"), ("openvino", "int8")]
+CONVOLUTIONS = [("folded", "fp32"), *ALL, ("folded", "bf16"), *STATIC]
+LINEAR = [*ALL, *STATIC, ("torch", "int8"), ("torch", "int4")]
+# Ways whose tasks are learned and asked.
+ASKED = [("torch", "fp32"), ("onnxruntime", "fp32"), ("folded", "bf16"), *STATIC]
+TRAIN, TASKS = 10_000, 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Speed, memory and accuracy of the base by each engine, and in fewer bits."""
+
+    data: str = icifar.Settings.data
+    """A folder with CIFAR-100, or a data set on the Hub."""
+    rounds: Count = 5
+    """Rounds of all engines, after one that warms up."""
+    rows: Count = TRAIN
+    """Training images of the tasks; all test images are asked."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One measurement, in a process of its own."""
+
+    what: str
+    subject: str
+    settings: Settings
+    threads: int = 1
+    way: tuple[str, str] = ("torch", "fp32")
+
+
+def ways_of(subject: str) -> list[tuple[str, str]]:
+    """The ways to run a network: norms are folded, and weights of linear layers quantised, where there are such."""
+    return CONVOLUTIONS if subject == "resnet44" else LINEAR
+
+
+def batch_of(base: st.Base, subject: str, data: str) -> Any:
+    """Inputs of a network, as a data set has them, or at random."""
+    if subject == "resnet44" and data:
+        images = load_images(data, "train")
+        return torch.stack([images[i][0] for i in range(256)])
+    x: Any = Rows(base, subject, SUBJECTS[subject]).x
+    return {name: value[:, :128] for name, value in x.items()} if isinstance(x, dict) else x
+
+
+def plain_base(subject: str) -> st.Base:
+    """A network without taps."""
+    return base_of(subject).with_taps([])
+
+
+def run_by(base: st.Base, way: tuple[str, str], x: Any) -> st.Base:
+    """The base by an engine."""
+    return st.with_engine(base, way[0], precision=way[1], calibration=x if way in STATIC else None)
+
+
+def measure(asked: Asked) -> dict[str, Any]:
+    """One cell."""
+    torch.set_num_threads(asked.threads)
+    base = plain_base(asked.subject)
+    x = batch_of(base, asked.subject, asked.settings.data if asked.what != "memory" else "")
+    if asked.what == "speed":
+        return speed(base, asked, x)
+    if asked.what == "accuracy":
+        return accuracy(run_by(base, asked.way, x), asked.settings)
+    run, inputs = run_by(base, asked.way, x), base.prepare(rows_of(x, SUBJECTS[asked.subject]))
+    del base
+    peak_memory_mb(anew=True)
+    for _ in range(3):
+        run.encode(inputs)
+    return {"memory_mb": peak_memory_mb()}
+
+
+def rows_of(x: Any, count: int) -> Any:
+    """The first rows of a batch."""
+    return {name: value[:count] for name, value in x.items()} if isinstance(x, dict) else x[:count]
+
+
+def speed(base: st.Base, asked: Asked, x: Any) -> dict[str, Any]:
+    """Seconds of passes over one batch, interleaved, and errors."""
+    inputs = base.prepare(rows_of(x, SUBJECTS[asked.subject]))
+    bases = {" ".join(way): run_by(base, way, x) for way in ways_of(asked.subject)}
+    times: dict[str, list[float]] = {name: [] for name in bases}
+    for turn in range(asked.settings.rounds + 1):
+        for name, other in bases.items():
+            started = time.perf_counter()
+            other.encode(inputs)
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {"seconds": times, "errors": {name: other.engine.error for name, other in bases.items()}}
+
+
+def accuracy(base: st.Base, settings: Settings) -> dict[str, Any]:
+    """Mean accuracy of the tasks, each learned and asked on features of this base."""
+    model, scores = st.SideTuner(base), []
+    with tempfile.TemporaryDirectory() as folder:
+        cached = {}
+        for split in ("train", "test"):
+            images = load_images(settings.data, split)
+            some = Subset(images, range(len(images) if split == "test" else settings.rows))
+            cached[split] = st.cache_features(base, some, folder, progress=False)
+        for task in range(TASKS):
+            first, name = task * TASKS, f"task-{task}"
+            model.add_task(name, side=None, merge="base-only", head=TASKS)
+            loaders = {}
+            for split, features in cached.items():
+                own = ((features.labels >= first) & (features.labels < first + TASKS)).nonzero().flatten()
+                loaders[split] = st.loader_over(features, batch_size=500, indices=own, relabel=lambda y, k=first: y - k)
+            st.solve(model, name, loaders["train"], progress=False)
+            scores.append(st.evaluate(model, name, loaders["test"])["accuracy"])
+    return {"accuracy": statistics.mean(scores), "accuracies": scores}
+
+
+def run(given: Settings) -> None:
+    """Measure the networks that have no result."""
+    for subject in SUBJECTS:
+        if (RESULTS / f"engines-{subject}.json").exists():
+            continue
+        asked = Asked("speed", subject, given)
+        cells = [Cell(f"{n}", Path(), replace(asked, threads=n)) for n in (1, 2)]
+        for what in ("memory", "accuracy") if subject == "resnet44" else ("memory",):
+            for way in ASKED if what == "accuracy" else ways_of(subject):
+                cells.append(Cell(f"{what} {' '.join(way)}", Path(), replace(asked, what=what, way=way)))
+        found = {cell.name: row for cell, row in grid.run(cells, measure, lambda cell: None)}
+        content = {"batch": SUBJECTS[subject], "rounds": given.rounds, "rows": given.rows, "measured": found}
+        write(f"engines-{subject}", content)
+
+
+def table(given: Settings) -> str:
+    """A table for each network: medians over the rounds, against torch in fp32 on as many cores."""
+    parts = []
+    for subject in SUBJECTS:
+        content = read(f"engines-{subject}")
+        found, what = content["measured"], "texts" if subject == "minilm" else "images"
+        head = ["one core, × torch", f"{what}/s", "two cores, × torch", f"{what}/s", "error", "memory, MB"]
+        head += ["accuracy"] if subject == "resnet44" else []
+        lines = [f"**{subject}**, batches of {content['batch']}:", "", f"| engine | {' | '.join(head)} |"]
+        lines.append("| --- |" + " ---: |" * len(head))
+        for way in ways_of(subject):
+            name, cells = " ".join(way), []
+            for cores in ("1", "2"):
+                seconds = found[cores]["seconds"]
+                spent = statistics.median(seconds[name])
+                ratios = [a / b for a, b in zip(seconds["torch fp32"], seconds[name], strict=True)]
+                cells += [f"{statistics.median(ratios):.2f}", f"{content['batch'] / spent:,.0f}"]
+            error = found["1"]["errors"][name]
+            cells += [f"{error:.1e}" if error else "", f"{found[f'memory {name}']['memory_mb']:,.0f}"]
+            if subject == "resnet44":
+                cells.append(f"{100 * found[f'accuracy {name}']['accuracy']:.2f} %" if way in ASKED else "")
+            lines.append(f"| {way[0]}, {way[1]} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+ENGINES = Record(Settings(), run, table)
