@@ -35,12 +35,12 @@ from sidetuning_bench.options import Count
 from sidetuning_bench.results import estimate, number_text
 from sidetuning_bench.runs import peak_memory_mb
 
-METHODS = {"ladder": 5e-3, "lora": 2e-3, "finetune": 5e-4}
+METHODS = {"ladder": 3e-3, "lora": 3e-3, "finetune": 3e-4}
 COSTS = ("ladder, cached", "ladder, live", "lora", "finetune")
 # Steps whose cost is measured; the first warms up. Rows that are held out of each domain.
 STEPS, HELD, ROUNDS = 8, 64, 7
 TAPS = ("h.1", "h.3", "h.5")
-SIDE: dict[str, Any] = {"side": "ladder", "head": "lm", "side_options": {"width": 48}}
+SIDE: dict[str, Any] = {"side": "ladder", "head": "lm", "side_options": {"width": 96}}
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,7 @@ def learned(base: st.Base, tasks: Sequence[str] = tuple(SIDES)) -> st.SideTuner:
         branch = model.add_task(task, **SIDES[task], head="lm", seed=seed)
         with st.seeded(seed), torch.no_grad():
             for parameter in branch.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            branch.merge.gate.fill_(0.02)  # type: ignore[union-attr, operator]
+                parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 
@@ -125,8 +124,9 @@ def test_every_kind_writes_as_it_did_and_as_its_tasks_do(kind: str, tmp_path: Pa
     base, net = saved(tmp_path, kind), network(kind)
     assert base.causal and base.lm is not None
     fresh = st.SideTuner(base)
-    fresh.add_task("style", side="ladder", head="lm")
-    assert torch.equal(fresh(text(IDS), "style"), net(**text(IDS)).logits)
+    for side in ("ladder", "transformer", "copy"):
+        fresh.add_task(side, side=side, head="lm")
+        assert torch.equal(fresh(text(IDS), side), net(**text(IDS)).logits)
     settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(fresh.generate(IDS, **settings), net.generate(IDS, **settings))
     model = learned(base)
@@ -181,7 +181,8 @@ def test_tasks_that_are_alike_and_read_other_taps_are_not_run_as_one(base: st.Ba
     model = st.SideTuner(base)
     for seed, taps in enumerate((["h.0"], ["h.2"], ["h.2"])):
         branch = model.add_task(f"t{seed}", side="ladder", head="lm", taps=taps, seed=seed)
-        branch.merge.gate.data.fill_(0.05)  # type: ignore[union-attr, operator]
+        with st.seeded(seed), torch.no_grad():
+            branch.side.fit.project.weight.normal_()  # type: ignore[union-attr, operator]
     names = [f"t{seed}" for seed in range(3)]
     assert [group for group, _ in Merged(model.base, dict(model.branches.items()), names).groups] == [["t0"], names[1:]]  # type: ignore[arg-type]
     mixed = model.generate(IDS, names, max_new_tokens=5)
@@ -215,6 +216,8 @@ def test_what_cannot_be_written_is_refused(base: st.Base, monkeypatch: pytest.Mo
     for source in wrong:
         with pytest.raises(st.DataError, match=r"text|ids"):
             model.generate(source, "each")
+    with pytest.raises(st.TaskError, match="give init='zero'"):
+        model.add_task("wrong", side="copy", head="lm", init="silent")
     with pytest.raises(st.DataError, match="not 'labels'"):
         model.generate({"input_ids": IDS, "labels": IDS}, "each")
     for sees in ({"side": "ladder", "side_options": {"causal": False, "heads": 2}}, {"side": Backwards()}):
@@ -330,7 +333,7 @@ def test_cached_taps_train_as_live_ones(base: st.Base, tmp_path: Path) -> None:
         models.append(model)
     live, kept = (dict(model["style"].named_parameters()) for model in models)
     assert all(torch.allclose(live[name], kept[name], atol=1e-5) for name in live)
-    assert live["merge.gate"] != 0
+    assert live["side.fit.project.bias"].abs().min() > 0
 
 
 def test_a_task_is_saved_without_the_embedding_and_knows_it(folder: Path, base: st.Base, tmp_path: Path) -> None:
