@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sidetuning as st
+from sidetuning.artifacts import read_task
 from sidetuning.cache import cache_tokens
 from sidetuning.generating import Merged
+from sidetuning.hub import asking
 from text_parts import WORDS, Lines
 
 transformers = pytest.importorskip("transformers")
@@ -184,7 +186,8 @@ def test_tasks_that_are_alike_and_read_other_taps_are_not_run_as_one(base: st.Ba
         with st.seeded(seed), torch.no_grad():
             branch.side.fit.project.weight.normal_()  # type: ignore[union-attr, operator]
     names = [f"t{seed}" for seed in range(3)]
-    assert [group for group, _ in Merged(model.base, dict(model.branches.items()), names).groups] == [["t0"], names[1:]]  # type: ignore[arg-type]
+    groups = Merged(model.base, {name: model[name] for name in names}, names).groups
+    assert [group for group, _ in groups] == [["t0"], names[1:]]
     mixed = model.generate(IDS, names, max_new_tokens=5)
     alone = [model.generate(IDS[k : k + 1], name, max_new_tokens=5) for k, name in enumerate(names)]
     assert torch.equal(mixed, torch.cat(alone))
@@ -347,6 +350,9 @@ def test_a_task_is_saved_without_the_embedding_and_knows_it(folder: Path, base: 
         again.generate(IDS, list(SIDES), max_new_tokens=4), model.generate(IDS, list(SIDES), max_new_tokens=4)
     )
     kept = tmp_path / "model/tasks/each"
+    written: dict[str, Any] = {"model": again}
+    exec(asking(read_task(kept)[0]), written)
+    assert isinstance(written["text"], str)
     size = sum(parameter.numel() for parameter in model["each"].parameters())
     assert (kept / "side.safetensors").stat().st_size < 4 * size + 8000
     assert json.loads((kept / "side.json").read_text())["parts"]["head"][1].keys() == {"sha256"}
