@@ -35,12 +35,12 @@ from sidetuning_bench.options import Count
 from sidetuning_bench.results import estimate, number_text
 from sidetuning_bench.runs import peak_memory_mb
 
-METHODS = {"ladder": 5e-3, "lora": 2e-3, "finetune": 5e-4}
+METHODS = {"ladder": 3e-3, "lora": 1e-2, "finetune": 1e-3}
 COSTS = ("ladder, cached", "ladder, live", "lora", "finetune")
 # Steps whose cost is measured; the first warms up. Rows that are held out of each domain.
 STEPS, HELD, ROUNDS = 8, 64, 7
 TAPS = ("h.1", "h.3", "h.5")
-SIDE: dict[str, Any] = {"side": "ladder", "head": "lm", "side_options": {"width": 48}}
+SIDE: dict[str, Any] = {"side": "ladder", "head": "lm", "side_options": {"width": 96}}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Settings:
     """The generator."""
     seeds: Count = 3
     """Number of seeds: initial weights and orders of rows."""
-    rows: Count = 512
+    rows: Count = 256
     """Rows of `length` tokens of each domain."""
     length: Count = 128
     """Tokens of a row."""
@@ -212,7 +212,8 @@ def learn(job: Job) -> dict[str, Any]:
     for domain, (ids, held) in data.items():
         method.add(domain)
         read_rows = method.data(ids)
-        loader: Any = DataLoader(range(len(ids)), job.batch, shuffle=True, collate_fn=read_rows)  # type: ignore[arg-type]
+        numbers: Any = range(len(ids))
+        loader: Any = DataLoader(numbers, job.batch, shuffle=True, collate_fn=read_rows)
         method.learn(domain, loader, job.epochs * len(loader))
         found.append(method.perplexity(domain, held))
     end = [method.perplexity(domain, held) for domain, (_, held) in data.items()]
@@ -234,7 +235,8 @@ def cost(job: Job) -> dict[str, float]:
         times.append(time.perf_counter())
         return rows(some)
 
-    loader: Any = DataLoader(range(len(ids)), job.batch, collate_fn=timed)  # type: ignore[arg-type]
+    numbers: Any = range(len(ids))
+    loader: Any = DataLoader(numbers, job.batch, collate_fn=timed)
     method.learn("all", loader, STEPS)
     after = peak_memory_mb()
     assert before is not None and after is not None

@@ -176,7 +176,8 @@ def build_branch(
     """Build the branch that `SideTuner.add_task` describes, in evaluation mode."""
     if merge is None:
         # A task that writes starts as the base does, bit for bit.
-        merge, init = ("sum", init or "zero") if head == "lm" else ("alpha", init)
+        quiet = "silent" if side in ("ladder", "transformer", "mlp") else "zero"
+        merge, init = ("sum", init or quiet) if head == "lm" else ("alpha", init)
     if head == "lm" and side == "ladder":
         side_options = {"heads": 0, **(side_options or {})}
     merge_module, merge_name = _build(MERGES, merge, merge_options, base.kind, base.width, len(laterals))
@@ -187,7 +188,7 @@ def build_branch(
         if side is None:
             raise TaskError(f"merge '{merge_name[0]}' needs a side; name one, or use merge='base-only'")
         side_module, side_name = _build(SIDES, side, side_options, base)
-    elif side_options or init not in (None, "zero", "xavier", "low-energy", "distilled"):
+    elif side_options or init not in (None, "zero", "xavier", "low-energy", "silent", "distilled"):
         raise TaskError(f"merge '{merge_name[0]}' reads no side; leave side_options= and init= out")
     head_module, head_name = _build(HEADS, *named_head(head, head_options), base)
     # What a rebuild from `side.json` must know; weights come from the file then.

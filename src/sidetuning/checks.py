@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import threading
@@ -19,6 +20,8 @@ from sidetuning.errors import ArtifactError, TaskError, told
 from sidetuning.heads import LanguageHead
 from sidetuning.inputs import Input, modules_of
 from sidetuning.probe import influence, shapes_of
+from sidetuning.seeding import seeded
+from sidetuning.sides import run_side
 
 
 def check_name(name: str) -> None:
@@ -78,11 +81,17 @@ def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Inpu
 def _check_causal(name: str, branch: Branch, base: Base, laterals: Callable[[Input, Features], list[Tensor]]) -> None:
     """Raise TaskError where the code of a token depends on later ones, which a text that is written does not have."""
 
+    # Weights that start at 0 hide what a side sees.
+    side = copy.deepcopy(branch.side)
+    with seeded(0):
+        for parameter in () if side is None else side.parameters():
+            parameter.data = parameter.data if parameter.any() else torch.randn_like(parameter)
+
     def sides(x: Input) -> Tensor:
         inputs = base.prepare(x)
         features = base.encode(inputs)
-        own = branch.side_output(inputs, features)
-        found = [*([] if own is None else [own]), *laterals(inputs, features)]
+        own = [] if side is None else [run_side(side, inputs, features)]
+        found = [*own, *laterals(inputs, features)]
         return torch.cat(found or [features.out], -1)
 
     moved = influence(sides, base.example)

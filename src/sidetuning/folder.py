@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +91,19 @@ def described(path: str | Path, name: str | None = None) -> list[TaskInfo]:
     return [_info(*found[task]) for task in ([_known(path, name, found)] if name is not None else found)]
 
 
+def problem_of(config: Mapping[str, Any]) -> str:
+    """What the targets of a task mean, of its text."""
+    parts = config["parts"]
+    return str(parts.get("problem") or config.get("trained_as") or BY_HEAD.get(parts["head"][0], "classes"))
+
+
 def _info(folder: Path, task: SavedTask) -> TaskInfo:
     config, tensors = task
     parts, base = config["parts"], config["base"]
     head = parts["head"][0]
     return TaskInfo(
         task=config["task"],
-        problem=parts.get("problem") or config.get("trained_as") or BY_HEAD.get(head, "classes"),
+        problem=problem_of(config),
         labels=config.get("labels"),
         side=parts["side"][0] if parts.get("side") else None,
         merge=parts["merge"][0],

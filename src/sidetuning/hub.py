@@ -10,7 +10,7 @@ from typing import Any
 from sidetuning.artifacts import CONFIG, TENSORS, write_files
 from sidetuning.errors import ArtifactError, TaskError, UnknownNameError
 from sidetuning.files import held_folder, write_text
-from sidetuning.folder import saved_tasks, task_folders, task_root
+from sidetuning.folder import problem_of, saved_tasks, task_folders, task_root
 from sidetuning.registry import unknown
 
 CARD = """
@@ -243,7 +243,7 @@ def model_card(
         tags=["side-tuning"],
         base_model=on_the_hub(public["name"]) if public else None,
         license=licence,
-        pipeline_tag=PIPELINES.get((reads(configs[0]), configs[0]["parts"].get("problem") or "classes")),
+        pipeline_tag=PIPELINES.get((reads(configs[0]), problem_of(configs[0]))),
         metrics=sorted({key for config in configs for key in config.get("metrics", {})}) or None,
     )
     given = {"revision": revision, "subfolder": subfolder}
@@ -270,6 +270,7 @@ PIPELINES = {
     ("text", "classes"): "text-classification",
     ("text", "labels"): "text-classification",
     ("text", "tokens"): "token-classification",
+    ("text", "next"): "text-generation",
 }
 
 
@@ -282,6 +283,8 @@ def asking(config: Mapping[str, Any]) -> str:
     """The line of code that asks a task."""
     source = {"image": '"photo.jpg"', "text": '"a text"'}.get(reads(config))
     task = config["task"]
+    if problem_of(config) == "next":
+        return f'text = model.generate("a text", "{task}", max_new_tokens=40)'
     return f'y = model(x, "{task}")' if source is None else f'answers = model.predict({source})["{task}"]'
 
 

@@ -93,10 +93,12 @@ def groups(base: Base, branches: Mapping[str, Branch], tasks: Iterable[str]) -> 
     """The tasks by the transform that each was trained with.
 
     Raises:
-        TaskError: a task of a base that reads neither images nor texts.
+        TaskError: a task of a base that reads neither images nor texts, or one that writes.
     """
     found: dict[Transform, list[str]] = {}
     for task in dict.fromkeys(tasks):
+        if isinstance(branches[task].problem, Next):
+            raise TaskError(f"task '{task}' goes on with texts, model.generate('…', task='{task}'); ask other tasks")
         transform = branches[task].transform or base.transform
         if transform is None:
             raise TaskError(
@@ -122,11 +124,6 @@ def predict(
         raise TaskError(f"top must be 1 or more, not {top}")
     found: dict[str, Any] = {}
     one = False
-    if writers := [task for task in tasks if isinstance(branches[task].problem, Next)]:
-        raise TaskError(
-            f"task '{writers[0]}' goes on with texts: model.generate('…', task='{writers[0]}'); predict asks other "
-            "tasks, tasks=[…]"
-        )
     for transform, names in groups(base, branches, tasks).items():
         one = transform.is_one(sources)
         given = [sources] if one else list(sources)

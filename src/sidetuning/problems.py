@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -273,7 +272,8 @@ class Next(Classes):
         return {"perplexity": partial(F.cross_entropy, reduction="none"), **super().metrics()}
 
     def final(self, averages: dict[str, float]) -> dict[str, float]:
-        return {**averages, "perplexity": math.exp(averages["perplexity"])} if "perplexity" in averages else averages
+        mean = averages.get("perplexity")
+        return averages if mean is None else {**averages, "perplexity": float(np.exp(np.clip(mean, None, 700)))}
 
     def codes(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return Problem.codes(self, output, target)

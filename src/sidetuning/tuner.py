@@ -113,12 +113,12 @@ class SideTuner(nn.Module):
             name: letters, digits, "-" and "_".
             side: a registered side, your own module, or None with a merge that ignores it.
             head: number of outputs of a linear head, a registered head, or your own module.
-            merge: a registered merge ("alpha"; of the head "lm" "sum", init="zero") or your own, called as `Merge` is.
+            merge: a registered merge ("alpha"; of head "lm" "sum" and init="silent") or your own, called as `Merge` is.
             taps: the base's inner modules that the side reads, as `Base` takes them; by default all that it returns.
             laterals: earlier tasks whose side outputs, detached, the merge reads too; they can no longer be trained.
             prenorm: group-normalise the merged code before the head, as the original code does.
             init: how the side starts. None: as built. "xavier". "low-energy": its output scaled to 1 %. "zero": as the
-                base, by a gate at 0. "distilled": weights that ship for this base and side. A path: of its weights.
+                base, by a gate at 0. "silent": its last layer at 0. "distilled": shipped weights. A path: of weights.
             side_options, merge_options, head_options: keyword arguments of registered parts.
             labels: names of the classes, one per output, saved with the task.
             problem: what targets mean: "classes", "labels" (several may be right), "numbers", "tokens", "next",

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sidetuning as st
+from sidetuning.artifacts import read_task
 from sidetuning.cache import cache_tokens
 from sidetuning.generating import Merged
+from sidetuning.hub import asking
 from text_parts import WORDS, Lines
 
 transformers = pytest.importorskip("transformers")
@@ -106,8 +108,7 @@ def learned(base: st.Base, tasks: Sequence[str] = tuple(SIDES)) -> st.SideTuner:
         branch = model.add_task(task, **SIDES[task], head="lm", seed=seed)
         with st.seeded(seed), torch.no_grad():
             for parameter in branch.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            branch.merge.gate.fill_(0.02)  # type: ignore[union-attr, operator]
+                parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 
@@ -125,8 +126,9 @@ def test_every_kind_writes_as_it_did_and_as_its_tasks_do(kind: str, tmp_path: Pa
     base, net = saved(tmp_path, kind), network(kind)
     assert base.causal and base.lm is not None
     fresh = st.SideTuner(base)
-    fresh.add_task("style", side="ladder", head="lm")
-    assert torch.equal(fresh(text(IDS), "style"), net(**text(IDS)).logits)
+    for side in ("ladder", "transformer", "copy"):
+        fresh.add_task(side, side=side, head="lm")
+        assert torch.equal(fresh(text(IDS), side), net(**text(IDS)).logits)
     settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(fresh.generate(IDS, **settings), net.generate(IDS, **settings))
     model = learned(base)
@@ -181,9 +183,11 @@ def test_tasks_that_are_alike_and_read_other_taps_are_not_run_as_one(base: st.Ba
     model = st.SideTuner(base)
     for seed, taps in enumerate((["h.0"], ["h.2"], ["h.2"])):
         branch = model.add_task(f"t{seed}", side="ladder", head="lm", taps=taps, seed=seed)
-        branch.merge.gate.data.fill_(0.05)  # type: ignore[union-attr, operator]
+        with st.seeded(seed), torch.no_grad():
+            branch.side.fit.project.weight.normal_()  # type: ignore[union-attr, operator]
     names = [f"t{seed}" for seed in range(3)]
-    assert [group for group, _ in Merged(model.base, dict(model.branches.items()), names).groups] == [["t0"], names[1:]]  # type: ignore[arg-type]
+    groups = Merged(model.base, {name: model[name] for name in names}, names).groups
+    assert [group for group, _ in groups] == [["t0"], names[1:]]
     mixed = model.generate(IDS, names, max_new_tokens=5)
     alone = [model.generate(IDS[k : k + 1], name, max_new_tokens=5) for k, name in enumerate(names)]
     assert torch.equal(mixed, torch.cat(alone))
@@ -215,6 +219,8 @@ def test_what_cannot_be_written_is_refused(base: st.Base, monkeypatch: pytest.Mo
     for source in wrong:
         with pytest.raises(st.DataError, match=r"text|ids"):
             model.generate(source, "each")
+    with pytest.raises(st.TaskError, match="give init='zero'"):
+        model.add_task("wrong", side="copy", head="lm", init="silent")
     with pytest.raises(st.DataError, match="not 'labels'"):
         model.generate({"input_ids": IDS, "labels": IDS}, "each")
     for sees in ({"side": "ladder", "side_options": {"causal": False, "heads": 2}}, {"side": Backwards()}):
@@ -330,7 +336,7 @@ def test_cached_taps_train_as_live_ones(base: st.Base, tmp_path: Path) -> None:
         models.append(model)
     live, kept = (dict(model["style"].named_parameters()) for model in models)
     assert all(torch.allclose(live[name], kept[name], atol=1e-5) for name in live)
-    assert live["merge.gate"] != 0
+    assert live["side.fit.project.bias"].abs().min() > 0
 
 
 def test_a_task_is_saved_without_the_embedding_and_knows_it(folder: Path, base: st.Base, tmp_path: Path) -> None:
@@ -344,6 +350,9 @@ def test_a_task_is_saved_without_the_embedding_and_knows_it(folder: Path, base: 
         again.generate(IDS, list(SIDES), max_new_tokens=4), model.generate(IDS, list(SIDES), max_new_tokens=4)
     )
     kept = tmp_path / "model/tasks/each"
+    written: dict[str, Any] = {"model": again}
+    exec(asking(read_task(kept)[0]), written)
+    assert isinstance(written["text"], str)
     size = sum(parameter.numel() for parameter in model["each"].parameters())
     assert (kept / "side.safetensors").stat().st_size < 4 * size + 8000
     assert json.loads((kept / "side.json").read_text())["parts"]["head"][1].keys() == {"sha256"}

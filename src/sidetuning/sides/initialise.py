@@ -17,6 +17,7 @@ from sidetuning.errors import ArtifactError, TaskError
 from sidetuning.files import check_safetensors
 from sidetuning.inputs import original
 from sidetuning.sides import Side, run_side
+from sidetuning.sides.fit import FitTokens
 
 # Size of a low-energy side's output against the same side as built.
 ENERGY = 0.01
@@ -37,15 +38,21 @@ class LowEnergy(Side):
 
 
 def initialise(base: Base, side: nn.Module, name: str, options: Mapping[str, Any], init: str | Path) -> None:
-    """Give a side its first weights: "xavier", "distilled", or those of a safetensors file."""
+    """Give a side its first weights: "xavier", "silent", "distilled", or those of a safetensors file."""
     if init == "xavier":
         xavier(side)
+    elif init == "silent":
+        last = [module.project for module in side.modules() if isinstance(module, FitTokens)]
+        if not last:
+            raise TaskError(f"side '{name}' has no last layer that can start at 0; give init='zero'")
+        nn.init.zeros_(last[-1].weight)
+        nn.init.zeros_(last[-1].bias)
     elif init == "distilled":
         load_weights(side, distilled_weights(base, name, options), f"side '{name}'")
     elif isinstance(init, Path) or "." in init or "/" in init:
         load_weights(side, init, f"side '{name}'")
     else:
-        names = "xavier, low-energy, zero, distilled or the path of a safetensors file"
+        names = "xavier, low-energy, zero, silent, distilled or the path of a safetensors file"
         raise TaskError(f"init '{init}' is not known; give {names}")
 
 
