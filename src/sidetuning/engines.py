@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import time
 import warnings
@@ -42,6 +43,9 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
 }
+# What is imported; the first two write the graph.
+NEEDED = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime")}
+NEEDED["openvino"] = (*NEEDED["onnxruntime"], "openvino")
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 # The largest relative error of fp32, which is rounding's, and of fewer bits, beyond which a network is another one.
 ROUNDING, COARSE = 1e-3, 0.5
@@ -200,14 +204,15 @@ def _graph(
     """The network as a graph with open numbers of rows and tokens, and the ranges of its activations in int8."""
     if name != "compile" and base.device.type != "cpu":
         raise ShapeError(f"{name} runs on the CPU alone, and this base lies on {base.device}; use engine='compile'")
-    if name == "openvino" and find_spec("openvino") is None:
-        raise ImportError("engine='openvino' needs OpenVINO: pip install 'sidetuning[openvino]'")
+    if missing := [package for package in NEEDED.get(name, ()) if find_spec(package) is None]:
+        extra = "openvino" if name == "openvino" else "onnx"
+        raise ImportError(f"engine='{name}' needs {missing[0]}: pip install 'sidetuning[{extra}]'")
     inputs = {k: v for k, v in tensors_of(_probe(base, 2)).items() if isinstance(v, Tensor)}
     graph = Graph("base", Pass(base, list(inputs), raw=False), inputs, ["out", *base.tap_shapes])
-    known = [version(package) for package in ("torch", *(["onnx", "onnxscript"] if name != "compile" else []))]
+    known = [version(package) for package in ("torch", *NEEDED.get(name, ())[:2])]
     named_by = [base.identity().digest(), base.structure(), base.layouts, graph.outputs, form_of(inputs), known]
     if name == "compile":
-        file = _kept([*named_by, torch.get_num_threads()], ".pt2", lambda path: _compile(graph, path))
+        file = _kept([*named_by, *_machine(base.device)], ".pt2", lambda path: _compile(graph, path))
         package = torch._inductor.aoti_load_package(str(file))
         return _outputs(base, lambda given: package(*(given[k] for k in inputs))), None
     file = whole = _kept(named_by, ".onnx", lambda path: _export(graph, path))
@@ -253,6 +258,14 @@ def _compile(graph: Graph, path: Path) -> None:
         program = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=(shapes,))
         options = {"freezing": True}
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def _machine(device: torch.device) -> list[Any]:
+    """What compiled code depends on: a processor without some instruction would end the program."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [f"flags {platform.processor()}"]
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return [flags, torch.get_num_threads(), torch.cuda.get_device_capability(device) if device.type == "cuda" else None]
 
 
 def _kept(content: Sequence[Any], ending: str, make: Callable[[Path], Any]) -> Path:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sidetuning as st
-from conftest import conv_net, in_threads, mlp_base, network
+from conftest import conv_net, in_threads, inputs, mlp_base, network
 from sidetuning import engines
 from sidetuning.identity import tensor_bytes
 from sidetuning.running import Engine
