@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,9 @@ def accuracy(base: st.Base, asked: Asked, x: Any) -> dict[str, Any]:
             loaders = {}
             for split, features in cached.items():
                 own = ((features.labels >= first) & (features.labels < first + TASKS)).nonzero().flatten()
-                loaders[split] = st.loader_over(features, batch_size=500, indices=own, relabel=lambda y, k=first: y - k)
+                loaders[split] = st.loader_over(
+                    features, batch_size=500, indices=own, relabel=partial(torch.add, other=-first)
+                )
             st.solve(model, name, loaders["train"], progress=False)
             scores.append(st.evaluate(model, name, loaders["test"])["accuracy"])
     return {"accuracy": statistics.mean(scores), "accuracies": scores}

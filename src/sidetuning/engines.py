@@ -44,7 +44,7 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "openvino": ("fp32", "bf16", "int8"),
 }
 # What is imported; the first two write the graph.
-NEEDED = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime")}
+NEEDED: dict[str, tuple[str, ...]] = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime")}
 NEEDED["openvino"] = (*NEEDED["onnxruntime"], "openvino")
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 # The largest relative error of fp32, which is rounding's, and of fewer bits, beyond which a network is another one.

@@ -297,7 +297,8 @@ def stored_bytes(net: nn.Module) -> int:
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_a_quantised_base_under_any_side(kind: str, precision: str, encoder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    name, taps, how = f"hf:{encoder}", ["encoder.layer.0"], {}
+    how: dict[str, Any] = {}
+    name, taps = f"hf:{encoder}", ["encoder.layer.0"]
     x: Any = {"input_ids": torch.randint(0, 9, (6, 7)), "attention_mask": torch.ones(6, 7).long()}
     if kind == "image":
         timm = pytest.importorskip("timm")
