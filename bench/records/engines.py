@@ -10,10 +10,12 @@ MiniLM-L6's size on windows of 128 tokens; the weights of the last two are rando
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.utils.data import Subset
 import sidetuning as st
 from peers import Rows, base_of
 from record import RESULTS, Record, read, write
+from sidetuning.files import write_json
 from sidetuning_bench import grid, icifar
 from sidetuning_bench.cifar import load_images
 from sidetuning_bench.grid import Cell
@@ -46,6 +49,8 @@ class Settings:
 
     data: str = icifar.Settings.data
     """A folder with CIFAR-100, or a data set on the Hub."""
+    cache: Path = Path("engines-cache")
+    """Folder that keeps what was measured, so that a run goes on where it was stopped."""
     rounds: Count = 5
     """Rounds of all engines, after one that warms up."""
     rows: Count = TRAIN
@@ -92,12 +97,14 @@ def measure(asked: Asked) -> dict[str, Any]:
     torch.set_num_threads(asked.threads)
     base = plain_base(asked.subject)
     x = batch_of(base, asked.subject, asked.settings.data if asked.what != "memory" else "")
-    if asked.what == "speed":
-        return speed(base, asked, x)
-    if asked.what == "accuracy":
-        return accuracy(run_by(base, asked.way, x), asked.settings)
+    found = {"speed": speed, "accuracy": accuracy, "memory": memory}[asked.what](base, asked, x)
+    write_json(file_of(asked), found)
+    return found
+
+
+def memory(base: st.Base, asked: Asked, x: Any) -> dict[str, Any]:
+    """What the process holds at its peak."""
     run, inputs = run_by(base, asked.way, x), base.prepare(rows_of(x, SUBJECTS[asked.subject]))
-    del base
     peak_memory_mb(anew=True)
     for _ in range(3):
         run.encode(inputs)
@@ -123,25 +130,52 @@ def speed(base: st.Base, asked: Asked, x: Any) -> dict[str, Any]:
     return {"seconds": times, "errors": {name: other.engine.error for name, other in bases.items()}}
 
 
-def accuracy(base: st.Base, settings: Settings) -> dict[str, Any]:
-    """Mean accuracy of the tasks, each learned and asked on features of this base."""
-    model, scores = st.SideTuner(base), []
+def accuracy(base: st.Base, asked: Asked, x: Any) -> dict[str, Any]:
+    """Mean accuracy of the tasks, each learned and asked on features of the base as it runs."""
+    settings, run = asked.settings, run_by(base, asked.way, x)
+    model, scores = st.SideTuner(run), []
     with tempfile.TemporaryDirectory() as folder:
         cached = {}
         for split in ("train", "test"):
             images = load_images(settings.data, split)
             some = Subset(images, range(len(images) if split == "test" else settings.rows))
-            cached[split] = st.cache_features(base, some, folder, progress=False)
+            cached[split] = st.cache_features(run, some, folder, progress=False)
         for task in range(TASKS):
             first, name = task * TASKS, f"task-{task}"
             model.add_task(name, side=None, merge="base-only", head=TASKS)
             loaders = {}
             for split, features in cached.items():
                 own = ((features.labels >= first) & (features.labels < first + TASKS)).nonzero().flatten()
-                loaders[split] = st.loader_over(features, batch_size=500, indices=own, relabel=lambda y, k=first: y - k)
+                loaders[split] = st.loader_over(
+                    features, batch_size=500, indices=own, relabel=partial(torch.add, other=-first)
+                )
             st.solve(model, name, loaders["train"], progress=False)
             scores.append(st.evaluate(model, name, loaders["test"])["accuracy"])
     return {"accuracy": statistics.mean(scores), "accuracies": scores}
+
+
+def cells_of(given: Settings, subject: str) -> list[Cell[Asked]]:
+    """All measurements of a network; those of speed come last."""
+    asked = [Asked("memory", subject, given, way=way) for way in ways_of(subject)]
+    asked += [Asked("accuracy", subject, given, way=way) for way in (ASKED if subject == "resnet44" else ())]
+    asked += [Asked("speed", subject, given, threads) for threads in (1, 2)]
+    return [Cell(name_of(one), given.cache, one) for one in asked]
+
+
+def name_of(asked: Asked) -> str:
+    """What a measurement is called in the result."""
+    return str(asked.threads) if asked.what == "speed" else f"{asked.what} {' '.join(asked.way)}"
+
+
+def finished(cell: Cell[Asked]) -> dict[str, Any] | None:
+    """The result of a cell that an earlier call has measured."""
+    file = file_of(cell.settings)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def file_of(asked: Asked) -> Path:
+    """Where the result of a cell is kept."""
+    return asked.settings.cache / f"{asked.subject}-{name_of(asked).replace(' ', '-')}.json"
 
 
 def run(given: Settings) -> None:
@@ -149,12 +183,7 @@ def run(given: Settings) -> None:
     for subject in SUBJECTS:
         if (RESULTS / f"engines-{subject}.json").exists():
             continue
-        asked = Asked("speed", subject, given)
-        cells = [Cell(f"{n}", Path(), replace(asked, threads=n)) for n in (1, 2)]
-        for what in ("memory", "accuracy") if subject == "resnet44" else ("memory",):
-            for way in ASKED if what == "accuracy" else ways_of(subject):
-                cells.append(Cell(f"{what} {' '.join(way)}", Path(), replace(asked, what=what, way=way)))
-        found = {cell.name: row for cell, row in grid.run(cells, measure, lambda cell: None)}
+        found = {cell.name: row for cell, row in grid.run(cells_of(given, subject), measure, finished)}
         content = {"batch": SUBJECTS[subject], "rounds": given.rounds, "rows": given.rows, "measured": found}
         write(f"engines-{subject}", content)
 

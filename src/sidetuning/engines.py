@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import time
 import warnings
@@ -28,11 +29,14 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, UnknownNameError, told
 from sidetuning.graphs import Graph, Pass, exporting, longer, named, open_onnx, samples, texts, write
+from sidetuning.inputs import map_input
 from sidetuning.language import LanguageModel
+from sidetuning.probe import MASKS
 from sidetuning.quantising import quantise_onnx, quantise_weights
 from sidetuning.registry import unknown
 from sidetuning.running import Engine, Run, form_of, tensors_of
 from sidetuning.terminal import say
+from sidetuning.transforms import MOST_TOKENS
 
 # The precisions of each engine.
 ENGINES: dict[str, tuple[str, ...]] = {
@@ -42,6 +46,11 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
 }
+# What is imported; the first two write the graph.
+NEEDED: dict[str, tuple[str, ...]] = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime")}
+NEEDED["openvino"] = (*NEEDED["onnxruntime"], "openvino")
+# The largest id that is looked for.
+MOST_IDS = 2**24
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 # The largest relative error of fp32, which is rounding's, and of fewer bits, beyond which a network is another one.
 ROUNDING, COARSE = 1e-3, 0.5
@@ -141,7 +150,8 @@ def _built(
                 otherwise = None if precision == "fp32" else inner.encode
     again = partial(_built, name=name, precision=precision, batches=(), ranges=ranges)
     form = form_of(_probe(base, 2))
-    other.engine = Engine(name, precision, 0.0, None, ranges, run, otherwise, form, None, again)
+    bounds = {} if run is None or name == "folded" else _bounds(base)
+    other.engine = Engine(name, precision, 0.0, None, ranges, run, otherwise, form, bounds, None, again)
     with told(f"this base does not run by {name} ({{}}); choose another engine="):
         found = [other.encode(x) if run is None else run(x) for x in inputs]
     error = max(error_of(a, b) for a, b in zip(expected, found, strict=True))
@@ -154,6 +164,7 @@ def _built(
     if precision != "fp32":
         # In fp32 it is the plain base's.
         other._probe = None
+        other.example_features = other.encode(base.prepare(base.example))
     other.engine = replace(other.engine, error=error, sha256=other.identity().sha256)
     if base.spec is not None:
         options = {"engine": name, "precision": precision, "calibration": ranges}
@@ -167,6 +178,43 @@ def _probe(base: Base, rows: int, more: bool = False) -> Input:
     given = samples(base, rows)
     given = longer(base, given) if more else given
     return base.prepare(named(base, list(given), list(given.values())))
+
+
+def _bounds(base: Base) -> dict[str, int]:
+    """What plain torch takes of whole numbers, such as ids, and of tokens: graphs do not look."""
+    x, found = _probe(base, 1), {}
+    entries = {name: value for name, value in tensors_of(x).items() if isinstance(value, Tensor)}
+    for name, value in entries.items():
+        if value.dtype in (torch.int64, torch.int32) and name not in MASKS[:2]:
+            filled = partial(_filled, x, name)
+            found[name] = _largest(lambda n, filled=filled: base.encode(filled(n)), 1, MOST_IDS)  # type: ignore[misc]
+    if tokens := [value.shape[1] for value in entries.values() if texts(base, value)]:
+
+        def repeated(value: Tensor, n: int) -> Tensor:
+            return value.repeat(1, n, *[1] * (value.ndim - 2))[:, :n] if texts(base, value) else value
+
+        found[""] = _largest(lambda n: base.encode(map_input(x, lambda v: repeated(v, n))), tokens[0], MOST_TOKENS)
+    return found
+
+
+def _filled(x: Input, name: str, number: int) -> Input:
+    """An input with one number in all places of an entry."""
+    return map_input(x, lambda value: torch.full_like(value, number) if value is tensors_of(x)[name] else value)
+
+
+def _largest(run: Callable[[int], Any], known: int, most: int) -> int:
+    """The largest number, up to `most`, with which something runs; those below it do, too."""
+    below, above = known, most + 1
+    number = most
+    while above - below > 1:
+        try:
+            run(number)
+            below = number
+        except Exception:
+            # Networks refuse what is beyond their tables in many ways.
+            above = number
+        number = (below + above) // 2
+    return below
 
 
 def error_of(expected: Features, found: Features) -> float:
@@ -200,14 +248,15 @@ def _graph(
     """The network as a graph with open numbers of rows and tokens, and the ranges of its activations in int8."""
     if name != "compile" and base.device.type != "cpu":
         raise ShapeError(f"{name} runs on the CPU alone, and this base lies on {base.device}; use engine='compile'")
-    if name == "openvino" and find_spec("openvino") is None:
-        raise ImportError("engine='openvino' needs OpenVINO: pip install 'sidetuning[openvino]'")
+    if missing := [package for package in NEEDED.get(name, ()) if find_spec(package) is None]:
+        extra = "openvino" if name == "openvino" else "onnx"
+        raise ImportError(f"engine='{name}' needs {missing[0]}: pip install 'sidetuning[{extra}]'")
     inputs = {k: v for k, v in tensors_of(_probe(base, 2)).items() if isinstance(v, Tensor)}
     graph = Graph("base", Pass(base, list(inputs), raw=False), inputs, ["out", *base.tap_shapes])
-    known = [version(package) for package in ("torch", *(["onnx", "onnxscript"] if name != "compile" else []))]
+    known = [version(package) for package in ("torch", *NEEDED.get(name, ())[:2])]
     named_by = [base.identity().digest(), base.structure(), base.layouts, graph.outputs, form_of(inputs), known]
     if name == "compile":
-        file = _kept([*named_by, torch.get_num_threads()], ".pt2", lambda path: _compile(graph, path))
+        file = _kept([*named_by, *_machine(base.device)], ".pt2", lambda path: _compile(graph, path))
         package = torch._inductor.aoti_load_package(str(file))
         return _outputs(base, lambda given: package(*(given[k] for k in inputs))), None
     file = whole = _kept(named_by, ".onnx", lambda path: _export(graph, path))
@@ -253,6 +302,14 @@ def _compile(graph: Graph, path: Path) -> None:
         program = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=(shapes,))
         options = {"freezing": True}
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def _machine(device: torch.device) -> list[Any]:
+    """What compiled code depends on: a processor without some instruction would end the program."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [f"flags {platform.processor()}"]
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return [flags, torch.get_num_threads(), torch.cuda.get_device_capability(device) if device.type == "cuda" else None]
 
 
 def _kept(content: Sequence[Any], ending: str, make: Callable[[Path], Any]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,7 @@ class Engine:
         run: the engine; None where torch runs the network's own weights, in fewer bits.
         otherwise: runs, in the same precision, what does not fit the engine; None where only plain torch could.
         form: of the inputs that fit, by `form_of`.
+        bounds: the largest whole number in each entry, such as an id, that the network takes; "" is for tokens.
         sha256: of the weights that it was built from.
         again: builds the engine for another base, such as that of images of another size.
     """
@@ -41,6 +42,7 @@ class Engine:
     run: Run | None = None
     otherwise: Run | None = None
     form: Any = None
+    bounds: Mapping[str, int] = field(default_factory=dict)
     sha256: str | None = None
     again: Callable[[Any], Any] | None = None
 
@@ -115,7 +117,19 @@ class Engine:
         if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.any(1).all()):
             # Attention over nothing is what each runtime makes of it.
             return "a text of padding alone"
-        return "" if form == self.form else f"it was built for {self.form}, this is {form}"
+        if form != self.form:
+            return f"it was built for {self.form}, this is {form}"
+        entries = {name: value for name, value in tensors_of(inputs).items() if isinstance(value, Tensor)}
+        if not all(bool(value.sum().isfinite()) for value in entries.values() if value.is_floating_point()):
+            # Some runtimes, and all in int8, make a number of what is none.
+            return "numbers that are not finite"
+        # Runtimes read beyond a table in silence, or count from its end.
+        for name, most in self.bounds.items():
+            value = entries[name or "input_ids"]
+            low, high = map(int, value.aminmax()) if name and value.numel() else (0, value.shape[-1])
+            if low < 0 or high > most:
+                return f"{name or 'tokens'} from {low} to {high}, where the network takes 0 to {most}"
+        return ""
 
     def told(self) -> dict[str, Any]:
         """What tells its base from the plain one, for its identity: nothing where they differ by rounding alone."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sidetuning as st
-from conftest import conv_net, in_threads, mlp_base, network
+from conftest import conv_net, in_threads, inputs, mlp_base, network
 from sidetuning import engines
 from sidetuning.identity import tensor_bytes
 from sidetuning.running import Engine
@@ -79,6 +79,10 @@ def test_what_does_not_fit_goes_to_plain_torch(engine: str) -> None:
     base = st.with_engine(plain, engine)
     larger = torch.rand(2, 3, 40, 36)
     assert apart(base(larger), plain(larger)) < 1e-5
+    strange = base.prepare(IMAGES).clone()  # type: ignore[union-attr]
+    strange[1, 0, 5, 5] = torch.nan
+    assert torch.equal(base.encode(strange).out.isnan(), plain.encode(strange).out.isnan())
+    assert base.encode(strange).out.isnan().sum() == 16
     empty = IMAGES[:0]
     assert base(empty).out.shape == plain(empty).out.shape
     gradients = []
@@ -118,6 +122,11 @@ def test_texts_of_any_length_with_padding(engine: str, text_base: st.Base) -> No
         given["attention_mask"][0, (tokens + 1) // 2 :] = 0
         assert apart(base(given), plain(given)) < 1e-5
         assert base.engine.features(base.prepare(given), False) is not None
+    # Runtimes take what torch refuses: ids beyond the table or before it, and longer texts than there are positions.
+    for ids in (torch.full((2, 8), 10**6), torch.full((2, 8), -1), torch.ones(2, 600).long()):
+        for one in (plain, base):
+            with pytest.raises((IndexError, RuntimeError)):
+                one({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     # A row of padding alone, and an entry that the example lacks, are torch's.
     given["attention_mask"][0] = 0
     assert torch.equal(base(given).out, plain(given).out)
@@ -166,6 +175,8 @@ def test_other_inputs_are_refused_where_torch_would_give_other_numbers() -> None
     base = st.with_engine(seeded_base(), "onnxruntime", precision="int8", calibration=[(IMAGES, None)])
     with pytest.raises(st.ShapeError, match="int8 by onnxruntime, and cannot take this input"):
         base(torch.rand(2, 3, 40, 36))
+    with pytest.raises(st.ShapeError, match="not finite"):
+        base.encode(torch.full((1, 3, 32, 32), torch.nan))
     with pytest.raises(st.ShapeError, match="no gradient of its input"):
         base(IMAGES.clone().requires_grad_())
     with pytest.raises(st.ShapeError, match="stays where it was built"):
@@ -297,7 +308,8 @@ def stored_bytes(net: nn.Module) -> int:
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_a_quantised_base_under_any_side(kind: str, precision: str, encoder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    name, taps, how = f"hf:{encoder}", ["encoder.layer.0"], {}
+    how: dict[str, Any] = {}
+    name, taps = f"hf:{encoder}", ["encoder.layer.0"]
     x: Any = {"input_ids": torch.randint(0, 9, (6, 7)), "attention_mask": torch.ones(6, 7).long()}
     if kind == "image":
         timm = pytest.importorskip("timm")
