@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -370,6 +371,16 @@ def test_a_task_is_saved_without_the_embedding_and_knows_it(folder: Path, base: 
     changed.load_task(tmp_path / "task", any_base=True)
     lazily = st.load(tmp_path / "model", max_tasks_in_memory=2)
     assert torch.equal(lazily.generate(IDS, "own", max_new_tokens=4), model.generate(IDS, "own", max_new_tokens=4))
+
+
+def test_a_copy_of_a_task_shares_the_base_and_one_of_a_model_does_not(base: st.Base) -> None:
+    model = learned(base, ["each"])
+    assert copy.deepcopy(model["each"]).head.model is base.lm  # type: ignore[union-attr]
+    whole = copy.deepcopy(model)
+    assert whole["each"].head.model is whole.base.lm is not base.lm  # type: ignore[union-attr]
+    assert whole.base.lm is not None and whole.base.lm.backbone is whole.base.net
+    whole.to(torch.float64)
+    assert model(text(IDS), "each").dtype == torch.float32
 
 
 def test_a_lateral_and_a_merge_of_ones_own_write_too(base: st.Base) -> None:
