@@ -383,6 +383,14 @@ def test_a_copy_of_a_task_shares_the_base_and_one_of_a_model_does_not(base: st.B
     assert model(text(IDS), "each").dtype == torch.float32
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_on_a_decoder_are_exported(base: st.Base, tmp_path: Path) -> None:
+    model = learned(base, ["each"])
+    model.add_task("topic", side="ladder", head=3)
+    assert st.export(model, tmp_path / "graphs", format="torch").difference < 1e-4
+
+
 def test_a_lateral_and_a_merge_of_ones_own_write_too(base: st.Base) -> None:
     model = learned(base, ["back"])
     model.add_task("late", side="ladder", head="lm", merge="sum", laterals=["back"], seed=1)
