@@ -375,9 +375,11 @@ def test_a_task_is_saved_without_the_embedding_and_knows_it(folder: Path, base: 
 
 def test_a_copy_of_a_task_shares_the_base_and_one_of_a_model_does_not(base: st.Base) -> None:
     model = learned(base, ["each"])
-    assert copy.deepcopy(model["each"]).head.model is base.lm  # type: ignore[union-attr]
+    head: Any = copy.deepcopy(model["each"]).head
+    assert head.model is base.lm
     whole = copy.deepcopy(model)
-    assert whole["each"].head.model is whole.base.lm is not base.lm  # type: ignore[union-attr]
+    head = whole["each"].head
+    assert head.model is whole.base.lm is not base.lm
     assert whole.base.lm is not None and whole.base.lm.backbone is whole.base.net
     whole.to(torch.float64)
     assert model(text(IDS), "each").dtype == torch.float32
