@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
@@ -12,9 +13,16 @@ import sidetuning as st
 
 def small_gpt(folder: str) -> None:
     """Stands in for a model of yours: a GPT-2 with random weights."""
-    settings = {"vocab_size": 50, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 4, "bos_token_id": 0}
+    settings: dict[str, Any] = {
+        "vocab_size": 50,
+        "n_positions": 64,
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "bos_token_id": 0,
+    }
     with st.seeded(0):
-        net = GPT2LMHeadModel(GPT2Config(**settings, eos_token_id=None, pad_token_id=0))
+        net: Any = GPT2LMHeadModel(GPT2Config(**settings, eos_token_id=None, pad_token_id=0))
         # Trained models tell tokens apart better than positions.
         net.get_input_embeddings().weight.data *= 10
         net.save_pretrained(folder)
@@ -47,7 +55,7 @@ def main(guards: int = 100, steps: int = 60) -> float:
     tokens = written.sequences[:, : code.shape[1]]
 
     # One product for all guards: (b, tokens, guards, 2).
-    heads = [model[name].head for name in names]
+    heads: list[Any] = [model[name].head for name in names]
     weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
     scores = torch.nn.functional.linear(code, weight, bias).unflatten(-1, (guards, 2))
     one = model({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, names[0])

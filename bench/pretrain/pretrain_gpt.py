@@ -100,7 +100,8 @@ def main(settings: Settings) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.1)
     # Warms up over a twentieth, then falls in a line to a tenth.
     share = partial(lambda steps, k: min(1, 20 * (k + 1) / steps, 1.1 - k / steps), settings.steps)
-    loader: Any = DataLoader(list(rows), batch_size=settings.batch, shuffle=True)
+    data: Any = rows
+    loader: Any = DataLoader(data, batch_size=settings.batch, shuffle=True)
     train(
         Objective(net),
         loader,

@@ -197,7 +197,8 @@ def method_of(base: st.Base, job: Job) -> Any:
 
 def data_of(base: st.Base, job: Job, domain: str) -> tuple[Tensor, Tensor]:
     """Rows of a domain to learn from, and rows that are held out."""
-    texts, tokenizer = DOMAINS[domain](), base.transform.tokenizer()  # type: ignore[union-attr]
+    transform: Any = base.transform
+    texts, tokenizer = DOMAINS[domain](), transform.tokenizer()
     parts = [t for k, t in enumerate(texts) if k % 10], texts[::10]
     learn, held = (tokens(tokenizer, part, job.length, 0) for part in parts)
     return learn[: job.rows], held[:HELD]

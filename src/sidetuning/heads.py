@@ -310,6 +310,10 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.model = model
 
+    def __deepcopy__(self, memo: Any) -> LanguageHead:
+        # A copy of a task has the same base; one of a whole model has that model's.
+        return LanguageHead(memo.get(id(self.model), self.model)).train(self.training)
+
     def forward(self, code: Tensor) -> Tensor:
         return self.model.logits(code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -370,6 +371,26 @@ def test_a_task_is_saved_without_the_embedding_and_knows_it(folder: Path, base: 
     changed.load_task(tmp_path / "task", any_base=True)
     lazily = st.load(tmp_path / "model", max_tasks_in_memory=2)
     assert torch.equal(lazily.generate(IDS, "own", max_new_tokens=4), model.generate(IDS, "own", max_new_tokens=4))
+
+
+def test_a_copy_of_a_task_shares_the_base_and_one_of_a_model_does_not(base: st.Base) -> None:
+    model = learned(base, ["each"])
+    head: Any = copy.deepcopy(model["each"]).head
+    assert head.model is base.lm
+    whole = copy.deepcopy(model)
+    head = whole["each"].head
+    assert head.model is whole.base.lm is not base.lm
+    assert whole.base.lm is not None and whole.base.lm.backbone is whole.base.net
+    whole.to(torch.float64)
+    assert model(text(IDS), "each").dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_on_a_decoder_are_exported(base: st.Base, tmp_path: Path) -> None:
+    model = learned(base, ["each"])
+    model.add_task("topic", side="ladder", head=3)
+    assert st.export(model, tmp_path / "graphs", format="torch").difference < 1e-4
 
 
 def test_a_lateral_and_a_merge_of_ones_own_write_too(base: st.Base) -> None:

@@ -7,7 +7,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def files(folders: Sequence[str], ends: Sequence[str]) -> list[str]:
     return [text for text in texts if text and max(map(len, text.splitlines())) < 400]
 
 
-DOMAINS = {
+DOMAINS: dict[str, Callable[[], list[str]]] = {
     "Python": python,
     "C++": partial(files, [*CPP], [".h"]),
     "web": partial(files, [*WEB], [".html", ".js", ".css"]),
