@@ -10,6 +10,7 @@ MiniLM-L6's size on windows of 128 tokens; the weights of the last two are rando
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import tempfile
@@ -95,19 +96,21 @@ def run_by(base: st.Base, way: tuple[str, str], x: Any) -> st.Base:
 def measure(asked: Asked) -> dict[str, Any]:
     """One cell."""
     torch.set_num_threads(asked.threads)
-    base = plain_base(asked.subject)
-    x = batch_of(base, asked.subject, asked.settings.data if asked.what != "memory" else "")
-    found = {"speed": speed, "accuracy": accuracy, "memory": memory}[asked.what](base, asked, x)
+    found = {"speed": speed, "accuracy": accuracy, "memory": memory}[asked.what](asked)
     write_json(file_of(asked), found)
     return found
 
 
-def memory(base: st.Base, asked: Asked, x: Any) -> dict[str, Any]:
-    """What the process holds at its peak."""
-    run, inputs = run_by(base, asked.way, x), base.prepare(rows_of(x, SUBJECTS[asked.subject]))
+def memory(asked: Asked) -> dict[str, Any]:
+    """What the process holds at its peak; the plain base is let go where the engine does not need it."""
+    base = plain_base(asked.subject)
+    x = batch_of(base, asked.subject, "")
+    base = run_by(base, asked.way, x)
+    inputs = base.prepare(rows_of(x, SUBJECTS[asked.subject]))
+    gc.collect()
     peak_memory_mb(anew=True)
     for _ in range(3):
-        run.encode(inputs)
+        base.encode(inputs)
     return {"memory_mb": peak_memory_mb()}
 
 
@@ -116,8 +119,10 @@ def rows_of(x: Any, count: int) -> Any:
     return {name: value[:count] for name, value in x.items()} if isinstance(x, dict) else x[:count]
 
 
-def speed(base: st.Base, asked: Asked, x: Any) -> dict[str, Any]:
+def speed(asked: Asked) -> dict[str, Any]:
     """Seconds of passes over one batch, interleaved, and errors."""
+    base = plain_base(asked.subject)
+    x = batch_of(base, asked.subject, asked.settings.data)
     inputs = base.prepare(rows_of(x, SUBJECTS[asked.subject]))
     bases = {" ".join(way): run_by(base, way, x) for way in ways_of(asked.subject)}
     times: dict[str, list[float]] = {name: [] for name in bases}
@@ -130,9 +135,10 @@ def speed(base: st.Base, asked: Asked, x: Any) -> dict[str, Any]:
     return {"seconds": times, "errors": {name: other.engine.error for name, other in bases.items()}}
 
 
-def accuracy(base: st.Base, asked: Asked, x: Any) -> dict[str, Any]:
+def accuracy(asked: Asked) -> dict[str, Any]:
     """Mean accuracy of the tasks, each learned and asked on features of the base as it runs."""
-    settings, run = asked.settings, run_by(base, asked.way, x)
+    settings, base = asked.settings, plain_base(asked.subject)
+    run = run_by(base, asked.way, batch_of(base, asked.subject, settings.data))
     model, scores = st.SideTuner(run), []
     with tempfile.TemporaryDirectory() as folder:
         cached = {}

@@ -23,7 +23,7 @@ from sidetuning_bench.grid import Cell
 from sidetuning_bench.options import FREE, flat, translated
 
 PACKAGES = (
-    *("sidetuning", "torch", "numpy", "accelerate", "timm", "transformers"),
+    *("sidetuning", "torch", "numpy", "accelerate", "timm", "transformers", "onnxruntime", "openvino", "torchao"),
     *("vizdoom", "stable-baselines3", "gymnasium"),
 )
 RESULTS = Path(__file__).parent / "results"

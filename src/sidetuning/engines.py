@@ -264,7 +264,7 @@ def _graph(
         if not batches and ranges is None:
             raise ShapeError(f"{name} in int8 needs inputs like those to come: calibration=, a batch or a loader")
         feeds = [{k: v.numpy() for k, v in tensors_of(batch).items() if k in inputs} for batch in batches]
-        ranges = quantise_onnx(whole, None, feeds, ranges)
+        ranges = ranges or quantise_onnx(whole, None, feeds, None)
         file = _kept([*named_by, ranges], ".onnx", lambda path: quantise_onnx(whole, path, [], ranges))
     try:
         run = open_onnx(graph, file) if name == "onnxruntime" else _open_openvino(graph, file, precision)

@@ -36,6 +36,11 @@ def test_the_icifar_table_is_made_from_the_results(printed: Callable[[str], str]
     assert table in (ROOT / "docs/benchmarks.md").read_text()
 
 
+def test_the_tables_of_engines_are_made_from_the_results(printed: Callable[[str], str]) -> None:
+    table = printed("engines")
+    assert table.count("**") == 6 and table in (ROOT / "docs/how-to/engines.md").read_text()
+
+
 def test_the_tables_of_the_campaign_are_made_from_its_results(printed: Callable[[str], str]) -> None:
     assert printed("campaign") in (ROOT / "docs/reliability.md").read_text()
 
