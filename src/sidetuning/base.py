@@ -318,7 +318,7 @@ class Base(nn.Module):
         return self.engine.rebuilt(other)
 
     def with_net(self, net: nn.Module, lm: LanguageModel | None = None) -> Base:
-        """The same base with a copy of its network that gives the same shapes, such as one in fewer bits."""
+        """The same base with `net` for its network, which gives the same shapes, and with `lm` around that."""
         other = copy.copy(self)
         other._hidden, other._modules_run, other._first = (net,), (net,), FirstWeight((net,))
         other._sha256, other._probe, other.lm = None, None, lm
