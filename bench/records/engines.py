@@ -3,7 +3,7 @@
 Three networks: the packaged ResNet-44 on images of CIFAR-100, a ViT-Tiny of timm at 224 pixels and a BERT of
 MiniLM-L6's size on windows of 128 tokens; the weights of the last two are random, and so are their errors.
 
-- speed: passes over one batch, all engines in turn in one process: seconds of the processor on one core, of the clock on
+- speed: passes over one batch, all engines in turn in one process; time of the processor on one core, of the clock on
   two;
 - memory: the most that a process holds while it makes passes, Python and torch included, each in its own;
 - accuracy: ten tasks of ten classes of CIFAR-100 in closed form, learned and asked on the base as it runs.
