@@ -3,7 +3,7 @@
 `bench/pretrain/pretrain_gpt.py` makes the generator. Texts are those of installed packages (Python, C++, web pages);
 every tenth file is held out. All methods take as many steps over the same rows. Each method of each seed, and each cost
 of a step, has a process of its own; memory is the peak while training above what the process held before, less the
-weights that a method builds. Generation is timed in turns.
+weights that a method builds. Times are those of the processor, on one thread; generation is timed in turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import sidetuning as st
-from many_tasks import ratio, seconds
 from record import Record, public, read, read_results, run_cells, write
 from sidetuning.cache import cache_tokens
 from sidetuning_bench import grid
@@ -223,7 +222,8 @@ def learn(job: Job) -> dict[str, Any]:
 
 
 def cost(job: Job) -> dict[str, float]:
-    """Seconds of a step, and memory in MB."""
+    """Seconds of the processor for a step, and memory in MB."""
+    torch.set_num_threads(1)
     base = st.load_base(job.base)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2000, (STEPS * job.batch, job.length), generator=generator)
@@ -233,7 +233,7 @@ def cost(job: Job) -> dict[str, float]:
     rows, times = method.data(ids), list[float]()
 
     def timed(some: list[int]) -> Any:
-        times.append(time.perf_counter())
+        times.append(time.process_time())
         return rows(some)
 
     numbers: Any = range(len(ids))
@@ -245,6 +245,19 @@ def cost(job: Job) -> dict[str, float]:
         "seconds": statistics.median(np.diff(times[1:]).tolist()),
         "memory_mb": after - before - weights / 2**20,
     }
+
+
+def spent(work: Callable[[], Any]) -> float:
+    """Seconds of the processor that something takes."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def ratio(many: Callable[[], Any], one: Callable[[], Any]) -> list[float]:
+    """Median, least and most of many / one, measured in turns; the first round warms up."""
+    ratios = [spent(many) / spent(one) for _ in range(ROUNDS + 1)][1:]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
 def writing(given: Settings) -> dict[str, Any]:
@@ -261,11 +274,11 @@ def writing(given: Settings) -> dict[str, Any]:
         return lambda: model.generate(x, tasks, max_new_tokens=32, do_sample=False)
 
     code, guards = torch.randn(10, base.width), torch.randn(100, base.width)
-    token = seconds(write_by(None)) / 32
-    product = statistics.median(seconds(lambda: code @ guards.T) for _ in range(200))
+    token = statistics.median(spent(write_by(None)) / 32 for _ in range(ROUNDS))
+    product = spent(lambda: [code @ guards.T for _ in range(1000)]) / 1000
     return {
-        "ten tasks, over one": ratio(write_by(names), write_by("t0"), ROUNDS),
-        "one task, over the base alone": ratio(write_by("t0"), write_by(None), ROUNDS),
+        "ten tasks, over one": ratio(write_by(names), write_by("t0")),
+        "one task, over the base alone": ratio(write_by("t0"), write_by(None)),
         "a hundred guards, over a token": [1 + product / token] * 3,
     }
 

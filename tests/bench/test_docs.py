@@ -95,7 +95,10 @@ def test_the_table_of_the_zoo_is_made_from_the_results(printed: Callable[[str], 
     assert table.count("\n") == 11 and table in (ROOT / "docs/zoo.md").read_text()
 
 
-@pytest.mark.parametrize(("record", "page"), [("closed-form", "closed_form.md"), ("route-kinds", "closed_form.md")])
+@pytest.mark.parametrize(
+    ("record", "page"),
+    [("closed-form", "closed_form.md"), ("route-kinds", "closed_form.md"), ("generators", "generate.md")],
+)
 def test_the_tables_of_a_page_are_made_from_the_results(record: str, page: str, printed: Callable[[str], str]) -> None:
     tables = printed(record).split("\n\n")
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
