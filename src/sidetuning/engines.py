@@ -53,7 +53,7 @@ NEEDED["openvino"] = (*NEEDED["onnxruntime"], "openvino")
 MOST_IDS = 2**24
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 # The largest relative error of fp32, which is rounding's, and of fewer bits, beyond which a network is another one.
-ROUNDING, COARSE = 1e-3, 0.5
+ROUNDING, COARSE = 1e-3, 0.25
 # Batches for calibration at most, and rows of a batch that `engine="auto"` measures.
 BATCHES, ROWS = 32, 8
 Calibration = Input | Iterable[Any]

@@ -18,8 +18,8 @@ from sidetuning.errors import ShapeError, told
 
 # Weights that share a scale in int4.
 GROUP = 32
-# Operators whose inputs and outputs are int8; those between them keep up.
-OPERATORS = ["Conv", "MatMul", "Gemm", "Add"]
+# Operators whose inputs and outputs are int8.
+OPERATORS = ["Conv", "MatMul", "Gemm"]
 
 
 def quantise_weights(net: nn.Module, precision: str) -> None:
@@ -72,6 +72,7 @@ def quantise_onnx(
 
     with tempfile.TemporaryDirectory() as folder, told("ONNX Runtime cannot run this base in int8 ({})"):
         # It would tell its authors' users how to do what is done here.
+        before = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
             with warnings.catch_warnings():
@@ -79,20 +80,23 @@ def quantise_onnx(
                 # Norms are folded first: they take no scales of their own.
                 whole = Path(folder) / "whole.onnx"
                 quant_pre_process(str(file), str(whole), skip_symbolic_shape=True)
+                graph = quant_utils.load_model_with_shape_infer(whole)
+                kinds = [node.op_type for node in graph.graph.node]
+                # Sums of residual networks keep up; those of transformers have outliers, which no one scale fits.
+                chosen = [*OPERATORS, "Add"] if kinds.count("Conv") > kinds.count("MatMul") else OPERATORS
                 if ranges is None:
                     augmented = str(Path(folder) / "augmented.onnx")
-                    measuring = calibrate.create_calibrator(whole, OPERATORS, augmented_model_path=augmented)
+                    measuring = calibrate.create_calibrator(whole, chosen, augmented_model_path=augmented)
                     measuring.collect_data(Reader())
                     found = measuring.compute_data().items()
                     ranges = {k: [float(f"{float(v.item()):.7g}") for v in data.range_value] for k, data in found}
                 if to is not None:
                     bounds = {name: tuple(np.float32(value) for value in pair) for name, pair in ranges.items()}
                     known = calibrate.TensorsData(CalibrationMethod.MinMax, bounds)
-                    kinds = QuantType.QInt8, QuantType.QUInt8
-                    graph = quant_utils.load_model_with_shape_infer(whole)
-                    quantiser = qdq_quantizer.QDQQuantizer(graph, True, False, *kinds, known, [], [], OPERATORS, {})
+                    types = QuantType.QInt8, QuantType.QUInt8
+                    quantiser = qdq_quantizer.QDQQuantizer(graph, True, False, *types, known, [], [], chosen, {})
                     quantiser.quantize_model()
                     quantiser.model.save_model_to_file(str(to), False)
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
     return dict(ranges)
