@@ -76,7 +76,7 @@ def test_transformers_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(st.load(tmp_path / "t")(batch, "t"), relative(batch, "t"))
     with pytest.raises(st.UnknownNameError, match="did you mean 'last_hidden_state'"):
         st.load_base(f"hf:{tmp_path}", output="last_hiden_state")
-    with pytest.raises(st.ShapeError, match="tap a module within it"):
+    with pytest.raises(st.ShapeError, match="tap a module in it"):
         st.load_base(f"hf:{tmp_path}", taps=["encoder"])
 
 
