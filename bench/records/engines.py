@@ -4,7 +4,7 @@ Three networks: the packaged ResNet-44 on images of CIFAR-100, a ViT-Tiny of tim
 MiniLM-L6's size on windows of 128 tokens; the weights of the last two are random, and so are their errors.
 
 - speed: passes over one batch, all engines in turn in one process; time of the processor on one core, of the clock on
-  two;
+  more;
 - memory: the most that a process holds while it makes passes, Python and torch included, each in its own;
 - accuracy: ten tasks of ten classes of CIFAR-100 in closed form, learned and asked on the base as it runs.
 """
@@ -55,6 +55,8 @@ class Settings:
     """Folder that keeps what was measured, so that a run goes on where it was stopped."""
     rounds: Count = 9
     """Rounds of all engines, after one that warms up."""
+    cores: tuple[int, ...] = (1,)
+    """Numbers of cores; more than one only where nothing else runs on the machine."""
     rows: Count = TRAIN
     """Training images of the tasks; all test images are asked."""
 
@@ -169,7 +171,7 @@ def cells_of(given: Settings, subject: str) -> list[Cell[Asked]]:
     """All measurements of a network; those of speed come last."""
     asked = [Asked("memory", subject, given, way=way) for way in ways_of(subject)]
     asked += [Asked("accuracy", subject, given, way=way) for way in (ASKED if subject == "resnet44" else ())]
-    asked += [Asked("speed", subject, given, threads) for threads in (1, 2)]
+    asked += [Asked("speed", subject, given, threads) for threads in given.cores]
     return [Cell(name_of(one), given.cache, one) for one in asked]
 
 
@@ -195,7 +197,8 @@ def run(given: Settings) -> None:
         if (RESULTS / f"engines-{subject}.json").exists():
             continue
         found = {cell.name: row for cell, row in grid.run(cells_of(given, subject), measure, finished)}
-        content = {"batch": SUBJECTS[subject], "rounds": given.rounds, "rows": given.rows, "measured": found}
+        settings = {"batch": SUBJECTS[subject], "rounds": given.rounds, "rows": given.rows, "cores": given.cores}
+        content = {**settings, "measured": found}
         write(f"engines-{subject}", content)
 
 
@@ -205,14 +208,15 @@ def table(given: Settings) -> str:
     for subject in SUBJECTS:
         content = read(f"engines-{subject}")
         found, what = content["measured"], "texts" if subject == "minilm" else "images"
-        head = ["one core, × torch", f"{what}/s", "two cores, × torch", f"{what}/s", "error", "memory, MB"]
+        head = [title for n in content["cores"] for title in (f"{n} core{'s'[: n - 1]}, × torch", f"{what}/s")]
+        head += ["error", "memory, MB"]
         head += ["accuracy"] if subject == "resnet44" else []
         lines = [f"**{subject}**, batches of {content['batch']}:", "", f"| engine | {' | '.join(head)} |"]
         lines.append("| --- |" + " ---: |" * len(head))
         for way in ways_of(subject):
             name, cells = " ".join(way), []
-            for cores in ("1", "2"):
-                seconds = found[cores]["seconds"]
+            for cores in content["cores"]:
+                seconds = found[str(cores)]["seconds"]
                 spent = statistics.median(seconds[name])
                 ratios = [a / b for a, b in zip(seconds["torch fp32"], seconds[name], strict=True)]
                 cells += [f"{statistics.median(ratios):.2f}", f"{content['batch'] / spent:,.0f}"]
