@@ -18,9 +18,10 @@ from typing import Any
 
 from PIL import Image
 
-from record import RESULTS, Record, read, write
+from record import RESULTS, Record, read_all, write
 from sidetuning_bench import icifar
 from sidetuning_bench.cifar import load_images
+from sidetuning_bench.options import Count
 
 JOBS = Path(__file__).parent / "jobs"
 # Shown name -> script and arguments.
@@ -30,7 +31,6 @@ WAYS = {
     "PEFT, batch norms in evaluation mode": ("peft_timm.py", ("eval",)),
     "plain torch, a copy a task": ("plain_torch.py", ()),
 }
-SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Settings:
     """A folder with CIFAR-100, or a data set on the Hub."""
     images: int = 25
     """Images of each class for training; for the test there are twice as many."""
+    seeds: Count = 3
+    """Seeds."""
 
 
 def lines_of(script: Path) -> int:
@@ -68,7 +70,7 @@ def run(given: Settings) -> None:
     """Do the jobs of each seed that has no result."""
     with tempfile.TemporaryDirectory() as temporary:
         folders: list[Path] = []
-        for seed in SEEDS:
+        for seed in range(given.seeds):
             if (RESULTS / f"five-jobs-{seed}.json").exists():
                 continue
             folders = folders or make_folders(Path(temporary), given)
@@ -84,7 +86,7 @@ def run(given: Settings) -> None:
 
 def table(given: Settings) -> str:
     """Lines, and the means over the seeds; of what moved, the most."""
-    found = [read(f"five-jobs-{seed}")["ways"] for seed in SEEDS]
+    found = [result["ways"] for result in read_all("five-jobs-?.json")]
     lines = [
         "| | lines | first task, % | second task, % | first task at the end, % | its answers moved by "
         "| … after loading by | LoRA of the same way, % |",
