@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ class Images(Dataset):
 
 
 def network(outputs: int) -> nn.Module:
-    return nn.Sequential(resnet44_cifar10().net.requires_grad_(True), nn.Linear(64, outputs))
+    parts = {"base": resnet44_cifar10().net.requires_grad_(True), "head": nn.Linear(64, outputs)}
+    return nn.Sequential(OrderedDict(parts))
 
 
 def learn(net: nn.Module, folder: str) -> nn.Module:
@@ -81,7 +83,7 @@ for name, net in loaded.items():
 again = answer(loaded["first"], x)
 
 # 5. Compare with LoRA.
-config = LoraConfig(r=8, lora_alpha=16, target_modules=r".*\.conv\d", modules_to_save=["1"])
+config = LoraConfig(r=8, lora_alpha=16, target_modules=r".*\.conv\d", modules_to_save=["head"])
 lora = learn(get_peft_model(network(classes["first"]), config), first)
 
 result = {
