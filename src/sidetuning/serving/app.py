@@ -180,13 +180,7 @@ class Service:
     ) -> list[list[served.Reply]]:
         """What the batcher answers about each source."""
         queries = await to_thread.run_sync(self._prepared, moment, sources, tasks, top, limiter=self.decoders)
-        futures = self.batcher.submit([query for of_source in queries for query in of_source])
-        try:
-            found = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
-        finally:
-            # What is not run yet, where the client has gone or waited too long.
-            for future in futures:
-                future.cancel()
+        found = iter(await self.batcher.results([query for of_source in queries for query in of_source]))
         return [[next(found) for _ in of_source] for of_source in queries]
 
     def _prepared(
@@ -244,16 +238,8 @@ class Service:
 
     async def _failed(self, request: Request, error: Exception) -> JSONResponse:
         """A sentence for every error that a client can mend."""
-        detail = str(error)
-        if isinstance(error, RequestValidationError):
-            status, detail = 422, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        elif isinstance(error, asyncio.TimeoutError):
-            status, detail = 504, f"no answer within {self.limits.timeout:g} seconds; ask again, with fewer inputs"
-        elif isinstance(error, BusyError):
-            status = 503
-        else:
-            status = 404 if isinstance(error, UnknownNameError) else 422
-        return JSONResponse({"detail": detail}, status, {"retry-after": "1"} if status == 503 else None)
+        status, detail, headers = refusal(error, self.limits.timeout)
+        return JSONResponse({"detail": detail}, status, headers)
 
     def _changed(self, found: list[str] | Exception) -> None:
         """Log a change of the folder."""
@@ -268,6 +254,17 @@ class Service:
         """Count and log a request that has ended."""
         self.numbers.request(notes, self.paths)
         self.log.log(40 if notes["status"] == 500 else 20, "request", extra={"fields": notes})
+
+
+def refusal(error: Exception, timeout: float) -> tuple[int, str, dict[str, str] | None]:
+    """Status, sentence and headers for an error that a client can mend; `timeout` is in seconds."""
+    if isinstance(error, RequestValidationError):
+        return 422, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]), None
+    if isinstance(error, asyncio.TimeoutError):
+        return 504, f"no answer within {timeout:g} seconds; ask again, with fewer inputs", None
+    if isinstance(error, BusyError):
+        return 503, str(error), {"retry-after": "1"}
+    return 404 if isinstance(error, UnknownNameError) else 422, str(error), None
 
 
 def in_order(replies: Sequence[served.Reply], tasks: Sequence[str]) -> dict[str, Any]:

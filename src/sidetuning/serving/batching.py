@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import deque
@@ -78,6 +79,15 @@ class Batcher(Generic[Item, Result]):
             self._items.extend(zip(items, futures, strict=True))
             self._changed.notify()
         return futures
+
+    async def results(self, items: Sequence[Item]) -> list[Result]:
+        """What items come to, for a coroutine; those that are not run yet are cancelled where it is."""
+        futures = self.submit(items)
+        try:
+            return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
+        finally:
+            for future in futures:
+                future.cancel()
 
     def close(self) -> None:
         """Take no more items, run those that wait, and return when all are done."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from sidetuning.base import Base
 from sidetuning.errors import SideTuningError, TaskError, UnknownNameError
 from sidetuning.heads import pooled
-from sidetuning.serving.app import Limits
-from sidetuning.serving.batching import Batcher, BusyError
+from sidetuning.serving.app import Limits, refusal
+from sidetuning.serving.batching import Batcher
 from sidetuning.serving.guards import Guard, logger
 from sidetuning.serving.schema import Given
 from sidetuning.transforms import TextTransform
@@ -95,14 +95,7 @@ class EmbeddingService:
                 f"the request has {len(texts)} texts, and {self.limits.max_inputs} are allowed; send several"
             )
         request.state.notes |= {"inputs": len(texts)}
-        futures = self.batcher.submit(texts)
-        try:
-            each = asyncio.gather(*map(asyncio.wrap_future, futures))
-            rows = await asyncio.wait_for(each, self.limits.timeout)
-        finally:
-            # What is not run yet, where the client has gone or waited too long.
-            for future in futures:
-                future.cancel()
+        rows = await asyncio.wait_for(self.batcher.results(texts), self.limits.timeout)
         told = _base64 if question.encoding_format == "base64" else Tensor.tolist
         data = [{"object": "embedding", "index": i, "embedding": told(row)} for i, row in enumerate(rows)]
         return {"object": "list", "model": self.name, "data": data}
@@ -117,14 +110,7 @@ class EmbeddingService:
 
     async def _failed(self, request: Request, error: Exception) -> JSONResponse:
         """A sentence, in OpenAI's form."""
-        status, text = (404 if isinstance(error, UnknownNameError) else 422), str(error)
-        if isinstance(error, RequestValidationError):
-            text = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        elif isinstance(error, asyncio.TimeoutError):
-            status, text = 504, f"no answer within {self.limits.timeout:g} seconds; ask again, with fewer texts"
-        elif isinstance(error, BusyError):
-            status = 503
-        headers = {"retry-after": "1"} if status == 503 else None
+        status, text, headers = refusal(error, self.limits.timeout)
         return JSONResponse({"error": {"message": text, "type": "invalid_request_error"}}, status, headers)
 
     def _done(self, notes: dict[str, Any]) -> None:
