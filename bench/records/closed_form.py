@@ -21,6 +21,7 @@ from kinds import DRAWN, digits, drawn, frames, photographs
 from record import RESULTS, Record, read, write
 from sidetuning_bench import icifar
 from sidetuning_bench.cifar import load_images
+from sidetuning_bench.language.metric import area
 
 TAPS = ("layer1", "layer2.3", "layer2", "layer3.3", "layer3.5", "layer3")
 SEEDS = (0, 1, 2)
@@ -156,13 +157,6 @@ def error_of(sure: Tensor, right: Tensor, bins: int = 15) -> float:
     return total
 
 
-def area(known: Tensor, others: Tensor) -> float:
-    """Area under the curve of the receiver: how often another image has a higher probability of none."""
-    values = torch.sort(known).values
-    lower = torch.searchsorted(values, others) + torch.searchsorted(values, others, right=True)
-    return float(lower.double().mean()) / 2 / len(known)
-
-
 def routed(
     base: st.Base, train: st.CachedFeatures, test: st.CachedFeatures, others: Tensor, seed: int
 ) -> dict[str, Any]:
@@ -197,7 +191,7 @@ def routed(
         "class": float(torch.cat(class_right).double().mean()),
         "task": float(right.mean()),
         "calibration_error": error_of(torch.cat(sure).double(), right),
-        "area": area(torch.cat(none), foreign),
+        "area": area(torch.cat(none).tolist(), foreign.tolist()),
         "none": float(torch.cat(none).mean()),
         "seconds": seconds,
         "moved": moved,
@@ -292,7 +286,7 @@ def run_kinds(given: Kinds) -> None:
             kept = model[name].beside
             model[name].beside = {}
             known = torch.cat([model.route(test[other][0]).none for other in test if other != name])
-            areas[name] = area(known, model.route(x).none)
+            areas[name] = area(known.tolist(), model.route(x).none.tolist())
             model[name].beside = kept
         found = {
             "seed": seed,

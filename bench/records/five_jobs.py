@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from kinds import write_photographs
 from record import RESULTS, Record, read_all, write
 from sidetuning_bench import icifar
-from sidetuning_bench.cifar import load_images
 from sidetuning_bench.options import Count
 
 JOBS = Path(__file__).parent / "jobs"
@@ -55,15 +53,9 @@ def lines_of(script: Path) -> int:
 
 def make_folders(folder: Path, given: Settings) -> list[Path]:
     """Two folders of photographs by split and class."""
-    found = [folder / "one", folder / "two"]
-    for split in ("train", "test"):
-        images, count = load_images(given.data, split), given.images * (1 if split == "train" else 2)
-        for label in range(20):
-            place = found[label // 10] / split / f"class-{label:02}"
-            place.mkdir(parents=True)
-            for row in (images.labels == label).nonzero().flatten().tolist()[:count]:
-                Image.fromarray(images[row][0].permute(1, 2, 0).numpy()).save(place / f"{row}.png")
-    return found
+    counts = {"train": given.images, "test": 2 * given.images}
+    places = {"one": range(10), "two": range(10, 20)}
+    return [write_photographs(folder / name, given.data, classes, counts) for name, classes in places.items()]
 
 
 def run(given: Settings) -> None:

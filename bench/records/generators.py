@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import sidetuning as st
-from record import Record, public, read, read_results, run_cells, write
+from record import Record, public, ratio, read, read_results, run_cells, seconds, write
 from sidetuning.cache import cache_tokens
 from sidetuning_bench import grid
 from sidetuning_bench.grid import Cell
@@ -247,19 +247,6 @@ def cost(job: Job) -> dict[str, float]:
     }
 
 
-def spent(work: Callable[[], Any]) -> float:
-    """Seconds of the processor that something takes."""
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
-def ratio(many: Callable[[], Any], one: Callable[[], Any]) -> list[float]:
-    """Median, least and most of many / one, measured in turns; the first round warms up."""
-    ratios = [spent(many) / spent(one) for _ in range(ROUNDS + 1)][1:]
-    return [statistics.median(ratios), min(ratios), max(ratios)]
-
-
 def writing(given: Settings) -> dict[str, Any]:
     """What tasks cost while texts are written: ten prompts of 32 tokens, and 32 tokens after each."""
     base = st.load_base(given.base)
@@ -274,11 +261,11 @@ def writing(given: Settings) -> dict[str, Any]:
         return lambda: model.generate(x, tasks, max_new_tokens=32, do_sample=False)
 
     code, guards = torch.randn(10, base.width), torch.randn(100, base.width)
-    token = statistics.median(spent(write_by(None)) / 32 for _ in range(ROUNDS))
-    product = spent(lambda: [code @ guards.T for _ in range(1000)]) / 1000
+    token = statistics.median(seconds(write_by(None), time.process_time) / 32 for _ in range(ROUNDS))
+    product = seconds(lambda: [code @ guards.T for _ in range(1000)], time.process_time) / 1000
     return {
-        "ten tasks, over one": ratio(write_by(names), write_by("t0")),
-        "one task, over the base alone": ratio(write_by("t0"), write_by(None)),
+        "ten tasks, over one": ratio(write_by(names), write_by("t0"), ROUNDS, time.process_time),
+        "one task, over the base alone": ratio(write_by("t0"), write_by(None), ROUNDS, time.process_time),
         "a hundred guards, over a token": [1 + product / token] * 3,
     }
 

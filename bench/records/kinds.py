@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sidetuning_bench.cifar import ImageSet
+from sidetuning_bench.cifar import ImageSet, load_images
 
 SIZE = 32
 Random = np.random.Generator
@@ -125,6 +125,18 @@ def photographs(images: ImageSet, count: int) -> tuple[Tensor, Tensor]:
     """Images of the first ten classes of CIFAR-100."""
     rows = (images.labels < 10).nonzero().flatten().tolist()[:count]
     return torch.stack([images[i][0] for i in rows]), images.labels[rows]
+
+
+def write_photographs(folder: Path, source: str, classes: Iterable[int], counts: Mapping[str, int]) -> Path:
+    """Write photographs of classes of CIFAR-100 to a folder by split and class, so many of each; returns it."""
+    for split, count in counts.items():
+        images = load_images(source, split)
+        for label in classes:
+            place = folder / split / f"class-{label:02}"
+            place.mkdir(parents=True)
+            for row in (images.labels == label).nonzero().flatten().tolist()[:count]:
+                Image.fromarray(images[row][0].permute(1, 2, 0).numpy()).save(place / f"{row}.png")
+    return folder
 
 
 def frames(folder: Path, count: int, part: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import sidetuning as st
-from record import Record, read, write
+from record import Record, ratio, read, seconds, write
 
 TASKS, BATCH, ROUNDS, ROWS = 1000, 64, 9, 5000
 HEAD: dict[str, Any] = {"side": None, "merge": "base-only", "head": 10}
@@ -41,24 +39,10 @@ class Settings:
     """Seconds for a thousand tasks, and times of many tasks and candidates over one."""
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """How long something takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def remove_all(model: st.SideTuner) -> None:
     """Remove all tasks."""
     for name in model.tasks:
         model.remove_task(name)
-
-
-def ratio(many: Callable[[], Any], one: Callable[[], Any], rounds: int) -> list[float]:
-    """Median, least and most of many / one, measured in turns; the first round warms up."""
-    pairs = [(seconds(many), seconds(one)) for _ in range(rounds + 1)][1:]
-    ratios = [a / b for a, b in pairs]
-    return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
 def run(given: Settings) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,19 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import sidetuning as st
+from kinds import write_photographs
 from peers import Peer
 from record import RESULTS, Record, read, write
 from sidetuning.data.rows import Rows
 from sidetuning.heads import pooled
 from sidetuning.terminal import say
 from sidetuning_bench import icifar
-from sidetuning_bench.cifar import load_images
 from sidetuning_bench.language import squad
-from sidetuning_bench.language.questions import read_questions
 from sidetuning_bench.options import Count
 
 SETS = {
@@ -51,25 +50,13 @@ class Settings:
     data: str = icifar.Settings.data
     """A folder with CIFAR-100, or a data set on the Hub."""
     texts: str = squad.Settings.data
-    """A SQuAD folder, or a data set on the Hub."""
+    """A SQuAD folder, with train*.json."""
     text_base: str = "hf:sentence-transformers/all-MiniLM-L6-v2"
     """The base of texts; recorded by the last part of its name."""
     budget: float = 30.0
     """Seconds that candidates share."""
     seeds: Count = 3
     """Seeds."""
-
-
-def make_photographs(folder: Path, source: str, classes: int, count: int) -> Path:
-    """A folder of photographs by split and class, with 100 a class to test."""
-    for split, most in (("train", count), ("test", 100)):
-        images = load_images(source, split)
-        for label in range(classes):
-            place = folder / split / f"class-{label:02}"
-            place.mkdir(parents=True)
-            for row in (images.labels == label).nonzero().flatten().tolist()[:most]:
-                Image.fromarray(images[row][0].permute(1, 2, 0).numpy()).save(place / f"{row}.png")
-    return folder
 
 
 def make_texts(folder: Path, source: str, classes: int, count: int) -> Path:
@@ -80,9 +67,9 @@ def make_texts(folder: Path, source: str, classes: int, count: int) -> Path:
             asked = [q["question"].strip() for part in article["paragraphs"] for q in part["qas"]]
             contexts[article["title"]] = list(dict.fromkeys(asked))
     if not contexts:
-        # A data set of the Hub has no titles: a context is one.
-        for question in read_questions(source, "train").items:
-            contexts.setdefault(question.context, []).append(question.question)
+        sys.exit(
+            f"{source} holds no train*.json of SQuAD, whose articles are the classes; give its folder with --texts"
+        )
     chosen = [asked for asked in contexts.values() if len(asked) >= 2 * count][:classes]
     folder.mkdir(parents=True)
     for split, part in (("train", 0), ("test", 1)):
@@ -204,7 +191,9 @@ def run(given: Settings) -> None:
             if kind == "texts":
                 source, base = make_texts(place, given.texts, classes, count), st.load_base(given.text_base)
             else:
-                source, base = make_photographs(place, given.data, classes, count), st.load_base("resnet44-cifar10")
+                counts = {"train": count, "test": 100}
+                source = write_photographs(place, given.data, range(classes), counts)
+                base = st.load_base("resnet44-cifar10")
             for seed in todo:
                 write(result_name(name, seed), measure(name, source, base, given, seed))
 

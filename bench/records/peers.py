@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import sidetuning as st
-from record import RESULTS, Record, read, write
+from record import RESULTS, Record, read, seconds, write
 from sidetuning.cache import cache_tokens, token_loader
 from sidetuning.heads import pooled
 from sidetuning_bench import grid
@@ -188,13 +188,6 @@ class Peer(nn.Module):
     def stored(self) -> int:
         """Bytes of what was trained."""
         return sum(p.numel() * p.element_size() for p in self.parameters() if p.requires_grad)
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """How long something takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def learn_peer(peer: Peer, base: st.Base, rows: Rows, batch: int) -> float:

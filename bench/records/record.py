@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -134,3 +136,18 @@ def write(name: str, content: Any) -> None:
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
     write_json(RESULTS / f"{name}.json", {**values, **about})
+
+
+def seconds(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """How long something takes."""
+    started = clock()
+    work()
+    return clock() - started
+
+
+def ratio(
+    many: Callable[[], Any], one: Callable[[], Any], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Median, least and most of many / one, measured in turns; the first round warms up."""
+    ratios = [seconds(many, clock) / seconds(one, clock) for _ in range(rounds + 1)][1:]
+    return [statistics.median(ratios), min(ratios), max(ratios)]

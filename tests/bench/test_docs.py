@@ -146,7 +146,7 @@ def test_the_ranks_over_three_seeds_are_those_of_the_results(printed: Callable[[
 def test_no_document_names_a_path_of_one_machine() -> None:
     files = [
         *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("bench/records/results/*"),
         *ROOT.glob("bench/**/*.md"),
     ]

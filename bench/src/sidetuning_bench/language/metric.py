@@ -86,17 +86,21 @@ def score(
         for group in (values, has, none)
         for part in ([value[0] for value in group], [value[1] for value in group])
     )
-    return Scores(exact_all, f1_all, f1_has, f1_none, best_exact, best_f1, at, exact_has, _area(golds, null_odds))
+    known = [odds for gold, odds in zip(golds, null_odds, strict=True) if gold]
+    others = [odds for gold, odds in zip(golds, null_odds, strict=True) if not gold]
+    return Scores(exact_all, f1_all, f1_has, f1_none, best_exact, best_f1, at, exact_has, 100 * area(known, others))
 
 
-def _area(golds: Sequence[Sequence[str]], odds: Sequence[float]) -> float:
-    """How often a question without an answer has the higher odds; equal odds count half (Mann and Whitney, 1947)."""
-    known = sorted(value for value, gold in zip(odds, golds, strict=True) if gold)
-    others = [value for value, gold in zip(odds, golds, strict=True) if not gold]
+def area(known: Sequence[float], others: Sequence[float]) -> float:
+    """How often one of `others` is larger than one of `known`, in [0, 1]; equal ones count half.
+
+    It is the area under the curve of the receiver (Mann and Whitney, 1947); NaN where one of the two is empty.
+    """
     if not known or not others:
         return float("nan")
-    lower = sum(bisect_left(known, value) + bisect_right(known, value) for value in others)
-    return 100 * lower / (2 * len(known) * len(others))
+    values = sorted(known)
+    lower = sum(bisect_left(values, value) + bisect_right(values, value) for value in others)
+    return lower / (2 * len(values) * len(others))
 
 
 def _best(gains: Sequence[float], silent: float, odds: Sequence[float]) -> tuple[float, float]:
