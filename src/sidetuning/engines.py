@@ -7,11 +7,7 @@ a base is another base: its tasks and caches are its own.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
 import platform
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +24,7 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, UnknownNameError, told
-from sidetuning.graphs import Graph, Pass, exporting, longer, named, open_onnx, samples, texts, write
+from sidetuning.graphs import Graph, Pass, exporting, kept, longer, named, open_onnx, removed, samples, texts, write
 from sidetuning.inputs import map_input
 from sidetuning.language import LanguageModel
 from sidetuning.probe import MASKS
@@ -67,7 +63,7 @@ def with_engine(
     Args:
         base: a plain base, of a torch module in float32, with all taps that tasks will read.
         engine: "torch"; "folded", torch with batch norms folded into convolutions, channels last; "compile", by
-            `torch.compile`; "onnxruntime" or "openvino"; or "auto", which measures those that are installed.
+            torch's compiler, ahead of time; "onnxruntime" or "openvino"; or "auto", which measures what is installed.
         precision: "fp32"; "bf16"; "int8"; or "int4", weights of four bits, in groups of 32. In torch, int8 and int4
             are the weights of linear layers, through torchao; elsewhere int8 is of activations too.
         calibration: inputs like those to come, a batch or a loader of batches, for int8 by onnxruntime and openvino.
@@ -204,8 +200,7 @@ def _filled(x: Input, name: str, number: int) -> Input:
 
 def _largest(run: Callable[[int], Any], known: int, most: int) -> int:
     """The largest number, up to `most`, with which something runs; those below it do, too."""
-    below, above = known, most + 1
-    number = most
+    below, above, number = known, most + 1, most
     while above - below > 1:
         try:
             run(number)
@@ -256,22 +251,19 @@ def _graph(
     known = [version(package) for package in ("torch", *NEEDED.get(name, ())[:2])]
     named_by = [base.identity().digest(), base.structure(), base.layouts, graph.outputs, form_of(inputs), known]
     if name == "compile":
-        file = _kept([*named_by, *_machine(base.device)], ".pt2", lambda path: _compile(graph, path))
-        package = torch._inductor.aoti_load_package(str(file))
+        file = kept([*named_by, *_machine(base.device)], ".pt2", lambda path: _compile(graph, path))
+        with removed(file):
+            package = torch._inductor.aoti_load_package(str(file))
         return _outputs(base, lambda given: package(*(given[k] for k in inputs))), None
-    file = whole = _kept(named_by, ".onnx", lambda path: _export(graph, path))
+    file = whole = kept(named_by, ".onnx", lambda path: _export(graph, path))
     if precision == "int8":
         if not batches and ranges is None:
             raise ShapeError(f"{name} in int8 needs inputs like those to come: calibration=, a batch or a loader")
         feeds = [{k: v.numpy() for k, v in tensors_of(batch).items() if k in inputs} for batch in batches]
         ranges = ranges or quantise_onnx(whole, None, feeds, None)
-        file = _kept([*named_by, ranges], ".onnx", lambda path: quantise_onnx(whole, path, [], ranges))
-    try:
+        file = kept([*named_by, ranges], ".onnx", lambda path: quantise_onnx(whole, path, [], ranges))
+    with removed(file):
         run = open_onnx(graph, file) if name == "onnxruntime" else _open_openvino(graph, file, precision)
-    except Exception:
-        # A file that was damaged is made anew by the next call.
-        file.unlink()
-        raise
     return _outputs(base, run), ranges
 
 
@@ -293,7 +285,7 @@ def _export(graph: Graph, path: Path) -> None:
 
 
 def _compile(graph: Graph, path: Path) -> None:
-    """Write the code that `torch.compile` makes of a graph, ahead of time: no number of rows compiles it anew."""
+    """Write the code that torch's compiler makes of a graph, ahead of time: no number of rows compiles it anew."""
     base: Any = graph.module.base
     open_sizes = [[0] * bool(x.ndim) + [1] * texts(base, x) for x in graph.inputs.values()]
     shapes = tuple(dict.fromkeys(dimensions, torch.export.Dim.AUTO) for dimensions in open_sizes)
@@ -310,19 +302,6 @@ def _machine(device: torch.device) -> list[Any]:
     lines = info.read_text().splitlines() if info.exists() else [f"flags {platform.processor()}"]
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return [flags, torch.get_num_threads(), torch.cuda.get_device_capability(device) if device.type == "cuda" else None]
-
-
-def _kept(content: Sequence[Any], ending: str, make: Callable[[Path], Any]) -> Path:
-    """A file of the cache that is named by all that it depends on, made where it is not there."""
-    folder = Path(os.environ.get("SIDETUNING_CACHE") or "~/.cache/sidetuning").expanduser() / "engines"
-    file = folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}{ending}"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            made = Path(temporary) / file.name
-            make(made)
-            made.replace(file)
-    return file
 
 
 def _open_openvino(graph: Graph, file: Path, precision: str) -> Callable[[dict[str, Tensor]], list[Tensor]]:
@@ -349,7 +328,7 @@ def _open_openvino(graph: Graph, file: Path, precision: str) -> Callable[[dict[s
 def _fastest(base: Base, precision: str, batches: Sequence[Input]) -> Base:
     """The base with the engine that takes the least time for a batch, of those that are installed; says which.
 
-    `torch.compile` takes part on GPUs alone: on a CPU it compiles for longer than all others together.
+    "compile" takes part on GPUs alone: on a CPU it compiles for longer than all others together.
     """
     cpu = base.device.type == "cpu"
     names = [name for name, known in ENGINES.items() if precision in known and (name == "compile") != cpu]

@@ -21,6 +21,13 @@ from sidetuning.errors import ArtifactError
 
 # The largest JSON, in bytes: a file that says more is none of ours.
 LONGEST_TEXT = 1 << 28
+# The environment variable that moves the user's cache.
+CACHE = "SIDETUNING_CACHE"
+
+
+def user_cache(kind: str) -> Path:
+    """The folder of the user's cache for things of one kind."""
+    return Path(os.environ.get(CACHE) or "~/.cache/sidetuning").expanduser() / kind
 
 
 @contextlib.contextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.errors import ArtifactError
+from sidetuning.files import atomic_write, user_cache
 from sidetuning.inputs import IMAGES
 from sidetuning.predicting import run
 from sidetuning.probe import probe_input
@@ -229,3 +234,24 @@ def described(base: Base, tensor: Tensor) -> dict[str, Any]:
     if texts(base, tensor):
         shape[1] = "tokens"
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
+
+
+def kept(content: Sequence[Any], ending: str, make: Callable[[Path], Any]) -> Path:
+    """A file of the user's cache that is named by all that it depends on, made where it is not there."""
+    file = user_cache("engines") / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}{ending}"
+    if not file.exists():
+        # Compilers ask for the ending.
+        with tempfile.TemporaryDirectory() as own, atomic_write(file) as temporary:
+            make(made := Path(own) / file.name)
+            shutil.move(made, temporary)
+    return file
+
+
+@contextmanager
+def removed(file: Path) -> Iterator[None]:
+    """Remove a file that cannot be opened: the next call makes it anew."""
+    try:
+        yield
+    except Exception:
+        file.unlink(missing_ok=True)
+        raise

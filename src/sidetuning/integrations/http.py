@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
@@ -24,10 +23,12 @@ from torch import Tensor
 
 from sidetuning.base import Base
 from sidetuning.errors import CacheError, SideTuningError, UnknownNameError
+from sidetuning.files import CACHE as CACHE
+from sidetuning.files import user_cache
 from sidetuning.transforms import TextTransform
 
-# The key that a server asks for, and where answers are kept. Neither is ever written anywhere.
-KEY, CACHE = "SIDETUNING_API_KEY", "SIDETUNING_CACHE"
+# The key that a server asks for. It is never written anywhere.
+KEY = "SIDETUNING_API_KEY"
 # Texts in one request; seconds that one may take; tries, between which 0.5, 1, 2, … seconds pass, 30 at most.
 BATCH, TIMEOUT, TRIES, LONGEST_PAUSE = 32, 60.0, 12, 30.0
 # Bytes of a text that are read.
@@ -73,9 +74,8 @@ class Embeddings:
             raise UnknownNameError(f"{address} is no address of a server; write http://host:port/v1?model=NAME")
         self.url = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
         self.model = options["model"][0] if "model" in options else self._only_model()
-        folder = Path(os.environ.get(CACHE) or "~/.cache/sidetuning").expanduser() / "http"
         name = hashlib.sha256(f"{self.url} {self.model}".encode()).hexdigest()[:16]
-        self.file = folder / f"{name}.sqlite"
+        self.file = user_cache("http") / f"{name}.sqlite"
         self._lock = threading.Lock()
         self._check_drift()
 
