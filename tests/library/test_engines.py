@@ -285,6 +285,13 @@ def test_a_server_runs_its_tasks_by_an_engine(tmp_path: Path) -> None:
     model = st.SideTuner(st.load_base("resnet44-cifar10"))
     model.add_task("pets", side=None, merge="base-only", head=3)
     model.save(tmp_path)
+    with pytest.raises(st.ShapeError, match="give the plain base"):
+        # What is asked for is not what the folder says.
+        folded = st.SideTuner(st.load_base("resnet44-cifar10", engine="folded"))
+        folded.add_task("pets", side=None, merge="base-only", head=3)
+        folded.save(tmp_path / "folded")
+        Served(tmp_path / "folded", engine="torch")
+    assert Served(tmp_path / "folded").moment.base.engine.name == "folded"
     served = Served(tmp_path, engine="folded")
     assert served.moment.base.engine.name == "folded"
     model.add_task("cars", side=None, merge="base-only", head=2)
@@ -368,17 +375,19 @@ def test_a_decoder_in_fewer_bits_writes_in_them(precision: str, tmp_path: Path) 
         st.with_engine(plain, "onnxruntime", precision="int8", calibration=[])
 
 
-def test_a_damaged_file_of_an_engine_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed("onnxruntime")
+@pytest.mark.parametrize("engine", ["onnxruntime", pytest.param("compile", marks=pytest.mark.slow)])
+def test_a_damaged_file_of_an_engine_is_made_anew(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(engine)
     monkeypatch.setenv("SIDETUNING_CACHE", str(tmp_path))
     plain = mlp_base()
-    st.with_engine(plain, "onnxruntime")
-    (file,) = tmp_path.rglob("*.onnx")
+    st.with_engine(plain, engine)
+    # One file, whole: nothing that was written on the way is left.
+    (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     file.write_bytes(b"no graph")
-    with pytest.raises(st.ShapeError, match="cannot be built for onnxruntime"):
-        st.with_engine(plain, "onnxruntime")
+    with pytest.raises(st.ShapeError, match=f"cannot be built for {engine}"):
+        st.with_engine(plain, engine)
     x = inputs("mlp")
-    assert apart(st.with_engine(plain, "onnxruntime")(x), plain(x)) < 1e-5
+    assert apart(st.with_engine(plain, engine)(x), plain(x)) < 1e-5
 
 
 def test_the_command_line_trains_on_a_base_in_fewer_bits(tmp_path: Path) -> None:
@@ -393,3 +402,6 @@ def test_the_command_line_trains_on_a_base_in_fewer_bits(tmp_path: Path) -> None
     assert opened(settings, tmp_path).base.identity() == model.base.identity()
     with pytest.raises(st.TaskError, match="a base in bf16; leave --precision out"):
         opened(dataclasses.replace(settings, precision="int8"), tmp_path)
+    with pytest.raises(st.TaskError, match="a base in bf16; leave --precision out"):
+        opened(dataclasses.replace(settings, precision="fp32"), tmp_path)
+    assert str(opened(dataclasses.replace(settings, precision=None), tmp_path).base.engine) == "bf16 by torch"

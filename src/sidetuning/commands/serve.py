@@ -8,11 +8,14 @@ import os
 import signal
 import socket
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from sidetuning.terminal import say
+
+if TYPE_CHECKING:
+    from sidetuning.serving.app import Limits
 
 # Where the token is read from: arguments can be seen by everybody on a machine.
 TOKEN = "SIDETUNING_TOKEN"
@@ -46,8 +49,9 @@ class Settings:
     """Width times height of an image, at most (422)."""
     max_inputs: Annotated[int, tyro.conf.arg(metavar="INPUTS")] = 32
     """Inputs of a request, at most (422)."""
-    engine: Annotated[str, tyro.conf.arg(metavar="ENGINE")] = "torch"
-    """What runs the base: torch, folded, compile, onnxruntime, openvino, or auto, which measures them."""
+    engine: Annotated[str | None, tyro.conf.arg(metavar="ENGINE")] = None
+    """What runs the base: torch, folded, compile, onnxruntime, openvino, or auto, which measures them; by default what
+    the model folder says."""
     timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 30.0
     """Time until a request is given up (504)."""
     watch: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 1.0
@@ -61,40 +65,22 @@ def main(settings: Settings) -> None:
     try:
         import uvicorn
 
-        from sidetuning.serving.app import Limits, Service
+        from sidetuning.serving.app import Service
         from sidetuning.serving.embeddings import EmbeddingService
     except ImportError as error:
         raise ImportError("serving needs more packages: pip install 'sidetuning[serve]'") from error
-    from sidetuning.errors import TaskError
     from sidetuning.loading import load_base
     from sidetuning.serving.served import Served
 
-    least = {"max_batch": 1, "max_waiting": 1, "max_inputs": 1, "wait": 0, "watch": 0}
-    for name, lowest in least.items():
-        if getattr(settings, name) < lowest:
-            raise TaskError(f"--{name.replace('_', '-')} is {lowest} or more, not {getattr(settings, name)}")
-    for name in ("max_body", "max_pixels", "timeout"):
-        if getattr(settings, name) <= 0:
-            raise TaskError(f"--{name.replace('_', '-')} is positive, not {getattr(settings, name)}")
-    for name in ("max_pixels", "watch") if settings.base_only else ():
-        if getattr(settings, name) != getattr(Settings, name):
-            raise TaskError(f"--base-only does not read --{name.replace('_', '-')}; leave it out")
-    limits = Limits(
-        max_batch=settings.max_batch,
-        wait=settings.wait / 1000,
-        max_waiting=settings.max_waiting,
-        max_body=int(settings.max_body * 1e6),
-        max_pixels=int(settings.max_pixels * 1e6),
-        max_inputs=settings.max_inputs,
-        timeout=settings.timeout,
-    )
+    limits = limits_of(settings)
     token = os.environ.get(TOKEN) or None
     service: Service | EmbeddingService
-    name, engine = settings.model, settings.engine
+    name, engine, quiet = settings.model, settings.engine, settings.quiet
     if settings.base_only:
-        service = EmbeddingService(load_base(name, engine=engine), name, limits, token=token, quiet=settings.quiet)
+        base = load_base(name, engine=engine or "torch")
+        service = EmbeddingService(base, name, limits, token=token, quiet=quiet)
     else:
-        service = Service(Served(name, engine=engine), limits, token=token, watch=settings.watch, quiet=settings.quiet)
+        service = Service(Served(name, engine=engine), limits, token=token, watch=settings.watch, quiet=quiet)
     if token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
         service.log.warning(f"other machines can ask without a token; set {TOKEN} to let only some")
     config = uvicorn.Config(
@@ -117,6 +103,36 @@ def main(settings: Settings) -> None:
         uvicorn.Server(config).run(sockets=[listener])
     if not settings.quiet:
         say("Stopped; every request was answered.", error=True)
+
+
+def limits_of(settings: Settings) -> Limits:
+    """What one request may cost.
+
+    Raises:
+        TaskError: a number that cannot be meant, or one that embeddings do not read.
+    """
+    from sidetuning.errors import TaskError
+    from sidetuning.serving.app import Limits
+
+    least = {"max_batch": 1, "max_waiting": 1, "max_inputs": 1, "wait": 0, "watch": 0}
+    for name, lowest in least.items():
+        if getattr(settings, name) < lowest:
+            raise TaskError(f"--{name.replace('_', '-')} is {lowest} or more, not {getattr(settings, name)}")
+    for name in ("max_body", "max_pixels", "timeout"):
+        if getattr(settings, name) <= 0:
+            raise TaskError(f"--{name.replace('_', '-')} is positive, not {getattr(settings, name)}")
+    for name in ("max_pixels", "watch") if settings.base_only else ():
+        if getattr(settings, name) != getattr(Settings, name):
+            raise TaskError(f"--base-only does not read --{name.replace('_', '-')}; leave it out")
+    return Limits(
+        max_batch=settings.max_batch,
+        wait=settings.wait / 1000,
+        max_waiting=settings.max_waiting,
+        max_body=int(settings.max_body * 1e6),
+        max_pixels=int(settings.max_pixels * 1e6),
+        max_inputs=settings.max_inputs,
+        timeout=settings.timeout,
+    )
 
 
 def listening(host: str, port: int) -> socket.socket:

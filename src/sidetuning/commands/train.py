@@ -34,8 +34,8 @@ class Settings:
     """Pretrained network, such as timm:resnet50 or hf:bert-base-uncased; that of the model folder by default."""
     weights: str | None = None
     """Safetensors file of the base's weights, instead of those that its name stands for."""
-    precision: str = "fp32"
-    """How the base of a new model runs: fp32, bf16, int8 or int4; its tasks belong to that precision."""
+    precision: str | None = None
+    """How the base of a new model runs: fp32 (the default), bf16, int8 or int4; its tasks belong to that precision."""
     image: str | None = None
     """Column of image files."""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -147,10 +147,10 @@ def opened(settings: Settings, out: Path) -> SideTuner:
         if settings.base is None:
             raise TaskError(f"{out} is a new model: name its base, such as --base timm:resnet50 or --base hf:NAME")
         options: dict[str, Any] = {} if settings.weights is None else {"weights": settings.weights}
-        return SideTuner(load_base(settings.base, precision=settings.precision, **options))
+        return SideTuner(load_base(settings.base, precision=settings.precision or "fp32", **options))
     model = load(out)
     spec = model.base.spec
-    if settings.precision not in ("fp32", model.base.engine.precision):
+    if settings.precision not in (None, model.base.engine.precision):
         raise TaskError(f"{out} is built on a base in {model.base.engine.precision}; leave --precision out")
     if settings.base is not None and spec is not None and spec.name != settings.base:
         same = settings.base.startswith(("hf:", "onnx:")) and spec.name.endswith(Path(settings.base[3:]).name)

@@ -168,7 +168,8 @@ class Served:
     Args:
         path: a model folder, or the folder of one task.
         base: the base, where it cannot be built from its recorded spec.
-        engine: what runs the base, as of `with_engine`; tasks that read other taps are refused then.
+        engine: what runs the base, as of `with_engine`; tasks that read other taps are refused then. By default what
+            the folder says.
         told: called after each change with the names of the tasks, or with the error.
     """
 
@@ -177,7 +178,7 @@ class Served:
         path: str | Path,
         *,
         base: Base | None = None,
-        engine: str = "torch",
+        engine: str | None = None,
         told: Callable[[list[str] | Exception], None] = lambda found: None,
     ) -> None:
         self.path, self.told = Path(path), told
@@ -199,7 +200,7 @@ class Served:
                 seen, self._seen = self._seen, self._look()
                 if seen == self._seen:
                     raise
-        if engine != "torch":
+        if engine is not None:
             # With the taps of all tasks that are there.
             self._base = with_engine(self.moment.base, engine)
             self.moment, self._kept = self._rebuilt(self._seen)
