@@ -115,7 +115,7 @@ class Merged:
         self.base, self.branches, self.tasks = base, branches, tasks
         named = {name for name in tasks if name is not None}
         named |= {lateral for name in named for lateral in branches[name].config.laterals}
-        self.tokenwise = all(_tokenwise(branches[name]) for name in named)
+        self.tokenwise = all(tokenwise(branches[name]) for name in named)
         self.groups = _groups(branches, list(tasks), self.tokenwise)
         # Layers of the cache that are the base's.
         self.own: int | None = None
@@ -199,7 +199,7 @@ class _Code(nn.Module):
         return self.branch.code(features, self.branch.side_output(inputs, features), ())
 
 
-def _tokenwise(branch: Branch) -> bool:
+def tokenwise(branch: Branch) -> bool:
     """Whether its code of a token reads what the base gave for that token alone."""
     side = original(branch.side)
     return branch.config.merge[0] != CUSTOM and (side is None or (isinstance(side, Side) and side.tokenwise))

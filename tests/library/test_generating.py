@@ -204,6 +204,24 @@ def test_threads_get_their_own_texts(base: st.Base) -> None:
     assert all(map(torch.equal, found, told))
 
 
+def test_tasks_that_read_each_token_alone_are_added_without_a_base_pass(
+    base: st.Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, encode = [], st.Base.encode
+
+    def counted(self: st.Base, inputs: Any) -> Any:
+        passes.append(inputs)
+        return encode(self, inputs)
+
+    model = st.SideTuner(base)
+    monkeypatch.setattr(st.Base, "encode", counted)
+    model.add_task("a", side="ladder", head="lm")
+    assert not passes
+    # A side that looks back is looked at.
+    model.add_task("b", side="ladder", head="lm", side_options={"heads": 4})
+    assert passes
+
+
 def test_what_cannot_be_written_is_refused(base: st.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     model = learned(base, ["each"])
     model.add_task("guard", side=None, merge="base-only", head=2)

@@ -104,7 +104,6 @@ def cache_features(
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise DataError("the data set is empty; there is nothing to keep features of")
     how = older = "none"
-    _first_of(dataset)
     if augment is not None and views > 1:
         where = getattr(augment, "__module__", "")
         how, older = (
@@ -158,6 +157,7 @@ def data_identity(dataset: Dataset[Any]) -> str:
     digest = hashlib.sha256(f"{n}".encode())
     tensors = getattr(dataset, "tensors", None)
     if tensors is None:
+        _first_of(dataset)
         rows = sorted({round(i * (n - 1) / 255) for i in range(256)}) if n > 256 else range(n)
         tensors = [torch.as_tensor(value) for i in rows for value in dataset[i]]
     for tensor in tensors:
