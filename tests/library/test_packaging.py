@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from sidetuning import __version__
 
 ROOT = Path(__file__).parents[2]
 DEPENDENCIES = {"torch", "numpy", "safetensors", "huggingface-hub", "accelerate", "tqdm"}
@@ -148,18 +151,44 @@ def with_requirements(wanted: set[str]) -> set[str]:
     return found
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
-def test_the_library_runs_where_nothing_else_is_installed(wheels: dict[str, zipfile.ZipFile], tmp_path: Path) -> None:
-    venv.create(tmp_path / "venv", symlinks=True)
-    (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
-    wheels["sidetuning"].extractall(packages)
-    for name in with_requirements(names(required(wheels["sidetuning"]))):
+def test_the_version_is_written_once_and_has_its_changes(wheels: dict[str, zipfile.ZipFile]) -> None:
+    assert {Path(str(wheel.filename)).name.split("-")[1] for wheel in wheels.values()} == {__version__}
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] in (__version__, "Unreleased")
+
+
+def in_a_clean_environment(wheels: list[zipfile.ZipFile], needed: set[str], folder: Path, *arguments: str) -> str:
+    """Install wheels and what they need, as it is here, in a new environment; return what its Python prints there."""
+    venv.create(folder / "venv", symlinks=True)
+    (packages,) = (folder / "venv/lib").glob("python*/site-packages")
+    for wheel in wheels:
+        wheel.extractall(packages)
+    for name in with_requirements(needed):
         distribution = importlib.metadata.distribution(name)
         tops = {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}
         for top in tops:
             if not (packages / top).exists():
                 (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
-    command = [str(tmp_path / "venv/bin/python"), "-I", "-W", "error", "-c", ALONE]
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.endswith("alone\n"), done.stderr
+    command = [str(folder / "venv/bin/python"), "-I", "-W", "error", *arguments]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
+def test_the_library_runs_where_nothing_else_is_installed(wheels: dict[str, zipfile.ZipFile], tmp_path: Path) -> None:
+    wheel = wheels["sidetuning"]
+    assert in_a_clean_environment([wheel], names(required(wheel)), tmp_path, "-c", ALONE).endswith("alone\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
+def test_both_packages_run_together_where_they_are_installed(
+    wheels: dict[str, zipfile.ZipFile], tmp_path: Path
+) -> None:
+    both = [wheels["sidetuning"], wheels["sidetuning_bench"]]
+    # Those of the extra `cli`, which the bench asks for.
+    needed = set().union(*(names(required(wheel)) for wheel in both)) - {"sidetuning"} | {"tyro", "rich", "pillow"}
+    arguments = ("-m", "sidetuning", "bench", "icifar", "psp", "--help")
+    assert "--statistics {batch,task}" in in_a_clean_environment(both, needed, tmp_path, *arguments)
