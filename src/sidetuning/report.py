@@ -29,6 +29,8 @@ MEND = "score the task again: sidetuning evaluate … --report"
 ATTEMPT = {"name": str, "loss": float, "score": float, "steps": int, "seconds": float, "parameters": int}
 TRAINING = {"data?": str, "measure?": str, "chosen?": str, "seconds?": float, "notes?": [str]}
 TRAINING |= {"attempts?": [{**ATTEMPT, "curve": [float]}]}
+LOST = {"task": str, "rows": int, "measure": str, "before": float, "after": float}
+TRAINING |= {"forgetting?": {"steps": int, "tasks": [LOST]}}
 ROW = {"name": str, "rows": int, "precision": float, "recall": float, "f1": float}
 MISTAKE = {"place": str, "truth": str, "answer": str, "value": str, "image?": str, "text?": str}
 REPORT = {"task": str, "problem": {"classes", "labels", "numbers"}, "split": str, "names": [str], "scores": dict}
@@ -67,7 +69,7 @@ def describe(
         "parameters": summary.total,
         "bytes": summary.bytes,
         "notes": notes,
-        **{key: training.get(key) for key in ("measure", "chosen", "attempts", "seconds")},
+        **{key: training.get(key) for key in ("measure", "chosen", "attempts", "seconds", "forgetting")},
     }
 
 

@@ -59,6 +59,32 @@ def test_a_model_folder_holds_both_tasks_and_nothing_else(place: Path) -> None:
     assert names == {"side.json", "side.safetensors", "training.json", "report.json", "report.html"}
 
 
+def test_what_forgetting_would_have_been_is_shown(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(place / "my-model", tmp_path / "my-model"))
+    for name in ("training.json", "report.json"):
+        # As of a task that was not learned from data here.
+        (out / "tasks/straight" / name).unlink()
+    told = ("--task", "holdout", "--out", out, "--side", "none", "--budget", "2s", "--forgetting")
+    _, notes = run(capsys, "train", place / "holdout", *told)
+    assert "straight is left out of what forgetting would have been: it was not learned by sidetuning train" in notes
+    found = json.loads((out / "tasks/holdout/training.json").read_text())["forgetting"]
+    (row,) = found["tasks"]
+    scored = json.loads((out / "tasks/round/report.json").read_text())["scores"]
+    assert found["steps"] > 0 and row["task"] == "round" and row["rows"] == scored["samples"]
+    assert row["before"] == pytest.approx(scored["accuracy"]) and 0 <= row["after"] <= 1
+    page = (out / "report.html").read_text()
+    assert page.count("What forgetting would have been") == 1 and "round, accuracy" in page
+    # It stays where the task is scored again, and data that have gone are told.
+    main(["evaluate", str(out), "--task", "holdout", str(place / "holdout"), "--report", "--quiet"])
+    assert "What forgetting would have been" in (out / "report.html").read_text()
+    elsewhere = json.loads((out / "tasks/round/training.json").read_text()) | {"data": str(tmp_path / "gone")}
+    (out / "tasks/round/training.json").write_text(json.dumps(elsewhere))
+    _, notes = run(capsys, "train", place / "holdout", *told, "--replace")
+    assert "round is left out" in notes and "no other task whose data can be read" in notes
+
+
 def test_a_holdout_is_scored(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(capsys, "evaluate", place / "my-model", "--task", "round", place / "holdout", "--quiet")
     share = re.findall(r"accuracy ([\d.]+)%, 95 % interval ([\d.]+)% to ([\d.]+)%", out)[0]

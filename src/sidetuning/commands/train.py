@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,10 +15,13 @@ from sidetuning.terminal import say
 
 if TYPE_CHECKING:
     from sidetuning.automatic import AutoResult
+    from sidetuning.data import TaskData
     from sidetuning.tuner import SideTuner
 
 # Seconds of a unit of time.
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+# Options that say what a row of the data is; they are kept with the task.
+COLUMNS = ("image", "text", "label", "problem")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Settings:
     """Give all classes the same weight."""
     mirror: bool = False
     """Learn from mirror images too, at twice the time of the base pass."""
+    forgetting: bool = False
+    """Fine-tune a copy of the base too, for the time of --budget, and report what the other tasks would have lost."""
     replace: bool = False
     """Replace the task where the model has one of this name."""
     cache: str | None = None
@@ -94,14 +100,8 @@ def train(settings: Settings) -> AutoResult:
             f"{out} has a task '{settings.task}' already; choose another --task, or give --replace to learn it anew"
         )
     with held_folder(out):
-        data = load_data(
-            settings.data,
-            image=settings.image,
-            text=settings.text,
-            label=settings.label,
-            problem=settings.problem,
-            seed=settings.seed,
-        )
+        columns = {key: getattr(settings, key) for key in COLUMNS}
+        data = load_data(settings.data, **columns, seed=settings.seed)
         for note in data.notes:
             tell(note)
         model = opened(settings, out)
@@ -125,13 +125,43 @@ def train(settings: Settings) -> AutoResult:
         )
         split = "test" if "test" in data.splits else "validation"
         model.save_task(settings.task, folder, metrics=result.scores[split])
-        write_json(folder / "training.json", {**result.record(), "data": str(settings.data), "seed": settings.seed})
+        record = {
+            **result.record(),
+            "forgetting": forgotten(settings, model, data, tell) if settings.forgetting else None,
+        }
+        about = {"data": str(settings.data), "columns": columns, "seed": settings.seed}
+        write_json(folder / "training.json", {**record, **about})
         scored = score(model, settings.task, data.splits[split], progress=not settings.quiet)
-        add_to_report(out, model, settings.task, scored, split, result.record())
+        add_to_report(out, model, settings.task, scored, split, record)
         shutil.rmtree(work)
         if not any(work.parent.iterdir()):
             work.parent.rmdir()
     return result
+
+
+def forgotten(
+    settings: Settings, model: SideTuner, data: TaskData, tell: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """What forgetting would have been, measured on the rows that chose the other tasks, or None where it cannot be."""
+    from sidetuning.errors import SideTuningError
+    from sidetuning.forgetting import rows_again, would_forget
+
+    others = {}
+    for name in model.tasks:
+        if name != settings.task:
+            try:
+                others[name] = rows_again(Path(settings.out) / "tasks" / name, model[name].labels)
+            except SideTuningError as error:
+                tell(f"{name} is left out of what forgetting would have been: {error}")
+    if not others:
+        tell("the model has no other task whose data can be read, so what forgetting would have been is not known")
+        return None
+    try:
+        seconds = seconds_of(settings.budget)
+        return would_forget(model, data, others, seconds=seconds, seed=settings.seed, progress=not settings.quiet)
+    except SideTuningError as error:
+        tell(str(error))
+        return None
 
 
 def opened(settings: Settings, out: Path) -> SideTuner:
