@@ -89,9 +89,7 @@ def table(given: Settings) -> str:
         cells = [f"{rows[0]['lines']}"]
         for key in ("first", "second", "first_at_the_end"):
             cells.append(f"{100 * sum(row[key] for row in rows) / len(rows):.1f}")
-        cells += [
-            f"{max(row[key] for row in rows):.1e}".replace("0.0e+00", "0") for key in ("moved", "moved_by_loading")
-        ]
+        cells += [f"{max(row[key] for row in rows):.2g}" for key in ("moved", "moved_by_loading")]
         cells.append(f"{100 * sum(row['lora'] for row in rows) / len(rows):.1f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -97,12 +97,27 @@ def test_the_table_of_the_zoo_is_made_from_the_results(printed: Callable[[str], 
 
 @pytest.mark.parametrize(
     ("record", "page"),
-    [("closed-form", "closed_form.md"), ("route-kinds", "closed_form.md"), ("generators", "generate.md")],
+    [
+        ("closed-form", "closed_form.md"),
+        ("route-kinds", "closed_form.md"),
+        ("generators", "generate.md"),
+        ("five-jobs", "peers.md"),
+    ],
 )
 def test_the_tables_of_a_page_are_made_from_the_results(record: str, page: str, printed: Callable[[str], str]) -> None:
     tables = printed(record).split("\n\n")
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert all(table in text for table in tables) and any(table.startswith("|") for table in tables)
+
+
+def test_the_readme_has_the_five_jobs_of_the_results(printed: Callable[[str], str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed("five-jobs").splitlines()[2:]]
+    assert len(rows) == 4
+    for name, lines, learned, _, kept, moved, loaded, _ in rows:
+        assert f"| {name} | {lines} | {learned} | {kept} | {moved} | {loaded} |" in text
+    # Ours is the shortest.
+    assert min(rows, key=lambda row: int(row[1]))[0] == "sidetuning"
 
 
 def test_the_load_on_a_server_is_that_of_its_result(printed: Callable[[str], str]) -> None:
