@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from data_parts import write_digits
+from sidetuning.cli import main as sidetuning
 from sidetuning_bench.__main__ import main
 
 
@@ -39,7 +42,14 @@ def test_the_quick_demo_learns_digits(
     assert "side-tuning 0.0 points" in said and "Side-tuning forgot nothing. Fine-tuning forgot " in said
     assert (tmp_path / "runs/demo/digits/tasks/0-or-1/side.json").exists()
     page = (tmp_path / "runs/demo/digits/report.html").read_text()
-    assert "Side-tuning forgot nothing." in page and "sidetuning train photos/" in page and "<svg" in page
+    assert "Side-tuning forgot nothing." in page and "<svg" in page
+    # The command for one's own photographs needs nothing more than photographs, and what its extras bring.
+    (command,) = re.findall(r"^sidetuning (train photos/ .*?)</code>", page, re.MULTILINE)
+    write_digits(tmp_path / "photos", (0, 1), 10)
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        sidetuning(command.replace("timm:resnet50", "timm:resnet50x").split())
+    assert "did you mean 'resnet50'" in capfd.readouterr().err
 
 
 def test_without_the_engine_the_demo_names_the_other_one(
