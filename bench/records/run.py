@@ -25,6 +25,7 @@ RECORDS: Registry[Record] = Registry(
         "transfer": "image_grids:TRANSFER",
         "ewc-coefficient": "choices:EWC_COEFFICIENT",
         "itaskonomy-settings": "choices:ITASKONOMY_SETTINGS",
+        "rooms": "rooms:ROOMS_RECORD",
         "batch-statistics": "batch_statistics:BATCH_STATISTICS",
         "dense-constants": "dense_constants:DENSE_CONSTANTS",
         "step-cost": "step_cost:STEP_COST",
