@@ -162,7 +162,7 @@ def draw_rooms(root: Path, seed: int) -> Path:
         rows.append(f"{name},{int(number < ROOMS[0])},0,{int(number >= ROOMS[0])}")
         for i in range(FRAMES):
             image, g = frame(blocks, rng)
-            values = {
+            values: dict[str, Any] = {
                 "rgb": image,
                 "depth_zbuffer": g.depth / UNITS_PER_METRE,
                 "depth_euclidean": g.distance / UNITS_PER_METRE,

@@ -16,6 +16,7 @@ from sidetuning.data import Rows, TaskData, load
 from sidetuning.errors import DataError, SideTuningError, TaskError
 from sidetuning.files import read_json
 from sidetuning.scoring import score
+from sidetuning.sides.copy import CopySide
 from sidetuning.training import fit
 from sidetuning.transforms import Transform
 from sidetuning.tuner import SideTuner
@@ -114,8 +115,8 @@ def would_forget(
         tuning.add_task(TUNED, side="copy", merge="side-only", head="linear", **how)
     except SideTuningError as error:
         raise TaskError(f"what forgetting would have been is not known: {error}") from error
-    net = tuning[TUNED].side.net
-    assert base.transform is not None
+    side = tuning[TUNED].side
+    assert isinstance(side, CopySide) and base.transform is not None
     loader = Batches(base.transform, data.splits["train"], seed)
     done = fit(
         tuning,
@@ -128,7 +129,7 @@ def would_forget(
         seed=seed,
         progress=progress,
     )
-    tuned = SideTuner(base.with_net(net))
+    tuned = SideTuner(base.with_net(side.net))
     for name in model.tasks:
         tuned.add_branch(name, copy.deepcopy(model[name]))
     found = []
