@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetuning.errors import DataError
 from sidetuning.inputs import Input, entry
 from sidetuning.registry import Registry
+from sidetuning.tags import are_tags, entity_metrics, with_score
 
 # The target that cross-entropy ignores; numbers that are ignored are NaN.
 IGNORED = -100
@@ -27,9 +27,11 @@ class Problem:
     Attributes:
         units: centres and scales (2, channels) of the targets, where the task has them; the loss divides errors by the
             scale.
+        labels: names of the classes, where the task has them.
     """
 
     units: Tensor | None = None
+    labels: Sequence[str] | None = None
 
     def among(self, target: Tensor, inputs: Input) -> Tensor:
         """The target, with what the input's padding leaves out of it ignored; `prepare` comes next."""
@@ -229,7 +231,10 @@ class Pixels(Numbers):
 
 @PROBLEMS.register("tokens")
 class Tokens(Classes):
-    """A class for each token: outputs (b, t, classes), targets (b, t); -100 is ignored."""
+    """A class for each token: outputs (b, t, classes), targets (b, t); -100 is ignored.
+
+    Of labels such as B-PER, I-PER and O the entities that they mark are scored too.
+    """
 
     def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         # Classes before the tokens cannot be taken too: of as many tokens as classes nobody knows which is which.
@@ -239,6 +244,13 @@ class Tokens(Classes):
                 f"{tuple(target.shape)}; for outputs (b, classes, t) take problem='classes'"
             )
         return super().prepare(output.transpose(1, 2), target)
+
+    def metrics(self) -> dict[str, Metric]:
+        known = self.labels or ()
+        return {**super().metrics(), **(entity_metrics(known) if are_tags(known) else {})}
+
+    def final(self, averages: dict[str, float]) -> dict[str, float]:
+        return with_score(averages)
 
 
 @PROBLEMS.register("next")
@@ -330,29 +342,6 @@ class Own(Problem):
 def along(row: Tensor, values: Tensor) -> Tensor:
     """Numbers (channels,) or (1,), shaped so that they go with the channels of `values` (b, channels, …)."""
     return row.view(1, -1, *[1] * (values.ndim - 2)) if len(row) > 1 else row
-
-
-def units_of(targets: NDArray[np.float64]) -> Tensor:
-    """Centre and scale of targets (channels, n) -> (2, channels), from those that are finite.
-
-    The centre is the median. The scale is a robust standard deviation: the middle 90 % over what a normal distribution
-    has there, 3.29; the standard deviation where at least 90 % are equal; 1 where all are, or none is left.
-
-    Raises:
-        DataError: float32 does not tell the targets of a channel apart.
-    """
-    rows = []
-    for channel in targets:
-        values = channel[np.isfinite(channel)]
-        low, centre, high = np.quantile(values, (0.05, 0.5, 0.95)) if len(values) else (0.0, 0.0, 0.0)
-        scale = (high - low) / 3.29 or (values.std() if len(values) else 0.0)
-        if 0 < scale < 1e-6 * abs(centre):
-            raise DataError(
-                f"the targets lie within about {scale:g} of {centre:.10g}, and numbers of this size are told apart by "
-                f"steps of {np.spacing(np.float32(abs(centre))):g} in float32: subtract {centre:.10g} from them"
-            )
-        rows.append((centre, scale or 1.0))
-    return torch.tensor(rows, dtype=torch.float32).T.contiguous()
 
 
 def whole_rows(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Settings:
     image: str | None = None
     """Column of image files."""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Column of texts; given twice, the columns of pairs of texts."""
+    """Column of texts, or of lists of words; given twice, the columns of pairs of texts."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Column of the answers."""
     report: bool = False
@@ -46,6 +46,7 @@ class Settings:
 def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
     """The scored rows, and what was left out."""
     from sidetuning.commands.predict import averages_mirror_images
+    from sidetuning.data import LOADED
     from sidetuning.data import load as load_data
     from sidetuning.loading import load
     from sidetuning.scoring import score
@@ -53,7 +54,7 @@ def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
     model = load(settings.model)
     branch = model[settings.task]
     problem = type(branch.problem).__name__.lower()
-    if branch.labels is None and problem in ("classes", "labels"):
+    if branch.labels is None and problem in ("classes", "labels", "tokens"):
         raise TaskError(
             f"task '{settings.task}' has no names of its {problem}, which tell what its outputs mean; add them in "
             f"Python, model['{settings.task}'].labels = […], and save it again"
@@ -63,7 +64,7 @@ def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
         image=settings.image,
         text=settings.text,
         label=settings.label,
-        problem=problem if problem in ("classes", "labels", "numbers") else None,
+        problem=problem if problem in LOADED else None,
         names=branch.labels,
         split=False,
     )
@@ -99,10 +100,11 @@ def main(settings: Settings) -> None:
     if settings.json:
         say_json({"task": settings.task, "scores": scores, "classes": table, "notes": notes})
         return
-    if scored.problem == "classes":
+    if "low" in scores:
         say(f"accuracy {scores['accuracy']:.1%}, 95 % interval {scores['low']:.1%} to {scores['high']:.1%}")
     say(", ".join(f"{name} {value:.4g}" for name, value in scores.items() if name not in ("low", "high")))
     if table:
         shares = ("precision", "recall", "f1")
         rows = [[row["name"], str(row["rows"]), *(f"{row[share]:.1%}" for share in shares)] for row in table]
-        say_table(["class" if scored.problem == "classes" else "label", "rows", "precision", "recall", "F1"], rows)
+        what = "label" if scored.problem == "labels" else "class"
+        say_table([what, "words" if scored.words else "rows", "precision", "recall", "F1"], rows)

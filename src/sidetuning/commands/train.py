@@ -43,11 +43,11 @@ class Settings:
     image: str | None = None
     """Column of image files."""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Column of texts; given twice, the columns of pairs of texts."""
+    """Column of texts, or of lists of words; given twice, the columns of pairs of texts."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Column of the answers; given more than once, several labels or numbers."""
     problem: str | None = None
-    """What answers mean: classes, labels or numbers; guessed by default."""
+    """What answers mean: classes, labels, numbers, or tokens, a class for each word; guessed by default."""
     side: str = "auto"
     """Side network: auto tries those that fit, none solves a linear head alone."""
     budget: str = "2m"
