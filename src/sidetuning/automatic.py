@@ -160,10 +160,8 @@ def auto(
         for name, rows in data.splits.items()
     }
     encoding = time.monotonic() - started
-    notes = [
-        *data.notes,
-        *(f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable),
-    ]
+    left = [f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable]
+    notes = [*data.notes, *left]
     say(f"{sum(len(s.kept) for s in splits.values())} rows went through the base in {encoding:.0f} s")
     how = f"{data.splits['train'].fingerprint()} {balance} {mirror} {budget} {seed}"
     folder = Path(cache) / f"{task}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
@@ -224,9 +222,8 @@ class _Search:
         self, base: Base, data: TaskData, splits: dict[str, Encoded], folder: Path, balance: bool, seed: int
     ) -> None:
         self.base, self.data, self.splits, self.folder, self.seed = base, data, splits, folder, seed
-        self.train = splits["train"].loader(
-            shuffle=True, balance=balance, batch_size=batch_of(len(splits["train"].kept))
-        )
+        size = batch_of(len(splits["train"].kept))
+        self.train = splits["train"].loader(shuffle=True, balance=balance, batch_size=size)
         self.measure = "mae" if data.problem == "numbers" else "accuracy"
         if data.problem == "tokens" and are_tags(data.names):
             self.measure = SCORE

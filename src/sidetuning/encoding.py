@@ -70,11 +70,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Texts:
-    """The texts of rows as token ids.
-
-    Attributes:
-        labels: the targets, those of words as classes of each text's tokens.
-    """
+    """The texts of rows as token ids; `labels` are the targets, of words one for each token."""
 
     def __init__(self, rows: Rows, base: Base, transform: TextTransform) -> None:
         self.rows, self.transform = rows, transform
@@ -118,13 +114,7 @@ class Encoded:
     unreadable: list[str] = field(default_factory=list)
 
     def loader(self, *, batch_size: int = 64, shuffle: bool = False, balance: bool = False) -> DataLoader[Any]:
-        """Batches of `(x, features, y)`.
-
-        Args:
-            batch_size: rows of a batch.
-            shuffle: draw another order in each pass.
-            balance: repeat the rows of rare classes, so that all classes have as many.
-        """
+        """Batches of `(x, features, y)`; `balance` repeats rows of rare classes, so that all classes have as many."""
         indices = self._balanced() if balance else self.kept
         return loader_over(self.cached, batch_size=batch_size, shuffle=shuffle, indices=indices)
 

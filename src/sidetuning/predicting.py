@@ -32,12 +32,7 @@ class Answer(NamedTuple):
 
 
 class Word(NamedTuple):
-    """What a task says of one word of a text.
-
-    Attributes:
-        word: the word.
-        answers: its classes; empty where the base sees no token of it, as of what is cut off from a long text.
-    """
+    """A word of a text with the answers for it, the most probable first; none where the base sees no token of it."""
 
     word: str
     answers: list[Answer]

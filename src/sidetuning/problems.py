@@ -71,7 +71,7 @@ class Problem:
 
     def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
         """What is shown of one sample's output: names with probabilities, or values; the first first."""
-        raise NotImplementedError
+        return [(_name(labels, i), value) for i, value in enumerate(output.float().flatten().tolist())]
 
 
 PROBLEMS: Registry[Callable[[], Problem]] = Registry("problem")
@@ -209,9 +209,6 @@ class Numbers(Problem):
     def metrics(self) -> dict[str, Metric]:
         return {"mae": lambda output, target: (output - target).abs()}
 
-    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
-        return [(_name(labels, i), value) for i, value in enumerate(output.float().flatten().tolist())]
-
 
 @PROBLEMS.register("pixels")
 class Pixels(Numbers):
@@ -334,9 +331,6 @@ class Own(Problem):
 
     def metrics(self) -> dict[str, Metric]:
         return {}
-
-    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
-        return [(_name(labels, i), value) for i, value in enumerate(output.float().flatten().tolist())]
 
 
 def along(row: Tensor, values: Tensor) -> Tensor:

@@ -182,9 +182,8 @@ def charts(task: Mapping[str, Any]) -> list[dict[str, str]]:
             axes.set_ylabel(f"{task['measure']} of the validation rows")
             axes.legend(frameon=False, fontsize=8)
 
-        found.append(
-            {"title": "Learning curves", "svg": draw(plot_curves, "Learning curves", task["task"]), "note": ""}
-        )
+        svg = draw(plot_curves, "Learning curves", task["task"])
+        found.append({"title": "Learning curves", "svg": svg, "note": ""})
     if task.get("calibration"):
 
         def plot_calibration(axes: Axes) -> None:

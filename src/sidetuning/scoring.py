@@ -73,13 +73,11 @@ class Scored:
             each = (self.predicted == targets.bool()).float().mean()
             table = self.table()
             f1 = sum(row["f1"] for row in table) / len(table)
-            return {
-                "accuracy": float(each),
-                "all right": float(self.right.float().mean()),
-                "f1": f1,
-                "samples": float(n),
-            }
-        low, high = self.interval()
+            all_right = float(self.right.float().mean())
+            return {"accuracy": float(each), "all right": all_right, "f1": f1, "samples": float(n)}
+        # Words depend on the others of their text, which counts as one.
+        independent = len(set(self.texts)) or n
+        low, high = interval(int(self.right.sum()) * independent / n, independent)
         seen = [row for row in self.table() if row["rows"]]
         balanced = sum(row["recall"] for row in seen) / len(seen)
         accuracy = float(self.right.float().mean())
@@ -90,17 +88,11 @@ class Scored:
             numbers[SCORE] = self.entity_f1()
         return {**numbers, "loss": loss, "calibration error": self.calibration_error(), "samples": float(n)}
 
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the accuracy; of words, which depend on each other, as if a text were one."""
-        n = len(set(self.texts)) or len(self.rows)
-        return interval(float(self.right.double().mean()) * n, n)
-
     def entity_f1(self) -> float:
         """The F1 of the entities that the classes of words mark."""
         said, truth = ([self.names[k] for k in ks] for ks in (self.predicted, self.rows.targets))
-        words = zip(self.texts, said, truth, strict=True)
-        by_text = [list(zip(*group))[1:] for _, group in itertools.groupby(words, lambda word: word[0])]
-        return entity_f1([entity_counts(*pair) for pair in by_text])
+        groups = itertools.groupby(zip(self.texts, said, truth, strict=True), lambda word: word[0])
+        return entity_f1([entity_counts(*list(zip(*group))[1:]) for _, group in groups])
 
     def table(self) -> list[dict[str, Any]]:
         """Per class or label: its rows, precision, recall and F1."""

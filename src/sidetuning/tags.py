@@ -51,20 +51,17 @@ def entity_f1(counts: Iterable[Sequence[float]]) -> float:
 
 def entity_metrics(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Counts of entities in each text, of outputs (b, classes, t) and targets (b, t); `with_score` makes F1 of them."""
-    return {name: partial(_count, names, which) for which, name in enumerate(COUNTS)}
+
+    def count(which: int, output: Tensor, target: Tensor) -> Tensor:
+        rows = [(row >= 0, said, row) for said, row in zip(output.argmax(1), target, strict=True)]
+        tags = [[[names[k] for k in ks[counted].tolist()] for ks in pair] for counted, *pair in rows]
+        return torch.tensor([entity_counts(*pair)[which] for pair in tags], device=target.device)
+
+    return {name: partial(count, which) for which, name in enumerate(COUNTS)}
 
 
 def with_score(averages: dict[str, float]) -> dict[str, float]:
-    """The averages with the score in place of the counts."""
-    if COUNTS[0] not in averages:
-        return averages
-    score = entity_f1([[averages[name] for name in COUNTS]])
-    return {**{name: value for name, value in averages.items() if name not in COUNTS}, SCORE: score}
-
-
-def _count(names: Sequence[str], which: int, output: Tensor, target: Tensor) -> Tensor:
-    rows = []
-    for said, truth in zip(output.argmax(1), target, strict=True):
-        tags = ([names[k] for k in ks[truth >= 0].tolist()] for ks in (said, truth))
-        rows.append(entity_counts(*tags)[which])
-    return torch.tensor(rows, device=target.device)
+    """The averages with the score in place of the counts, where there are some."""
+    counts = [averages[name] for name in COUNTS if name in averages]
+    rest = {name: value for name, value in averages.items() if name not in COUNTS}
+    return {**rest, SCORE: entity_f1([counts])} if counts else rest

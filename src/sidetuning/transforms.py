@@ -190,32 +190,33 @@ class WordTransform(TextTransform):
         return self.aligned(sources)[0]
 
     def aligned(self, sources: Sequence[str | Sequence[str]]) -> tuple[dict[str, Tensor], list[Aligned]]:
-        """A batch, and the words of each source.
-
-        Raises:
-            DataError: a source that is neither a text nor words, or a tokenizer that does not tell places.
-        """
+        """A batch, and the words of each source; DataError where one has none, or the tokenizer tells no places."""
         rows = [self.words(source) for source in some(sources)]
         if not getattr(self.tokenizer(), "is_fast", False):
             raise DataError(
-                "the tokenizer of this base does not tell which tokens are of which word, as those with a file "
-                "tokenizer.json do; choose another base, or give batches of token ids"
+                "the base's tokenizer, without a tokenizer.json, does not tell words apart; choose another base"
             )
         texts = [" ".join(word.strip() for word in row) for row in rows]
         entries, found = self._entries(texts, return_offsets_mapping=True)
-        return entries, [_aligned(*pair) for pair in zip(rows, found["offset_mapping"].tolist())]
+        aligned = []
+        for words, offsets in zip(rows, found["offset_mapping"].tolist()):
+            # The word of each letter, none of the spaces between words.
+            owners = [owner for k, word in enumerate(words) for owner in (*[k] * len(word.strip()), None)]
+            firsts: dict[int | None, int] = {}
+            for place, (begin, end) in enumerate(offsets):
+                # A token of two words is the first one's.
+                firsts.setdefault(next((k for k in owners[begin:end] if k is not None), None), place)
+            aligned.append([(word, firsts.get(k)) for k, word in enumerate(words)])
+        return entries, aligned
 
     def words(self, source: str | Sequence[str]) -> list[str]:
         """The words of a source; a text is split at spaces, and punctuation at the ends of a word stands alone."""
-        if not isinstance(source, str):
-            found = list(source) if isinstance(source, (list, tuple)) else [source]
-        elif re.search(UNSPACED, source):
+        if isinstance(source, str) and re.search(UNSPACED, source):
             raise DataError(f"'{source:.40}' has no spaces between its words; give the words, a list")
-        else:
-            found = re.findall(WORD, source)
-        if not found or not all(isinstance(word, str) for word in found):
+        found = re.findall(WORD, source) if isinstance(source, str) else source
+        if not (isinstance(found, (list, tuple)) and found and all(isinstance(word, str) for word in found)):
             raise DataError(f"this task reads a text with words, or a list of them, not {source!r:.60}")
-        return found
+        return list(found)
 
     def is_one(self, source: Any) -> bool:
         """Whether `source` is one text, or a tuple of its words."""
@@ -224,16 +225,6 @@ class WordTransform(TextTransform):
     def to_json(self) -> dict[str, Any]:
         """What `transform_from` reads."""
         return {**super().to_json(), "words": True}
-
-
-def _aligned(words: list[str], offsets: list[tuple[int, int]]) -> Aligned:
-    """Words with their first tokens, by begin and end of the tokens in the words joined by spaces."""
-    owners = [owner for k, word in enumerate(words) for owner in (*[k] * len(word.strip()), None)]
-    found: dict[int | None, int] = {}
-    for place, (begin, end) in enumerate(offsets):
-        # A token of two words is the first one's.
-        found.setdefault(next((k for k in owners[begin:end] if k is not None), None), place)
-    return [(word, found.get(k)) for k, word in enumerate(words)]
 
 
 class Transforming(Protocol):
@@ -254,13 +245,12 @@ def transform_from(record: Any, base: Transforming) -> Transform:
     kind = check_json(record, where, {"kind": {"image", "text"}}, mend)["kind"]
     if kind == "text":
         text = check_json(record, where, {"max_length": int, "words?": bool}, mend)
-        length = text["max_length"]
+        length, made = text["max_length"], WordTransform if text.get("words") else TextTransform
         if not isinstance(own, TextTransform):
             raise ArtifactError(f"{where} is of texts, which this base does not read; load the task's own base")
         if not 1 <= length <= 2**20:
             raise ArtifactError(f"{where} cuts texts to {length} tokens; {mend}")
-        kind_of = WordTransform if text.get("words") else TextTransform
-        return kind_of(length, own.names, own.tokenizer)
+        return made(length, own.names, own.tokenizer)
     schema = {"size": [int], "crop_pct": float, "crop_mode": str, "interpolation": str, "fill": [int]}
     values = check_json(record, where, schema, mend)
     size, fill = tuple(values["size"]), tuple(values["fill"])

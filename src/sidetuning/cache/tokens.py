@@ -34,10 +34,6 @@ class Texts(Protocol):
     def batch(self, rows: Sequence[int], /) -> dict[str, Tensor]: ...
 
 
-# A row for each text; or for each text a tensor (tokens,), padded as the texts of a batch are; or the texts' own ids.
-Labels = Tensor | Sequence[Tensor] | None
-
-
 class CachedTokens(Dataset[Any]):
     """Batches of `(inputs, features, labels)`, padded to the longest text of the batch; features of padding are 0.
 
@@ -47,7 +43,7 @@ class CachedTokens(Dataset[Any]):
         seconds: as of `Store`.
     """
 
-    def __init__(self, base: Base, texts: Texts, labels: Labels, folder: Path) -> None:
+    def __init__(self, base: Base, texts: Texts, labels: Tensor | Sequence[Tensor] | None, folder: Path) -> None:
         self.texts, self.labels, self.folder = texts, labels, folder
         self._starts = np.concatenate([[0], np.cumsum(texts.lengths())])
         self._store = store = Store.open(folder, int(self._starts[-1]))
@@ -109,7 +105,7 @@ def looked_up(base: Base) -> nn.Module | None:
 def cache_tokens(
     base: Base,
     texts: Texts,
-    labels: Labels,
+    labels: Tensor | Sequence[Tensor] | None,
     path: str | Path,
     *,
     dtype: str = "float16",

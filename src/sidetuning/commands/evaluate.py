@@ -59,15 +59,9 @@ def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
             f"task '{settings.task}' has no names of its {problem}, which tell what its outputs mean; add them in "
             f"Python, model['{settings.task}'].labels = […], and save it again"
         )
-    data = load_data(
-        settings.data,
-        image=settings.image,
-        text=settings.text,
-        label=settings.label,
-        problem=problem if problem in LOADED else None,
-        names=branch.labels,
-        split=False,
-    )
+    columns: dict[str, Any] = {"image": settings.image, "text": settings.text, "label": settings.label}
+    columns["problem"] = problem if problem in LOADED else None
+    data = load_data(settings.data, **columns, names=branch.labels, split=False)
     split = settings.split or ("test" if "test" in data.splits else "train")
     if split not in data.splits or (settings.split is None and split == "train" and len(data.splits) > 1):
         raise DataError(f"{settings.data} has the splits {', '.join(data.splits)}; choose one with --split")
@@ -107,4 +101,4 @@ def main(settings: Settings) -> None:
         shares = ("precision", "recall", "f1")
         rows = [[row["name"], str(row["rows"]), *(f"{row[share]:.1%}" for share in shares)] for row in table]
         what = "label" if scored.problem == "labels" else "class"
-        say_table([what, "words" if scored.words else "rows", "precision", "recall", "F1"], rows)
+        say_table([what, "words" if scored.texts else "rows", "precision", "recall", "F1"], rows)

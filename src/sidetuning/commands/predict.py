@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -57,7 +58,6 @@ class Answer:
     Attributes:
         value: the probability, or the number itself where the task's problem is "numbers"; None without an answer.
         word: the word of a text that it is about.
-        place: of the word in the text.
     """
 
     image: str
@@ -65,12 +65,6 @@ class Answer:
     label: str | None
     value: float | None
     word: str | None = None
-    place: int | None = None
-
-
-def predict(settings: Settings) -> list[Answer]:
-    """The answers, source by source, task by task."""
-    return [answer for answers in answered(settings) for answer in answers]
 
 
 def answered(settings: Settings) -> Iterator[list[Answer]]:
@@ -108,10 +102,9 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
                     if isinstance(answers, Tensor):
                         rows.append(Answer(name, task, _written(model, task, name, answers, settings), 1.0))
                         continue
-                    of_words = isinstance(answers[0], Word)
-                    parts = [(shown, word, k) for k, (word, shown) in enumerate(answers)] if of_words else [(answers,)]
-                    for shown, *word in parts:
-                        rows += [Answer(name, task, *a, *word) for a in shown[: most[task]] or [(None, None)]]
+                    parts: Any = answers if isinstance(answers[0], Word) else [(None, answers)]
+                    for word, shown in parts:
+                        rows += [Answer(name, task, *a, word) for a in shown[: most[task]] or [(None, None)]]
                 yield rows
             bar.update(len(some))
     if unread:
@@ -152,11 +145,10 @@ def _texts(sources: Sequence[str], words: bool) -> Iterator[tuple[str, Any]]:
 
 def _words(line: str) -> str | list[str]:
     """The words of a line that is a list of JSON; another line is a text."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return line
-    return found if isinstance(found, list) and all(isinstance(word, str) for word in found) else line
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(line), list):
+            return found
+    return line
 
 
 def _written(model: SideTuner, task: str, source: str, answer: Tensor, settings: Settings) -> str:
@@ -191,7 +183,7 @@ def main(settings: Settings) -> None:
         for answers in answered(settings):
             tasks: dict[str, list[dict[str, Any]]] = {}
             for answer in answers:
-                word = {} if answer.word is None else {"place": answer.place, "word": answer.word}
+                word = {} if answer.word is None else {"word": answer.word}
                 tasks.setdefault(answer.task, []).append({**word, "label": answer.label, "value": answer.value})
             say(json.dumps({"source": answers[0].image, "tasks": tasks}, ensure_ascii=False))
         return

@@ -109,26 +109,16 @@ def train(settings: Settings) -> AutoResult:
             # Its files stay until the new task's replace them.
             model.remove_task(settings.task)
         work.mkdir(parents=True, exist_ok=True)
+        how = {key: getattr(settings, key) for key in ("side", "balance", "mirror", "seed")}
+        first, quiet = (lambda found: found.save_task(settings.task, folder)), settings.quiet
+        cache = settings.cache or work
         result = auto(
-            model,
-            settings.task,
-            data,
-            cache=settings.cache or work,
-            side=settings.side,
-            budget=budget,
-            balance=settings.balance,
-            mirror=settings.mirror,
-            first=lambda found: found.save_task(settings.task, folder),
-            say=tell,
-            seed=settings.seed,
-            progress=not settings.quiet,
+            model, settings.task, data, cache=cache, budget=budget, first=first, say=tell, progress=not quiet, **how
         )
         split = "test" if "test" in data.splits else "validation"
         model.save_task(settings.task, folder, metrics=result.scores[split])
-        record = {
-            **result.record(),
-            "forgetting": forgotten(settings, model, data, tell) if settings.forgetting else None,
-        }
+        lost = forgotten(settings, model, data, tell) if settings.forgetting else None
+        record = {**result.record(), "forgetting": lost}
         about = {"data": str(settings.data), "columns": columns, "seed": settings.seed}
         write_json(folder / "training.json", {**record, **about})
         scored = score(model, settings.task, data.splits[split], progress=not settings.quiet)

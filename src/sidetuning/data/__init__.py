@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sidetuning.data.rows import LOADED as LOADED
 from sidetuning.data.rows import Rows as Rows
 from sidetuning.data.rows import TaskData as TaskData
 from sidetuning.data.sources import SPLITS, open_source
 from sidetuning.data.splits import complete
 from sidetuning.data.targets import understand
 from sidetuning.errors import DataError
+
+# The problems that data are loaded for.
+LOADED = ("classes", "labels", "numbers", "tokens")
 
 
 def load(
@@ -59,10 +61,6 @@ def load(
         raise DataError("a task reads images or texts: give image= or text=, not both")
     if len(texts) > 2:
         raise DataError(f"a row has one text or a pair, and text= names {len(texts)} columns")
-    if problem == "tokens" and (image is not None or len(texts) > 1 or len(labels) > 1):
-        raise DataError(
-            "words with a class each are one column of lists of words and one of lists of classes; name two"
-        )
     opened = open_source(source, image, texts, labels, revision, configuration, problem)
     data = understand(opened, problem, names)
     return complete(data, seed) if split else data

@@ -14,9 +14,6 @@ from torch import Tensor
 from sidetuning.problems import IGNORED
 from sidetuning.transforms import TextTransform, Transform, Transforming, WordTransform
 
-# The problems that data are loaded for.
-LOADED = ("classes", "labels", "numbers", "tokens")
-
 
 class Cells(Sequence[Any]):
     """A column of images of a data set of the library datasets, read when they are asked for.
@@ -78,8 +75,9 @@ class Rows:
     def transform(self, base: Transforming) -> Transform | None:
         """What makes a base's input of the sources: its own transform, or that of words."""
         own = base.transform
-        words = self.of_words and isinstance(own, TextTransform)
-        return WordTransform(own.max_length, own.names, own.tokenizer) if words else own  # type: ignore[union-attr]
+        if not (self.of_words and isinstance(own, TextTransform)):
+            return own
+        return WordTransform(own.max_length, own.names, own.tokenizer)
 
     def batch(self, base: Transforming, rows: Sequence[int]) -> tuple[Any, Tensor]:
         """Some rows as `fit` takes them: `DataLoader(range(len(rows)), collate_fn=partial(rows.batch, base))`."""

@@ -224,18 +224,16 @@ def _columns(
         texts = _words_column(first, labels, problem)
         image = None if texts else _image_column(datasets, first, labels, path)
         texts = texts if image or texts else _text_columns(first, labels)
-        option = "--image" if image else "--text"
-        notes.append(
-            f"{'images' if image else 'texts'} are taken from {_quoted((image,) if image else texts)} ({option})"
-        )
+        what, option, columns = ("images", "--image", (image,)) if image else ("texts", "--text", texts)
+        notes.append(f"{what} are taken from {_quoted(columns)} ({option})")
     words = len(texts) == 1 and _holds_words(first, texts[0])
     if problem is not None and words != (problem == "tokens"):
-        mend = (
-            "give texts, or --problem tokens" if words else "give lists, which JSON Lines or Parquet can hold, not CSV"
-        )
+        mend = "give texts, or --problem tokens" if words else "give JSON Lines or Parquet; CSV cannot hold lists"
         raise DataError(f"{_quoted(texts or (image,))} holds {'' if words else 'no '}lists of words; {mend}")
+    if words and len(labels) > 1:
+        raise DataError(f"the classes of words are one column of lists, and --label names {len(labels)}")
     # What class numbers are called.
-    inner = _inner(first, labels[0])
+    inner = getattr(first.features[labels[0]], "feature", first.features[labels[0]])
     classes = list(inner.names) if isinstance(inner, datasets.ClassLabel) and len(labels) == 1 else None
     opened = Opened({}, {}, {}, "image" if image else "text", words, labels, classes, notes)
     for split, table in tables.items():
@@ -282,14 +280,9 @@ def _image_column(datasets: Any, table: Any, labels: tuple[str, ...], path: Path
     return None
 
 
-def _inner(table: Any, column: str) -> Any:
-    """What a column holds, or the lists in its cells."""
-    return getattr(table.features[column], "feature", table.features[column])
-
-
 def _holds_words(table: Any, column: str) -> bool:
-    inner = _inner(table, column)
-    return inner is not table.features[column] and getattr(inner, "dtype", "") in ("string", "large_string")
+    inner = getattr(table.features[column], "feature", None)
+    return getattr(inner, "dtype", "") in ("string", "large_string")
 
 
 def _words_column(table: Any, labels: tuple[str, ...], problem: str | None) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -26,11 +27,7 @@ NAMED = 3
 
 
 def understand(opened: Opened, problem: str | None, names: Sequence[str] | None) -> TaskData:
-    """Give every row its target.
-
-    Args:
-        opened: the columns.
-        problem, names: as of `data.load`.
+    """Give every row of the columns its target; `problem` and `names` are those of `data.load`.
 
     Raises:
         DataError: answers that are of no problem or not of the given one, or no row that can be used.
@@ -38,8 +35,8 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
     values = {split: _values(columns) for split, columns in opened.answers.items()}
     every = [value for rows in values.values() for value in rows if value is not None]
     if opened.words:
-        cells = [cell for row in values["train"] if isinstance(row, list) for cell in row if not _ignored(cell)]
-        every = [cell for cell in cells if isinstance(cell, (str, int, float))]
+        cells = [cell for row in values["train"] if isinstance(row, list) for cell in row if not _missing(cell)]
+        every = [cell for cell in cells if isinstance(cell, (str, int, float)) and cell != IGNORED]
     if not every:
         raise DataError(f"the column '{opened.labels[0]}' holds no answer; name another with --label")
     notes = list(opened.notes)
@@ -58,7 +55,7 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
         for i, value in enumerate(rows):
             words = opened.sources[split][i] if problem == "tokens" else None
             target, reason = _target(value, problem, known, words)
-            reason = reason or _no_source(opened, split, i)
+            reason = reason or _no_source(opened.sources[split], i)
             if reason:
                 reasons.setdefault(reason, []).append(opened.places[split][i])
             else:
@@ -71,8 +68,7 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
             if problem == "tokens":
                 if ignored := sum(row.count(IGNORED) for row in targets):
                     notes.append(f"{ignored} words of {split} have no class, and do not count")
-                longest = max(map(len, targets))
-                targets = [row + [IGNORED] * (longest - len(row)) for row in targets]
+                targets = list(zip(*itertools.zip_longest(*targets, fillvalue=IGNORED)))
             splits[split] = Rows(whole.sources, torch.tensor(targets, dtype=dtype), whole.places)
     if "train" not in splits:
         raise DataError(f"no row can be used: {'; '.join(notes)}")
@@ -90,14 +86,8 @@ def _values(columns: list[list[Any]]) -> list[Any]:
 
 
 def _missing(cell: Any) -> bool:
-    return (
-        cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, str) and not cell.strip())
-    )
-
-
-def _ignored(cell: Any) -> bool:
-    """Whether a word has no class."""
-    return _missing(cell) or cell == IGNORED
+    blank = isinstance(cell, str) and not cell.strip()
+    return cell is None or blank or (isinstance(cell, float) and math.isnan(cell))
 
 
 def _guess(every: list[Any], train: list[Any], columns: int, classes: list[str] | None) -> tuple[str, str]:
@@ -187,24 +177,23 @@ def _target(value: Any, problem: str, names: list[str], words: list[str] | None)
 
 def _classes_of(value: Any, words: list[str] | None, names: list[str]) -> tuple[Any, str]:
     """The class numbers of a row's words, or why there are none."""
-    if not isinstance(value, list) or not value:
-        return None, "no list of classes"
-    if words is not None and len(value) != len(words):
+    if words is None or not isinstance(value, list):
+        return None, "no list of words, or of classes"
+    if len(value) != len(words):
         return None, "more or fewer classes than words"
     places = {name: place for place, name in enumerate(names)}
-    found = [IGNORED if _ignored(cell) else places.get(_name(cell)) for cell in value]
+    found = [IGNORED if _missing(cell) or cell == IGNORED else places.get(_name(cell)) for cell in value]
     if None in found:
         return None, f"the unknown class '{_name(value[found.index(None)]):.40}'"
     return (None, "no word that has a class") if set(found) == {IGNORED} else (found, "")
 
 
-def _no_source(opened: Opened, split: str, row: int) -> str:
+def _no_source(sources: Sequence[Any], row: int) -> str:
     """Why a row has no image or text; images are looked at when they are decoded."""
-    sources = opened.sources[split]
     if not isinstance(sources, list):
         return ""
     if sources[row] is None:
-        return "no list of words" if opened.words else "no image or text"
+        return "no image or text"
     return "a missing file" if isinstance(sources[row], Path) and not sources[row].is_file() else ""
 
 
@@ -236,10 +225,7 @@ def _balance(data: TaskData) -> list[str]:
 
 
 def stratum(targets: Tensor, problem: str) -> Tensor:
-    """The group of each row, whose share is kept in all splits.
-
-    It is its class, its first label, its fifth of the numbers, or the rarest class of its words.
-    """
+    """The group of each row, whose share is kept in all splits: its rarest class, first label, or fifth of numbers."""
     if problem == "tokens":
         counted = targets != IGNORED
         rarity = torch.where(counted, torch.bincount(targets[counted])[targets.clamp(min=0)], targets.numel())

@@ -279,7 +279,8 @@ def shown(answers: Answers) -> list[schema.Label] | list[schema.Word] | dict[str
         return {"shape": list(answers.shape), "values": answers.nan_to_num(posinf=3e38, neginf=-3e38).tolist()}
     if any(isinstance(answer, Word) for answer in answers):
         return [schema.Word(word=word, answers=shown(inner)) for word, inner in answers]  # type: ignore[arg-type]
-    return [schema.Label(label=label, value=value if abs(value) < float("inf") else None) for label, value in answers]
+    labels: Any = answers
+    return [schema.Label(label=label, value=value if abs(value) < float("inf") else None) for label, value in labels]
 
 
 def page() -> tuple[str, str]:

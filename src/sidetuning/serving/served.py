@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sidetuning.artifacts import CONFIG, TENSORS, read_task
-from sidetuning.base import Base, Features
+from sidetuning.base import Base
 from sidetuning.branch import Branch
 from sidetuning.engines import with_engine
 from sidetuning.errors import ArtifactError, DataError, SideTuningError
@@ -131,7 +131,7 @@ def _one_pass(queries: Sequence[Query]) -> list[Reply]:
         start = time.perf_counter()
         # Views of everything where all ask; indexing would copy.
         chosen = slice(None) if len(rows) == len(queries) else torch.tensor(rows, device=features.out.device)
-        outputs = run(tasks, moment.branches, take_rows(inputs, chosen), _rows_of(features, chosen))
+        outputs = run(tasks, moment.branches, take_rows(inputs, chosen), features.rows(chosen))
         seconds = (_now(moment.base) - start) / len(tasks)
         for task, output in outputs.items():
             for row, values in zip(rows, output.cpu(), strict=True):
@@ -283,7 +283,3 @@ def moment_of(model: SideTuner, kept: Mapping[Path, tuple[Stamp, dict[str, Any]]
     versions = {config["task"]: config["tensors_sha256"][:12] for _, config in kept.values()}
     branches: dict[str, Branch] = {task: model[task] for task in model.tasks}
     return Moment(model.base, MappingProxyType(branches), MappingProxyType(versions))
-
-
-def _rows_of(features: Features, rows: slice | Tensor) -> Features:
-    return features.each(lambda tensor: tensor[rows])
