@@ -228,10 +228,7 @@ class Pixels(Numbers):
 
 @PROBLEMS.register("tokens")
 class Tokens(Classes):
-    """A class for each token: outputs (b, t, classes), targets (b, t); -100 is ignored.
-
-    Of labels such as B-PER, I-PER and O the entities that they mark are scored too.
-    """
+    """A class for each token: outputs (b, t, classes), targets (b, t); -100 is ignored. Of tags entities are scored."""
 
     def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         # Classes before the tokens cannot be taken too: of as many tokens as classes nobody knows which is which.

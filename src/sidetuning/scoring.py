@@ -188,9 +188,8 @@ def score(model: SideTuner, task: str, rows: Rows, *, mirror: bool = False, prog
         raise DataError(f"no row can be read: {'; '.join(unreadable[:3])}")
     names, places = branch.labels or [str(k) for k in range(len(outputs[0]))], [row for row, _ in kept]
     if words:
-        sources = [(rows.sources[row], k) for row, k in kept]
         named = [f"{rows.places[row]}, word {k + 1}" for row, k in kept]
-        whole = Rows(sources, rows.targets[tuple(torch.tensor(kept).T)], named)
+        whole = Rows([(rows.sources[i], k) for i, k in kept], rows.targets[tuple(torch.tensor(kept).T)], named)
     else:
         whole = rows.take(places)
     columns = int(whole.targets.max()) + 1 if problem == "classes" else whole.targets.shape[1]

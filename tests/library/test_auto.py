@@ -170,7 +170,8 @@ def test_words_have_their_classes_at_their_first_tokens_live_and_cached(
 ) -> None:
     rows, model = words.splits["train"], st.SideTuner(text_base)
     model.add_task("ner", side="mlp", head="tokens", head_options={"outputs": len(words.names)}, labels=words.names)
-    live = DataLoader(range(len(rows)), batch_size=7, collate_fn=partial(rows.batch, text_base))  # type: ignore[arg-type]
+    order: Any = range(len(rows))
+    live: DataLoader[Any] = DataLoader(order, batch_size=7, collate_fn=partial(rows.batch, text_base))
     cached = encode(text_base, rows, tmp_path, progress=False).loader(batch_size=5)
     counted = sum(int((y != -100).sum()) for _, y in live)
     assert counted == sum(map(len, rows.sources)) == sum(int((y != -100).sum()) for _, _, y in cached)

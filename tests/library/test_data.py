@@ -140,7 +140,7 @@ WORDS = [{"tokens": ["the", "old", "tower"], "ner_tags": ["O", "B-LOC", "I-LOC"]
 
 
 def test_lists_of_words_beside_lists_of_classes_are_tokens(tmp_path: Path) -> None:
-    bad = [
+    bad: list[dict[str, Any]] = [
         {"tokens": ["the", "old"], "ner_tags": ["O"]},
         {"tokens": [], "ner_tags": []},
         {"tokens": ["is", None], "ner_tags": ["O", "O"]},

@@ -50,7 +50,7 @@ def test_the_other_tasks_are_asked_on_a_copy_that_was_fine_tuned(digits: tuple[P
     assert found["steps"] == 40
     assert [row["task"] for row in found["tasks"]] == ["side", "head"]
     for row in found["tasks"]:
-        scores = st.evaluate(model, row["task"], [(model.base.transform.batch(rows.sources), rows.targets)])  # type: ignore[union-attr]
+        scores = st.evaluate(model, row["task"], [rows.batch(model.base, range(len(rows)))])
         assert row["before"] == pytest.approx(scores["accuracy"]) and row["rows"] == len(rows)
         assert row["before"] > 0.8 and row["after"] < row["before"] - 0.1
     after = model.forward_all(x)

@@ -100,11 +100,10 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
                 rows = []
                 for task, answers in found.items():
                     if isinstance(answers, Tensor):
-                        rows.append(Answer(name, task, _written(model, task, name, answers, settings), 1.0))
-                        continue
-                    parts: Any = answers if isinstance(answers[0], Word) else [(None, answers)]
-                    for word, shown in parts:
-                        rows += [Answer(name, task, *a, word) for a in shown[: most[task]] or [(None, None)]]
+                        answers = [(_written(model, task, name, answers, settings), 1.0)]
+                    for word, shown in answers if isinstance(answers[0], Word) else [(None, answers)]:
+                        parts = shown[: most[task]] or [(None, None)]
+                        rows += [Answer(name, task, label, value, word) for label, value in parts]
                 yield rows
             bar.update(len(some))
     if unread:

@@ -109,12 +109,9 @@ def train(settings: Settings) -> AutoResult:
             # Its files stay until the new task's replace them.
             model.remove_task(settings.task)
         work.mkdir(parents=True, exist_ok=True)
-        how = {key: getattr(settings, key) for key in ("side", "balance", "mirror", "seed")}
-        first, quiet = (lambda found: found.save_task(settings.task, folder)), settings.quiet
-        cache = settings.cache or work
-        result = auto(
-            model, settings.task, data, cache=cache, budget=budget, first=first, say=tell, progress=not quiet, **how
-        )
+        how: dict[str, Any] = {key: getattr(settings, key) for key in ("side", "balance", "mirror", "seed")}
+        how |= {"cache": settings.cache or work, "budget": budget, "say": tell, "progress": not settings.quiet}
+        result = auto(model, settings.task, data, first=lambda found: found.save_task(settings.task, folder), **how)
         split = "test" if "test" in data.splits else "validation"
         model.save_task(settings.task, folder, metrics=result.scores[split])
         lost = forgotten(settings, model, data, tell) if settings.forgetting else None

@@ -39,7 +39,6 @@ class Source(Given):
             DataError: an image that is not base64.
         """
         if self.image is None:
-            # One of the three is there.
             return self.pair or self.text or self.words or ("" if self.words is None else [])
         try:
             # Of an address such as data:image/png;base64,… the part after the comma.
