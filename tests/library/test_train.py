@@ -18,7 +18,7 @@ from data_parts import write_digits, write_texts
 from sidetuning.cli import main
 from sidetuning.commands.train import seconds_of
 from sidetuning.pictures import save_map
-from sidetuning.report import charts
+from sidetuning.report import charts, write_report
 from sidetuning.tags import entity_counts, entity_f1
 from text_parts import tagged, write_encoder, write_rows
 
@@ -270,6 +270,12 @@ def test_classes_of_words_are_scored_and_reported(words: Path, capsys: pytest.Ca
     assert place is not None and f"<mark>{word}</mark>" in page
     text = rows[int(place[1]) - 1]["tokens"]
     assert [*before.split(), word, *after.split()] == text and text[int(place[2]) - 1] == word
+    # What was written before reports knew of words is read.
+    older = {key: value for key, value in report.items() if key not in ("each", "forgetting")}
+    kept = ("place", "truth", "answer", "value", "image")
+    older["mistakes"] = [{**{key: row[key] for key in kept}, "text": "a b"} for row in report["mistakes"]]
+    (model / "tasks/ner/report.json").write_text(json.dumps(older))
+    assert "<blockquote>a b</blockquote>" in write_report(model, st.load(model)).read_text()
 
 
 def test_words_are_answered_as_tables_json_and_csv(words: Path, capsys: pytest.CaptureFixture[str]) -> None:
