@@ -101,7 +101,7 @@ class Classes(Problem):
                 "or problem='labels' where several may be right"
             )
         target = target.long()
-        if target.shape == (len(output), 1):
+        if target.shape == (len(output), 1) and output.ndim == 2:
             target = target.squeeze(1)
         wanted = (len(output), *output.shape[2:])
         if target.shape != wanted:

@@ -176,7 +176,6 @@ def score(model: SideTuner, task: str, rows: Rows, *, mirror: bool = False, prog
             if isinstance(found, DataError):
                 unreadable.append(f"{rows.places[i]}: {found}")
                 continue
-            # Of words those that have a class.
             counted = (rows.targets[i] != IGNORED).nonzero().flatten().tolist() if words else [0]
             shown = {k: found[task][k].answers if words else found[task] for k in counted}
             outputs += [_values(task, branch, answers) for answers in shown.values() if answers]

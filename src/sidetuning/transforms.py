@@ -159,7 +159,9 @@ class TextTransform:
     def _entries(self, *texts: list[str], **more: Any) -> tuple[dict[str, Tensor], Any]:
         """What the network reads, and all that the tokenizer tells."""
         how: dict[str, Any] = {"max_length": self.max_length, "padding_side": "right", "return_tensors": "pt", **more}
-        found = self.tokenizer()(*texts, padding=True, truncation=True, **how)
+        # Halves of characters, which JSON can hold, are none.
+        whole = ([text.encode("utf-8", "replace").decode() for text in column] for column in texts)
+        found = self.tokenizer()(*whole, padding=True, truncation=True, **how)
         if "input_ids" in found and not found["input_ids"].numel():
             raise DataError("the tokenizer makes no token of the texts; give texts with words that it knows")
         return {name: found[name] for name in self.names if name in found}, found

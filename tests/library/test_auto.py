@@ -200,6 +200,31 @@ def test_words_that_are_cut_off_or_have_no_token_do_not_count_and_are_told(text_
     assert len(scored.rows) == 68 and "44 words of which the base sees no token" in scored.unreadable[0]
 
 
+def test_texts_without_a_token_are_left_out_and_told(tmp_path: Path) -> None:
+    """A decoder's tokenizer adds no token of its own."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    bare = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "the": 2, "tower": 3}, unk_token="<unk>"))
+    bare.normalizer = normalizers.Replace("\0", "")  # type: ignore[assignment]
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>").save_pretrained(tmp_path)
+    shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=4, **shape)).save_pretrained(tmp_path)
+    base = st.load_base(f"hf:{tmp_path}")
+    rows = [{"tokens": ["the"], "tags": ["A"]}, {"tokens": ["\0"], "tags": ["A"]}, {"tokens": ["tower"], "tags": ["B"]}]
+    data = load(write_rows(tmp_path / "a.jsonl", rows), split=False)
+    encoded = encode(base, data.splits["train"], tmp_path, progress=False)
+    assert encoded.unreadable == ["1 without a token, such as row 2 of train"] and len(encoded.rows) == 2
+    model = st.SideTuner(base)
+    model.add_task("t", side=None, merge="base-only", head="tokens", head_options={"outputs": 2}, labels=data.names)
+    st.solve(model, "t", encoded.loader(batch_size=1), progress=False)
+    model["t"].transform = data.splits["train"].transform(base)
+    assert [word.answers for word in model.predict([["tower", "\0"]], top=1)["t"][0]][1] == []
+    with pytest.raises(st.DataError, match="makes no token of the texts"):
+        model.predict([["\0"]])
+
+
 def test_words_are_learned_and_answered(text_base: st.Base, tmp_path: Path, words: TaskData) -> None:
     model = st.SideTuner(text_base)
     model.add_task("mood", side=None, merge="base-only", head=2, labels=["bad", "good"])

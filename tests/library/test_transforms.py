@@ -341,6 +341,7 @@ def test_words_that_nobody_can_tell_are_refused(text_base: st.Base) -> None:
     for wrong in ("", "  ", [], ["a", None], 3):
         with pytest.raises(st.DataError, match="reads a text with words, or a list of them"):
             transform.batch([wrong])  # type: ignore[list-item]
+    assert transform.aligned([["\ud800", "the"]])[1] == [[("\ud800", 1), ("the", 2)]]
     slow = WordTransform(64, transform.names, lambda: object())
     with pytest.raises(st.DataError, match="does not tell words apart"):
         slow.batch(["the"])
