@@ -70,6 +70,26 @@ def write_encoder(folder: Path) -> None:
         transformers.BertModel(config).save_pretrained(folder, safe_serialization=True)
 
 
+def tagged(count: int, seed: int = 0) -> list[dict[str, list[str]]]:
+    """Sentences of one to eight words or more, in which places and years are marked."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        words: list[str] = []
+        tags: list[str] = []
+        for kind in rng.integers(0, 4, int(rng.integers(1, 9))):
+            some = [["old", "tower"], [str(rng.choice(NUMBERS))], [str(rng.choice(WORDS[:8]))]][min(kind, 2)]
+            words += some
+            tags += [["B-LOC", "I-LOC"], ["B-DATE"], ["O"]][min(kind, 2)]
+        rows.append({"tokens": words, "ner_tags": tags})
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> Path:
+    """A file of JSON Lines."""
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
 def entry(
     name: str,
     question: str = "what is the number ?",

@@ -27,7 +27,7 @@ from sidetuning.loading import BASES, load, load_base
 from sidetuning.loop import TrainResult, train
 from sidetuning.merges import MERGES, Merge
 from sidetuning.objective import accuracy
-from sidetuning.predicting import Answer
+from sidetuning.predicting import Answer, Word
 from sidetuning.router import Routes
 from sidetuning.routing import learn_routes
 from sidetuning.seeding import seeded
@@ -69,6 +69,7 @@ __all__ = [
     "TrainingError",
     "Trial",
     "UnknownNameError",
+    "Word",
     "accuracy",
     "auto",
     "cache_bytes",

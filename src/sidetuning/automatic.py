@@ -24,6 +24,7 @@ from sidetuning.data import TaskData, load
 from sidetuning.encoding import Encoded, affordable, encode
 from sidetuning.errors import DataError, SideTuningError, TaskError
 from sidetuning.files import read_json, write_json
+from sidetuning.tags import SCORE, are_tags
 from sidetuning.tapping import with_chosen_taps
 from sidetuning.training import evaluate, fit
 from sidetuning.tuner import SideTuner
@@ -84,7 +85,7 @@ class AutoResult:
 
     Attributes:
         task: name of the task.
-        measure: the number that is shown of each attempt: "accuracy" or "mae".
+        measure: the number that is shown of each attempt: "accuracy", "mae" or "entity f1".
         chosen: the candidate that was kept, in words.
         attempts: all candidates.
         scores: numbers of the splits, by their names.
@@ -159,10 +160,8 @@ def auto(
         for name, rows in data.splits.items()
     }
     encoding = time.monotonic() - started
-    notes = [
-        *data.notes,
-        *(f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable),
-    ]
+    left = [f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable]
+    notes = [*data.notes, *left]
     say(f"{sum(len(s.kept) for s in splits.values())} rows went through the base in {encoding:.0f} s")
     how = f"{data.splits['train'].fingerprint()} {balance} {mirror} {budget} {seed}"
     folder = Path(cache) / f"{task}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
@@ -220,28 +219,24 @@ class _Search:
     """The candidates of one task, on features that are known."""
 
     def __init__(
-        self,
-        base: Base,
-        data: TaskData,
-        splits: dict[str, Encoded],
-        folder: Path,
-        balance: bool,
-        seed: int,
+        self, base: Base, data: TaskData, splits: dict[str, Encoded], folder: Path, balance: bool, seed: int
     ) -> None:
         self.base, self.data, self.splits, self.folder, self.seed = base, data, splits, folder, seed
-        self.train = splits["train"].loader(
-            shuffle=True, balance=balance, batch_size=batch_of(len(splits["train"].kept))
-        )
+        size = batch_of(len(splits["train"].kept))
+        self.train = splits["train"].loader(shuffle=True, balance=balance, batch_size=size)
         self.measure = "mae" if data.problem == "numbers" else "accuracy"
+        if data.problem == "tokens" and are_tags(data.names):
+            self.measure = SCORE
 
     def model(self, recipe: Recipe) -> SideTuner:
         """A model with one task, "task", of these parts."""
         model = SideTuner(self.base)
-        how: dict[str, Any] = {"head": recipe.head, "head_options": {"outputs": len(self.data.names)}}
+        head = "tokens" if self.data.problem == "tokens" else recipe.head
+        how: dict[str, Any] = {"head": head, "head_options": {"outputs": len(self.data.names)}}
         how |= {"problem": self.data.problem, "seed": self.seed}
         merge = "base-only" if recipe.side is None else recipe.merge
         model.add_task("task", side=recipe.side, merge=merge, init=recipe.init, labels=self.data.names, **how)
-        model["task"].transform = self.base.transform
+        model["task"].transform = self.data.splits["train"].transform(self.base)
         return model
 
     def scores(self, branch: Branch, split: str) -> dict[str, float]:

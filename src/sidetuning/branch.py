@@ -83,7 +83,7 @@ class Branch(nn.Module):
         """What its targets mean: as given, or what goes with the loss or the head."""
         name = self.config.problem or self.trained_as or BY_HEAD.get(self.config.head[0], "classes")
         problem = PROBLEMS[name]()
-        problem.units = self.units
+        problem.units, problem.labels = self.units, self.labels
         return problem
 
     @property

@@ -21,6 +21,7 @@ from sidetuning.generating import tokenwise
 from sidetuning.heads import LanguageHead
 from sidetuning.inputs import Input, modules_of
 from sidetuning.probe import influence, shapes_of
+from sidetuning.problems import Tokens
 from sidetuning.seeding import seeded
 from sidetuning.sides import run_side
 
@@ -75,8 +76,9 @@ def check_shapes(name: str, branch: Branch, base: Base, laterals: Callable[[Inpu
         if isinstance(branch.head, LanguageHead):
             _check_causal(name, branch, base, laterals)
     labels = branch.labels
-    if labels is not None and isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] != len(labels):
-        raise TaskError(f"task '{name}' has {len(labels)} labels for {out.shape[1]} outputs; give one per output")
+    told_apart = isinstance(out, Tensor) and (out.ndim == 2 or isinstance(branch.problem, Tokens))
+    if labels is not None and told_apart and out.shape[-1] != len(labels):
+        raise TaskError(f"task '{name}' has {len(labels)} labels for {out.shape[-1]} outputs; give one per output")
 
 
 def _check_causal(name: str, branch: Branch, base: Base, laterals: Callable[[Input, Features], list[Tensor]]) -> None:

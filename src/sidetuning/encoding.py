@@ -22,6 +22,7 @@ from sidetuning.cache import cache_bytes, cache_features, cache_tokens, loader_o
 from sidetuning.data import Rows
 from sidetuning.errors import DataError, TaskError
 from sidetuning.files import read_json, write_json
+from sidetuning.problems import IGNORED
 from sidetuning.transforms import ImageTransform, TextTransform
 
 # Bytes of features that are kept of one task at most, with taps.
@@ -69,13 +70,16 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Texts:
-    """The texts of rows as token ids."""
+    """The texts of rows as token ids; `labels` are the targets, of words one for each token."""
 
-    def __init__(self, rows: Rows, transform: TextTransform) -> None:
+    def __init__(self, rows: Rows, base: Base, transform: TextTransform) -> None:
         self.rows, self.transform = rows, transform
-        ids = [transform.batch(rows.sources[i : i + 256]) for i in range(0, len(rows), 256)]
+        read = [rows.batch(base, range(i, min(i + 256, len(rows)))) for i in range(0, len(rows), 256)]
+        ids = [x for x, _ in read]
         self._lengths = np.concatenate([batch["attention_mask"].sum(1).numpy() for batch in ids])
         self._tokens = hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in ids)).hexdigest()
+        of_tokens = (row for _, y in read for row in y) if rows.of_words else ()
+        self.labels = [row[:length] for row, length in zip(of_tokens, self._lengths)] or rows.targets
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,13 +114,7 @@ class Encoded:
     unreadable: list[str] = field(default_factory=list)
 
     def loader(self, *, batch_size: int = 64, shuffle: bool = False, balance: bool = False) -> DataLoader[Any]:
-        """Batches of `(x, features, y)`.
-
-        Args:
-            batch_size: rows of a batch.
-            shuffle: draw another order in each pass.
-            balance: repeat the rows of rare classes, so that all classes have as many.
-        """
+        """Batches of `(x, features, y)`; `balance` repeats rows of rare classes, so that all classes have as many."""
         indices = self._balanced() if balance else self.kept
         return loader_over(self.cached, batch_size=batch_size, shuffle=shuffle, indices=indices)
 
@@ -127,11 +125,6 @@ class Encoded:
         by_class = [[self.kept[i] for i in (targets == k).nonzero().flatten().tolist()] for k in targets.unique()]
         most = max(len(rows) for rows in by_class)
         return sorted(rows[i % len(rows)] for rows in by_class for i in range(most))
-
-    @property
-    def targets(self) -> Tensor:
-        """Targets of the rows that are kept."""
-        return self.rows.targets[self.kept]
 
 
 def encode(base: Base, rows: Rows, folder: str | Path, *, mirror: bool = False, progress: bool = True) -> Encoded:
@@ -148,7 +141,7 @@ def encode(base: Base, rows: Rows, folder: str | Path, *, mirror: bool = False, 
         DataError: none of the images can be read.
         TaskError: a base that reads neither images nor texts.
     """
-    transform = base.transform
+    transform = rows.transform(base)
     if isinstance(transform, TextTransform):
         return _encode_texts(base, rows, transform, Path(folder), progress)
     if not isinstance(transform, ImageTransform):
@@ -173,10 +166,18 @@ def mirrored(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _encode_texts(base: Base, rows: Rows, transform: TextTransform, folder: Path, progress: bool) -> Encoded:
-    kept, texts = list(range(len(rows))), Texts(rows, transform)
-    if base.kind == "sequence":
-        return Encoded(cache_tokens(base, texts, rows.targets, folder, progress=progress), rows, kept)
-    raise TaskError(f"texts are encoded token by token, and this base returns a {base.kind}; leave output= out")
+    if base.kind != "sequence":
+        raise TaskError(f"texts are encoded token by token, and this base returns a {base.kind}; leave output= out")
+    texts, told = Texts(rows, base, transform), list[str]()
+    if empty := [place for place, length in zip(rows.places, texts.lengths()) if not length]:
+        told.append(f"{len(empty)} without a token, such as {empty[0]}")
+        rows = rows.take(np.flatnonzero(texts.lengths()).tolist())
+        texts = Texts(rows, base, transform)
+    known = sum(int((row != IGNORED).sum()) for row in texts.labels) if rows.of_words else 0
+    if lost := int((rows.targets != IGNORED).sum()) - known if rows.of_words else 0:
+        told.append(f"{lost} words after the {transform.max_length} tokens of a text that are read, or without a token")
+    cached = cache_tokens(base, texts, texts.labels, folder, progress=progress)
+    return Encoded(cached, rows, list(range(len(rows))), told)
 
 
 def bytes_of(base: Base, rows: Rows) -> int:

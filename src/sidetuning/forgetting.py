@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidetuning.base import Base
 from sidetuning.callbacks import Deadline
 from sidetuning.data import Rows, TaskData, load
 from sidetuning.errors import DataError, SideTuningError, TaskError
@@ -18,7 +19,6 @@ from sidetuning.files import read_json
 from sidetuning.scoring import score
 from sidetuning.sides.copy import CopySide
 from sidetuning.training import fit
-from sidetuning.transforms import Transform
 from sidetuning.tuner import SideTuner
 
 # Rows of a step, and passes over the training rows at most.
@@ -36,8 +36,8 @@ MEND = "learn the task again with sidetuning train --replace"
 class Batches:
     """Rows as the base takes them, in another order at each pass."""
 
-    def __init__(self, transform: Transform, rows: Rows, seed: int) -> None:
-        self.transform, self.rows = transform, rows
+    def __init__(self, base: Base, rows: Rows, seed: int) -> None:
+        self.base, self.rows = base, rows
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -47,18 +47,15 @@ class Batches:
         for some in torch.randperm(len(self.rows), generator=self.generator).split(BATCH):
             rows = some.tolist()
             try:
-                yield self._batch(rows)
+                yield self.rows.batch(self.base, rows)
             except DataError:
                 # A row that cannot be read was told when the task was learned.
                 if rows := [row for row in rows if self._reads(row)]:
-                    yield self._batch(rows)
-
-    def _batch(self, rows: Sequence[int]) -> tuple[Any, Tensor]:
-        return self.transform.batch([self.rows.sources[row] for row in rows]), self.rows.targets[list(rows)]
+                    yield self.rows.batch(self.base, rows)
 
     def _reads(self, row: int) -> bool:
         with contextlib.suppress(DataError):
-            self._batch([row])
+            self.rows.batch(self.base, [row])
             return True
         return False
 
@@ -112,23 +109,14 @@ def would_forget(
     tuning = SideTuner(base)
     how: dict[str, Any] = {"head_options": {"outputs": len(data.names)}, "problem": data.problem, "seed": seed}
     try:
-        tuning.add_task(TUNED, side="copy", merge="side-only", head="linear", **how)
+        head = "tokens" if data.problem == "tokens" else "linear"
+        tuning.add_task(TUNED, side="copy", merge="side-only", head=head, **how)
     except SideTuningError as error:
         raise TaskError(f"what forgetting would have been is not known: {error}") from error
     side = tuning[TUNED].side
-    assert isinstance(side, CopySide) and base.transform is not None
-    loader = Batches(base.transform, data.splits["train"], seed)
-    done = fit(
-        tuning,
-        TUNED,
-        loader,
-        epochs=PASSES,
-        lr=lr,
-        optimizer=torch.optim.AdamW,
-        callbacks=[Deadline(seconds)],
-        seed=seed,
-        progress=progress,
-    )
+    assert isinstance(side, CopySide)
+    loader, ends = Batches(base, data.splits["train"], seed), [Deadline(seconds)]
+    done = fit(tuning, TUNED, loader, epochs=PASSES, lr=lr, callbacks=ends, seed=seed, progress=progress)
     tuned = SideTuner(base.with_net(side.net))
     for name in model.tasks:
         tuned.add_branch(name, copy.deepcopy(model[name]))

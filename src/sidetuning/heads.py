@@ -164,13 +164,7 @@ def linear(base: Base, outputs: int = 1, centre: Any = None, scale: Any = None) 
 
 @HEADS.register("random")
 def random(
-    base: Base,
-    outputs: int = 1,
-    width: int = 2000,
-    grid: int = 8,
-    seed: int = 0,
-    centre: Any = None,
-    scale: Any = None,
+    base: Base, outputs: int = 1, width: int = 2000, grid: int = 8, seed: int = 0, centre: Any = None, scale: Any = None
 ) -> nn.Module:
     """A linear layer on a fixed random expansion of the base's taps, beside the pooled code -> (b, outputs).
 

@@ -46,7 +46,7 @@ class Features(NamedTuple):
     # Named tuples share their defaults; nothing writes to this one.
     taps: dict[str, Tensor] = {}  # noqa: RUF012
 
-    def rows(self, rows: Tensor) -> Features:
+    def rows(self, rows: Tensor | slice) -> Features:
         """The features of some samples of the batch."""
         return self.each(lambda tensor: tensor[rows])
 

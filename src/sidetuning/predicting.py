@@ -11,9 +11,9 @@ from torch import Tensor
 from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.errors import DataError, ShapeError, TaskError
-from sidetuning.inputs import map_input, take_rows
+from sidetuning.inputs import entry, map_input, take_rows
 from sidetuning.problems import Classes, Labels, Next, Tokens
-from sidetuning.transforms import Transform
+from sidetuning.transforms import Aligned, Transform, WordTransform
 
 # Sources that are decoded and run at a time.
 BATCH = 32
@@ -31,8 +31,15 @@ class Answer(NamedTuple):
     value: float
 
 
-# Of classes, labels, numbers and spans a list; of maps and tokens a tensor.
-Answers = list[Answer] | Tensor
+class Word(NamedTuple):
+    """A word of a text with the answers for it, the most probable first; none where the base sees no token of it."""
+
+    word: str
+    answers: list[Answer]
+
+
+# Of classes, labels, numbers and spans a list, of words one each; of maps and other tokens a tensor.
+Answers = list[Answer] | list[Word] | Tensor
 
 
 def run(
@@ -122,22 +129,31 @@ def predict(
     """As `SideTuner.predict`, of the base and the branches of one moment."""
     if top is not None and top < 1:
         raise TaskError(f"top must be 1 or more, not {top}")
-    found: dict[str, Any] = {}
-    one = False
-    for transform, names in groups(base, branches, tasks).items():
-        one = transform.is_one(sources)
-        given = [sources] if one else list(sources)
-        for name in names:
-            found[name] = []
+    by_transform = groups(base, branches, tasks)
+    one = all(transform.is_one(sources) for transform in by_transform)
+    given = [sources] if one else list(sources)
+    by_words = {isinstance(transform, WordTransform): names[0] for transform, names in by_transform.items()}
+    if len(by_words) > 1 and (type(sources) is tuple or not all(isinstance(source, str) for source in given)):
+        told = f"the task '{by_words[True]}' reads words and '{by_words[False]}' whole texts"
+        raise DataError(f"{told}: ask them one by one, tasks=[…], or give plain texts")
+    found: dict[str, Any] = {name: [] for names in by_transform.values() for name in names}
+    for transform, names in by_transform.items():
         for start in range(0, len(given), BATCH):
-            x = transform.batch(given[start : start + BATCH])
+            x, about = read(transform, given[start : start + BATCH])
             outputs = _outputs(base, branches, x, names, mirror)
             for name in names:
-                length = x.get("attention_mask") if isinstance(x, Mapping) else None
-                for i, output in enumerate(outputs[name]):
-                    tokens = None if length is None else int(length[i].sum())
-                    found[name].append(answers(branches[name], output, top=top, tokens=tokens))
+                for output, known in zip(outputs[name], about, strict=True):
+                    found[name].append(answers(branches[name], output, top=top, about=known))
     return {task: found[task][0] if one else found[task] for task in tasks}
+
+
+def read(transform: Transform, sources: Sequence[Any]) -> tuple[Input, Sequence[Aligned | int | None]]:
+    """Sources as a batch, and of each its words, or how many tokens it has."""
+    if isinstance(transform, WordTransform):
+        return transform.aligned(sources)
+    x = transform.batch(sources)
+    mask = entry(x, "attention_mask")
+    return x, [None] * len(sources) if mask is None else mask.sum(1).tolist()
 
 
 def each_answered(
@@ -178,22 +194,25 @@ def _mean(branch: Branch, views: list[Tensor]) -> Tensor:
     return seen.softmax(2).mean(0).log() if type(branch.problem) is Classes else seen.mean(0)
 
 
-def answers(branch: Branch, output: Tensor, *, top: int | None = None, tokens: int | None = None) -> Answers:
+def answers(branch: Branch, output: Tensor, *, top: int | None = None, about: Aligned | int | None = None) -> Answers:
     """What a task's output of one sample says.
 
     Args:
         branch: the task's.
         output: without the batch dimension.
         top: this many of the most probable classes or labels; by default all.
-        tokens: length of the text, where it was padded.
+        about: what `read` tells of the source.
 
     Returns:
-        Names with probabilities or numbers; of a map of classes (h, w) class numbers, of tokens (t,) class numbers, of
-        other maps the output itself.
+        Names with probabilities or numbers, of words for each; of a map of classes (h, w) class numbers, of tokens (t,)
+        class numbers, of other maps the output itself.
     """
     problem = branch.problem
     if isinstance(problem, Tokens):
-        return output[:tokens].argmax(-1)
+        if not isinstance(about, list):
+            return output[:about].argmax(-1)
+        known = [[] if place is None else problem.answers(output[place], branch.labels)[:top] for _, place in about]
+        return [Word(word, [Answer(*answer) for answer in shown]) for (word, _), shown in zip(about, known)]
     if type(problem) is Classes and output.ndim > 1:
         return output.argmax(0)
     if output.ndim == 3:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetuning.errors import DataError
 from sidetuning.inputs import Input, entry
 from sidetuning.registry import Registry
+from sidetuning.tags import are_tags, entity_metrics, with_score
 
 # The target that cross-entropy ignores; numbers that are ignored are NaN.
 IGNORED = -100
@@ -27,9 +27,11 @@ class Problem:
     Attributes:
         units: centres and scales (2, channels) of the targets, where the task has them; the loss divides errors by the
             scale.
+        labels: names of the classes, where the task has them.
     """
 
     units: Tensor | None = None
+    labels: Sequence[str] | None = None
 
     def among(self, target: Tensor, inputs: Input) -> Tensor:
         """The target, with what the input's padding leaves out of it ignored; `prepare` comes next."""
@@ -69,7 +71,7 @@ class Problem:
 
     def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
         """What is shown of one sample's output: names with probabilities, or values; the first first."""
-        raise NotImplementedError
+        return [(_name(labels, i), value) for i, value in enumerate(output.float().flatten().tolist())]
 
 
 PROBLEMS: Registry[Callable[[], Problem]] = Registry("problem")
@@ -99,7 +101,7 @@ class Classes(Problem):
                 "or problem='labels' where several may be right"
             )
         target = target.long()
-        if target.shape == (len(output), 1):
+        if target.shape == (len(output), 1) and output.ndim == 2:
             target = target.squeeze(1)
         wanted = (len(output), *output.shape[2:])
         if target.shape != wanted:
@@ -207,9 +209,6 @@ class Numbers(Problem):
     def metrics(self) -> dict[str, Metric]:
         return {"mae": lambda output, target: (output - target).abs()}
 
-    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
-        return [(_name(labels, i), value) for i, value in enumerate(output.float().flatten().tolist())]
-
 
 @PROBLEMS.register("pixels")
 class Pixels(Numbers):
@@ -229,7 +228,7 @@ class Pixels(Numbers):
 
 @PROBLEMS.register("tokens")
 class Tokens(Classes):
-    """A class for each token: outputs (b, t, classes), targets (b, t); -100 is ignored."""
+    """A class for each token: outputs (b, t, classes), targets (b, t); -100 is ignored. Of tags entities are scored."""
 
     def prepare(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         # Classes before the tokens cannot be taken too: of as many tokens as classes nobody knows which is which.
@@ -239,6 +238,13 @@ class Tokens(Classes):
                 f"{tuple(target.shape)}; for outputs (b, classes, t) take problem='classes'"
             )
         return super().prepare(output.transpose(1, 2), target)
+
+    def metrics(self) -> dict[str, Metric]:
+        known = self.labels or ()
+        return {**super().metrics(), **(entity_metrics(known) if are_tags(known) else {})}
+
+    def final(self, averages: dict[str, float]) -> dict[str, float]:
+        return with_score(averages)
 
 
 @PROBLEMS.register("next")
@@ -323,36 +329,10 @@ class Own(Problem):
     def metrics(self) -> dict[str, Metric]:
         return {}
 
-    def answers(self, output: Tensor, labels: Sequence[str] | None) -> list[tuple[str, float]]:
-        return [(_name(labels, i), value) for i, value in enumerate(output.float().flatten().tolist())]
-
 
 def along(row: Tensor, values: Tensor) -> Tensor:
     """Numbers (channels,) or (1,), shaped so that they go with the channels of `values` (b, channels, …)."""
     return row.view(1, -1, *[1] * (values.ndim - 2)) if len(row) > 1 else row
-
-
-def units_of(targets: NDArray[np.float64]) -> Tensor:
-    """Centre and scale of targets (channels, n) -> (2, channels), from those that are finite.
-
-    The centre is the median. The scale is a robust standard deviation: the middle 90 % over what a normal distribution
-    has there, 3.29; the standard deviation where at least 90 % are equal; 1 where all are, or none is left.
-
-    Raises:
-        DataError: float32 does not tell the targets of a channel apart.
-    """
-    rows = []
-    for channel in targets:
-        values = channel[np.isfinite(channel)]
-        low, centre, high = np.quantile(values, (0.05, 0.5, 0.95)) if len(values) else (0.0, 0.0, 0.0)
-        scale = (high - low) / 3.29 or (values.std() if len(values) else 0.0)
-        if 0 < scale < 1e-6 * abs(centre):
-            raise DataError(
-                f"the targets lie within about {scale:g} of {centre:.10g}, and numbers of this size are told apart by "
-                f"steps of {np.spacing(np.float32(abs(centre))):g} in float32: subtract {centre:.10g} from them"
-            )
-        rows.append((centre, scale or 1.0))
-    return torch.tensor(rows, dtype=torch.float32).T.contiguous()
 
 
 def whole_rows(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

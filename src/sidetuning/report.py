@@ -14,6 +14,7 @@ from sidetuning.errors import DataError
 from sidetuning.files import read_json, write_json, write_text
 from sidetuning.scoring import Scored
 from sidetuning.summary import summarise
+from sidetuning.tags import SCORE
 from sidetuning.transforms import picture
 from sidetuning.tuner import SideTuner
 
@@ -32,8 +33,9 @@ TRAINING |= {"attempts?": [{**ATTEMPT, "curve": [float]}]}
 LOST = {"task": str, "rows": int, "measure": str, "before": float, "after": float}
 TRAINING |= {"forgetting?": {"steps": int, "tasks": [LOST]}}
 ROW = {"name": str, "rows": int, "precision": float, "recall": float, "f1": float}
-MISTAKE = {"place": str, "truth": str, "answer": str, "value": str, "image?": str, "text?": str}
+MISTAKE = {"place": str, "truth": str, "answer": str, "value": str, "image?": str, "text?": str, "marked?": [str]}
 REPORT = {"task": str, "problem": {"classes", "labels", "numbers"}, "split": str, "names": [str], "scores": dict}
+REPORT |= {"each?": {"row", "word"}}
 REPORT |= {"table": [ROW], "confusion": [[int]], "calibration": [(float, float, int)], "mistakes": [MISTAKE]}
 REPORT |= {"parameters": int, "bytes": int, **TRAINING}
 # What matplotlib writes and a page does not need: its own style sheet and font, and names that repeat.
@@ -59,6 +61,7 @@ def describe(
     return {
         "task": task,
         "problem": scored.problem,
+        "each": "word" if scored.texts else "row",
         "split": split,
         "names": scored.names,
         "scores": scored.scores(),
@@ -85,6 +88,10 @@ def _mistake(scored: Scored, row: int) -> dict[str, Any]:
     else:
         truth, said = (", ".join(f"{number:.4g}" for number in numbers.tolist()) for numbers in (target, answer))
     shown: dict[str, Any] = {"place": scored.rows.places[row], "truth": truth, "answer": said, "value": value}
+    if scored.texts:
+        words, k = source
+        before, after = " ".join(words[:k])[-LETTERS // 2 :], " ".join(words[k + 1 :])[: LETTERS // 2]
+        return {**shown, "image": None, "text": None, "marked": [before, words[k][:LETTERS], after]}
     if isinstance(source, (str, tuple)):
         text = source if isinstance(source, str) else " ⁄ ".join(source)
         return {**shown, "image": None, "text": text if len(text) <= LETTERS else f"{text[:LETTERS]} …"}
@@ -150,6 +157,8 @@ def write_report(folder: str | Path, model: SideTuner) -> Path:
 def headline(task: Mapping[str, Any]) -> str:
     """The number that says most."""
     scores = task["scores"]
+    if SCORE in scores:
+        return f"{SCORE} {scores[SCORE]:.1%}"
     return f"error {scores['mae']:.4g}" if task["problem"] == "numbers" else f"{scores['accuracy']:.1%}"
 
 
@@ -173,13 +182,8 @@ def charts(task: Mapping[str, Any]) -> list[dict[str, str]]:
             axes.set_ylabel(f"{task['measure']} of the validation rows")
             axes.legend(frameon=False, fontsize=8)
 
-        found.append(
-            {
-                "title": "Learning curves",
-                "svg": draw(plot_curves, "Learning curves", task["task"]),
-                "note": "",
-            }
-        )
+        svg = draw(plot_curves, "Learning curves", task["task"])
+        found.append({"title": "Learning curves", "svg": svg, "note": ""})
     if task.get("calibration"):
 
         def plot_calibration(axes: Axes) -> None:
@@ -192,13 +196,7 @@ def charts(task: Mapping[str, Any]) -> list[dict[str, str]]:
             axes.set_ylabel("share that is right")
 
         note = "Points on the line say what they know; below it the task is too sure. Larger points are more rows."
-        found.append(
-            {
-                "title": "Calibration",
-                "svg": draw(plot_calibration, "Calibration", task["task"]),
-                "note": note,
-            }
-        )
+        found.append({"title": "Calibration", "svg": draw(plot_calibration, "Calibration", task["task"]), "note": note})
     return found
 
 

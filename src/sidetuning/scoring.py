@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,9 @@ from sidetuning.branch import Branch
 from sidetuning.data import Rows
 from sidetuning.errors import DataError, TaskError
 from sidetuning.predicting import Answer, each_answered
+from sidetuning.problems import IGNORED
+from sidetuning.tags import SCORE, are_tags, entity_counts, entity_f1
+from sidetuning.transforms import WordTransform
 from sidetuning.tuner import SideTuner
 
 # Rows of a base pass; bins of the calibration; the normal quantile of a 95 % interval.
@@ -28,11 +32,12 @@ class Scored:
     """A task's outputs for rows.
 
     Attributes:
-        rows: those that could be read.
+        rows: those that could be read; of words each is a row, whose source is (words of its text, its place).
         outputs: (n, outputs): probabilities of classes and labels, or numbers.
-        problem: "classes", "labels" or "numbers".
+        problem: "classes", also of words, "labels" or "numbers".
         names: of the outputs.
-        unreadable: sentences about rows that could not be read.
+        unreadable: sentences about rows that could not be read, and words without an answer.
+        texts: of words the number of each one's text.
     """
 
     rows: Rows
@@ -40,6 +45,7 @@ class Scored:
     problem: str
     names: list[str]
     unreadable: list[str]
+    texts: list[int] = field(default_factory=list)
 
     @property
     def predicted(self) -> Tensor:
@@ -67,27 +73,26 @@ class Scored:
             each = (self.predicted == targets.bool()).float().mean()
             table = self.table()
             f1 = sum(row["f1"] for row in table) / len(table)
-            return {
-                "accuracy": float(each),
-                "all right": float(self.right.float().mean()),
-                "f1": f1,
-                "samples": float(n),
-            }
-        low, high = interval(int(self.right.sum()), n)
+            all_right = float(self.right.float().mean())
+            return {"accuracy": float(each), "all right": all_right, "f1": f1, "samples": float(n)}
+        # Words depend on the others of their text, which counts as one.
+        independent = len(set(self.texts)) or n
+        low, high = interval(int(self.right.sum()) * independent / n, independent)
         seen = [row for row in self.table() if row["rows"]]
         balanced = sum(row["recall"] for row in seen) / len(seen)
         accuracy = float(self.right.float().mean())
         loss = -float(self.outputs[torch.arange(n), targets].clamp(min=1e-12).log().mean())
         f1 = sum(row["f1"] for row in seen) / len(seen)
-        numbers = {
-            "accuracy": accuracy,
-            "low": low,
-            "high": high,
-            "balanced accuracy": balanced,
-            "f1": f1,
-            "loss": loss,
-        }
-        return {**numbers, "calibration error": self.calibration_error(), "samples": float(n)}
+        numbers = {"accuracy": accuracy, "low": low, "high": high, "balanced accuracy": balanced, "f1": f1}
+        if self.texts and are_tags(self.names):
+            numbers[SCORE] = self.entity_f1()
+        return {**numbers, "loss": loss, "calibration error": self.calibration_error(), "samples": float(n)}
+
+    def entity_f1(self) -> float:
+        """The F1 of the entities that the classes of words mark."""
+        said, truth = ([self.names[k] for k in ks] for ks in (self.predicted, self.rows.targets))
+        groups = itertools.groupby(zip(self.texts, said, truth, strict=True), lambda word: word[0])
+        return entity_f1([entity_counts(*list(zip(*group))[1:]) for _, group in groups])
 
     def table(self) -> list[dict[str, Any]]:
         """Per class or label: its rows, precision, recall and F1."""
@@ -135,7 +140,7 @@ class Scored:
         return wrong[sure[wrong].argsort(descending=True, stable=True)][:most].tolist()
 
 
-def interval(right: int, n: int) -> tuple[float, float]:
+def interval(right: float, n: float) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927)."""
     share, z = right / n, QUANTILE**2 / n
     middle, half = (share + z / 2) / (1 + z), QUANTILE / (1 + z) * math.sqrt(share * (1 - share) / n + z / (4 * n))
@@ -157,28 +162,41 @@ def score(model: SideTuner, task: str, rows: Rows, *, mirror: bool = False, prog
         TaskError: a task of another problem than classes, labels or numbers.
     """
     branch = model[task]
-    problem = type(branch.problem).__name__.lower()
+    words = isinstance(branch.transform, WordTransform)
+    problem = "classes" if words else type(branch.problem).__name__.lower()
     if problem not in ("classes", "labels", "numbers"):
         raise TaskError(f"task '{task}' answers with {problem}, which are not scored from rows; use st.evaluate")
-    outputs, kept, unreadable = [], [], []
+    if words != rows.of_words:
+        raise DataError(f"task '{task}' answers for {'words' if words else 'whole rows'}, and the data do not")
+    outputs, kept, unreadable, lost = [], list[tuple[int, int]](), list[str](), 0
     for start in tqdm(range(0, len(rows), BATCH), task, disable=not progress, leave=False):
         batch = range(start, min(start + BATCH, len(rows)))
         ask = partial(model.predict, tasks=[task], mirror=mirror)
         for i, found in zip(batch, each_answered(ask, [rows.sources[i] for i in batch]), strict=True):
             if isinstance(found, DataError):
                 unreadable.append(f"{rows.places[i]}: {found}")
-            else:
-                outputs.append(_values(task, branch, found[task]))
-                kept.append(i)
+                continue
+            counted = (rows.targets[i] != IGNORED).nonzero().flatten().tolist() if words else [0]
+            shown = {k: found[task][k].answers if words else found[task] for k in counted}
+            outputs += [_values(task, branch, answers) for answers in shown.values() if answers]
+            kept += [(i, k) for k, answers in shown.items() if answers]
+            lost += sum(not answers for answers in shown.values())
+    if lost:
+        unreadable.append(f"{lost} words of which the base sees no token, as after the end of what it reads")
     if not kept:
         raise DataError(f"no row can be read: {'; '.join(unreadable[:3])}")
-    names, whole = branch.labels or [str(k) for k in range(len(outputs[0]))], rows.take(kept)
+    names, places = branch.labels or [str(k) for k in range(len(outputs[0]))], [row for row, _ in kept]
+    if words:
+        named = [f"{rows.places[row]}, word {k + 1}" for row, k in kept]
+        whole = Rows([(rows.sources[i], k) for i, k in kept], rows.targets[tuple(torch.tensor(kept).T)], named)
+    else:
+        whole = rows.take(places)
     columns = int(whole.targets.max()) + 1 if problem == "classes" else whole.targets.shape[1]
     if columns > len(names) or (problem != "classes" and columns != len(names)):
         raise DataError(
             f"task '{task}' has {len(names)} outputs, and the data {columns}; give data of the same answers"
         )
-    return Scored(whole, torch.tensor(outputs), problem, names, unreadable)
+    return Scored(whole, torch.tensor(outputs), problem, names, unreadable, places if words else [])
 
 
 def _values(task: str, branch: Branch, answers: Sequence[Answer]) -> list[float]:

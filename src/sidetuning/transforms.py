@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -28,6 +29,11 @@ CROPS: tuple[Crop, ...] = get_args(Crop)
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # Tokens of a text that are read where the network would take more.
 MOST_TOKENS = 512
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese: scripts without spaces between words.
+UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+# What stands between spaces in a text, and each mark at its ends.
+MARK = r"[!-#%-*,-/:;?@\[-\]_{}\u00a1\u00a7\u00ab\u00b6\u00b7\u00bb\u00bf\u2010-\u2027\u2030-\u205e]"
+WORD = rf"{MARK}|(?!{MARK})\S(?:\S*(?!{MARK})\S)?"
 
 
 class Transform(Protocol):
@@ -148,10 +154,17 @@ class TextTransform:
         if pairs and len(pairs) != len(sources):
             raise DataError("some of the sources are texts and some are pairs of texts; ask for them one by one")
         given = [list(column) for column in zip(*sources)] if pairs else [list(sources)]
-        found = self.tokenizer()(
-            *given, padding=True, truncation=True, max_length=self.max_length, padding_side="right", return_tensors="pt"
-        )
-        return {name: found[name] for name in self.names if name in found}
+        return self._entries(*given)[0]
+
+    def _entries(self, *texts: list[str], **more: Any) -> tuple[dict[str, Tensor], Any]:
+        """What the network reads, and all that the tokenizer tells."""
+        how: dict[str, Any] = {"max_length": self.max_length, "padding_side": "right", "return_tensors": "pt", **more}
+        # Halves of characters, which JSON can hold, are none.
+        whole = ([text.encode("utf-8", "replace").decode() for text in column] for column in texts)
+        found = self.tokenizer()(*whole, padding=True, truncation=True, **how)
+        if "input_ids" in found and not found["input_ids"].numel():
+            raise DataError("the tokenizer makes no token of the texts; give texts with words that it knows")
+        return {name: found[name] for name in self.names if name in found}, found
 
     def is_one(self, source: Any) -> bool:
         """Whether `source` is one text, or a tuple of two, which are a pair."""
@@ -160,6 +173,60 @@ class TextTransform:
     def to_json(self) -> dict[str, Any]:
         """What `transform_from` reads; the tokenizer is the base's."""
         return {"kind": "text", "max_length": self.max_length}
+
+
+# The words of a text, each with the place of its first token; None where it was cut off, or has no token.
+Aligned = list[tuple[str, int | None]]
+
+
+@dataclass(frozen=True)
+class WordTransform(TextTransform):
+    """A text, or the list of its words, to token ids and a mask; what is said of a word stands at its first token.
+
+    The words are joined by spaces, and tokens are known by their places in that text: a tokenizer that marks the space
+    before a word sees what its network was trained on, where words one by one would run into each other.
+    """
+
+    def batch(self, sources: Sequence[str | Sequence[str]]) -> dict[str, Tensor]:
+        """Texts, or lists of words, to entries (b, tokens of the longest); shorter ones are padded at the end."""
+        return self.aligned(sources)[0]
+
+    def aligned(self, sources: Sequence[str | Sequence[str]]) -> tuple[dict[str, Tensor], list[Aligned]]:
+        """A batch, and the words of each source; DataError where one has none, or the tokenizer tells no places."""
+        rows = [self.words(source) for source in some(sources)]
+        if not getattr(self.tokenizer(), "is_fast", False):
+            raise DataError(
+                "the base's tokenizer, without a tokenizer.json, does not tell words apart; choose another base"
+            )
+        texts = [" ".join(word.strip() for word in row) for row in rows]
+        entries, found = self._entries(texts, return_offsets_mapping=True)
+        aligned = []
+        for words, offsets in zip(rows, found["offset_mapping"].tolist()):
+            # The word of each letter, none of the spaces between words.
+            owners = [owner for k, word in enumerate(words) for owner in (*[k] * len(word.strip()), None)]
+            firsts: dict[int | None, int] = {}
+            for place, (begin, end) in enumerate(offsets):
+                # A token of two words is the first one's.
+                firsts.setdefault(next((k for k in owners[begin:end] if k is not None), None), place)
+            aligned.append([(word, firsts.get(k)) for k, word in enumerate(words)])
+        return entries, aligned
+
+    def words(self, source: str | Sequence[str]) -> list[str]:
+        """The words of a source; a text is split at spaces, and punctuation at the ends of a word stands alone."""
+        if isinstance(source, str) and re.search(UNSPACED, source):
+            raise DataError(f"'{source:.40}' has no spaces between its words; give the words, a list")
+        found = re.findall(WORD, source) if isinstance(source, str) else source
+        if not (isinstance(found, (list, tuple)) and found and all(isinstance(word, str) for word in found)):
+            raise DataError(f"this task reads a text with words, or a list of them, not {source!r:.60}")
+        return list(found)
+
+    def is_one(self, source: Any) -> bool:
+        """Whether `source` is one text, or a tuple of its words."""
+        return isinstance(source, (str, tuple))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `transform_from` reads."""
+        return {**super().to_json(), "words": True}
 
 
 class Transforming(Protocol):
@@ -179,12 +246,13 @@ def transform_from(record: Any, base: Transforming) -> Transform:
     where, own = "the recorded transform", base.transform
     kind = check_json(record, where, {"kind": {"image", "text"}}, mend)["kind"]
     if kind == "text":
-        length = check_json(record, where, {"max_length": int}, mend)["max_length"]
+        text = check_json(record, where, {"max_length": int, "words?": bool}, mend)
+        length, made = text["max_length"], WordTransform if text.get("words") else TextTransform
         if not isinstance(own, TextTransform):
             raise ArtifactError(f"{where} is of texts, which this base does not read; load the task's own base")
         if not 1 <= length <= 2**20:
             raise ArtifactError(f"{where} cuts texts to {length} tokens; {mend}")
-        return replace(own, max_length=length)
+        return made(length, own.names, own.tokenizer)
     schema = {"size": [int], "crop_pct": float, "crop_mode": str, "interpolation": str, "fill": [int]}
     values = check_json(record, where, schema, mend)
     size, fill = tuple(values["size"]), tuple(values["fill"])

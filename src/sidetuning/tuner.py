@@ -287,13 +287,13 @@ class SideTuner(nn.Module):
 
         Args:
             sources: what `base.transform` takes: a path, the bytes of a file, a Pillow image, uint8 pixels; or a text,
-                or a tuple of two; or a list of such.
+                or a tuple of two, or of the words of one for a task of words; or a list of such.
             tasks: the tasks to ask; by default all. Those with equal preprocessing share one base pass.
             top: this many of the most probable classes or labels; by default all.
             mirror: average over each image and its mirror image.
 
         Returns:
-            Task -> `list[Answer]`, or a tensor for maps and tokens (see `predicting.answers`); of a list one for each.
+            Task -> `list[Answer]`, of words `list[Word]`, of maps a tensor (see `predicting.answers`); of a list each.
 
         Raises:
             DataError: a source that cannot be read; the message names it.

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sidetuning.branch import Branch
+from sidetuning.errors import DataError
 from sidetuning.heads import IN_UNITS, InUnits
 from sidetuning.objective import TaskModel, unpack
-from sidetuning.problems import Numbers, Problem, units_of
+from sidetuning.problems import Numbers, Problem
 from sidetuning.seeding import seed_loader, seeded
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 @torch.no_grad()
 def read(
     model: TaskModel, task: str, batches: Iterator[Any], problem: Numbers, device: torch.device
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+) -> NDArray[np.float64]:
     """The targets of batches by channel (channels, n), ignored ones as NaN; of large maps some pixels."""
     from accelerate.utils import send_to_device
 
@@ -145,3 +147,26 @@ def _few(values: Tensor, count: int) -> Tensor:
     if values.shape[1] <= count:
         return values
     return values[:, torch.linspace(0, values.shape[1] - 1, count).long()]
+
+
+def units_of(targets: NDArray[np.float64]) -> Tensor:
+    """Centre and scale of targets (channels, n) -> (2, channels), from those that are finite.
+
+    The centre is the median. The scale is a robust standard deviation: the middle 90 % over what a normal distribution
+    has there, 3.29; the standard deviation where at least 90 % are equal; 1 where all are, or none is left.
+
+    Raises:
+        DataError: float32 does not tell the targets of a channel apart.
+    """
+    rows = []
+    for channel in targets:
+        values = channel[np.isfinite(channel)]
+        low, centre, high = np.quantile(values, (0.05, 0.5, 0.95)) if len(values) else (0.0, 0.0, 0.0)
+        scale = (high - low) / 3.29 or (values.std() if len(values) else 0.0)
+        if 0 < scale < 1e-6 * abs(centre):
+            raise DataError(
+                f"the targets lie within about {scale:g} of {centre:.10g}, and numbers of this size are told apart by "
+                f"steps of {np.spacing(np.float32(abs(centre))):g} in float32: subtract {centre:.10g} from them"
+            )
+        rows.append((centre, scale or 1.0))
+    return torch.tensor(rows, dtype=torch.float32).T.contiguous()

@@ -77,7 +77,7 @@ def test_a_run_answers_by_the_mean_over_mirror_images(tiny_cifar: Path, tmp_path
     assert not torch.equal(views[0], views[1])
 
     Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
-    (answer, _) = predict.predict(predict.Settings(str(tmp_path / "run"), (str(tmp_path / "image.png"),)))
+    ((answer, _),) = predict.answered(predict.Settings(str(tmp_path / "run"), (str(tmp_path / "image.png"),)))
     assert answer.value == pytest.approx(float((views[0] + views[1])[0].max()) / 2, abs=1e-4)
     again = icifar.run(with_values(settings, {"out": str(tmp_path / "again")}))
     assert again.accuracy == result.accuracy

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import sidetuning as st
 from conftest import conv_base, mlp_base
 from data_parts import stages_base, write_digits, write_texts
 from sidetuning import encoding
 from sidetuning.automatic import auto
-from sidetuning.data import load
+from sidetuning.data import TaskData, load
 from sidetuning.encoding import encode
+from sidetuning.scoring import score
 from sidetuning.tapping import spread, with_chosen_taps
+from text_parts import tagged, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +158,93 @@ def test_what_cannot_be_learned_is_said(digits: Path, text_base: st.Base, tmp_pa
         auto(st.SideTuner(stages_base()), "digits", digits, cache=tmp_path, budget=0)
     with pytest.raises(st.TaskError, match=r"the side 'fusoin' cannot be tried: .* did you mean 'fusion'"):
         learned(digits, tmp_path, side="fusoin")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
+    return load(write_rows(tmp_path_factory.mktemp("words") / "a.jsonl", tagged(60)))
+
+
+def test_words_have_their_classes_at_their_first_tokens_live_and_cached(
+    text_base: st.Base, tmp_path: Path, words: TaskData
+) -> None:
+    rows, model = words.splits["train"], st.SideTuner(text_base)
+    model.add_task("ner", side="mlp", head="tokens", head_options={"outputs": len(words.names)}, labels=words.names)
+    order: Any = range(len(rows))
+    live: DataLoader[Any] = DataLoader(order, batch_size=7, collate_fn=partial(rows.batch, text_base))
+    cached = encode(text_base, rows, tmp_path, progress=False).loader(batch_size=5)
+    counted = sum(int((y != -100).sum()) for _, y in live)
+    assert counted == sum(map(len, rows.sources)) == sum(int((y != -100).sum()) for _, _, y in cached)
+    scores = [st.evaluate(model, "ner", loader) for loader in (live, cached)]
+    assert scores[0] == pytest.approx(scores[1], abs=2e-3) and scores[0]["samples"] == len(rows)
+    st.solve(model, "ner", live, progress=False)
+    other = copy.deepcopy(model)
+    assert st.solve(other, "ner", cached, progress=False).rows == counted
+    assert st.evaluate(model, "ner", cached) == pytest.approx(st.evaluate(other, "ner", live), abs=2e-2)
+    st.fit(model, "ner", live, steps=2, progress=False)
+
+
+def test_words_that_are_cut_off_or_have_no_token_do_not_count_and_are_told(text_base: st.Base, tmp_path: Path) -> None:
+    rows = [{"tokens": ["old", "\x00", "is"], "ner_tags": ["B", "O", "O"]}, {"tokens": ["\x01"], "ner_tags": ["O"]}] * 3
+    rows.append({"tokens": ["red"] * 100, "ner_tags": ["O"] * 100})
+    data = load(write_rows(tmp_path / "a.jsonl", rows), split=False)
+    encoded = encode(text_base, data.splits["train"], tmp_path, progress=False)
+    assert encoded.unreadable == ["44 words after the 64 tokens of a text that are read, or without a token"]
+    assert [int((y != -100).sum()) for _, _, y in encoded.loader(batch_size=1)] == [2, 0, 2, 0, 2, 0, 62]
+    with pytest.raises(st.TaskError, match="leave --balance out"):
+        encoded.loader(balance=True)
+    model = st.SideTuner(text_base)
+    model.add_task("t", side=None, merge="base-only", head="tokens", head_options={"outputs": 2}, labels=data.names)
+    model["t"].transform = data.splits["train"].transform(text_base)
+    scored = score(model, "t", data.splits["train"], progress=False)
+    assert len(scored.rows) == 68 and "44 words of which the base sees no token" in scored.unreadable[0]
+
+
+def test_texts_without_a_token_are_left_out_and_told(tmp_path: Path) -> None:
+    """A decoder's tokenizer adds no token of its own."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    bare = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "the": 2, "tower": 3}, unk_token="<unk>"))
+    bare.normalizer = normalizers.Replace("\0", "")  # type: ignore[assignment]
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>").save_pretrained(tmp_path)
+    shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=4, **shape)).save_pretrained(tmp_path)
+    base = st.load_base(f"hf:{tmp_path}")
+    rows = [{"tokens": ["the"], "tags": ["A"]}, {"tokens": ["\0"], "tags": ["A"]}, {"tokens": ["tower"], "tags": ["B"]}]
+    data = load(write_rows(tmp_path / "a.jsonl", rows), split=False)
+    encoded = encode(base, data.splits["train"], tmp_path, progress=False)
+    assert encoded.unreadable == ["1 without a token, such as row 2 of train"] and len(encoded.rows) == 2
+    model = st.SideTuner(base)
+    model.add_task("t", side=None, merge="base-only", head="tokens", head_options={"outputs": 2}, labels=data.names)
+    st.solve(model, "t", encoded.loader(batch_size=1), progress=False)
+    model["t"].transform = data.splits["train"].transform(base)
+    assert [word.answers for word in model.predict([["tower", "\0"]], top=1)["t"][0]][1] == []
+    with pytest.raises(st.DataError, match="makes no token of the texts"):
+        model.predict([["\0"]])
+
+
+def test_words_are_learned_and_answered(text_base: st.Base, tmp_path: Path, words: TaskData) -> None:
+    model = st.SideTuner(text_base)
+    model.add_task("mood", side=None, merge="base-only", head=2, labels=["bad", "good"])
+    result = auto(model, "ner", words, cache=tmp_path, side="none", progress=False)
+    assert result.measure == "entity f1" and result.scores["validation"]["entity f1"] > 0.5
+    model.save(tmp_path / "model")
+    loaded = st.load(tmp_path / "model", base=text_base)
+    asked = ["what is the old tower?", ["the", "old", "tower", "\x00"], "1822"]
+    first, second, third = loaded.predict(asked, ["ner"], top=2)["ner"]
+    assert [word for word, _ in first] == ["what", "is", "the", "old", "tower", "?"]
+    assert [len(answers) for _, answers in second] == [2, 2, 2, 0] and isinstance(third[0], st.Word)
+    # As the model itself says it, alone and in a batch.
+    x, known = model["ner"].transform.aligned([asked[1]])  # type: ignore[union-attr]
+    probabilities = model(x, "ner").detach()[0, known[0][1][1] or 0].softmax(0)
+    assert second[1].answers[0].label == words.names[int(probabilities.argmax())] == "B-LOC"
+    assert second[1].answers[0].value == pytest.approx(float(probabilities.max()), abs=1e-5)
+    alone = loaded.predict(tuple(asked[1]), ["ner"], top=2)["ner"]
+    assert [[a.label for a in word.answers] for word in alone] == [[a.label for a in word.answers] for word in second]
+    both = loaded.predict("the old tower")
+    assert [word for word, _ in both["ner"]] == ["the", "old", "tower"] and both["mood"][0].label in ("bad", "good")
+    for mixed in (("the", "old"), [["the", "old"]], ("the", "old", "tower")):
+        with pytest.raises(st.DataError, match="'ner' reads words and 'mood' whole texts: ask them one by one"):
+            loaded.predict(mixed)

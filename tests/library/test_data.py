@@ -136,6 +136,80 @@ def test_options_overrule_the_guesses(tmp_path: Path) -> None:
     assert several.splits["train"].targets[:2].tolist() == [[0, 1], [1, 1]]
 
 
+WORDS = [{"tokens": ["the", "old", "tower"], "ner_tags": ["O", "B-LOC", "I-LOC"]}] * 12
+
+
+def test_lists_of_words_beside_lists_of_classes_are_tokens(tmp_path: Path) -> None:
+    bad: list[dict[str, Any]] = [
+        {"tokens": ["the", "old"], "ner_tags": ["O"]},
+        {"tokens": [], "ner_tags": []},
+        {"tokens": ["is", None], "ner_tags": ["O", "O"]},
+        {"tokens": ["is"], "ner_tags": None},
+        {"tokens": ["is"], "ner_tags": [None]},
+        {"tokens": ["is", "red", "?"], "ner_tags": ["O", None, "O"], "id": "7"},
+    ]
+    path = table(tmp_path / "a.jsonl", [*WORDS, *bad])
+    data = load(path, split=False)
+    rows = data.splits["train"]
+    assert (data.kind, data.problem, data.names) == ("text", "tokens", ["B-LOC", "I-LOC", "O"])
+    assert rows.of_words and rows.sources[-1] == ["is", "red", "?"] and data.counts() == [12, 12, 14]
+    assert rows.targets.tolist() == [[2, 0, 1]] * 12 + [[2, -100, 2]]
+    said(data, "column 'ner_tags' (--label)", "column 'tokens' (--text)", "the problem is 'tokens'", "1 words of train")
+    said(data, "1 with more or fewer classes than words (row 13", "2 with no list of words, or of classes (row 14 of")
+    said(data, "1 with no answer (row 16", "1 with no word that has a class (row 17")
+    assert rows.take([12]).targets.tolist() == [[2, -100, 2]]
+    assert rows.fingerprint() != load(path, split=False, names=["O", "B-LOC", "I-LOC"]).splits["train"].fingerprint()
+
+
+def test_classes_of_words_may_be_numbers_with_gaps_and_are_those_of_the_training_rows(tmp_path: Path) -> None:
+    rows = [{"words": ["a", "b", "c"], "tags": [10, 2, -100]}, {"words": ["d"], "tags": [7]}] * 6
+    table(tmp_path / "train.jsonl", rows)
+    table(tmp_path / "test.jsonl", [*rows[:2], {"words": ["a"], "tags": [3]}])
+    data = load(tmp_path, split=False)
+    assert data.names == ["2", "7", "10"] and sizes(data) == {"train": 12, "test": 2}
+    assert data.splits["train"].targets[:2].tolist() == [[2, 0, -100], [1, -100, -100]]
+    said(data, "left out of test: 1 with the unknown class '3'")
+
+
+@pytest.mark.parametrize("saved", ["disk", "parquet"])
+def test_names_of_classes_of_words_are_those_of_the_data_set(tmp_path: Path, saved: str) -> None:
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "tokens": datasets.Sequence(datasets.Value("string")),
+            "pos_tags": datasets.Sequence(datasets.ClassLabel(names=["DET", "NOUN"])),
+            "ner_tags": datasets.Sequence(datasets.ClassLabel(names=["O", "B-LOC"])),
+        }
+    )
+    columns = {
+        "id": ["0", "1"],
+        "tokens": [["the", "tower"], ["a"]],
+        "pos_tags": [[0, 1], [0]],
+        "ner_tags": [[0, 1], [-100]],
+    }
+    made = datasets.Dataset.from_dict(columns, features=features)
+    path = tmp_path / "a.parquet" if saved == "parquet" else tmp_path / "data"
+    made.to_parquet(str(path)) if saved == "parquet" else made.save_to_disk(str(path))
+    data = load(path, split=False)
+    assert data.names == ["O", "B-LOC"] and data.splits["train"].targets.tolist() == [[0, 1]]
+    assert load(path, label="pos_tags", split=False).counts() == [2, 1]
+
+
+def test_texts_with_rare_classes_are_in_all_splits(tmp_path: Path) -> None:
+    common = [{"tokens": ["a"] * 19 + ["b"], "tags": ["O"] * 19 + ["B-x"]}] * 100
+    rare = [{"tokens": ["a", "b", "c"], "tags": ["O", "B-x", "B-y"]}] * 20
+    data = load(table(tmp_path / "a.jsonl", common + rare))
+    assert [data.counts(split)[1] for split in ("train", "validation", "test")] == [14, 3, 3]
+    said(data, "equal shares of texts by the rarest class in them (seed 0)", "'O' has", "training words")
+    assert not any("--balance" in note for note in data.notes)
+
+
+def test_lists_of_labels_beside_texts_stay_labels(tmp_path: Path) -> None:
+    rows = [{"text": f"a {i}", "tokens": ["a", str(i)], "tags": ["x"] * (i % 2) + ["y", "z", "w"]} for i in range(20)]
+    data = load(table(tmp_path / "a.jsonl", rows), split=False)
+    assert data.problem == "labels" and data.splits["train"].sources[0] == "a 0"
+
+
 def test_files_named_in_a_table_are_found_beside_it(tmp_path: Path) -> None:
     folder(tmp_path, images=4)
     rows = [{"file": f"images/{i}.png", "age": 1.5 * i} for i in range(5)]
@@ -179,9 +253,20 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "all different": ("a.jsonl", {"label": "text"}, "are no classes"),
     "one class": ("d.jsonl", {}, "all rows are of one class"),
     "not of the problem": ("a.jsonl", {"problem": "numbers", "label": "text", "text": "other"}, "no row can be used"),
-    "no problem": ("a.jsonl", {"problem": "clases"}, "must be classes, labels or numbers"),
+    "no problem": ("a.jsonl", {"problem": "clases"}, "must be one of classes, labels, numbers, tokens"),
     "both": ("a.jsonl", {"image": "text", "text": "text"}, "not both"),
     "no table": ("broken.jsonl", {}, "cannot be read"),
+    "lists in CSV": ("a.csv", {"problem": "tokens"}, "'text' holds no lists of words; give JSON Lines or Parquet; CSV"),
+    "words for classes": ("w.jsonl", {"problem": "classes"}, "no column holds images or texts"),
+    "words named for classes": ("w.jsonl", {"problem": "classes", "text": "tokens"}, "give texts, or --problem tokens"),
+    "two columns of classes": (
+        "w.jsonl",
+        {"label": ["ner_tags", "tokens"], "text": "tokens"},
+        "are one column of lists",
+    ),
+    "numbers for words": ("n.jsonl", {}, "words have classes, and the answers are 40 different numbers"),
+    "one class of words": ("n.jsonl", {"label": "same"}, "all words are of one class, 'O'"),
+    "no class of words": ("n.jsonl", {"label": "none"}, "holds no answer"),
 }
 
 
@@ -194,6 +279,10 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, case: str) -> None:
     table(tmp_path / "b.jsonl", [{"text": "a", "what": i} for i in range(20)])
     table(tmp_path / "c.jsonl", [{"a": "a", "b": "b", "label": i % 2} for i in range(20)])
     table(tmp_path / "d.jsonl", [{"text": "a", "label": 1} for i in range(20)])
+    (tmp_path / "a.csv").write_text("text,label\n" + "a b,O O\n" * 5)
+    table(tmp_path / "w.jsonl", WORDS)
+    more = {"same": ["O", "O"], "none": [None, ""]}
+    table(tmp_path / "n.jsonl", [{"tokens": ["a", "b"], "tags": [i / 7, -i / 7 - 1], **more} for i in range(20)])
     with pytest.raises(st.DataError, match=told) as caught:
         load(tmp_path / name, **options)
     assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base
 from sidetuning import graphs
 from sidetuning.cli import main
-from sidetuning.transforms import ImageTransform
+from sidetuning.transforms import ImageTransform, TextTransform, WordTransform
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -182,6 +183,31 @@ def test_a_task_is_exported_at_the_size_that_it_was_trained_with(tmp_path: Path)
     about = json.loads((tmp_path / "out/model.json").read_text())
     assert about["base"]["inputs"][0]["shape"] == ["batch", 3, 16, 24]
     assert about["tasks"]["small"]["preprocessing"]["crop_pct"] == 0.9
+
+
+@pytest.mark.slow
+def test_words_are_found_again_by_the_places_of_their_tokens(encoder: Path, tmp_path: Path) -> None:
+    """As docs/export.md says it: the words joined by spaces, and each word's first token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = st.SideTuner(st.load_base(f"hf:{encoder}"))
+    options: dict[str, Any] = {"head": "tokens", "head_options": {"outputs": 3}, "labels": ["O", "B-LOC", "I-LOC"]}
+    model.add_task("ner", side="mlp", seed=0, **options)
+    own = model.base.transform
+    assert isinstance(own, TextTransform)
+    model["ner"].transform = WordTransform(own.max_length, own.names, own.tokenizer)
+    st.export(model, tmp_path / "out")
+    about = json.loads((tmp_path / "out/model.json").read_text())
+    task = about["tasks"]["ner"]
+    assert task["preprocessing"] == {"kind": "text", "max_length": 64, "words": True} and task["problem"] == "tokens"
+    words = ["the", "old-tower", "is", "red"]
+    ids = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer/tokenizer.json")).encode(" ".join(words))
+    known = {"input_ids": ids.ids, "attention_mask": ids.attention_mask, "token_type_ids": ids.type_ids}
+    given = {entry["name"]: torch.tensor([known[entry["name"]]]) for entry in about["base"]["inputs"]}
+    scores = answer(tmp_path / "out", given)["ner"][0]
+    begins = [sum(len(word) + 1 for word in words[:k]) for k in range(len(words))]
+    firsts = [[begin for begin, end in ids.offsets if end > begin].index(begin) + 1 for begin in begins]
+    expected = model.predict([words])["ner"][0]
+    assert [task["labels"][k] for k in scores[firsts].argmax(1)] == [word.answers[0].label for word in expected]
 
 
 @pytest.mark.slow

@@ -10,8 +10,11 @@ import torch
 import sidetuning as st
 from conftest import mlp_base
 from data_parts import stages_base, write_digits
+from sidetuning.automatic import auto
 from sidetuning.data import load
 from sidetuning.forgetting import would_forget
+from sidetuning.scoring import score
+from text_parts import tagged, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_the_other_tasks_are_asked_on_a_copy_that_was_fine_tuned(digits: tuple[P
     assert found["steps"] == 40
     assert [row["task"] for row in found["tasks"]] == ["side", "head"]
     for row in found["tasks"]:
-        scores = st.evaluate(model, row["task"], [(model.base.transform.batch(rows.sources), rows.targets)])  # type: ignore[union-attr]
+        scores = st.evaluate(model, row["task"], [rows.batch(model.base, range(len(rows)))])
         assert row["before"] == pytest.approx(scores["accuracy"]) and row["rows"] == len(rows)
         assert row["before"] > 0.8 and row["after"] < row["before"] - 0.1
     after = model.forward_all(x)
@@ -55,6 +58,16 @@ def test_the_other_tasks_are_asked_on_a_copy_that_was_fine_tuned(digits: tuple[P
     # Nothing is lost where nothing is learned.
     still = would_forget(model, new, others, seconds=60, lr=1e-12, progress=False)
     assert all(row["before"] == row["after"] for row in still["tasks"])
+
+
+def test_tasks_of_words_are_fine_tuned_and_asked_too(text_base: st.Base, tmp_path: Path) -> None:
+    data, model = load(write_rows(tmp_path / "a.jsonl", tagged(60))), st.SideTuner(text_base)
+    rows = data.splits["validation"]
+    auto(model, "ner", data, cache=tmp_path, side="none", progress=False)
+    found = would_forget(model, data, {"ner": rows}, seconds=60, progress=False)
+    (lost,) = found["tasks"]
+    assert lost["before"] == pytest.approx(score(model, "ner", rows, progress=False).scores()["accuracy"])
+    assert lost["before"] != lost["after"] and lost["rows"] == len(rows) and found["steps"] == 40
 
 
 def test_a_base_that_cannot_be_trained_is_refused(digits: tuple[Path, Path]) -> None:

@@ -104,7 +104,7 @@ def test_averages_run_over_what_counts_whatever_the_batches_are() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model["t"].state_dict().items())
 
 
-@pytest.mark.parametrize("tokens", [3, 5, 6])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 6])
 @pytest.mark.parametrize("last", [True, False])
 def test_tokens_have_their_classes_last(tokens: int, last: bool) -> None:
     class PerToken(nn.Module):

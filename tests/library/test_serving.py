@@ -26,6 +26,7 @@ import sidetuning as st
 from conftest import conv_base
 from sidetuning.cli import main
 from sidetuning.commands.serve import listening
+from sidetuning.transforms import TextTransform, WordTransform
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
@@ -199,6 +200,34 @@ def test_texts_and_pairs_of_texts_are_answered(encoder: Path, tmp_path: Path) ->
         reply = web.post("/predict", json=question(FILES[0]))
         assert reply.status_code == 422 and "reads texts, not an image" in reply.json()["detail"]
     assert all(close(answer["mood"], model.predict(text)["mood"]) for answer, text in zip(found, texts, strict=True))
+
+
+def test_words_are_answered_each_and_are_no_whole_texts(encoder: Path, tmp_path: Path) -> None:
+    model = st.SideTuner(st.load_base(f"hf:{encoder}"))
+    names = ["O", "B-LOC"]
+    options: dict[str, Any] = {"head": "tokens", "head_options": {"outputs": 2}, "labels": names}
+    model.add_task("ner", side=None, merge="base-only", seed=0, **options)
+    own = model.base.transform
+    assert isinstance(own, TextTransform)
+    model["ner"].transform = WordTransform(own.max_length, own.names, own.tokenizer)
+    model.add_task("mood", side="mlp", head=2, labels=["good", "bad"], seed=0)
+    model.save(tmp_path)
+    words, text = ["old", "tower", "\0"], "the red river, made by it."
+    with TestClient(Service(Served(tmp_path), watch=0).app) as web:
+        inputs: list[dict[str, Any]] = [{"words": words}, {"text": text}]
+        first, second = web.post("/predict", json={"inputs": inputs, "tasks": ["ner"]}).json()["answers"]
+        expected = model.predict([words, text], ["ner"])["ner"]
+        for found, wanted in zip((first["ner"], second["ner"]), expected, strict=True):
+            assert [part["word"] for part in found] == [part.word for part in wanted]
+            assert all(close(part["answers"], each.answers) for part, each in zip(found, wanted, strict=True))
+        assert first["ner"][2]["answers"] == [] and len(second["ner"]) == 8
+        both = web.post("/predict", json={"inputs": [{"text": text}], "top": 1}).json()["answers"][0]
+        assert len(both["mood"]) == 1 and [len(part["answers"]) for part in both["ner"]] == [1] * 8
+        wrong = {"words": ({"words": words}, None), "a pair": ({"pair": ["a", "b"]}, ["ner"])}
+        for what, (given, tasks) in wrong.items():
+            reply = web.post("/predict", json={"inputs": [given], "tasks": tasks})
+            assert reply.status_code == 422 and f"is not asked with {what}" in reply.json()["detail"]
+        assert web.post("/predict", json={"inputs": [{"words": []}], "tasks": ["ner"]}).status_code == 422
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

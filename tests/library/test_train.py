@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -17,8 +18,9 @@ from data_parts import write_digits, write_texts
 from sidetuning.cli import main
 from sidetuning.commands.train import seconds_of
 from sidetuning.pictures import save_map
-from sidetuning.report import charts
-from text_parts import write_encoder
+from sidetuning.report import charts, write_report
+from sidetuning.tags import entity_counts, entity_f1
+from text_parts import tagged, write_encoder, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,75 @@ def test_texts_come_from_a_table_a_file_and_the_command_line(
         told, _ = run(capsys, "predict", out, *sources, "--csv")
         assert [line.split(",")[2] for line in told.splitlines()] == ["answer", "colour", "number"]
     assert "What was tried" in (out / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sentences whose words have classes, and a model that has learned them."""
+    root = tmp_path_factory.mktemp("words")
+    (root / "encoder").mkdir()
+    write_encoder(root / "encoder")
+    write_rows(root / "words.jsonl", tagged(60))
+    write_rows(root / "holdout.jsonl", tagged(20, seed=1))
+    model = ["--base", f"hf:{root / 'encoder'}", "--task", "ner", "--out", str(root / "model")]
+    main(["train", str(root / "words.jsonl"), *model, "--side", "none", "--quiet"])
+    return root
+
+
+def test_classes_of_words_are_scored_and_reported(words: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, holdout = words / "model", words / "holdout.jsonl"
+    out, _ = run(capsys, "evaluate", model, "--task", "ner", holdout, "--report", "--quiet")
+    assert "entity f1 0." in out and "words" in out and "95 % interval" in out
+    told = json.loads(run(capsys, "evaluate", model, "--task", "ner", holdout, "--json", "--quiet")[0])
+    rows = [json.loads(line) for line in holdout.read_text().splitlines()]
+    names = ["B-DATE", "B-LOC", "I-LOC", "O"]
+    found = st.load(model).predict([row["tokens"] for row in rows])["ner"]
+    said = [[word.answers[0].label for word in text] for text in found]
+    right = [a == b for answers, row in zip(said, rows) for a, b in zip(answers, row["ner_tags"])]
+    f1 = entity_f1([entity_counts(answers, row["ner_tags"]) for answers, row in zip(said, rows)])
+    scores = told["scores"]
+    assert scores["samples"] == len(right) and [row["name"] for row in told["classes"]] == names
+    assert scores["accuracy"] == pytest.approx(sum(right) / len(right)) and scores["entity f1"] == pytest.approx(f1)
+    assert scores["low"] < scores["accuracy"] < scores["high"]
+    page = (model / "report.html").read_text()
+    assert "entity f1 " in page and "holdout words; with 95 % confidence" in page and "Confusion: words of" in page
+    report = json.loads((model / "tasks/ner/report.json").read_text())
+    before, word, after = report["mistakes"][0]["marked"]
+    place = re.fullmatch(r"row (\d+) of train, word (\d+)", report["mistakes"][0]["place"])
+    assert place is not None and f"<mark>{word}</mark>" in page
+    text = rows[int(place[1]) - 1]["tokens"]
+    assert [*before.split(), word, *after.split()] == text and text[int(place[2]) - 1] == word
+    # What was written before reports knew of words is read.
+    older = {key: value for key, value in report.items() if key not in ("each", "forgetting")}
+    kept = ("place", "truth", "answer", "value", "image")
+    older["mistakes"] = [{**{key: row[key] for key in kept}, "text": "a b"} for row in report["mistakes"]]
+    (model / "tasks/ner/report.json").write_text(json.dumps(older))
+    assert "<blockquote>a b</blockquote>" in write_report(model, st.load(model)).read_text()
+
+
+def test_words_are_answered_as_tables_json_and_csv(words: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, given = "what is the old tower?", '["old", "tower", "\\u0000"]'
+    out, _ = run(capsys, "predict", words / "model", text, given, "--csv")
+    lines = list(csv.reader(out.splitlines()))
+    assert lines[0] == ["source", "task", "word", "answer", "value"] and len(lines) == 1 + 6 + 3
+    assert [line[2] for line in lines[1:7]] == ["what", "is", "the", "old", "tower", "?"]
+    assert lines[-1][-2:] == ["", ""]
+    out, _ = run(capsys, "predict", words / "model", text, given, "--json", "--top", 2)
+    first, second = (json.loads(line)["tasks"]["ner"] for line in out.splitlines())
+    assert [answer["word"] for answer in first[:4]] == ["what", "what", "is", "is"]
+    assert second[0]["label"] == lines[7][3] and second[-1] == {"word": "\0", "label": None, "value": None}
+    out, _ = run(capsys, "predict", words / "model", text)
+    assert "word" in out and "tower" in out and "LOC" in out
+    assert "no spaces between its words" in refused(capsys, "predict", words / "model", "我爱北京")
+
+
+def test_words_and_whole_texts_are_not_taken_for_each_other(
+    words: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    evaluate = ("evaluate", words / "model", "--task", "ner")
+    assert "holds no lists of words" in refused(capsys, *evaluate, write_texts(tmp_path / "a.jsonl", 10))
+    again = ("train", words / "words.jsonl", "--task", "more", "--out", words / "model", "--side", "none", "--balance")
+    assert "leave --balance out" in refused(capsys, *again)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("2m", 120), ("1h", 3600), ("5", 5), ("0.5m", 30)])

@@ -18,7 +18,7 @@ import sidetuning as st
 from conftest import conv_base, map_base, mlp_base, network, sequence_base
 from sidetuning.integrations.timm import transform_of
 from sidetuning.integrations.transformers import image_transform
-from sidetuning.transforms import ImageTransform, TextTransform, Transform, transform_from
+from sidetuning.transforms import ImageTransform, TextTransform, Transform, WordTransform, transform_from
 from text_parts import write_encoder
 
 
@@ -272,3 +272,84 @@ def test_what_cannot_be_asked_is_said() -> None:
         trained(32).predict(photo(), top=0)
     with pytest.raises(st.UnknownNameError, match="did you mean 'pets'"):
         trained(32).predict(photo(), ["pet"])
+
+
+SPLIT = {
+    "what is (the old) tower?": ["what", "is", "(", "the", "old", ")", "tower", "?"],
+    "U.S.-based, isn't it...": ["U.S.-based", ",", "isn't", "it", ".", ".", "."],
+    " C++ costs $5.50\n!": ["C++", "costs", "$5.50", "!"],
+    "नमस्ते “мир” cafe\u0301 😀": ["नमस्ते", "“", "мир", "”", "cafe\u0301", "😀"],
+}
+
+
+@pytest.mark.parametrize("text", SPLIT)
+def test_a_text_is_split_at_spaces_and_marks_at_the_ends_of_words(text: str, text_base: st.Base) -> None:
+    assert word_transform(text_base).words(text) == SPLIT[text]
+
+
+def word_transform(base: st.Base) -> WordTransform:
+    own = base.transform
+    assert isinstance(own, TextTransform)
+    return WordTransform(own.max_length, own.names, own.tokenizer)
+
+
+def test_words_are_known_by_their_first_tokens(text_base: st.Base) -> None:
+    transform = word_transform(text_base)
+    words = ["the", "old-tower", "\x00", " red ", "", "is"]
+    x, (known, long) = transform.aligned([words, ["the"] * 100])
+    # [CLS] the old - tower red is [SEP]
+    assert known == [("the", 1), ("old-tower", 2), ("\x00", None), (" red ", 5), ("", None), ("is", 6)]
+    tokens = text_base_tokens(text_base, x["input_ids"][0].tolist())
+    assert tokens[:8] == ["[CLS]", "the", "old", "[UNK]", "tower", "red", "is", "[SEP]"]
+    assert [place for _, place in long] == [*range(1, 63), *[None] * 38] and x["input_ids"].shape == (2, 64)
+    assert transform.is_one(("the", "old")) and transform.is_one("the old") and not transform.is_one(["the old"])
+
+
+def text_base_tokens(base: st.Base, ids: list[int]) -> list[str]:
+    assert isinstance(base.transform, TextTransform)
+    return base.transform.tokenizer().convert_ids_to_tokens(ids)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_tokenizer_of_bytes_sees_the_spaces_before_words(prefix: bool) -> None:
+    """Words given one by one would run into each other: "old" and "tower" as "oldtower"."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)  # type: ignore[assignment]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=letters, special_tokens=["<pad>"], show_progress=False
+    )
+    bare.train_from_iterator(["the old tower is naïve"] * 9, trainer)
+    # Its own side of padding is the left.
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", padding_side="left")
+    transform = WordTransform(64, ("input_ids", "attention_mask"), lambda: fast)
+    x, (known, one) = transform.aligned([["the", "old", "tower", "😀", "naïve"], ["is"]])
+    tokens = fast.convert_ids_to_tokens(x["input_ids"][0])
+    firsts = [tokens[place] for _, place in known if place is not None]
+    assert firsts[1:3] == ["Ġold", "Ġtower"] and firsts[4].startswith("Ġna") and len(firsts) == 5
+    assert one == [("is", 0)] and x["attention_mask"][1].tolist()[0] == 1
+
+
+def test_words_that_nobody_can_tell_are_refused(text_base: st.Base) -> None:
+    transform = word_transform(text_base)
+    with pytest.raises(st.DataError, match="no spaces between its words; give the words, a list"):
+        transform.batch(["我爱北京"])
+    assert transform.batch([["我", "爱", "北京"]])["input_ids"].shape[0] == 1
+    for wrong in ("", "  ", [], ["a", None], 3):
+        with pytest.raises(st.DataError, match="reads a text with words, or a list of them"):
+            transform.batch([wrong])  # type: ignore[list-item]
+    assert transform.aligned([["\ud800", "the"]])[1] == [[("\ud800", 1), ("the", 2)]]
+    slow = WordTransform(64, transform.names, lambda: object())
+    with pytest.raises(st.DataError, match="does not tell words apart"):
+        slow.batch(["the"])
+
+
+def test_a_transform_of_words_is_recorded(text_base: st.Base) -> None:
+    own, words = text_base.transform, word_transform(text_base)
+    assert transform_from(words.to_json(), text_base) == words != own
+    assert own is not None and transform_from(own.to_json(), text_base) == own
+    with pytest.raises(st.ArtifactError, match="words"):
+        transform_from({**words.to_json(), "words": "yes"}, text_base)

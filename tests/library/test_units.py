@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import sidetuning as st
 from conftest import mlp_base
 from sidetuning.heads import Linear
-from sidetuning.problems import units_of
+from sidetuning.units import units_of
 
 
 def rows(n: int = 256) -> tuple[Tensor, Tensor]:

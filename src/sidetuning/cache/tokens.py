@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sidetuning.base import Base, Features
 from sidetuning.cache.store import Put, Store, fields_of, folder_of
 from sidetuning.errors import CacheError, ShapeError
+from sidetuning.problems import IGNORED
 
 # Texts between two markers.
 CHUNK = 512
@@ -41,12 +43,14 @@ class CachedTokens(Dataset[Any]):
         seconds: as of `Store`.
     """
 
-    def __init__(self, base: Base, texts: Texts, labels: Tensor | None, folder: Path) -> None:
+    def __init__(self, base: Base, texts: Texts, labels: Tensor | Sequence[Tensor] | None, folder: Path) -> None:
         self.texts, self.labels, self.folder = texts, labels, folder
         self._starts = np.concatenate([[0], np.cumsum(texts.lengths())])
         self._store = store = Store.open(folder, int(self._starts[-1]))
         if store.samples != len(texts):
             raise CacheError(f"{folder} has {store.samples} texts, not {len(texts)}; delete {folder} and cache again")
+        if isinstance(labels, Sequence) and [*map(len, labels)] != texts.lengths().tolist():
+            raise ShapeError("labels of tokens are a tensor for each text, as long as it is; give one for each token")
         self.seconds = store.seconds
         self.taps = [name[4:] for name in store.fields if name.startswith("tap.")]
         self._embeddings = looked_up(base)
@@ -62,6 +66,8 @@ class CachedTokens(Dataset[Any]):
         return inputs, Features(self._read("out", rows, longest), taps), self._labels(rows, inputs)
 
     def _labels(self, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
+        if isinstance(self.labels, Sequence):
+            return pad_sequence([self.labels[row] for row in rows], batch_first=True, padding_value=IGNORED)
         return inputs["input_ids"] if self.labels is None else self.labels[list(rows)]
 
     def _read(self, name: str, rows: Sequence[int], longest: int) -> Tensor:
@@ -99,7 +105,7 @@ def looked_up(base: Base) -> nn.Module | None:
 def cache_tokens(
     base: Base,
     texts: Texts,
-    labels: Tensor | None,
+    labels: Tensor | Sequence[Tensor] | None,
     path: str | Path,
     *,
     dtype: str = "float16",
@@ -112,7 +118,8 @@ def cache_tokens(
         base: a base whose output, and taps, are sequences. Its tap "embeddings" is looked up where token ids tell it,
             and not stored.
         texts: the texts.
-        labels: labels of the texts, (n, …); not part of the cache. None: their own ids, for a task with the head "lm".
+        labels: labels of the texts, (n, …), or of their tokens, a tensor (tokens,) for each; not part of the cache.
+            None: their own ids, for a task with the head "lm".
         path, dtype, batch_size, progress: as of `cache_features`, which see for errors too.
 
     Raises:

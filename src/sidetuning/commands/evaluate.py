@@ -32,7 +32,7 @@ class Settings:
     image: str | None = None
     """Column of image files."""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Column of texts; given twice, the columns of pairs of texts."""
+    """Column of texts, or of lists of words; given twice, the columns of pairs of texts."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Column of the answers."""
     report: bool = False
@@ -46,6 +46,7 @@ class Settings:
 def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
     """The scored rows, and what was left out."""
     from sidetuning.commands.predict import averages_mirror_images
+    from sidetuning.data import LOADED
     from sidetuning.data import load as load_data
     from sidetuning.loading import load
     from sidetuning.scoring import score
@@ -53,20 +54,14 @@ def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
     model = load(settings.model)
     branch = model[settings.task]
     problem = type(branch.problem).__name__.lower()
-    if branch.labels is None and problem in ("classes", "labels"):
+    if branch.labels is None and problem in ("classes", "labels", "tokens"):
         raise TaskError(
             f"task '{settings.task}' has no names of its {problem}, which tell what its outputs mean; add them in "
             f"Python, model['{settings.task}'].labels = […], and save it again"
         )
-    data = load_data(
-        settings.data,
-        image=settings.image,
-        text=settings.text,
-        label=settings.label,
-        problem=problem if problem in ("classes", "labels", "numbers") else None,
-        names=branch.labels,
-        split=False,
-    )
+    columns: dict[str, Any] = {"image": settings.image, "text": settings.text, "label": settings.label}
+    columns["problem"] = problem if problem in LOADED else None
+    data = load_data(settings.data, **columns, names=branch.labels, split=False)
     split = settings.split or ("test" if "test" in data.splits else "train")
     if split not in data.splits or (settings.split is None and split == "train" and len(data.splits) > 1):
         raise DataError(f"{settings.data} has the splits {', '.join(data.splits)}; choose one with --split")
@@ -99,10 +94,11 @@ def main(settings: Settings) -> None:
     if settings.json:
         say_json({"task": settings.task, "scores": scores, "classes": table, "notes": notes})
         return
-    if scored.problem == "classes":
+    if "low" in scores:
         say(f"accuracy {scores['accuracy']:.1%}, 95 % interval {scores['low']:.1%} to {scores['high']:.1%}")
     say(", ".join(f"{name} {value:.4g}" for name, value in scores.items() if name not in ("low", "high")))
     if table:
         shares = ("precision", "recall", "f1")
         rows = [[row["name"], str(row["rows"]), *(f"{row[share]:.1%}" for share in shares)] for row in table]
-        say_table(["class" if scored.problem == "classes" else "label", "rows", "precision", "recall", "F1"], rows)
+        what = "label" if scored.problem == "labels" else "class"
+        say_table([what, "words" if scored.texts else "rows", "precision", "recall", "F1"], rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,7 +36,7 @@ class Settings:
     """Model folder, the folder of a run, or of one saved task."""
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Image files and folders of them; for models of language texts, or .txt files with a text a line; - reads standard
-    input: one image, or a text a line."""
+    input: one image, or a text a line. The words of a text may be a list of JSON, '["Angela", "Merkel"]'."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Task to ask, may be given more than once; all by default."""
     top: int | None = None
@@ -54,18 +56,15 @@ class Answer:
     """What a task says of a source: its most probable class, or each of its labels or numbers.
 
     Attributes:
-        value: the probability, or the number itself where the task's problem is "numbers".
+        value: the probability, or the number itself where the task's problem is "numbers"; None without an answer.
+        word: the word of a text that it is about.
     """
 
     image: str
     task: str
-    label: str
-    value: float
-
-
-def predict(settings: Settings) -> list[Answer]:
-    """The answers, source by source, task by task."""
-    return [answer for answers in answered(settings) for answer in answers]
+    label: str | None
+    value: float | None
+    word: str | None = None
 
 
 def answered(settings: Settings) -> Iterator[list[Answer]]:
@@ -74,27 +73,26 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
     from tqdm import tqdm
 
     from sidetuning.loading import load
-    from sidetuning.predicting import each_answered
+    from sidetuning.predicting import Word, each_answered
     from sidetuning.problems import Classes
-    from sidetuning.transforms import ImageTransform
+    from sidetuning.transforms import ImageTransform, WordTransform
 
     model = load(settings.model)
-    for task in settings.task:
-        # Raises, with near names.
-        model[task]
-    tasks = list(settings.task or model.tasks)
+    # Raises, with near names.
+    branches = {task: model[task] for task in settings.task or model.tasks}
     images = isinstance(model.base.transform, ImageTransform)
-    named = list(_images(settings.sources) if images else _texts(settings.sources))
+    words = any(isinstance(branch.transform, WordTransform) for branch in branches.values())
+    named = list(_images(settings.sources) if images else _texts(settings.sources, words))
     if not named:
         raise DataError(f"name at least one {'image file' if images else 'text'}")
     mirror = images and averages_mirror_images(Path(settings.model))
     # Of classes one is right, of labels any number.
-    most = {task: settings.top or (1 if type(model[task].problem) is Classes else None) for task in tasks}
+    most = {task: settings.top or (1 if isinstance(b.problem, Classes) else None) for task, b in branches.items()}
     off, unread = settings.quiet or len(named) <= CHUNK, list[str]()
     with tqdm(total=len(named), unit="image" if images else "text", disable=off, leave=False) as bar:
         for start in range(0, len(named), CHUNK):
             some = named[start : start + CHUNK]
-            ask = partial(model.predict, tasks=tasks, top=settings.top, mirror=mirror)
+            ask = partial(model.predict, tasks=list(branches), top=settings.top, mirror=mirror)
             for (name, _), found in zip(some, each_answered(ask, [source for _, source in some]), strict=True):
                 if isinstance(found, DataError):
                     unread.append(str(found))
@@ -102,9 +100,10 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
                 rows = []
                 for task, answers in found.items():
                     if isinstance(answers, Tensor):
-                        rows.append(Answer(name, task, _written(model, task, name, answers, settings), 1.0))
-                    else:
-                        rows += [Answer(name, task, *answer) for answer in answers[: most[task]]]
+                        answers = [(_written(model, task, name, answers, settings), 1.0)]
+                    for word, shown in answers if isinstance(answers[0], Word) else [(None, answers)]:
+                        parts = shown[: most[task]] or [(None, None)]
+                        rows += [Answer(name, task, label, value, word) for label, value in parts]
                 yield rows
             bar.update(len(some))
     if unread:
@@ -130,8 +129,8 @@ def _images(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
             yield source, path
 
 
-def _texts(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Names and texts."""
+def _texts(sources: Sequence[str], words: bool) -> Iterator[tuple[str, Any]]:
+    """Names and texts, or lists of `words` where tasks read them."""
     for source in sources:
         path = Path(source)
         if source == STDIN:
@@ -140,7 +139,15 @@ def _texts(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         else:
             lines = [source]
-        yield from ((line, line) for line in lines if line.strip())
+        yield from ((line, _words(line) if words else line) for line in lines if line.strip())
+
+
+def _words(line: str) -> str | list[str]:
+    """The words of a line that is a list of JSON; another line is a text."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(line), list):
+            return found
+    return line
 
 
 def _written(model: SideTuner, task: str, source: str, answer: Tensor, settings: Settings) -> str:
@@ -175,17 +182,27 @@ def main(settings: Settings) -> None:
         for answers in answered(settings):
             tasks: dict[str, list[dict[str, Any]]] = {}
             for answer in answers:
-                tasks.setdefault(answer.task, []).append({"label": answer.label, "value": answer.value})
+                word = {} if answer.word is None else {"word": answer.word}
+                tasks.setdefault(answer.task, []).append({**word, "label": answer.label, "value": answer.value})
             say(json.dumps({"source": answers[0].image, "tasks": tasks}, ensure_ascii=False))
         return
+    every = answered(settings)
+    first = next(every)
+    every, words = itertools.chain([first], every), ["word"] * any(answer.word is not None for answer in first)
+
+    def cells(answer: Answer, form: str) -> list[str]:
+        value = "" if answer.value is None else format(answer.value, form)
+        return [answer.image, answer.task, *[answer.word or ""][: len(words)], answer.label or "", value]
+
+    columns = ["source", "task", *words, "answer", "value"]
     if settings.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(("source", "task", "answer", "value"))
-        for answers in answered(settings):
-            writer.writerows((a.image, a.task, a.label, f"{a.value:.6g}") for a in answers)
+        writer.writerow(columns)
+        for answers in every:
+            writer.writerows(cells(answer, ".6g") for answer in answers)
         return
     rows: list[Sequence[str] | None] = []
-    for answers in answered(settings):
-        rows += [("" if k else a.image, a.task, a.label, f"{a.value:.2f}") for k, a in enumerate(answers)]
+    for answers in every:
+        rows += [["" if k else answer.image, *cells(answer, ".2f")[1:]] for k, answer in enumerate(answers)]
         rows.append(None)
-    say_table(("source", "task", "answer", "value"), rows, right=("value",))
+    say_table(columns, rows, right=("value",))

@@ -43,11 +43,11 @@ class Settings:
     image: str | None = None
     """Column of image files."""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Column of texts; given twice, the columns of pairs of texts."""
+    """Column of texts, or of lists of words; given twice, the columns of pairs of texts."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Column of the answers; given more than once, several labels or numbers."""
     problem: str | None = None
-    """What answers mean: classes, labels or numbers; guessed by default."""
+    """What answers mean: classes, labels, numbers, or tokens, a class for each word; guessed by default."""
     side: str = "auto"
     """Side network: auto tries those that fit, none solves a linear head alone."""
     budget: str = "2m"
@@ -109,26 +109,13 @@ def train(settings: Settings) -> AutoResult:
             # Its files stay until the new task's replace them.
             model.remove_task(settings.task)
         work.mkdir(parents=True, exist_ok=True)
-        result = auto(
-            model,
-            settings.task,
-            data,
-            cache=settings.cache or work,
-            side=settings.side,
-            budget=budget,
-            balance=settings.balance,
-            mirror=settings.mirror,
-            first=lambda found: found.save_task(settings.task, folder),
-            say=tell,
-            seed=settings.seed,
-            progress=not settings.quiet,
-        )
+        how: dict[str, Any] = {key: getattr(settings, key) for key in ("side", "balance", "mirror", "seed")}
+        how |= {"cache": settings.cache or work, "budget": budget, "say": tell, "progress": not settings.quiet}
+        result = auto(model, settings.task, data, first=lambda found: found.save_task(settings.task, folder), **how)
         split = "test" if "test" in data.splits else "validation"
         model.save_task(settings.task, folder, metrics=result.scores[split])
-        record = {
-            **result.record(),
-            "forgetting": forgotten(settings, model, data, tell) if settings.forgetting else None,
-        }
+        lost = forgotten(settings, model, data, tell) if settings.forgetting else None
+        record = {**result.record(), "forgetting": lost}
         about = {"data": str(settings.data), "columns": columns, "seed": settings.seed}
         write_json(folder / "training.json", {**record, **about})
         scored = score(model, settings.task, data.splits[split], progress=not settings.quiet)

@@ -15,6 +15,9 @@ from sidetuning.data.splits import complete
 from sidetuning.data.targets import understand
 from sidetuning.errors import DataError
 
+# The problems that data are loaded for.
+LOADED = ("classes", "labels", "numbers", "tokens")
+
 
 def load(
     source: str | Path,
@@ -36,9 +39,10 @@ def load(
             TSV, Parquet or JSON Lines file, or a folder of such by split; a folder of `datasets.save_to_disk`; or the
             name of a data set of the Hub.
         image: column of image files; paths are relative to the table's folder.
-        text: column of texts, or two of them, which are pairs.
+        text: column of texts, or of lists of words; or two columns of texts, which are pairs.
         label: column of the answers; several columns are several labels or numbers.
-        problem: "classes", "labels" or "numbers"; by default guessed from the answers.
+        problem: "classes", "labels", "numbers" or "tokens" (a class for each word; CSV cannot hold lists of words); by
+            default guessed from the answers.
         names: the classes or labels in the order of a model's outputs; rows with others are left out.
         split: make the splits that are missing, seeded, with equal shares of each class. False leaves all as it is.
         revision: revision of a data set of the Hub.
@@ -49,15 +53,15 @@ def load(
         DataError: nothing there, columns that cannot be told, or no row that can be used.
         ImportError: tables need the package datasets.
     """
-    if problem not in (None, "classes", "labels", "numbers"):
-        raise DataError(f"problem must be classes, labels or numbers, not '{problem}'; leave it out to have it guessed")
+    if problem not in (None, *LOADED):
+        raise DataError(f"problem must be one of {', '.join(LOADED)}, not '{problem}'; leave it out to have it guessed")
     texts = (text,) if isinstance(text, str) else tuple(text or ())
     labels = (label,) if isinstance(label, str) else tuple(label or ())
     if image is not None and texts:
         raise DataError("a task reads images or texts: give image= or text=, not both")
     if len(texts) > 2:
         raise DataError(f"a row has one text or a pair, and text= names {len(texts)} columns")
-    opened = open_source(source, image, texts, labels, revision, configuration)
+    opened = open_source(source, image, texts, labels, revision, configuration, problem)
     data = understand(opened, problem, names)
     return complete(data, seed) if split else data
 

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidetuning.problems import IGNORED
+from sidetuning.transforms import TextTransform, Transform, Transforming, WordTransform
+
 
 class Cells(Sequence[Any]):
     """A column of images of a data set of the library datasets, read when they are asked for.
@@ -45,8 +48,9 @@ class Rows:
     """Some rows of one task.
 
     Attributes:
-        sources: what `base.transform` takes: paths, bytes, texts or pairs of texts.
-        targets: class numbers (n,), or labels or numbers (n, k).
+        sources: what `transform` takes: paths, bytes, texts, pairs of texts, or lists of words.
+        targets: class numbers (n,), or labels or numbers (n, k); of words class numbers (n, words of the longest), and
+            -100 for what does not count.
         places: how each row is called in messages, "cat/1.jpg" or "row 3 of table.csv".
     """
 
@@ -62,6 +66,32 @@ class Rows:
         sources = self.sources
         taken = sources.take(rows) if isinstance(sources, Cells) else [sources[row] for row in rows]
         return Rows(taken, self.targets[torch.as_tensor(rows, dtype=torch.long)], [self.places[row] for row in rows])
+
+    @property
+    def of_words(self) -> bool:
+        """Whether the sources are lists of words, which have a target each."""
+        return isinstance(self.sources, list) and bool(self.sources) and isinstance(self.sources[0], list)
+
+    def transform(self, base: Transforming) -> Transform | None:
+        """What makes a base's input of the sources: its own transform, or that of words."""
+        own = base.transform
+        if not (self.of_words and isinstance(own, TextTransform)):
+            return own
+        return WordTransform(own.max_length, own.names, own.tokenizer)
+
+    def batch(self, base: Transforming, rows: Sequence[int]) -> tuple[Any, Tensor]:
+        """Some rows as `fit` takes them: `DataLoader(range(len(rows)), collate_fn=partial(rows.batch, base))`."""
+        some, transform = self.take(rows), self.transform(base)
+        if not isinstance(transform, WordTransform):
+            assert transform is not None
+            return transform.batch(some.sources), some.targets
+        x, aligned = transform.aligned(some.sources)
+        y = torch.full(x["input_ids"].shape, IGNORED)
+        for row, words, classes in zip(y, aligned, some.targets.tolist(), strict=True):
+            for (_, place), number in zip(words, classes):
+                if place is not None:
+                    row[place] = number
+        return x, y
 
     def fingerprint(self) -> str:
         """A hash of the sources and targets; of files their paths, sizes and times."""
@@ -83,7 +113,7 @@ class TaskData:
     Attributes:
         splits: "train", "validation" and "test", as far as there are rows.
         kind: "image" or "text".
-        problem: "classes", "labels" or "numbers".
+        problem: "classes", "labels", "numbers" or "tokens".
         names: of the classes, the labels or the numbers, in the order of the outputs.
         notes: sentences: what was guessed, made and left out.
     """
@@ -95,8 +125,8 @@ class TaskData:
     notes: list[str] = field(default_factory=list)
 
     def counts(self, split: str = "train") -> list[int]:
-        """Rows of each class or label in a split; of numbers nothing."""
+        """Rows of each class or label in a split, or words of each class; of numbers nothing."""
         targets = self.splits[split].targets
-        if self.problem == "classes":
-            return torch.bincount(targets, minlength=len(self.names)).tolist()
+        if self.problem in ("classes", "tokens"):
+            return torch.bincount(targets[targets != IGNORED], minlength=len(self.names)).tolist()
         return [int(n) for n in targets.nan_to_num().sum(0)] if self.problem == "labels" else []

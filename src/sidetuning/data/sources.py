@@ -29,7 +29,9 @@ PAIRS: tuple[tuple[str, str], ...] = (
 )
 PAIRS += (("question", "sentence"), ("question", "passage"), ("query", "document"))
 TEXTS = ("text", "sentence", "content", "review", "comment", "body", "message", "question", "title", "document")
-LABELS = ("label", "labels", "class", "fine_label", "category", "target", "targets", "y", "answer", "score", "rating")
+LABELS: tuple[str, ...] = ("label", "labels", "class", "fine_label", "category", "target", "targets", "y", "answer")
+WORDS = ("tokens", "words")
+LABELS += ("score", "rating", "ner_tags", "tags", "pos_tags", "chunk_tags")
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Opened:
         answers: by split, a list for each label column.
         places: by split, how each row is called.
         kind: "image" or "text".
+        words: the texts are lists of words.
         labels: names of the label columns.
         classes: names of the classes where the source tells them.
         notes, skipped: what was guessed, and by split what was left out already, with its count.
@@ -50,6 +53,7 @@ class Opened:
     answers: dict[str, list[list[Any]]]
     places: dict[str, Sequence[str]]
     kind: str
+    words: bool = False
     labels: tuple[str, ...] = ("class",)
     classes: list[str] | None = None
     notes: list[str] = field(default_factory=list)
@@ -63,6 +67,7 @@ def open_source(
     labels: tuple[str, ...],
     revision: str | None,
     configuration: str | None,
+    problem: str | None = None,
 ) -> Opened:
     """Find out what a source is, and its columns; arguments as of `data.load`."""
     path = Path(source).expanduser()
@@ -71,7 +76,7 @@ def open_source(
         roots = _split_folders(path)
         folder_of_images = any(_holds_images(root) for root in roots.values())
         if folder_of_images:
-            if image or texts or labels or revision or configuration:
+            if image or texts or labels or revision or configuration or problem == "tokens":
                 raise DataError(f"{source} is a folder of images by class, which has no columns; leave them out")
             return _images_by_class(roots)
     with _quiet(str(source)) as datasets:
@@ -84,7 +89,7 @@ def open_source(
         else:
             raise DataError(f"{source} does not exist; give a folder of images by class, a table, or a Hub name")
         tables = tables if isinstance(tables, Mapping) else {"train": tables}
-        return _columns(datasets, _named_splits(tables, str(source)), path, image, texts, labels)
+        return _columns(datasets, _named_splits(tables, str(source)), path, image, texts, labels, problem)
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
@@ -203,6 +208,7 @@ def _columns(
     image: str | None,
     texts: tuple[str, ...],
     labels: tuple[str, ...],
+    problem: str | None,
 ) -> Opened:
     """Choose the columns of tables, and read them."""
     first = tables["train"]
@@ -215,17 +221,21 @@ def _columns(
         labels = (_label_column(datasets, first, {image, *texts}),)
         notes.append(f"the answers are taken from the column '{labels[0]}' (--label)")
     if not given:
-        image = _image_column(datasets, first, labels, path)
-        texts = () if image else _text_columns(first, labels)
-        option = "--image" if image else "--text"
-        notes.append(
-            f"{'images' if image else 'texts'} are taken from {_quoted((image,) if image else texts)} ({option})"
-        )
-    told = first.features[labels[0]]
+        texts = _words_column(first, labels, problem)
+        image = None if texts else _image_column(datasets, first, labels, path)
+        texts = texts if image or texts else _text_columns(first, labels)
+        what, option, columns = ("images", "--image", (image,)) if image else ("texts", "--text", texts)
+        notes.append(f"{what} are taken from {_quoted(columns)} ({option})")
+    words = len(texts) == 1 and _holds_words(first, texts[0])
+    if problem is not None and words != (problem == "tokens"):
+        mend = "give texts, or --problem tokens" if words else "give JSON Lines or Parquet; CSV cannot hold lists"
+        raise DataError(f"{_quoted(texts or (image,))} holds {'' if words else 'no '}lists of words; {mend}")
+    if words and len(labels) > 1:
+        raise DataError(f"the classes of words are one column of lists, and --label names {len(labels)}")
     # What class numbers are called.
-    inner = getattr(told, "feature", told)
+    inner = getattr(first.features[labels[0]], "feature", first.features[labels[0]])
     classes = list(inner.names) if isinstance(inner, datasets.ClassLabel) and len(labels) == 1 else None
-    opened = Opened({}, {}, {}, "image" if image else "text", labels, classes, notes)
+    opened = Opened({}, {}, {}, "image" if image else "text", words, labels, classes, notes)
     for split, table in tables.items():
         opened.answers[split] = [table[column][:] for column in labels]
         if classes is not None:
@@ -238,7 +248,7 @@ def _columns(
 def _class_names(value: Any, classes: list[str]) -> Any:
     """The name of a class number, or those of a list of them; numbers below 0 stand for no label."""
     if isinstance(value, (list, tuple)):
-        return [classes[k] for k in value]
+        return [_class_names(k, classes) for k in value]
     return classes[value] if value is not None and value >= 0 else None
 
 
@@ -270,6 +280,21 @@ def _image_column(datasets: Any, table: Any, labels: tuple[str, ...], path: Path
     return None
 
 
+def _holds_words(table: Any, column: str) -> bool:
+    inner = getattr(table.features[column], "feature", None)
+    return getattr(inner, "dtype", "") in ("string", "large_string")
+
+
+def _words_column(table: Any, labels: tuple[str, ...], problem: str | None) -> tuple[str, ...]:
+    """The column of lists of words, beside one of answers whose lists are mostly as long; none where there is none."""
+    names = [name for name in table.column_names if name not in labels and _holds_words(table, name)]
+    for name in sorted(names, key=lambda name: name.lower() not in WORDS) if problem in (None, "tokens") else ():
+        rows = [pair for pair in zip(table[name][:100], table[labels[0]][:100]) if isinstance(pair[1], list)]
+        if problem or 2 * sum(len(words or ()) == len(answers) for words, answers in rows) > len(rows):
+            return (name,)
+    return ()
+
+
 def _text_columns(table: Any, labels: tuple[str, ...]) -> tuple[str, ...]:
     types = {name: getattr(table.features[name], "dtype", "") for name in table.column_names}
     names = {n.lower(): n for n in types if n not in labels and types[n] in ("string", "large_string")}
@@ -285,8 +310,10 @@ def _text_columns(table: Any, labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _texts(table: Any, columns: tuple[str, ...]) -> list[Any]:
-    """Texts or pairs of them; None where a part is missing or empty."""
+    """Texts, pairs of them, or lists of words; None where a part is missing or empty."""
     read = [table[column][:] for column in columns]
+    if _holds_words(table, columns[0]):
+        return [row if row and None not in row and "".join(row).strip() else None for row in read[0]]
     rows = zip(*read)
     whole = [row if all(isinstance(part, str) and part.strip() for part in row) else None for row in rows]
     return [row if row is None or len(columns) > 1 else row[0] for row in whole]

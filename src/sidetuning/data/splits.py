@@ -47,7 +47,8 @@ def complete(data: TaskData, seed: int) -> TaskData:
         raise DataError("no class has two rows, so that none is left to validate with; give more rows")
     made = {name: train.take(sorted(rows)) for name, rows in parts.items()}
     sizes = ", ".join(f"{len(made[name])} for {name}" for name in wanted)
-    note = f"split off, with equal shares of each class (seed {seed}): {sizes}; {len(made['train'])} are left to learn"
+    each = "each class" if data.problem != "tokens" else "texts by the rarest class in them"
+    note = f"split off, with equal shares of {each} (seed {seed}): {sizes}; {len(made['train'])} are left to learn"
     if "test" not in made and "test" not in found:
         note += "; there is no test split, so scores are of the validation rows"
     return replace(data, splits={**made, **{n: r for n, r in found.items() if n != "train"}}, notes=[*data.notes, note])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from torch import Tensor
 from sidetuning.data.rows import Rows, TaskData
 from sidetuning.data.sources import Opened
 from sidetuning.errors import DataError
+from sidetuning.problems import IGNORED
 
 # Different whole numbers up to which they are taken for classes, where each has this many rows on average.
 MOST_CLASSES, ROWS_EACH = 50, 5
@@ -25,22 +27,24 @@ NAMED = 3
 
 
 def understand(opened: Opened, problem: str | None, names: Sequence[str] | None) -> TaskData:
-    """Give every row its target.
-
-    Args:
-        opened: the columns.
-        problem, names: as of `data.load`.
+    """Give every row of the columns its target; `problem` and `names` are those of `data.load`.
 
     Raises:
         DataError: answers that are of no problem or not of the given one, or no row that can be used.
     """
     values = {split: _values(columns) for split, columns in opened.answers.items()}
     every = [value for rows in values.values() for value in rows if value is not None]
+    if opened.words:
+        cells = [cell for row in values["train"] if isinstance(row, list) for cell in row if not _missing(cell)]
+        every = [cell for cell in cells if isinstance(cell, (str, int, float)) and cell != IGNORED]
     if not every:
         raise DataError(f"the column '{opened.labels[0]}' holds no answer; name another with --label")
     notes = list(opened.notes)
     if problem is None:
-        problem, why = _guess(every, values["train"], len(opened.labels), opened.classes)
+        problem, why = _guess(every, every if opened.words else values["train"], len(opened.labels), opened.classes)
+        if opened.words and problem == "numbers":
+            raise DataError(f"words have classes, and {why}; name another column with --label")
+        problem, why = ("tokens", "the texts are lists of words") if opened.words else (problem, why)
         if opened.kind == "text" or opened.labels != ("class",):
             notes.append(f"the problem is '{problem}', since {why} (--problem)")
     known = list(names) if names is not None else _names(problem, every, opened)
@@ -49,7 +53,8 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
         reasons: dict[str, list[str]] = {}
         targets, kept = [], []
         for i, value in enumerate(rows):
-            target, reason = _target(value, problem, known)
+            words = opened.sources[split][i] if problem == "tokens" else None
+            target, reason = _target(value, problem, known, words)
             reason = reason or _no_source(opened.sources[split], i)
             if reason:
                 reasons.setdefault(reason, []).append(opened.places[split][i])
@@ -59,7 +64,11 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
         notes += _left_out(split, reasons, opened.skipped.get(split, Counter()))
         if kept:
             whole = Rows(opened.sources[split], torch.zeros(len(rows)), opened.places[split]).take(kept)
-            dtype = torch.long if problem == "classes" else torch.float32
+            dtype = torch.float32 if problem in ("labels", "numbers") else torch.long
+            if problem == "tokens":
+                if ignored := sum(row.count(IGNORED) for row in targets):
+                    notes.append(f"{ignored} words of {split} have no class, and do not count")
+                targets = list(zip(*itertools.zip_longest(*targets, fillvalue=IGNORED)))
             splits[split] = Rows(whole.sources, torch.tensor(targets, dtype=dtype), whole.places)
     if "train" not in splits:
         raise DataError(f"no row can be used: {'; '.join(notes)}")
@@ -77,9 +86,8 @@ def _values(columns: list[list[Any]]) -> list[Any]:
 
 
 def _missing(cell: Any) -> bool:
-    return (
-        cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, str) and not cell.strip())
-    )
+    blank = isinstance(cell, str) and not cell.strip()
+    return cell is None or blank or (isinstance(cell, float) and math.isnan(cell))
 
 
 def _guess(every: list[Any], train: list[Any], columns: int, classes: list[str] | None) -> tuple[str, str]:
@@ -116,7 +124,7 @@ def _guess(every: list[Any], train: list[Any], columns: int, classes: list[str] 
 
 def _names(problem: str, every: list[Any], opened: Opened) -> list[str]:
     """The names of the outputs."""
-    if problem == "classes":
+    if problem in ("classes", "tokens"):
         return opened.classes or [_name(value) for value in sorted(set(every), key=_order)]
     if len(opened.labels) > 1:
         return list(opened.labels)
@@ -142,10 +150,12 @@ def _parts(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [p for p in BETWEEN.split(str(value)) if p]
 
 
-def _target(value: Any, problem: str, names: list[str]) -> tuple[Any, str]:
+def _target(value: Any, problem: str, names: list[str], words: list[str] | None) -> tuple[Any, str]:
     """The target of an answer, or why there is none."""
     if value is None:
         return None, "no answer"
+    if problem == "tokens":
+        return _classes_of(value, words, names)
     if problem == "classes":
         name = _name(value)
         return (names.index(name), "") if name in names else (None, f"the unknown class '{name:.40}'")
@@ -163,6 +173,19 @@ def _target(value: Any, problem: str, names: list[str]) -> tuple[Any, str]:
     if len(numbers) != len(names):
         return None, f"{len(numbers)} numbers in place of {len(names)}"
     return (numbers, "") if all(map(math.isfinite, numbers)) else (None, "an answer that is not finite")
+
+
+def _classes_of(value: Any, words: list[str] | None, names: list[str]) -> tuple[Any, str]:
+    """The class numbers of a row's words, or why there are none."""
+    if words is None or not isinstance(value, list):
+        return None, "no list of words, or of classes"
+    if len(value) != len(words):
+        return None, "more or fewer classes than words"
+    places = {name: place for place, name in enumerate(names)}
+    found = [IGNORED if _missing(cell) or cell == IGNORED else places.get(_name(cell)) for cell in value]
+    if None in found:
+        return None, f"the unknown class '{_name(value[found.index(None)]):.40}'"
+    return (None, "no word that has a class") if set(found) == {IGNORED} else (found, "")
 
 
 def _no_source(sources: Sequence[Any], row: int) -> str:
@@ -186,25 +209,27 @@ def _left_out(split: str, reasons: dict[str, list[str]], skipped: Counter[str]) 
 
 def _balance(data: TaskData) -> list[str]:
     """What the classes' numbers of training rows tell."""
-    counts = data.counts()
+    counts, row = data.counts(), "word" if data.problem == "tokens" else "row"
     notes = []
     if empty := [name for name, count in zip(data.names, counts) if not count]:
         shown = ", ".join(empty[:5]) + ", …" * (len(empty) > 5)
-        notes.append(f"{len(empty)} of {len(data.names)} classes or labels have no training row ({shown})")
+        notes.append(f"{len(empty)} of {len(data.names)} classes or labels have no training {row} ({shown})")
     found = [count for count in counts if count]
-    if data.problem == "classes" and len(found) < 2:
-        raise DataError(f"all rows are of one class, '{data.names[counts.index(max(counts))]}'; give two or more")
-    if data.problem == "classes" and max(found) >= 5 * min(found):
+    if data.problem in ("classes", "tokens") and len(found) < 2:
+        raise DataError(f"all {row}s are of one class, '{data.names[counts.index(max(counts))]}'; give two or more")
+    if data.problem in ("classes", "tokens") and max(found) >= 5 * min(found):
         most, least = (data.names[counts.index(edge(found))] for edge in (max, min))
-        notes.append(
-            f"the classes are uneven: '{most}' has {max(found)} training rows, '{least}' {min(found)}; --balance gives "
-            "all the same weight"
-        )
+        mend = "; --balance gives all the same weight" if data.problem == "classes" else ""
+        notes.append(f"the classes are uneven: '{most}' has {max(found)} training {row}s, '{least}' {min(found)}{mend}")
     return notes
 
 
 def stratum(targets: Tensor, problem: str) -> Tensor:
-    """The group of each row, whose share is kept in all splits: its class, first label, or fifth of the numbers."""
+    """The group of each row, whose share is kept in all splits: its rarest class, first label, or fifth of numbers."""
+    if problem == "tokens":
+        counted = targets != IGNORED
+        rarity = torch.where(counted, torch.bincount(targets[counted])[targets.clamp(min=0)], targets.numel())
+        return targets.gather(1, rarity.argmin(1, keepdim=True)).squeeze(1)
     if problem == "classes":
         return targets
     if problem == "labels":

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sidetuning.errors import DataError, SideTuningError, TaskError, UnknownNameError
 from sidetuning.images import open_image
-from sidetuning.predicting import Answers
+from sidetuning.predicting import Answers, Word
 from sidetuning.registry import unknown
 from sidetuning.serving import schema, served
 from sidetuning.serving.batching import Batcher, BusyError
@@ -273,11 +273,14 @@ def in_order(replies: Sequence[served.Reply], tasks: Sequence[str]) -> dict[str,
     return {task: shown(found[task]) for task in tasks}
 
 
-def shown(answers: Answers) -> list[schema.Label] | dict[str, Any]:
+def shown(answers: Answers) -> list[schema.Label] | list[schema.Word] | dict[str, Any]:
     """An answer as JSON has it, which knows no NaN."""
     if isinstance(answers, Tensor):
         return {"shape": list(answers.shape), "values": answers.nan_to_num(posinf=3e38, neginf=-3e38).tolist()}
-    return [schema.Label(label=label, value=value if abs(value) < float("inf") else None) for label, value in answers]
+    if any(isinstance(answer, Word) for answer in answers):
+        return [schema.Word(word=word, answers=shown(inner)) for word, inner in answers]  # type: ignore[arg-type]
+    labels: Any = answers
+    return [schema.Label(label=label, value=value if abs(value) < float("inf") else None) for label, value in labels]
 
 
 def page() -> tuple[str, str]:

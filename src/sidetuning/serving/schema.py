@@ -18,28 +18,28 @@ class Given(BaseModel):
 
 
 class Source(Given):
-    """One image, one text, or one pair of texts."""
+    """One image, one text, one pair of texts, or the words of one text."""
 
     image: Annotated[str | None, Field(description="An image file in base64.")] = None
     text: Annotated[str | None, Field(description="A text.")] = None
     pair: Annotated[tuple[str, str] | None, Field(description="Two texts that belong together.")] = None
+    words: Annotated[list[str] | None, Field(description="The words of a text, for tasks that label words.")] = None
 
     @model_validator(mode="after")
     def one(self) -> Source:
         """Check that it is one thing."""
-        if sum(value is not None for value in (self.image, self.text, self.pair)) != 1:
-            raise ValueError("an input has one of image, text and pair")
+        if sum(value is not None for value in (self.image, self.text, self.pair, self.words)) != 1:
+            raise ValueError("an input has one of image, text, pair and words")
         return self
 
-    def value(self) -> bytes | str | tuple[str, str]:
+    def value(self) -> bytes | str | tuple[str, str] | list[str]:
         """What the model is given.
 
         Raises:
             DataError: an image that is not base64.
         """
         if self.image is None:
-            # One of the two is there.
-            return self.pair or self.text or ""
+            return self.pair or self.text or self.words or ("" if self.words is None else [])
         try:
             # Of an address such as data:image/png;base64,… the part after the comma.
             return base64.b64decode(self.image.rpartition(",")[2], validate=True)
@@ -64,6 +64,13 @@ class Label(BaseModel):
     value: float | None
 
 
+class Word(BaseModel):
+    """A word of a text with its classes; none where the base sees no token of it."""
+
+    word: str
+    answers: list[Label]
+
+
 class Seconds(BaseModel):
     """Durations in seconds."""
 
@@ -78,8 +85,8 @@ class Reply(BaseModel):
     """The answers to each input, in order."""
 
     answers: Annotated[
-        list[dict[str, list[Label] | dict[str, Any]]],
-        Field(description="For each input, of each task: labels with values; of maps and tokens an array of numbers."),
+        list[dict[str, list[Label] | list[Word] | dict[str, Any]]],
+        Field(description="For each input, of each task: labels with values, or words with labels; of maps an array."),
     ]
     versions: Annotated[dict[str, str], Field(description="The first digits of the hash of each task's weights.")]
     rows: Annotated[int, Field(description="Inputs of all clients that shared the base pass.")]

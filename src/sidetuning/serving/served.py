@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from sidetuning.artifacts import CONFIG, TENSORS, read_task
-from sidetuning.base import Base, Features
+from sidetuning.base import Base
 from sidetuning.branch import Branch
 from sidetuning.engines import with_engine
 from sidetuning.errors import ArtifactError, DataError, SideTuningError
 from sidetuning.folder import task_folders
-from sidetuning.inputs import entry, take_rows, to_device
+from sidetuning.inputs import take_rows, to_device
 from sidetuning.loading import in_order, load
-from sidetuning.predicting import Answers, answers, groups, run
-from sidetuning.transforms import TextTransform, Transform
+from sidetuning.predicting import Answers, answers, groups, read, run
+from sidetuning.transforms import TextTransform, Transform, WordTransform
 from sidetuning.tuner import SideTuner
 
 # When and how a file was last replaced: equal stamps, equal content.
@@ -62,9 +62,15 @@ class Moment:
 
     def _sample(self, transform: Transform, source: Any) -> Any:
         texts = isinstance(transform, TextTransform)
-        if texts != isinstance(source, (str, tuple)):
+        if texts != isinstance(source, (str, tuple, list)):
             given, wanted = ("an image", "texts") if texts else ("a text", "images")
             raise DataError(f"this model reads {wanted}, not {given}")
+        other = tuple if isinstance(transform, WordTransform) else list
+        if isinstance(source, other):
+            given, wanted = ("a pair", "words") if other is tuple else ("words", "whole texts")
+            raise DataError(
+                f"a task that reads {wanted} is not asked with {given}; ask with a text, or name other tasks"
+            )
         # Texts are padded to the longest of a batch.
         return source if texts else transform(source)
 
@@ -114,25 +120,23 @@ def reply(queries: Sequence[Query]) -> list[Reply]:
 def _one_pass(queries: Sequence[Query]) -> list[Reply]:
     """Answer queries of one moment and one preprocessing."""
     moment, samples = queries[0].moment, [query.sample for query in queries]
-    x = torch.stack(samples) if isinstance(samples[0], Tensor) else queries[0].transform.batch(samples)
+    images = isinstance(samples[0], Tensor)
+    x, about = (torch.stack(samples), [None] * len(samples)) if images else read(queries[0].transform, samples)
     start = time.perf_counter()
     inputs = moment.base.prepare(to_device(x, moment.base.device))
     features = moment.base.encode(inputs)
     base_seconds = _now(moment.base) - start
     replies = [Reply({}, len(queries), base_seconds) for _ in queries]
-    mask = entry(x, "attention_mask")
-    lengths = None if mask is None else mask.sum(1).tolist()
     for tasks, rows in _shared(queries):
         start = time.perf_counter()
         # Views of everything where all ask; indexing would copy.
         chosen = slice(None) if len(rows) == len(queries) else torch.tensor(rows, device=features.out.device)
-        outputs = run(tasks, moment.branches, take_rows(inputs, chosen), _rows_of(features, chosen))
+        outputs = run(tasks, moment.branches, take_rows(inputs, chosen), features.rows(chosen))
         seconds = (_now(moment.base) - start) / len(tasks)
         for task, output in outputs.items():
             for row, values in zip(rows, output.cpu(), strict=True):
-                tokens = None if lengths is None else int(lengths[row])
                 branch, top = moment.branches[task], queries[row].top
-                replies[row].answers[task] = answers(branch, values, top=top, tokens=tokens)
+                replies[row].answers[task] = answers(branch, values, top=top, about=about[row])
                 replies[row].side_seconds[task] = seconds
     return replies
 
@@ -279,7 +283,3 @@ def moment_of(model: SideTuner, kept: Mapping[Path, tuple[Stamp, dict[str, Any]]
     versions = {config["task"]: config["tensors_sha256"][:12] for _, config in kept.values()}
     branches: dict[str, Branch] = {task: model[task] for task in model.tasks}
     return Moment(model.base, MappingProxyType(branches), MappingProxyType(versions))
-
-
-def _rows_of(features: Features, rows: slice | Tensor) -> Features:
-    return features.each(lambda tensor: tensor[rows])

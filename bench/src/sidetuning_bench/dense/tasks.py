@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sidetuning.errors import UnknownNameError
-from sidetuning.problems import along, units_of
+from sidetuning.problems import along
 from sidetuning.registry import unknown
+from sidetuning.units import units_of
 from sidetuning_bench.dense.targets import target, units
 from sidetuning_bench.dense.taskonomy import Taskonomy
 from sidetuning_bench.domains import DEPTHS, DOMAINS, INVALID, domain_of
