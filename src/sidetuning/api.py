@@ -5,7 +5,7 @@ from sidetuning.base import Base, Features, Input
 from sidetuning.branch import Branch
 from sidetuning.cache import CachedFeatures, cache_bytes, cache_features, loader_over
 from sidetuning.callbacks import Callback
-from sidetuning.candidates import Candidate, SweepResult, Trial, sweep
+from sidetuning.candidates import Candidate, SweepResult, Trial
 from sidetuning.changing import forget, update
 from sidetuning.closed_form import SolveResult, solve
 from sidetuning.distillation import distill
@@ -32,6 +32,7 @@ from sidetuning.router import Routes
 from sidetuning.routing import learn_routes
 from sidetuning.seeding import seeded
 from sidetuning.sides import SIDES, Side
+from sidetuning.sweeping import sweep
 from sidetuning.training import evaluate, fit
 from sidetuning.transforms import ImageTransform
 from sidetuning.tuner import SideTuner

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from sidetuning.artifacts import tensors_sha256
 from sidetuning.base import Base
 from sidetuning.cache import data_identity, loader_over
-from sidetuning.callbacks import LOWER
 from sidetuning.closed_form import settle, solve, sums_of
 from sidetuning.errors import SideTuningError, TaskError
-from sidetuning.files import atomic_write, check_signed, held_folder, json_text, read_json, signed
+from sidetuning.files import atomic_write, check_signed, json_text, read_json, signed
 from sidetuning.identity import content_sha256
 from sidetuning.problems import Classes, Labels
 from sidetuning.seeding import Generators, seeded
@@ -31,6 +30,7 @@ from sidetuning.training import evaluate, fit
 from sidetuning.tuner import SideTuner
 
 NOTE = "candidate.json"
+NOT_ENDED = "not ended within the budget"
 SCHEMA = {
     "candidate": str,
     "trial": {"name": str, "seconds": float, "parameters": int, "scores": dict, "error?": str},
@@ -111,59 +111,33 @@ class SweepResult:
         return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def sweep(
+def learn(
     base: Base,
-    cached: Any,
-    candidates: Iterable[Candidate],
-    *,
-    validation: Any,
-    best_by: str = "loss",
-    batch_size: int = 128,
-    budget: float | None = None,
-    out: str | Path | None = None,
-    progress: bool = True,
-) -> SweepResult:
-    """Learn many candidates side by side, and score each on the same validation data.
+    data: tuple[Any, Any],
+    candidates: Sequence[Candidate],
+    batch_size: int,
+    out: Path | None,
+    budget: float | None,
+    progress: bool,
+) -> tuple[SideTuner, list[Trial]]:
+    """Let candidates take turns, in this process; `data` is what they learn from, and what they are scored on."""
+    shared, held = map(_Shared, data)
+    model, about = SideTuner(base), [*map(_about, data), batch_size]
+    turns = [_Turn(candidate, model, shared, held, batch_size, out, about) for candidate in candidates]
+    _take_turns(turns, (shared, held), budget, progress)
+    return model, [turn.trial for turn in turns]
 
-    Args:
-        base: the base.
-        cached: its cached features to learn from, as `cache_features` returns them.
-        candidates: what to try.
-        validation: cached features to score them on, with the labels of the same problem.
-        best_by: the score that decides: the lowest of losses and errors, the highest of others.
-        batch_size: samples per batch.
-        budget: time in seconds; candidates that have not ended by then are stopped, and resume if the same call is made
-            again with `out`.
-        out: a folder: each candidate that ends is saved there as a task, and the same call resumes there.
-        progress: show a bar.
 
-    Raises:
-        TaskError: two candidates of one name, an unknown score, or a folder with another candidate of that name.
-    """
-    wanted = list(candidates)
-    names = [candidate.name for candidate in wanted]
-    if doubled := next((name for name in names if names.count(name) > 1), None):
-        raise TaskError(f"two candidates are called '{doubled}'; give each a name of its own")
-    if not wanted:
-        raise TaskError("there is no candidate; give at least one Candidate(name, task={…})")
-    if idle := next((c.name for c in wanted if c.fit is None and not c.solve), None):
-        raise TaskError(f"candidate '{idle}' has neither fit= nor solve=; give one, or it learns nothing")
-    shared, held = _Shared(cached), _Shared(validation)
-    about = [_about(cached), _about(validation), batch_size]
-    model = SideTuner(base)
-    turns = [_Turn(candidate, model, shared, held, batch_size, out, about) for candidate in wanted]
-    if out is None:
-        _take_turns(turns, (shared, held), budget, progress)
-    else:
-        with held_folder(out):
-            _take_turns(turns, (shared, held), budget, progress)
-    trials = [turn.trial for turn in turns]
-    known = {name for trial in trials for name in trial.scores}
-    if known and best_by not in known:
-        raise TaskError(f"candidates have no score '{best_by}'; give best_by= one of {', '.join(sorted(known))}")
-    sign = 1 if best_by in LOWER else -1
-    trials.sort(key=lambda trial: (not trial.scores, sign * trial.scores.get(best_by, 0.0)))
-    return SweepResult(trials, model)
+def kin(candidate: Candidate) -> str:
+    """A hash that candidates share which differ in name, strength and fit alone: they have equal sums."""
+    return _hashed(candidate, name="", strength=None, fit=None)
+
+
+def _hashed(candidate: Candidate, *about: Any, **instead: Any) -> str:
+    given = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
+    parts = [*candidate.task.values(), *(candidate.fit or {}).values()]
+    weights = [tensors_sha256(part) for part in parts if isinstance(part, nn.Module)]
+    return content_sha256([{**given, **instead}, weights, *about], 12)
 
 
 def _about(cached: Any) -> str:
@@ -175,10 +149,11 @@ def _take_turns(turns: list[_Turn], data: tuple[_Shared, _Shared], budget: float
     """Let each candidate do a batch, again and again, until all have ended or the time is over."""
     from tqdm import tqdm
 
-    started, waiting = time.monotonic(), list(turns)
-    with tqdm(total=len(turns), desc="candidates", disable=not progress, leave=False) as bar:
+    # Those of an earlier call have ended.
+    started, waiting = time.monotonic(), [turn for turn in turns if not turn.ended]
+    with tqdm(total=len(waiting), desc="candidates", disable=not progress, leave=False) as bar:
         try:
-            while waiting:
+            while waiting and (budget is None or time.monotonic() - started < budget):
                 for turn in waiting:
                     if turn.waits:
                         continue
@@ -190,8 +165,6 @@ def _take_turns(turns: list[_Turn], data: tuple[_Shared, _Shared], budget: float
                 ended = [turn for turn in waiting if turn.ended]
                 waiting = [turn for turn in waiting if not turn.ended]
                 bar.update(len(ended))
-                if budget is not None and time.monotonic() - started > budget:
-                    break
         finally:
             # Their threads must not wait for ever.
             for turn in waiting:
@@ -251,12 +224,12 @@ class _Turn:
         shared: _Shared,
         held: _Shared,
         batch_size: int,
-        out: str | Path | None,
+        out: Path | None,
         about: Sequence[Any],
     ) -> None:
         self.candidate, self.model, self.shared, self.held, self.batch = candidate, model, shared, held, batch_size
-        self.folder = None if out is None else Path(out) / candidate.name
-        self.trial = Trial(candidate.name, error="not ended within the budget")
+        self.folder = None if out is None else out / candidate.name
+        self.trial = Trial(candidate.name, error=NOT_ENDED)
         self.failure: BaseException | None = None
         self.ended = self._left = self._asked = False
         self.seconds = 0.0
@@ -265,12 +238,7 @@ class _Turn:
             self._generators = Generators()
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
-        given = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
-        parts = [*candidate.task.values(), *(candidate.fit or {}).values()]
-        weights = [tensors_sha256(part) for part in parts if isinstance(part, nn.Module)]
-        self.identity = content_sha256([given, weights, list(about)], 12)
-        # Candidates that differ in name and strength alone have equal sums.
-        self.kin = content_sha256([{**given, "name": "", "strength": None, "fit": None}, weights], 12)
+        self.identity, self.kin = _hashed(candidate, list(about)), kin(candidate)
         if self.folder is not None and (self.folder / NOTE).exists():
             self._read(self.folder)
         # In the order of the candidates, whatever the turns are.

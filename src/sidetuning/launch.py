@@ -1,14 +1,18 @@
-"""Where training runs: one process, or several that accelerate or torchrun has started."""
+"""Where work runs: in one process, in several that accelerate or torchrun has started, or in those of workers."""
 
 from __future__ import annotations
 
 import atexit
 import functools
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
+
+# Calls a function with the arguments of each name, in other processes, and gives (name, result) as each ends.
+Workers = Callable[[Callable[..., Any], Mapping[str, tuple[Any, ...]]], Iterator[tuple[str, Any]]]
 
 
 def processes() -> PartialState:
