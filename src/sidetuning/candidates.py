@@ -6,6 +6,7 @@ read once. Nothing else is shared, so a candidate ends with the weights that `so
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -363,4 +364,8 @@ class _Turn:
             )
         self.trial, self.ended = Trial(**note["trial"]), True
         if self.trial.scores:
-            self.model.load_task(folder)
+            # Copies: what the candidate holds says which one it is.
+            own = {
+                kind: copy.deepcopy(part) for kind, part in self.candidate.task.items() if isinstance(part, nn.Module)
+            }
+            self.model.load_task(folder, **own)

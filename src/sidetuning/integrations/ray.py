@@ -110,7 +110,8 @@ def _call(folder: str, function: bytes, given: bytes) -> Any:
         run, arguments = cloudpickle.loads(function), cloudpickle.loads(given)
     except Exception as error:
         raise DataError(
-            f"the worker on {here} cannot read what it was sent ({error}); install the same packages and devices there"
+            f"the worker on {here} cannot read what it was sent ({error}); install the same packages there, and send "
+            "modules of your own by ray.init(runtime_env={'working_dir': '.'})"
         ) from error
     try:
         return run(*arguments)
