@@ -336,8 +336,6 @@ def labels(client: Any, name: str) -> Any:
 
 
 def test_a_replica_that_is_killed_is_replaced(served: Any, model: tuple[st.SideTuner, Path]) -> None:
-    import signal
-
     expected, before = model[0].predict(FILES), replicas(served)
     statuses, stop = list[int](), threading.Event()
 
@@ -350,15 +348,15 @@ def test_a_replica_that_is_killed_is_replaced(served: Any, model: tuple[st.SideT
                 assert all(close(answers[task], expected[task][0]) for task in expected)
 
     assert len(before) == 2
+    actors = [each for each in ray.util.list_named_actors(all_namespaces=True) if "REPLICA" in each["name"]]
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(keep_asking) for _ in range(4)]
-        until(lambda: len(statuses) > 20)
-        from ray.util.state import list_actors
-
-        victim = next(a.pid for a in list_actors(filters=[("state", "=", "ALIVE")]) if "Replica" in a.class_name)
-        os.kill(victim, signal.SIGKILL)
-        until(lambda: len(replicas(served)) == 2 and replicas(served) != before)
-        stop.set()
+        try:
+            until(lambda: len(statuses) > 20)
+            ray.kill(ray.get_actor(**actors[0]))
+            until(lambda: len(replicas(served)) == 2 and replicas(served) != before)
+        finally:
+            stop.set()
         for each in asking:
             each.result(120)
     # Of four clients, those whose requests it had.

@@ -155,9 +155,10 @@ def application(
     """
     try:
         from ray import serve
+        from ray.serve.config import RequestRouterConfig
 
         from sidetuning.serving.app import Limits
-        from sidetuning.serving.replica import Replica
+        from sidetuning.serving.replica import LessBusy, Replica
     except ImportError as error:
         raise ImportError("serving on Ray needs more packages: pip install 'sidetuning[ray]'") from error
     folder = Path(model).absolute()
@@ -172,6 +173,7 @@ def application(
         # The batcher takes them; Ray's own five would leave batches small.
         "max_ongoing_requests": limits.max_waiting,
         "max_queued_requests": limits.max_waiting,
+        "request_router_config": RequestRouterConfig(request_router_class=LessBusy),
         "graceful_shutdown_timeout_s": limits.timeout + 1,
     }
     try:

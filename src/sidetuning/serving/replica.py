@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from ray import serve
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 from sidetuning.serving.app import Limits, Service
 from sidetuning.serving.served import Served
@@ -36,6 +38,19 @@ class Replica:
         for metric in found:
             metric.samples = [s._replace(labels={**s.labels, "replica": tag}) for s in metric.samples]
         return found
+
+
+class LessBusy(FIFOMixin, RequestRouter):
+    """Sends a request to the less busy one of two replicas, drawn from all.
+
+    Ray's own prefers replicas of the machine on which a request comes in, and leaves the others idle.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Two of the replicas; Ray takes the one with fewer requests."""
+        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
 
 
 class _Together(Service):
