@@ -10,7 +10,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,32 +113,25 @@ class SweepResult:
 
 
 def learn(
-    base: Base,
-    data: tuple[Any, Any],
-    candidates: Sequence[Candidate],
-    batch_size: int,
-    out: Path | None,
-    budget: float | None,
-    progress: bool,
+    base: Base, data: Any, wanted: Sequence[Candidate], batch: int, out: Path | None, budget: float | None, bar: bool
 ) -> tuple[SideTuner, list[Trial]]:
     """Let candidates take turns, in this process; `data` is what they learn from, and what they are scored on."""
-    shared, held = map(_Shared, data)
-    model, about = SideTuner(base), [*map(_about, data), batch_size]
-    turns = [_Turn(candidate, model, shared, held, batch_size, out, about) for candidate in candidates]
-    _take_turns(turns, (shared, held), budget, progress)
+    shared = [_Shared(cached) for cached in data]
+    model, about = SideTuner(base), [*map(_about, data), batch]
+    turns = [_Turn(candidate, model, shared, batch, out, about) for candidate in wanted]
+    _take_turns(turns, shared, budget, bar)
     return model, [turn.trial for turn in turns]
 
 
 def kin(candidate: Candidate) -> str:
     """A hash that candidates share which differ in name, strength and fit alone: they have equal sums."""
-    return _hashed(candidate, name="", strength=None, fit=None)
+    return _hashed(replace(candidate, name="", strength=None, fit=None))
 
 
-def _hashed(candidate: Candidate, *about: Any, **instead: Any) -> str:
+def _hashed(candidate: Candidate, *about: Any) -> str:
     given = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
     parts = [*candidate.task.values(), *(candidate.fit or {}).values()]
-    weights = [tensors_sha256(part) for part in parts if isinstance(part, nn.Module)]
-    return content_sha256([{**given, **instead}, weights, *about], 12)
+    return content_sha256([given, [tensors_sha256(p) for p in parts if isinstance(p, nn.Module)], *about], 12)
 
 
 def _about(cached: Any) -> str:
@@ -146,7 +139,7 @@ def _about(cached: Any) -> str:
     return data_identity(cached) if folder is None else Path(folder).name
 
 
-def _take_turns(turns: list[_Turn], data: tuple[_Shared, _Shared], budget: float | None, progress: bool) -> None:
+def _take_turns(turns: list[_Turn], data: list[_Shared], budget: float | None, progress: bool) -> None:
     """Let each candidate do a batch, again and again, until all have ended or the time is over."""
     from tqdm import tqdm
 
@@ -162,10 +155,10 @@ def _take_turns(turns: list[_Turn], data: tuple[_Shared, _Shared], budget: float
                     if turn.failure is not None:
                         raise turn.failure
                 for shared in data:
-                    shared.clear()
-                ended = [turn for turn in waiting if turn.ended]
+                    # All had their turn.
+                    shared.read.clear()
+                bar.update(sum(turn.ended for turn in waiting))
                 waiting = [turn for turn in waiting if not turn.ended]
-                bar.update(len(ended))
         finally:
             # Their threads must not wait for ever.
             for turn in waiting:
@@ -187,29 +180,25 @@ class _Shared:
         self.cached = cached
         # Those of solutions; None while they are collected.
         self.sums: dict[str, Sums | None] = {}
-        self._read: dict[Any, tuple[Any, Generators, list[tuple[Tensor, int]]]] = {}
+        self.read: dict[Any, tuple[Any, Generators, list[tuple[Tensor, int]]]] = {}
 
     def __len__(self) -> int:
         return len(self.cached)
 
-    def clear(self) -> None:
-        """Forget what was read: all had their turn."""
-        self._read.clear()
-
     def __getitems__(self, rows: list[int]) -> Any:
         """A batch: that of the candidate before where it would be the same."""
-        turn = _Turn.of_this_thread()
+        turn: _Turn | None = getattr(threading.current_thread(), "turn", None)
         if turn is not None:
             turn.give_up()
         key = (tuple(rows), Generators().key())
-        found = self._read.get(key)
+        found = self.read.get(key)
         if found is None or any(tensor._version != version for tensor, version in found[2]):
             batch = self.cached.__getitems__(rows)
             x, features, y = batch
             # A part that writes into its input writes into that of the others: they read again then.
             given = [x] if isinstance(x, Tensor) else [part for part in x.values() if isinstance(part, Tensor)]
             versions = [(tensor, tensor._version) for tensor in (*given, y, *features.tensors())]
-            found = self._read[key] = batch, Generators(), versions
+            found = self.read[key] = batch, Generators(), versions
         else:
             found[1].set()
         return found[0]
@@ -219,37 +208,24 @@ class _Turn:
     """One candidate in a thread of its own, which runs only while it is its turn."""
 
     def __init__(
-        self,
-        candidate: Candidate,
-        model: SideTuner,
-        shared: _Shared,
-        held: _Shared,
-        batch_size: int,
-        out: Path | None,
-        about: Sequence[Any],
+        self, candidate: Candidate, model: SideTuner, data: list[_Shared], batch: int, out: Path | None, about: Any
     ) -> None:
-        self.candidate, self.model, self.shared, self.held, self.batch = candidate, model, shared, held, batch_size
+        self.candidate, self.model, (self.shared, self.held), self.batch = candidate, model, data, batch
         self.folder = None if out is None else out / candidate.name
-        self.trial = Trial(candidate.name, error=NOT_ENDED)
+        self.trial, self.seconds = Trial(candidate.name, error=NOT_ENDED), 0.0
         self.failure: BaseException | None = None
         self.ended = self._left = self._asked = False
-        self.seconds = 0.0
         # What it draws before `fit` seeds anew depends on its seed alone.
         with seeded(candidate.seed):
             self._generators = Generators()
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
-        self.identity, self.kin = _hashed(candidate, list(about)), kin(candidate)
+        self.identity, self.kin = _hashed(candidate, about), kin(candidate)
         if self.folder is not None and (self.folder / NOTE).exists():
             self._read(self.folder)
         # In the order of the candidates, whatever the turns are.
         if not self.ended:
             model.add_task(candidate.name, **{"seed": candidate.seed, **candidate.task})
-
-    @staticmethod
-    def of_this_thread() -> _Turn | None:
-        """The candidate whose thread runs."""
-        return getattr(threading.current_thread(), "turn", None)
 
     @property
     def waits(self) -> bool:

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
+import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sidetuning.errors import DataError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 # Calls a function with the arguments of each name, in other processes, and gives (name, result) as each ends.
 Workers = Callable[[Callable[..., Any], Mapping[str, tuple[Any, ...]]], Iterator[tuple[str, Any]]]
+
+
+def call(folder: str, function: bytes, given: bytes) -> Any:
+    """Run a pickled function in the process of a worker."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    try:
+        return pickle.loads(function)(*pickle.loads(given))
+    except (ImportError, FileNotFoundError) as error:
+        raise DataError(
+            f"the worker on {socket.gethostname()} lacks what this process has ({error}); keep files in a folder that "
+            "all machines see by the same name, install the same packages, and send modules of your own by "
+            "ray.init(runtime_env={'working_dir': '.'})"
+        ) from error
 
 
 def processes() -> PartialState:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -74,13 +72,8 @@ def sweep(
     for trial in trials:
         if trial.error == NOT_ENDED != told.get(trial.name, trial).error:
             raise TaskError(
-                f"a worker has learned '{trial.name}', and {folder} here does not hold it; give out= a folder that is "
-                "the same for all workers and for this process"
+                f"a worker learned '{trial.name}', and {folder} lacks it here; give out= a folder that all machines share"
             )
-    return _ranked(trials, model, best_by)
-
-
-def _ranked(trials: list[Trial], model: Any, best_by: str) -> SweepResult:
     known = {name for trial in trials for name in trial.scores}
     if known and best_by not in known:
         raise TaskError(f"candidates have no score '{best_by}'; give best_by= one of {', '.join(sorted(known))}")
@@ -93,21 +86,19 @@ def _spread(workers: Workers, work: Any, candidates: Sequence[Candidate], progre
     """Outcomes of candidates, each of a call of its own; solutions that differ in strength alone share one."""
     from tqdm import tqdm
 
-    groups: dict[tuple[bool, str], list[Candidate]] = {}
+    groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
-        alone = candidate.fit is not None
-        groups.setdefault((alone, candidate.name if alone else kin(candidate)), []).append(candidate)
-    with tqdm(total=len(candidates), desc="candidates", disable=not progress, leave=False) as bar:
-        for _, trials in workers(work, {group[0].name: (group,) for group in groups.values()}):
-            bar.update(len(trials))
-            yield from trials
+        groups.setdefault(candidate.name if candidate.fit is not None else kin(candidate), []).append(candidate)
+    calls = {group[0].name: (group,) for group in groups.values()}
+    for _, trials in tqdm(workers(work, calls), "candidates", len(calls), disable=not progress, leave=False):
+        yield from trials
 
 
 def _learn_apart(
     base: Base, data: tuple[Any, Any], batch_size: int, folder: Path, until: float | None, group: Sequence[Candidate]
 ) -> list[Trial]:
     """Learn some candidates in the process of a worker, until a time of the clock; their tasks are in the folder."""
-    if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    # Raises where the worker does not see it; hours of work would lie on a disk of its own.
+    folder.stat()
     budget = None if until is None else until - time.time()
     return learn(base, data, group, batch_size, folder, budget, False)[1]

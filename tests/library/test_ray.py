@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,8 +31,9 @@ from conftest import mlp_base
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ray = pytest.importorskip("ray")
 httpx = pytest.importorskip("httpx")
-
-from sidetuning.integrations.ray import RayWorkers, application  # noqa: E402
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from sidetuning.integrations.ray import RayWorkers, application
 
 generator = torch.Generator().manual_seed(0)
 X = torch.randn(300, 12, generator=generator)
@@ -46,9 +48,10 @@ def cluster() -> Iterator[Any]:
     """Two nodes on this machine; this process is connected to them."""
     from ray.cluster_utils import Cluster
 
-    found = Cluster(initialize_head=True, head_node_args=NODE)
+    found = Cluster()
     try:
-        found.add_node(**NODE)
+        for _ in range(2):
+            found.add_node(**NODE)
         # Workers find this module, too.
         environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
         ray.init(address=found.address, log_to_driver=False, runtime_env=environment)
@@ -164,14 +167,14 @@ def test_what_cannot_be_spread_is_refused_in_a_sentence(cluster: Any, data: Any,
         st.sweep(base, cached, [one], workers=RayWorkers(), **given)
     lock = threading.Lock()
     held_lock = st.Candidate("locked", LINEAR, {"loss": lambda output, target: (lock, output.sum())[1]})
-    with pytest.raises(st.TaskError, match="'locked' cannot be sent to another process"):
+    with pytest.raises(st.TaskError, match="'locked' cannot be sent to workers"):
         st.sweep(base, cached, [one, held_lock], out=tmp_path / "a", workers=RayWorkers(), **given)
     with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
         st.sweep(
             base, cached, [st.Candidate("t", LINEAR, {"epoch": 1})], out=tmp_path / "b", workers=RayWorkers(), **given
         )
     dead = st.Candidate("dead", LINEAR, {"loss": lambda output, target: os._exit(1)})
-    with pytest.raises(st.SideTuningError, match="the worker of 'dead' died, and so did those of 1 retries"):
+    with pytest.raises(st.SideTuningError, match="'dead' ended its worker, and that of each retry"):
         st.sweep(base, cached, [dead, one], out=tmp_path / "c", workers=RayWorkers(retries=1), **given)
     # The others have ended.
     assert (tmp_path / "c/c/candidate.json").exists()
@@ -183,7 +186,9 @@ def test_files_that_a_worker_does_not_find_are_named(cluster: Any, data: Any, tm
     gone.folder = tmp_path / "elsewhere"
     gone._store = dataclasses.replace(gone._store, folder=gone.folder)
     one = st.Candidate("c", LINEAR, solve=True)
-    with pytest.raises(st.DataError, match=r"the worker on .* does not find .*elsewhere/\w+; keep what workers read"):
+    with pytest.raises(
+        st.DataError, match=r"the worker on .* lacks what this process has \(.*elsewhere/\w+'\); keep files"
+    ):
         st.sweep(base, gone, [one], validation=held, out=tmp_path / "a", workers=RayWorkers(), progress=False)
 
 

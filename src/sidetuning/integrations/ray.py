@@ -1,35 +1,40 @@
-"""Ray, for those who outgrow one machine: the server in several replicas, and work that is spread over a cluster.
+"""Ray, for those who outgrow one machine: the server in several replicas, and candidates spread over a cluster.
 
-    serve.run(application("/shared/my-model", replicas=4))          # what `sidetuning serve` answers, on Ray Serve
+    serve.run(application("/shared/my-model", replicas=4))
     st.sweep(base, cached, candidates, validation=held, out="/shared/sweep", workers=RayWorkers())
 
-Ray is started by whom it belongs to, `ray.init()` or `ray start`, and is never stopped here. Importing this module sets
-RAY_USAGE_STATS_ENABLED=0 where it is not set: Ray then reports nobody's use.
+Ray is neither started nor stopped here. It reports nobody's use where RAY_USAGE_STATS_ENABLED is not set before.
 """
 
 from __future__ import annotations
 
 import os
-import socket
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 from sidetuning.artifacts import CONFIG
 from sidetuning.engines import ENGINES
-from sidetuning.errors import ArtifactError, DataError, SideTuningError, TaskError, UnknownNameError
+from sidetuning.errors import ArtifactError, SideTuningError, TaskError, UnknownNameError
 from sidetuning.folder import task_folders
+from sidetuning.launch import call
 from sidetuning.registry import unknown
-
-if TYPE_CHECKING:
-    from sidetuning.serving.app import Limits
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 try:
     import ray
-    from ray import cloudpickle
-    from ray.exceptions import RayError, RayTaskError
+    from fastapi import FastAPI
+    from fastapi.responses import Response
+    from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
+    from ray import cloudpickle, serve
+    from ray.serve.config import RequestRouterConfig
+    from ray.serve.request_router import FIFOMixin, RequestRouter
+
+    from sidetuning.serving.app import Limits, Service
+    from sidetuning.serving.served import Served
 except ImportError as error:
     raise ImportError("Ray is not installed: pip install 'sidetuning[ray]'") from error
 
@@ -42,8 +47,7 @@ class RayWorkers:
     a machine or a process dies, its calls are made again.
 
     Attributes:
-        num_cpus: cores that a call takes; as many threads compute in it.
-        num_gpus: GPUs that a call takes.
+        num_cpus, num_gpus: cores and GPUs that a call takes; as many threads as cores compute in it.
         retries: how often a call is made again.
     """
 
@@ -58,28 +62,25 @@ class RayWorkers:
             SideTuningError: Ray is not connected, something cannot be sent, or a call's workers died again and again.
         """
         if not ray.is_initialized():
-            raise SideTuningError(
-                "Ray is not connected; call ray.init(), or ray.init(address='auto') on a cluster's node"
-            )
+            raise SideTuningError("Ray is not connected; call ray.init(), or ray.init(address='auto') in a cluster")
         packed = {name: _packed(given, f"'{name}'") for name, given in calls.items()}
-        shared, folder, failure = ray.put(_packed(function, "what all workers read")), str(Path.cwd()), None
-        call = ray.remote(_call).options(
+        shared, failure = ray.put(_packed(function, "what all workers read")), None
+        send = ray.remote(call).options(
             num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.retries, scheduling_strategy="SPREAD"
         )
-        waiting = {call.remote(folder, shared, given): name for name, given in packed.items()}
+        waiting = {send.remote(str(Path.cwd()), shared, given): name for name, given in packed.items()}
         try:
             while waiting:
                 (ended, *_), _ = ray.wait(list(waiting))
                 name = waiting.pop(ended)
                 try:
                     result = ray.get(ended)
-                except RayTaskError as error:
+                except ray.exceptions.RayTaskError as error:
                     failure = failure or error.cause
-                except RayError as error:
-                    why = str(error).strip().partition("\n")[0]
+                except ray.exceptions.RayError as error:
+                    why = str(error).strip().splitlines()[0]
                     failure = failure or SideTuningError(
-                        f"the worker of '{name}' died, and so did those of {self.retries} retries ({why}); what has "
-                        "ended stays, and the same call goes on there"
+                        f"'{name}' ended its worker, and that of each retry ({why}); the same call goes on with the others"
                     )
                 else:
                     yield name, result
@@ -90,36 +91,11 @@ class RayWorkers:
             raise failure
 
 
-def _packed(thing: Any, name: str) -> bytes:
+def _packed(thing: Any, name: str) -> Any:
     try:
-        packed: bytes = cloudpickle.dumps(thing)
+        return cloudpickle.dumps(thing)
     except Exception as error:
-        raise TaskError(
-            f"{name} cannot be sent to another process ({error}); give functions and modules that hold no open file, "
-            "lock, session or generator"
-        ) from error
-    return packed
-
-
-def _call(folder: str, function: bytes, given: bytes) -> Any:
-    """Run a function in the process of a worker."""
-    if Path(folder).is_dir():
-        os.chdir(folder)
-    here = socket.gethostname()
-    try:
-        run, arguments = cloudpickle.loads(function), cloudpickle.loads(given)
-    except Exception as error:
-        raise DataError(
-            f"the worker on {here} cannot read what it was sent ({error}); install the same packages there, and send "
-            "modules of your own by ray.init(runtime_env={'working_dir': '.'})"
-        ) from error
-    try:
-        return run(*arguments)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"the worker on {here} does not find {error.filename}; keep what workers read and write in a folder that "
-            "all machines see by the same name"
-        ) from error
+        raise TaskError(f"{name} cannot be sent to workers ({error}); give no open file, lock or session") from error
 
 
 def application(
@@ -130,22 +106,17 @@ def application(
     token: str | None = None,
     watch: float = 1.0,
     engine: str | None = None,
-    quiet: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     """The application of `sidetuning serve`, for `ray.serve.run`.
 
-    Each replica opens the model folder, takes over tasks that come and go there, and batches the requests that Ray
-    sends it. `/metrics` tells the numbers of all replicas, by the label `replica`.
+    Each replica opens the model folder, takes over tasks that come and go there, and batches the requests that it gets.
 
     Args:
         model: a model folder, or the folder of one task; all machines see it by the same name.
         replicas: their number; "auto" lets Ray Serve change it with the load.
-        limits: what one request may cost, and how requests are batched.
-        token: what clients must send; None lets everybody ask.
-        watch: seconds between two looks at the model folder; 0 looks never.
+        limits, token, watch: as of `sidetuning.serving.app.Service`, for each replica.
         engine: what runs the base, as of `with_engine`; by default what the folder says.
-        quiet: log warnings and errors alone.
         options: further options of Ray Serve's deployments, such as ray_actor_options and autoscaling_config.
 
     Raises:
@@ -153,31 +124,63 @@ def application(
         UnknownNameError: no such engine.
         TaskError: options that Ray Serve does not take.
     """
-    try:
-        from ray import serve
-        from ray.serve.config import RequestRouterConfig
-
-        from sidetuning.serving.app import Limits
-        from sidetuning.serving.replica import LessBusy, Replica
-    except ImportError as error:
-        raise ImportError("serving on Ray needs more packages: pip install 'sidetuning[ray]'") from error
-    folder = Path(model).absolute()
+    folder, limits = Path(model).absolute(), limits or Limits()
     if not (folder / CONFIG).exists() and not task_folders(folder):
         raise ArtifactError(f"{folder} holds no saved task; give a model folder, or the folder of a task")
     if engine not in (None, "auto", *ENGINES):
         raise UnknownNameError(unknown("engine", str(engine), [*ENGINES, "auto"], verb="known"))
-    limits = limits or Limits()
-    settings: dict[str, Any] = {
-        "name": "sidetuning",
-        "num_replicas": replicas,
-        # The batcher takes them; Ray's own five would leave batches small.
-        "max_ongoing_requests": limits.max_waiting,
-        "max_queued_requests": limits.max_waiting,
-        "request_router_config": RequestRouterConfig(request_router_class=LessBusy),
-        "graceful_shutdown_timeout_s": limits.timeout + 1,
-    }
+    # The batcher takes many requests: Ray's own five at a time would leave batches small.
+    given = {"name": "sidetuning", "num_replicas": replicas, "max_ongoing_requests": limits.max_waiting}
+    given |= {"max_queued_requests": limits.max_waiting, "graceful_shutdown_timeout_s": limits.timeout + 1}
+    given |= {"request_router_config": RequestRouterConfig(request_router_class=LessBusy), **(options or {})}
     try:
-        deployment = serve.deployment(serve.ingress()(Replica)).options(**{**settings, **(options or {})})
+        deployment = serve.deployment(serve.ingress()(Replica)).options(**given)
     except (TypeError, ValueError) as error:
         raise TaskError(f"Ray Serve takes no such replicas= or options= ({error})") from error
-    return deployment.bind(folder, limits, token=token, watch=watch, engine=engine, quiet=quiet)
+    return deployment.bind(folder, limits, token, watch, engine)
+
+
+class Replica:
+    """What Ray Serve makes of each replica; the arguments are those of `application`."""
+
+    def __init__(self, folder: Path, limits: Limits, token: str | None, watch: float, engine: str | None) -> None:
+        self.service = _Together(Served(folder, engine=engine), limits, token=token, watch=watch)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self.service.app
+
+    def check_health(self) -> None:
+        """Ray asks again and again, and replaces a replica that raises."""
+        if not self.service.batcher.alive:
+            raise RuntimeError("the thread that runs the base has ended")
+
+    def families(self) -> list[Metric]:
+        """The numbers of this replica, by the label `replica`."""
+        found, tag = list(self.service.numbers.registry.collect()), serve.get_replica_context().replica_tag
+        for metric in found:
+            metric.samples = [s._replace(labels={**s.labels, "replica": tag}) for s in metric.samples]
+        return found
+
+
+class _Together(Service):
+    """A server beside others; whichever is asked for its numbers tells those of all."""
+
+    async def metrics(self) -> Response:
+        """Numbers of all replicas in Prometheus' text format."""
+        context, merged = serve.get_replica_context(), dict[str, Metric]()
+        told = serve.get_deployment_handle(context.deployment, context.app_name).broadcast("families")
+        for families in await told.results_async(timeout_s=self.limits.timeout, return_exceptions=True):
+            # A replica that has just died tells nothing.
+            for metric in families if isinstance(families, list) else ():
+                if merged.setdefault(metric.name, metric) is not metric:
+                    merged[metric.name].samples += metric.samples
+        found: Any = SimpleNamespace(collect=merged.values)
+        return Response(generate_latest(found), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+class LessBusy(FIFOMixin, RequestRouter):
+    """Draws two of all replicas for a request. Ray's own prefers one machine, and leaves the others idle."""
+
+    async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
+        """Two of the replicas; Ray takes the one with fewer requests."""
+        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
