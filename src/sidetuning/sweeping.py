@@ -72,7 +72,7 @@ def sweep(
     for trial in trials:
         if trial.error == NOT_ENDED != told.get(trial.name, trial).error:
             raise TaskError(
-                f"a worker learned '{trial.name}', and {folder} lacks it here; give out= a folder that all machines share"
+                f"a worker learned '{trial.name}', and {folder} lacks it here; give out= a folder that all share"
             )
     known = {name for trial in trials for name in trial.scores}
     if known and best_by not in known:

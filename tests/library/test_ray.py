@@ -222,7 +222,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[st.SideTuner, Path]
     return made, path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served(cluster: Any, model: tuple[st.SideTuner, Path]) -> Iterator[Any]:
     """Two replicas, one to a node, behind a token; the address, and a client that knows the token."""
     from ray import serve
@@ -234,9 +234,9 @@ def served(cluster: Any, model: tuple[st.SideTuner, Path]) -> Iterator[Any]:
         port = free.getsockname()[1]
     serve.start(proxy_location="HeadOnly", http_options={"port": port})
     limits = Limits(max_body=200_000, max_inputs=3)
-    made = application(
-        model[1], replicas=2, limits=limits, token="secret", watch=0.1, options={"max_replicas_per_node": 1}
-    )
+    # One to a node, and no core for each: candidates need them.
+    options = {"max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 0}}
+    made = application(model[1], replicas=2, limits=limits, token="secret", watch=0.1, options=options)
     serve.run(made, name="pets", route_prefix="/")
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
@@ -285,6 +285,24 @@ def test_the_token_and_the_limits_hold(served: Any) -> None:
     assert ask(served, b"0" * 200_000).status_code == 413
     assert "task 'kinds' is not served; did you mean 'kind'" in ask(served, FILES[0], tasks=["kinds"]).json()["detail"]
     assert "cannot be decoded" in ask(served, b"no image").json()["detail"]
+
+
+def test_it_answers_below_a_prefix_too(served: Any, model: tuple[st.SideTuner, Path]) -> None:
+    from ray import serve
+
+    made = application(model[1], token="other", options={"ray_actor_options": {"num_cpus": 0}})
+    serve.run(made, name="below", route_prefix="/below")
+    try:
+        for path in ("/", "/healthz", "/readyz", "/openapi.json"):
+            assert served.get(f"/below{path}").status_code == 200, path
+        assert served.get("/below/tasks").status_code == 401
+        headers = {"authorization": "Bearer other"}
+        assert served.get("/below/tasks", headers=headers).status_code == 200
+        numbers = served.get("/below/metrics", headers=headers)
+        assert 'path="/tasks",replica=' in numbers.text and 'path="other"' not in numbers.text
+        assert len(numbers.headers.get_list("x-request-id")) == 1
+    finally:
+        serve.delete("below")
 
 
 def test_tasks_come_and_go_while_replicas_answer(served: Any, model: tuple[st.SideTuner, Path]) -> None:

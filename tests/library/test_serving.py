@@ -144,6 +144,18 @@ def test_the_token_is_asked_for_everything_but_health_and_the_page(model: tuple[
         assert web.get("/tasks", headers={"authorization": "Bearer secret"}).status_code == 200
 
 
+def test_a_prefix_of_a_proxy_changes_nothing(model: tuple[st.SideTuner, Path]) -> None:
+    service = Service(Served(model[1], base=conv_base()), token="secret", watch=0)
+    with TestClient(service.app, root_path="/below", headers={"authorization": "Bearer secret"}) as web:
+        for path in ("/", "/healthz", "/readyz", "/openapi.json"):
+            assert web.get(f"/below{path}", headers={"authorization": ""}).status_code == 200, path
+        for path in ("/below/tasks", "/below", "/below/below/healthz", "/healthz/"):
+            assert web.get(path, headers={"authorization": ""}).status_code == 401, path
+        assert web.get("/below/tasks").status_code == 200
+        numbers = web.get("/below/metrics").text
+        assert 'path="/tasks",status="200"' in numbers and "below" not in numbers
+
+
 def test_tasks_numbers_and_state_are_told(web: TestClient) -> None:
     web.post("/predict", json=question(FILES[0], tasks=["kind"]))
     tasks = {task["task"]: task for task in web.get("/tasks").json()}

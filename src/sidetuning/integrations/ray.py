@@ -80,7 +80,7 @@ class RayWorkers:
                 except ray.exceptions.RayError as error:
                     why = str(error).strip().splitlines()[0]
                     failure = failure or SideTuningError(
-                        f"'{name}' ended its worker, and that of each retry ({why}); the same call goes on with the others"
+                        f"'{name}' ended its worker, and that of each retry ({why}); what has ended is not lost"
                     )
                 else:
                     yield name, result

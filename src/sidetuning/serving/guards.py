@@ -59,8 +59,10 @@ class Guard:
             await self.app(scope, receive, send)
             return
         start, number = time.perf_counter(), uuid.uuid4().hex[:12]
+        # Without the prefix that a proxy before it has added.
+        path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
         # Routes add what they know, such as the tasks.
-        notes: dict[str, Any] = {"request": number, "method": scope["method"], "path": scope["path"], "status": 500}
+        notes: dict[str, Any] = {"request": number, "method": scope["method"], "path": path, "status": 500}
         scope.setdefault("state", {})["notes"] = notes
         body = Body(receive, self.max_body)
 
@@ -74,7 +76,7 @@ class Guard:
 
         try:
             try:
-                await self._guarded(scope, body, answer)
+                await self._guarded(scope, body, answer, path in OPEN)
             except ClientDisconnect:
                 # What the application is told of a body that is too large.
                 if not body.too_large:
@@ -85,10 +87,10 @@ class Guard:
         finally:
             self.done({**notes, "seconds": round(time.perf_counter() - start, 6)})
 
-    async def _guarded(self, scope: Scope, body: Body, send: Send) -> None:
+    async def _guarded(self, scope: Scope, body: Body, send: Send, everybody: bool) -> None:
         headers = Headers(scope=scope)
         length = headers.get("content-length", "")
-        if scope["path"] not in OPEN and self.token is not None and not self._knows(headers.get("authorization", "")):
+        if not (everybody or self.token is None or self._knows(headers.get("authorization", ""))):
             await self._refuse(send, 401, "send the server's token, Authorization: Bearer TOKEN")
         elif length.isdecimal() and int(length) > self.max_body:
             await self._refuse(send, 413, self._large())
