@@ -100,5 +100,4 @@ def _learn_apart(
     """Learn some candidates in the process of a worker, until a time of the clock; their tasks are in the folder."""
     # Raises where the worker does not see it; hours of work would lie on a disk of its own.
     folder.stat()
-    budget = None if until is None else until - time.time()
-    return learn(base, data, group, batch_size, folder, budget, False)[1]
+    return learn(base, data, group, batch_size, folder, until and until - time.time(), False)[1]

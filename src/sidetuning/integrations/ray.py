@@ -56,11 +56,7 @@ class RayWorkers:
     retries: int = 3
 
     def __call__(self, function: Callable[..., Any], calls: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
-        """Give the name and the result of each call as it ends; the first failure is raised when all have ended.
-
-        Raises:
-            SideTuningError: Ray is not connected, something cannot be sent, or a call's workers died again and again.
-        """
+        """Give the name and the result of each call as it ends; the first failure is raised when all have ended."""
         if not ray.is_initialized():
             raise SideTuningError("Ray is not connected; call ray.init(), or ray.init(address='auto') in a cluster")
         packed = {name: _packed(given, f"'{name}'") for name, given in calls.items()}
@@ -121,8 +117,7 @@ def application(
 
     Raises:
         ArtifactError: a folder that holds no task.
-        UnknownNameError: no such engine.
-        TaskError: options that Ray Serve does not take.
+        UnknownNameError, TaskError: no such engine, or options that Ray Serve does not take.
     """
     folder, limits = Path(model).absolute(), limits or Limits()
     if not (folder / CONFIG).exists() and not task_folders(folder):
