@@ -341,7 +341,7 @@ class _Turn:
         self.trial, self.ended = Trial(**note["trial"]), True
         if self.trial.scores:
             # Copies: what the candidate holds says which one it is.
-            own = {
+            own: Any = {
                 kind: copy.deepcopy(part) for kind, part in self.candidate.task.items() if isinstance(part, nn.Module)
             }
             self.model.load_task(folder, **own)

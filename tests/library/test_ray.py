@@ -112,8 +112,8 @@ def test_a_sweep_ends_as_in_one_process(cluster: Any, data: Any, tmp_path: Path)
     assert [(t.name, t.scores, t.error) for t in there.trials] == [(t.name, t.scores, t.error) for t in here.trials]
     assert equal(here.model, there.model) and "Lower the learning rate" in str(there.trials[-1].error)
     # What has ended is not learned again, on workers or here.
-    for more in ({"workers": RayWorkers()}, {}):
-        again = st.sweep(base, cached, wanted, out=out, **given, **more)
+    for workers in (RayWorkers(), None):
+        again = st.sweep(base, cached, wanted, out=out, workers=workers, **given)
         assert [t.seconds for t in again.trials] == [t.seconds for t in there.trials]
 
 

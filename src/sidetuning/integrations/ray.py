@@ -125,7 +125,7 @@ def application(
     if engine not in (None, "auto", *ENGINES):
         raise UnknownNameError(unknown("engine", str(engine), [*ENGINES, "auto"], verb="known"))
     # The batcher takes many requests: Ray's own five at a time would leave batches small.
-    given = {"name": "sidetuning", "num_replicas": replicas, "max_ongoing_requests": limits.max_waiting}
+    given: dict[str, Any] = {"name": "sidetuning", "num_replicas": replicas, "max_ongoing_requests": limits.max_waiting}
     given |= {"max_queued_requests": limits.max_waiting, "graceful_shutdown_timeout_s": limits.timeout + 1}
     given |= {"request_router_config": RequestRouterConfig(request_router_class=LessBusy), **(options or {})}
     try:
@@ -173,7 +173,7 @@ class _Together(Service):
         return Response(generate_latest(found), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-class LessBusy(FIFOMixin, RequestRouter):
+class LessBusy(FIFOMixin, RequestRouter):  # type: ignore[misc]
     """Draws two of all replicas for a request. Ray's own prefers one machine, and leaves the others idle."""
 
     async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
