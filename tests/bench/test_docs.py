@@ -69,6 +69,7 @@ def test_the_tables_of_language_are_made_from_the_results(
     [
         ("itaskonomy-settings", 2),
         ("dense-constants", 1),
+        ("rooms", 2),
         ("compare itaskonomy", 2),
         ("compare itaskonomy --units range", 4),
         ("transfer --units range", 2),
