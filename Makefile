@@ -7,7 +7,7 @@ CODE := src bench examples tests
 # A process per core; in each, torch's own threads would only be in the way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-oldest lint docs figures format zoo clean
+.PHONY: demo test test-all test-oldest test-ray lint docs figures format zoo clean
 
 demo: .venv/demo-ready
 	$(BIN)/sidetuning bench demo
@@ -21,6 +21,10 @@ test-all: lint docs
 # The library's fast tests with the oldest versions that pyproject.toml allows, as requirements-oldest.txt pins them.
 test-oldest: .venv-oldest/ready
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest tests/library -m "not slow" --ignore-glob "*_packaging.py" --ignore-glob "*_budgets.py"
+
+# Those of the extra ray, on a cluster of two nodes on this machine; one process, since each would start a cluster.
+test-ray: .venv/ray-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/library/test_ray.py
 
 lint: .venv/dev-ready
 	$(BIN)/ruff check $(CODE)
@@ -48,6 +52,10 @@ format: .venv/dev-ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[all]' --editable 'bench[dev]'
 	touch $@ .venv/demo-ready
+
+.venv/ray-ready: .venv/dev-ready
+	$(BIN)/python -m pip install --quiet --editable '.[ray]'
+	touch $@
 
 .venv-oldest/ready: $(PROJECTS) requirements-oldest.txt
 	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
