@@ -73,6 +73,7 @@ def test_the_tables_of_language_are_made_from_the_results(
         ("compare itaskonomy", 2),
         ("compare itaskonomy --units range", 4),
         ("transfer --units range", 2),
+        ("transfer --targets normal --frames 20 100 500 2000", 1),
     ],
 )
 def test_the_tables_of_dense_tasks_are_made_from_the_results(

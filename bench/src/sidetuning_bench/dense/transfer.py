@@ -151,9 +151,9 @@ class Value(NamedTuple):
 
 
 def curves(results: Sequence[RunResult], target: str, frames: Sequence[int]) -> dict[str, list[Value | None]]:
-    """For each method and number of frames the value at the end; None where nothing was run."""
+    """For each method of a target, and number of frames, the value at the end; None where nothing was run."""
     found: dict[str, list[Value | None]] = {}
-    for method in dict.fromkeys(r.method for r in results):
+    for method in dict.fromkeys(r.method for r in results if r.tasks == [target]):
         runs = [[r for r in results if (r.method, r.variant) == (method, variant(target, n))] for n in frames]
         values = [[r.values[-1][-1] for r in some if r.values] for some in runs]
         found[method] = [Value(*mean_and_error(v), len(v)) if v else None for v in values]
