@@ -396,3 +396,25 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(model: tuple[st.SideTune
         application(model[1], options={"num_replica": 2})
     with pytest.raises(st.TaskError, match="Ray Serve takes no such replicas="):
         application(model[1], replicas=-1)
+
+
+def test_the_code_of_the_page_runs(
+    cluster: Any, data: Any, model: tuple[st.SideTuner, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import serve
+
+    served: list[str] = []
+    monkeypatch.setattr(serve, "run", lambda app, name: served.append(name))
+    page = (Path(__file__).parents[2] / "docs/how-to/machines.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    scope: dict[str, Any] = dict(zip(("base", "train", "validation"), data))
+    scope["candidates"] = [st.Candidate("linear", LINEAR, solve=True)]
+    # This process is connected already, and each node has one core.
+    changes = {'address="auto"': "ignore_reinit_error=True", "num_cpus=2": "num_cpus=1"}
+    changes |= {"/shared/sweep": str(tmp_path / "sweep"), "/shared/my-model": str(model[1])}
+    for block in blocks:
+        for before, after in changes.items():
+            block = block.replace(before, after)
+        exec(compile(block, "machines.md", "exec"), scope)
+    assert scope["result"].best.name == "linear" and served == ["pets"]
