@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from conftest import conv_net, in_threads, inputs, mlp_base, network
 from sidetuning import engines
 from sidetuning.identity import tensor_bytes
 from sidetuning.running import Engine
+from text_parts import write_encoder
 
 PACKAGES = {"onnxruntime": "onnxscript", "openvino": "openvino"}
 FAST = ["folded", "onnxruntime", "openvino"]
@@ -405,3 +407,21 @@ def test_the_command_line_trains_on_a_base_in_fewer_bits(tmp_path: Path) -> None
     with pytest.raises(st.TaskError, match="a base in bf16; leave --precision out"):
         opened(dataclasses.replace(settings, precision="fp32"), tmp_path)
     assert str(opened(dataclasses.replace(settings, precision=None), tmp_path).base.engine) == "bf16 by torch"
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_that_the_page_does_not_run(tmp_path: Path) -> None:
+    """It names a model of the Hub, and needs what quantises."""
+    installed("onnxruntime")
+    pytest.importorskip("torchao")
+    pytest.importorskip("transformers")
+    page = (Path(__file__).parents[2] / "docs/how-to/engines.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    write_encoder(tmp_path)
+    name, images = "hf:sentence-transformers/all-MiniLM-L6-v2", (255 * IMAGES).to(torch.uint8)
+    scope: dict[str, Any] = {"st": st, "loader": [(images, None)]}
+    texts, photographs = block.replace(name, f"hf:{tmp_path}").strip().splitlines()
+    for line in (texts, photographs):
+        exec(line, scope)
+        assert scope["base"].engine.precision == "int8"
+    assert block.count(name) == 1 and scope["base"](images).out.shape == (5, 64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -222,3 +223,13 @@ def test_threads_send_a_text_once(server: Server) -> None:
 
     in_threads(ask, 6)
     assert not wrong and all(server.seen[text] == 1 for text in TEXTS[:32])
+
+
+def test_the_code_of_the_page_runs(server: Server) -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/black-box.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert "http://localhost:8000/v1?model=all-minilm-l6" in block
+    scope: dict[str, Any] = {"st": st, "torch": torch}
+    exec(block.replace("http://localhost:8000/v1?model=all-minilm-l6", server.address), scope)
+    assert server.seen["What a day."] == server.seen["Oh no."] == 1
+    assert scope["model"](scope["batch"], "mood").argmax(1).tolist() == [1, 0]
