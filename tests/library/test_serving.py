@@ -109,7 +109,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     (question(b"no image"), 422, "cannot be decoded"),
     ({"inputs": [{"image": "§"}]}, 422, "not base64"),
     ({"inputs": [{"text": "hello"}]}, 422, "reads images, not a text"),
-    ({"inputs": [{"text": "a", "image": "b"}]}, 422, "one of image, text and pair"),
+    ({"inputs": [{"text": "a", "image": "b"}]}, 422, "one of image, text, pair and words"),
     ({"inputs": []}, 422, "inputs: List should have at least 1 item"),
     (question(FILES[0], top=0), 422, "top"),
     (question(FILES[0], taks=["kind"]), 422, "taks: Extra inputs are not permitted"),
