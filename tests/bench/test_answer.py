@@ -13,6 +13,7 @@ from sidetuning_bench.language import answer
 LEGACY = Path(__file__).parents[1] / "legacy/0.1.0"
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_0_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(LEGACY)

@@ -122,6 +122,7 @@ def test_what_a_task_learned_first_amounts_to_is_found_in_the_right_run() -> Non
     assert cells == [("psp-0", False), ("psp-alone-0", True), ("features-0", False)]
 
 
+@pytest.mark.slow
 def test_alone_is_the_first_task_of_every_order(tiny_cifar: Path, tmp_path: Path) -> None:
     """A task learned `alone` is learned as in a run in which it comes first."""
 
@@ -161,6 +162,7 @@ def test_a_run_goes_on_with_its_own_data_alone(tiny_cifar: Path, tmp_path: Path)
     assert scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1), 3) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ewc", "independent"])
 @pytest.mark.parametrize("moment", ["append", "save", "done"])
 def test_a_run_that_ends_while_a_task_is_written(
@@ -193,6 +195,7 @@ def test_a_run_that_ends_while_a_task_is_written(
     assert tensors[0] == tensors[1]  # named by their content
 
 
+@pytest.mark.slow
 def test_every_grid_names_its_cells_apart_and_builds() -> None:
     for grid in compare.GRIDS:
         cells = list(compare.cells(on_icifar(grid=grid, seeds=2)))

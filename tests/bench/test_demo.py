@@ -12,6 +12,7 @@ from sidetuning.cli import main as sidetuning
 from sidetuning_bench.__main__ import main
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -32,6 +33,7 @@ def test_the_demo_ends_with_a_report(
     assert (tmp_path / "runs/demo/report.html").read_text() == page
 
 
+@pytest.mark.slow
 def test_the_quick_demo_learns_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -203,6 +203,7 @@ def changed(settings: Settings, **values: Any) -> Settings:
     return with_values(settings, values)
 
 
+@pytest.mark.slow
 def test_a_folder_of_taskonomy_trains(settings: Settings, tmp_path: Path) -> None:
     result = itaskonomy.run(settings)
     assert result.tasks == list(TASKS) and result.measures is not None and result.values is not None
@@ -219,6 +220,7 @@ def test_a_folder_of_taskonomy_trains(settings: Settings, tmp_path: Path) -> Non
     assert again.accuracy == result.accuracy and again.values == result.values
 
 
+@pytest.mark.slow
 def test_a_side_on_inner_maps_learns_at_either_schedule(settings: Settings) -> None:
     one = changed(settings, tasks=("reshading",), recipe="best")
     constant = itaskonomy.run(one)
@@ -247,6 +249,7 @@ def on(scenario: Any, **values: Any) -> compare.Settings:
     return with_values(compare.Settings(scenario), {"seeds": 1, **values})
 
 
+@pytest.mark.slow
 def test_fine_tuning_forgets_and_side_tuning_does_not(settings: Settings) -> None:
     two = changed(settings, tasks=("reshading", "normal"), method="finetune", epochs=4)
     result = itaskonomy.run(two)
@@ -255,6 +258,7 @@ def test_fine_tuning_forgets_and_side_tuning_does_not(settings: Settings) -> Non
     assert result.parameters[1] < result.shared_parameters / 10
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_kill_and_ends_the_same(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -360,6 +364,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "run_apart", lambda cell, work, bar: work(cell.settings))
 
 
+@pytest.mark.slow
 def test_compare_runs_dense_tasks_too(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_this_process(monkeypatch)
     folders = {"data": settings.source.data, "out": str(tmp_path / "grid"), "cache": settings.run.cache}
@@ -403,6 +408,7 @@ def test_transfer_draws_frames_anew_for_every_seed_and_knows_the_papers_side_and
     assert few.epochs * 4 == more.epochs * 8 == 400 * 16
 
 
+@pytest.mark.slow
 def test_frames_that_do_not_fit_into_memory_are_read_batch_by_batch(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,6 +445,7 @@ def plain(settings: Any, **values: Any) -> Any:
     return with_values(settings, values)
 
 
+@pytest.mark.slow
 def test_transfer_makes_a_table(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_this_process(monkeypatch)
     given = transfer.Settings(targets=("normal",), frames=(4, 16), methods=("features", "scratch"), steps=6)
@@ -504,6 +511,7 @@ def test_transfer_compares_methods_on_the_same_frames() -> None:
     assert "less" not in transfer.tables(runs[2:], ("normal",), (4,))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_forgotten_is_measured_when_learned_and_at_the_end(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,6 +555,7 @@ def test_every_part_of_the_default_comparisons_can_be_built() -> None:
     assert base.identity().sha256 == load_base("resnet-doom-curvature").identity().sha256  # which a comparison keeps
 
 
+@pytest.mark.slow
 def test_the_release_trains_at_its_size_and_at_another(weights: str, tmp_path: Path) -> None:
     """Twelve domains written as the release has them: 512 pixels, the split with its CR line ends, no masks."""
     from test_taskonomy import TINY
@@ -585,6 +594,7 @@ def test_the_release_trains_at_its_size_and_at_another(weights: str, tmp_path: P
         assert strip.size == (512, 512)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["independent", "scratch", "ewc", "psp", "pnn"])
 def test_other_methods_learn_dense_tasks(settings: Settings, method: str) -> None:
     two = changed(settings, tasks=("segment_semantic", "normal"), method=method, epochs=1)

@@ -101,6 +101,7 @@ def old(settings: Settings, **changes: Any) -> None:
         file.write_text(json.dumps({**content, **({"format_version": 1} if name == "run.json" else {})}))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_older_than_the_choice_is_found_and_not_mixed(small: Path, tmp_path: Path) -> None:
     given = settings_of(small, tmp_path / "old", epochs=1.0)
     old(given, merge="alpha")

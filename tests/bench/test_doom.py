@@ -60,6 +60,7 @@ def level(*rooms: tuple[int, int, int], sky: bool = False) -> DoomMap:
     return DoomMap.of(vertices, np.array(lines, LINE), np.array(sides, SIDE), np.array(sectors, SECTOR))
 
 
+@pytest.mark.slow
 def test_a_room_of_known_size() -> None:
     view = level((1000, 0, 200)).look(200, 0, 60, 0, CAMERA)
     middle = CAMERA.size // 2

@@ -20,6 +20,7 @@ def work(settings: str) -> tuple[str, int]:
     return settings, os.getpid()
 
 
+@pytest.mark.slow
 def test_cells_run_apart_and_finished_ones_are_read(tmp_path: Path) -> None:
     cells = [Cell(name, tmp_path / name, name) for name in ("done", "new", "killed", "never")]
     found = run(cells, work, lambda cell: ("read", 0) if cell.name == "done" else None, progress=False)

@@ -89,6 +89,7 @@ def test_a_run_writes_what_it_did(run: Path) -> None:
     assert rows[1]["accuracy"][0] == rows[0]["accuracy"][0], "the first task was forgotten"
 
 
+@pytest.mark.slow
 def test_the_same_command_again_changes_nothing(run: Path, tiny_cifar: Path) -> None:
     before, metrics = hashes(run), (run / "metrics.jsonl").read_text()
     times = {f: f.stat().st_mtime_ns for f in run.rglob("side.*")}
@@ -99,12 +100,14 @@ def test_the_same_command_again_changes_nothing(run: Path, tiny_cifar: Path) -> 
     assert "classes-10-19" in done.stdout
 
 
+@pytest.mark.slow
 def test_another_seed_in_the_same_folder_is_refused(run: Path, tiny_cifar: Path) -> None:
     before = hashes(run)
     one_sentence(sidetuning(*icifar(tiny_cifar, run, run.parent / "cache", "--seed", 1)), "seed 0 (now 1)", "--out")
     assert hashes(run) == before
 
 
+@pytest.mark.slow
 def test_predict_asks_every_task(run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (48, 40), (200, 30, 30)).save(tmp_path / "red.png")
     done = sidetuning("predict", run, tmp_path / "red.png")
@@ -128,6 +131,7 @@ def test_photographs_are_turned_upright_and_deep_ones_keep_their_grey(tmp_path: 
     assert (decode_image(tmp_path / "deep.png") == 128).all()
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(run: Path, tiny_cifar: Path, tmp_path: Path) -> None:
     cache = run.parent / "cache"
     one_sentence(sidetuning(*icifar(tmp_path / "nowhere", tmp_path / "a", cache)), "nowhere", "does not exist")
@@ -147,12 +151,14 @@ def test_mistakes_are_one_sentence(run: Path, tiny_cifar: Path, tmp_path: Path) 
     one_sentence(sidetuning(*icifar(tiny_cifar, tmp_path / "file" / "run", cache)), "cannot be written to")
 
 
+@pytest.mark.slow
 def test_a_setting_that_the_method_does_not_read_cannot_be_given(tiny_cifar: Path, tmp_path: Path) -> None:
     done = sidetuning("bench", "icifar", "psp", "--data", tiny_cifar, "--out", tmp_path / "run", "--merge", "alpha")
     assert done.returncode == 2 and "--merge" in done.stderr and "icifar sidetune" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_row_that_was_lost_is_said(run: Path, tiny_cifar: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
@@ -160,6 +166,7 @@ def test_a_row_that_was_lost_is_said(run: Path, tiny_cifar: Path, tmp_path: Path
     one_sentence(done, "metrics.jsonl is damaged", "classes-0-9")
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(run: Path, tiny_cifar: Path, small_disk: Callable[[str], Path]) -> None:
     """First the cache does not fit, then the tasks, then all goes on to the same weights as on a large disk."""
     folder = small_disk("300k")

@@ -110,6 +110,7 @@ def test_a_timm_model_is_a_base_of_agents(tmp_path: Path) -> None:
         map_base("resnet44-cifar10", None, 32)
 
 
+@pytest.mark.slow
 def test_cloning_in_habitat(habitat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its command, from trajectories of version 0.1.0; and mistakes are found before anything is learned."""
     pytest.importorskip("minari")

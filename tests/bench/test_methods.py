@@ -170,6 +170,7 @@ def test_methods_that_do_not_use_features_ignore_them() -> None:
         assert torch.equal(other, method(x, "a")) == (not method.uses_features), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["conv", "sequence"])
 def test_threads_get_their_own_answers(kind: str) -> None:
     """Four threads ask every method for different tasks of different inputs at once."""

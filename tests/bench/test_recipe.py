@@ -61,6 +61,7 @@ def test_the_recipe_sets_what_it_needs_and_refuses_what_contradicts_it() -> None
         with_values(icifar.Settings(), {"stages": 3})
 
 
+@pytest.mark.slow
 def test_a_run_answers_by_the_mean_over_mirror_images(tiny_cifar: Path, tmp_path: Path) -> None:
     values = {"data": str(tiny_cifar), "out": str(tmp_path / "run"), "cache": str(tmp_path / "cache"), "tasks": 2}
     settings = with_values(icifar.Settings(), {**values, **icifar.BEST, "samples": 256, "progress": False})

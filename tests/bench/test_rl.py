@@ -211,6 +211,7 @@ def test_runs_of_version_0_1_0_that_call_the_side_alone_scratch_are_read_and_nev
         assert Result(method=method, seed=0, settings=known, **numbers, **outcomes).method == name
 
 
+@pytest.mark.slow
 def test_learning_and_playing_in_habitat(
     habitat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ class Settings:
     rate: float = 0.1
 
 
+@pytest.mark.slow
 def test_memory_is_counted_anew() -> None:
     """In a process of its own: of a large one, which has run other tests, the system may put pages away meanwhile."""
     code = (

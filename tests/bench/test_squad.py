@@ -39,6 +39,7 @@ def settings_for(folder: Path, questions: Path, encoder: Path, values: Mapping[s
     return squad.settings_of({**small, **values})
 
 
+@pytest.mark.slow
 def test_a_side_learns_to_answer_and_can_be_asked(
     questions_folder: Path,
     encoder: Path,
@@ -166,6 +167,7 @@ def test_the_ladder_reads_layers_spread_up_to_the_last(encoder: Path, tmp_path: 
         assert squad.taps_of(settings) == ["embeddings", *(f"encoder.layer.{i}" for i in layers)]
 
 
+@pytest.mark.slow
 def test_a_distilled_side_starts_near_the_base(questions_folder: Path, encoder: Path, tmp_path: Path) -> None:
     values = {"width": 32, "epochs": 0.1, "lr": 1e-6, "test_questions": 3, "side": "slim"}
     values |= {"init": "distilled", "distill_epochs": 8.0}

@@ -90,6 +90,7 @@ def learned(digits: Path, cache: Path, **options: Any) -> tuple[st.SideTuner, st
     return model, result, said
 
 
+@pytest.mark.slow
 def test_a_task_is_learned_without_options(digits: Path, tmp_path: Path) -> None:
     first: list[float] = []
 

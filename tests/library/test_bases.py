@@ -102,6 +102,7 @@ def test_image_models_of_transformers_are_given_what_they_were_trained_with(tmp_
         st.load_base(f"hf:{tmp_path / 'sound'}")
 
 
+@pytest.mark.slow
 def test_onnx_session(tmp_path: Path) -> None:
     net = conv_net().eval()
     path = tmp_path / "net.onnx"
@@ -193,6 +194,7 @@ def test_a_file_that_is_no_onnx_file_is_said(content: bytes, tmp_path: Path) -> 
         st.load_base(f"onnx:{tmp_path / 'n.onnx'}")
 
 
+@pytest.mark.slow
 def test_onnx_runtime_tells_nobody(tmp_path: Path) -> None:
     write_onnx(tmp_path / "n.onnx")
     script = "import os, sys, sidetuning as st; st.load_base(sys.argv[1]); print(os.environ['ORT_DISABLE_TELEMETRY'])"
@@ -413,6 +415,7 @@ def test_a_damaged_example_of_a_file_is_refused(record: Any) -> None:
         example_from(record)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0", "repvit_m1", "mobilenetv3_small_050"])
 def test_weights_with_a_classifier_fit_whatever_the_classifier_is_called(name: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")

@@ -47,6 +47,7 @@ def test_the_solution_is_that_of_ridge_regression(size: int) -> None:
     assert result.rows == 400 and result.strength == 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", TARGETS)
 def test_it_learns_about_what_gradients_learn(problem: str) -> None:
     held = batches(TARGETS[problem], rows=slice(400, 600))

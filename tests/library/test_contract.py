@@ -33,6 +33,7 @@ def batch(kind: str) -> tuple[st.Input, Tensor]:
     return inputs(kind, 4, seed=3), torch.tensor([0, 1, 2, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "side"), PAIRS)
 def test_nothing_is_forgotten_whatever_is_learned_later(kind: str, side: str) -> None:
     x = inputs(kind)

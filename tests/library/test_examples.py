@@ -25,6 +25,7 @@ def test_every_example_is_known_and_short() -> None:
     assert not [name for name, text in files.items() if "sidetuning_bench" in text or "sidetuning." in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two_tasks", "cached_features"])
 def test_examples_of_two_tasks(name: str) -> None:
     accuracy = importlib.import_module(name).main(samples=32, epochs=1)

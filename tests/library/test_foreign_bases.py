@@ -76,6 +76,7 @@ def quantised_buffer(shift: float = 0.0) -> Any:
 KINDS = [half_weights, whole_weights, traced, scripted, frozen, exported, compiled, quantised_buffer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_they_work_completely(kind: Callable[..., Any], tmp_path: Path) -> None:
     x, y = torch.rand(4, 12), torch.arange(4) % 2

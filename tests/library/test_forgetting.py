@@ -39,6 +39,7 @@ def learned(folder: Path) -> tuple[st.SideTuner, st.data.TaskData]:
     return model, data
 
 
+@pytest.mark.slow
 def test_the_other_tasks_are_asked_on_a_copy_that_was_fine_tuned(digits: tuple[Path, Path]) -> None:
     model, data = learned(digits[0])
     new, rows = load(digits[1]), data.splits["validation"]

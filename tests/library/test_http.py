@@ -121,6 +121,7 @@ def test_ten_tasks_are_learned_and_each_text_is_sent_once(server: Server, tmp_pa
         st.load(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_again_and_again_loses_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     base = st.load_base(server.address)
     port, deaths = server.server_port, 0

@@ -285,6 +285,7 @@ def test_outputs_that_are_no_numbers_are_the_same_base_too() -> None:
     assert masked.identity() == masked.identity()
 
 
+@pytest.mark.slow
 def test_functions_have_one_name_in_every_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -208,6 +208,7 @@ def test_a_pickled_model_is_refused_where_its_file_was_changed(tmp_path: Path) -
         torch.load(file, weights_only=False)
 
 
+@pytest.mark.slow
 def test_an_onnx_base_is_the_same_in_every_process(tmp_path: Path) -> None:
     name = pictures(tmp_path, sizes=(2, None, None, 3))
     script = (

@@ -177,12 +177,14 @@ def in_a_clean_environment(wheels: list[zipfile.ZipFile], needed: set[str], fold
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
 def test_the_library_runs_where_nothing_else_is_installed(wheels: dict[str, zipfile.ZipFile], tmp_path: Path) -> None:
     wheel = wheels["sidetuning"]
     assert in_a_clean_environment([wheel], names(required(wheel)), tmp_path, "-c", ALONE).endswith("alone\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
 def test_both_packages_run_together_where_they_are_installed(
     wheels: dict[str, zipfile.ZipFile], tmp_path: Path

@@ -244,6 +244,7 @@ def check_threads(case: Case) -> None:
 CHECKS = [check_isolation, check_saved, check_cached, check_threads]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_it_holds(check: Any) -> None:
     drawn(15)(given(cases())(check))()

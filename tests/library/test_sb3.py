@@ -168,6 +168,7 @@ def test_other_numbers_reach_the_policy_and_entries_that_are_no_numbers_raise() 
         extractor({**seen, "rgb": 255 * seen["rgb"]})
 
 
+@pytest.mark.slow
 def test_any_base_and_any_side_make_an_extractor() -> None:
     space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 32, 32), np.uint8)})
     x = {"rgb": torch.rand(2, 3, 32, 32)}
@@ -249,6 +250,7 @@ def test_the_last_observation_of_an_episode_has_features_too() -> None:
     assert env.passes == 3 + 30 + 3
 
 
+@pytest.mark.slow
 def test_ppo_learns_with_a_side() -> None:
     """A learning test: far above chance, where ten answers of a random agent are right five times."""
     model = learner("sidetune", cached=True, envs=4, learning_rate=3e-3, rollout=32)

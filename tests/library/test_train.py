@@ -61,6 +61,7 @@ def test_a_model_folder_holds_both_tasks_and_nothing_else(place: Path) -> None:
     assert names == {"side.json", "side.safetensors", "training.json", "report.json", "report.html"}
 
 
+@pytest.mark.slow
 def test_what_forgetting_would_have_been_is_shown(
     place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def test_learning_curves_are_drawn_where_there_are_some() -> None:
     assert charts({**task, "attempts": [{**attempt, "curve": [0.5]}]}) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ("train", place / "round", "--base", "resnet44-cifar10", "--task", "round", "--out", tmp_path)
     with pytest.MonkeyPatch.context() as patch:
@@ -217,6 +219,7 @@ def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_texts_come_from_a_table_a_file_and_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,6 +184,7 @@ def test_a_run_with_other_batches_data_schedule_clip_or_loss_is_not_gone_on_with
     st.fit(model, "t", loader(), resume=tmp_path / "r", **first)
 
 
+@pytest.mark.slow
 def test_a_run_is_told_by_texts_that_are_the_same_in_every_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
