@@ -122,6 +122,30 @@ def test_the_readme_has_the_five_jobs_of_the_results(printed: Callable[[str], st
     assert min(rows, key=lambda row: int(row[1]))[0] == "sidetuning"
 
 
+def test_the_readme_has_sizes_and_costs_of_the_results(printed: Callable[[str], str]) -> None:
+    def result(name: str) -> Any:
+        return json.loads((ROOT / f"bench/records/results/{name}.json").read_text())
+
+    (table,) = re.findall(r"## Which side and merge\n\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    steps = result("cost")["milliseconds_per_step"]
+    assert f"{steps['first']:.0f} ms a step; {steps['live']:.0f} ms with the base" in table
+    dense = printed("compare itaskonomy")
+    ladder, match = (result(f"squad-epochs-{name}-0")["added"] for name in ("ladder", "sidetune-match"))
+    numbers = [f"{result('closed-form-0')['width_3800']['numbers']:,}", f"{ladder:,}", f"{match:,}"]
+    rows = printed("compare icifar --grid merge").splitlines()
+    small = next(row.split("|") for row in rows if "merge=mlp2 |" in row)
+    numbers += [dense.splitlines()[2].split("|")[6].strip()]
+    assert all(number in table for number in numbers), numbers
+    assert any(cell.strip() == "43,706" for cell in small) and "43,706" in table
+    solved = printed("closed-form").splitlines()[2].split("|")
+    assert f"{float(solved[4].split()[0]):.0f} s of one core" in table and f"{solved[2].split()[0]} %" in table
+    side, features = (float(dense.splitlines()[i].split("|")[8]) for i in (2, 4))
+    assert f"side {side:.0f} s, features alone {features:.0f} s a task" in table
+    costs = {line.split("|")[1].strip(): line.split("|") for line in printed("squad-cost").splitlines()}
+    for name in ("sidetune, match", "ladder"):
+        assert f"{costs[name][3].strip().rstrip('%')} % of LoRA's time" in table, name
+
+
 def test_the_load_on_a_server_is_that_of_its_result(printed: Callable[[str], str]) -> None:
     assert printed("serving-churn") in (ROOT / "docs/serve.md").read_text()
 
