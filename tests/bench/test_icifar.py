@@ -191,16 +191,16 @@ def newest(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_do_not_change_the_result(tiny_cifar: Path, tmp_path: Path) -> None:
+def test_five_kills_at_random_moments_do_not_change_the_result(tiny_cifar: Path, tmp_path: Path) -> None:
     more = ("--save-every", 0.0)
     whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "killed-cache"
-    done = sidetuning(*icifar(tiny_cifar, whole, tmp_path / "cache", *more, samples=9600))
+    done = sidetuning(*icifar(tiny_cifar, whole, tmp_path / "cache", *more, samples=6400))
     assert done.returncode == 0, done.stderr
     rng, hit = random.Random(0), []
-    for watched in (cache, *[killed / "resume"] * 9):  # while the base runs, then in the midst of training
+    for watched in (cache, *[killed / "resume"] * 4):  # while the base runs, then in the midst of training
         before = newest(watched)
         process = subprocess.Popen(
-            [*CLI, *map(str, icifar(tiny_cifar, killed, cache, *more, samples=9600))],
+            [*CLI, *map(str, icifar(tiny_cifar, killed, cache, *more, samples=6400))],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -211,8 +211,8 @@ def test_ten_kills_at_random_moments_do_not_change_the_result(tiny_cifar: Path, 
             process.kill()
             hit.append(watched.name)
         process.wait()
-    assert len(hit) == 10, f"only {len(hit)} of ten kills hit a running process"
-    done = sidetuning(*icifar(tiny_cifar, killed, cache, *more, samples=9600))
+    assert len(hit) == 5, f"only {len(hit)} of five kills hit a running process"
+    done = sidetuning(*icifar(tiny_cifar, killed, cache, *more, samples=6400))
     assert done.returncode == 0, done.stderr
     assert len(hashes(whole)) == 2 and hashes(killed) == hashes(whole)
     assert json.loads((killed / "matrix.json").read_text()) == json.loads((whole / "matrix.json").read_text())
