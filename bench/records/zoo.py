@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ class Settings:
     """Try the models whose names contain this, and record nothing."""
     batch: int = 8
     """Models per process."""
+    processes: int = 2
+    """Processes at a time, of one thread each."""
 
 
 class Trial:
@@ -360,7 +364,10 @@ def try_models(names: Sequence[str], root: Path) -> dict[str, dict[str, Any]]:
             begun = [name for name in left if _read(root, name) != before[name]]
             dead = left.index(begun[-1]) if begun else 0
             left = left[dead + 1 :]
-    return {name: _read(root, name) or {} for name in names}
+    found = {name: _read(root, name) or {} for name in names}
+    # The weights of all models together would fill a disk.
+    shutil.rmtree(root, ignore_errors=True)
+    return found
 
 
 def _read(root: Path, name: str) -> dict[str, Any] | None:
@@ -376,16 +383,21 @@ def run(given: Settings) -> None:
     left = [name for name in names if given.only in name and name not in rows]
     # Small and large ones in turn: a sweep that was stopped has seen some of each.
     left.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    for first in range(0, len(left), given.batch):
-        with tempfile.TemporaryDirectory() as folder:
-            found = try_models(left[first : first + given.batch], Path(folder))
-        rows.update(found)
-        for name, row in found.items():
-            cells: dict[str, str] = dict(row["cells"])
-            faults = {cell: text for cell, text in cells.items() if text != "right"}
-            print(name, faults or "right", flush=True)
-        if not given.only:
-            write("zoo", {"seed": SEED, "rows": {name: rows[name] for name in names if name in rows}})
+    batches = [left[first : first + given.batch] for first in range(0, len(left), given.batch)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.processes) as pool:
+        places = [Path(folder, str(number)) for number in range(len(batches))]
+        try:
+            for found in pool.map(try_models, batches, places):
+                rows.update(found)
+                for name, row in found.items():
+                    cells: dict[str, str] = dict(row["cells"])
+                    faults = {cell: text for cell, text in cells.items() if text != "right"}
+                    print(name, faults or "right", flush=True)
+                if not given.only:
+                    write("zoo", {"seed": SEED, "rows": {name: rows[name] for name in names if name in rows}})
+        finally:
+            # Whoever stops it does not wait for those that were not begun.
+            pool.shutdown(cancel_futures=True)
 
 
 def table(given: Settings) -> str:
