@@ -80,7 +80,8 @@ def saved_tasks(path: str | Path) -> dict[str, tuple[Path, SavedTask]]:
     path = Path(path)
     folders = [path] if (path / CONFIG).exists() else task_folders(path)
     if not folders:
-        raise ArtifactError(f"{path} holds no saved task ({CONFIG}); give a model folder, or the folder of a task")
+        what = f"holds no saved task ({CONFIG})" if path.exists() else "does not exist"
+        raise ArtifactError(f"{path} {what}; give a model folder, or the folder of a task")
     read = {folder: read_task(folder) for folder in folders}
     return {task[0]["task"]: (folder, task) for folder, task in read.items()}
 

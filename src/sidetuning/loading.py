@@ -137,7 +137,8 @@ def load(path: str | Path, *, base: Base | None = None, max_tasks_in_memory: int
         other = next((f for f in (path, path / "tasks") if (f / "method.json").exists()), None)
         if other is not None:
             raise ArtifactError(f"{other} holds tasks of another method than side-tuning; load them with load_method")
-        raise ArtifactError(f"{path} holds no saved task ({CONFIG}); give the folder of a task or of a run")
+        what = f"holds no saved task ({CONFIG})" if path.exists() else "does not exist"
+        raise ArtifactError(f"{path} {what}; give the folder of a task or of a run")
     first = 1 if base is None else 0
     waiting = {folder: read_task(folder) for folder in (folders if max_tasks_in_memory is None else folders[:first])}
     if base is None:

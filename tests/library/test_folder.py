@@ -136,3 +136,10 @@ def test_a_folder_that_another_process_works_in_is_left_alone(tmp_path: Path) ->
     model_folder(tmp_path)
     with held_folder(tmp_path), pytest.raises(st.ArtifactError, match="another process works in"):
         folder.remove(tmp_path, "age")
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(st.ArtifactError, match="gone does not exist; give the folder"):
+        st.load(tmp_path / "gone")
+    with pytest.raises(st.ArtifactError, match="holds no saved task"):
+        st.load(tmp_path)
