@@ -40,9 +40,9 @@ def copied(tmp_path: Path, *parts: str) -> Path:
     return tmp_path
 
 
-def same_machine() -> bool:
-    """Whether sums are made of the same bits here as they were."""
-    made = json.loads((ROOT / "about.json").read_text())
+def same_machine(root: Path = ROOT) -> bool:
+    """Whether sums are made of the same bits here as they were where `root` was made."""
+    made = json.loads((root / "about.json").read_text())
     capability = torch.backends.cpu.get_cpu_capability()
     return (made["packages"]["torch"], made["cpu_capability"]) == (torch.__version__.partition("+")[0], capability)
 
@@ -79,9 +79,9 @@ def input_of(tensors: Mapping[str, Tensor]) -> st.Input:
     return parts or tensors["x"]
 
 
-def equal(found: Tensor, expected: Tensor) -> bool:
-    """Bitwise on a machine like that which wrote it, else within rounding."""
-    if same_machine():
+def equal(found: Tensor, expected: Tensor, root: Path = ROOT) -> bool:
+    """Bitwise on a machine like that which wrote `root`, else within rounding."""
+    if same_machine(root):
         return torch.equal(found, expected)
     return torch.allclose(found.double(), expected.double(), atol=1e-4, rtol=1e-3)
 

@@ -108,7 +108,10 @@ def caches() -> dict[str, Tensor]:
 def writer() -> dict[str, Tensor]:
     """A decoder with tasks that write."""
     network("gpt2").save_pretrained("decoder")
-    made = learned(st.load_base("hf:decoder", taps=["h.0", "h.1", "h.2"]))
+    base = st.load_base("hf:decoder", taps=["h.0", "h.1", "h.2"])
+    # It would name a folder of this machine.
+    base.spec = None
+    made = learned(base)
     made.save("writer")
     found = {"ids": IDS}
     for task in made.tasks:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,29 +12,19 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import sidetuning as st
-from legacy_cases import hashes
+from legacy_cases import equal, hashes
 from sidetuning.report import write_report
 
 ROOT = Path(__file__).parents[1] / "legacy/0.2.0"
-ABOUT = json.loads((ROOT / "about.json").read_text())
 EXPECTED = load_file(ROOT / "expected.safetensors")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads add in another order than the one that was used."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def same(found: Tensor, name: str) -> bool:
-    """Bitwise on a machine like that which wrote it, else within rounding."""
-    expected, here = EXPECTED[name], torch.__version__.partition("+")[0]
-    if (ABOUT["packages"]["torch"], ABOUT["cpu_capability"]) == (here, torch.backends.cpu.get_cpu_capability()):
-        return torch.equal(found, expected)
-    return torch.allclose(found.double(), expected.double(), atol=1e-4, rtol=1e-3)
+    """Whether a tensor is what 0.2.0 made."""
+    return equal(found, EXPECTED[name], ROOT)
 
 
 def test_a_model_folder_with_sums_and_routes() -> None:
