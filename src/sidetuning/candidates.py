@@ -180,6 +180,8 @@ class _Shared:
         self.cached = cached
         # Those of solutions; None while they are collected.
         self.sums: dict[str, Sums | None] = {}
+        # The transform of a task that was solved, which tells the size of the images.
+        self.transforms: dict[str, Any] = {}
         self.read: dict[Any, tuple[Any, Generators, list[tuple[Tensor, int]]]] = {}
 
     def __len__(self) -> int:
@@ -311,11 +313,13 @@ class _Turn:
             known[self.kin] = None
             try:
                 known[self.kin] = sums_of(model, name, loader, strength)
+                self.shared.transforms[self.kin] = branch.transform
             finally:
                 if known[self.kin] is None:
                     del known[self.kin]
         sums = known[self.kin]
         assert sums is not None
+        branch.transform = self.shared.transforms[self.kin]
         with torch.no_grad():
             settle(branch, last_linear(branch, name), sums, strength)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sidetuning.inputs import globals_of
 from sidetuning.probe import same_summary
 
 # Types of attributes that may change what a module computes, such as the number of its heads.
@@ -21,6 +25,8 @@ PLAIN = (int, float, str, bool, tuple, type(None))
 TORCHS = frozenset(vars(nn.Module()))
 # Types of torch whose values have names.
 NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.qscheme)
+# What draws random numbers: its state moves, and says nothing of what its owner is.
+RANDOM = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 @dataclass(frozen=True)
@@ -163,12 +169,14 @@ def _scripts(module: nn.Module, item: int) -> list[tuple[str, Any]]:
     return [(name, (code[0], code[1].const_mapping)[item]) for name, code in codes]
 
 
-def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module]) -> str:
+def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], known: frozenset[int] = frozenset()) -> str:
     """sha256 over what outputs depend on beside weights: classes, plain attributes, code, and what it closes over.
 
     A new version of a network's package may change it; then cached features are computed again.
     """
     digest = hashlib.sha256()
+    # Of these only the class counts where they are met again, as in a method that was replaced.
+    known |= {id(part) for module in modules for part in module.modules()}
     for module in modules:
         module = getattr(module, "_orig_mod", module)
         digest.update(str(getattr(module, "config", "")).encode())
@@ -180,9 +188,10 @@ def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module]) -> s
             own = vars(type(part)).get("forward")
             own = own if own is not None or isinstance(part, torch.jit.ScriptModule) else type(part).forward
             own = own if isinstance(own, FunctionType) else None
-            digest.update(f"{name} {content_sha256([type(part).__qualname__, state, unsaved, own], 4)}".encode())
+            found = [type(part).__qualname__, state, unsaved, own]
+            digest.update(f"{name} {content_sha256(found, 4, known)}".encode())
     if not isinstance(net, nn.Module):
-        digest.update(content_sha256(net).encode())
+        digest.update(content_sha256(net, known=known).encode())
     return digest.hexdigest()
 
 
@@ -234,30 +243,38 @@ def _dense(tensor: Tensor) -> list[Tensor]:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """A callable's name, with a hash of its code and of all that it holds: many have one name, or none."""
+    """A callable's name, with a hash of its code and of all that it holds and reads: many have one name, or none."""
     if isinstance(function, partial):
         return f"{function_name(function.func)}#{content_sha256((function.args, function.keywords))}"
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     plain = getattr(function, "__module__", None) and getattr(function, "__closure__", None) is None
     builtin = getattr(function, "__code__", None) is None and hasattr(function, "__name__")
-    return str(name) if builtin and plain else f"{name}#{content_sha256(function)}"
+    if builtin and plain:
+        return str(name)
+    read = globals_of(function)
+    return f"{name}#{content_sha256((function, read) if read else function)}"
 
 
-def content_sha256(value: Any, depth: int = 6) -> str:
+def content_sha256(value: Any, depth: int = 6, known: frozenset[int] = frozenset()) -> str:
     """sha256 over what a value is: the same in every process, and another for another value.
 
-    Of functions that is their code, defaults and what they close over; of objects their class and state.
+    Of functions that is their code, defaults and what they close over; of objects their class and state; of modules
+    their weights and structure, but for those in `known`, by their `id`, which are hashed elsewhere.
     """
     digest = hashlib.sha256(type(value).__qualname__.encode())
-    for part in _parts(value) if depth else ():
-        digest.update(part if isinstance(part, bytes) else content_sha256(part, depth - 1).encode())
+    for part in _parts(value, known) if depth else ():
+        digest.update(part if isinstance(part, bytes) else content_sha256(part, depth - 1, known).encode())
     return digest.hexdigest()
 
 
-def _parts(value: Any) -> list[Any]:
+def _parts(value: Any, known: frozenset[int]) -> list[Any]:
     """Bytes, and values within, that say what a value is."""
     if isinstance(value, Tensor):
         return [f"{tuple(value.shape)} {value.dtype}".encode(), tensor_bytes(value).numpy().tobytes()]
+    if isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value)
+        content = array.tolist() if array.dtype.hasobject else array.tobytes()
+        return [f"{array.shape} {array.dtype}".encode(), content]
     if isinstance(value, (*PLAIN, *NAMED, bytes, complex)) and not isinstance(value, tuple):
         return [repr(value).encode()]
     if isinstance(value, CodeType):
@@ -265,18 +282,40 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return list(value)
     if isinstance(value, (set, frozenset)):
-        return sorted(content_sha256(item).encode() for item in value)
+        return sorted(content_sha256(item, known=known).encode() for item in value)
     if isinstance(value, Mapping):
         return [part for key in sorted(value, key=str) for part in (str(key), value[key])]
     if isinstance(value, nn.Module):
-        # Its weights are hashed elsewhere.
-        return [type(value).__qualname__]
+        name = type(value).__qualname__
+        return [name] if id(value) in known else [name, weights_sha256(value, [value], ()), _structure(value, known)]
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         return [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return [f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}".encode()]
+    if isinstance(value, (type, *RANDOM)) or not hasattr(value, "__dict__"):
+        return _built_in(value)
     called = vars(type(value)).get("__call__")
     return [type(value).__qualname__, vars(value), called if isinstance(called, FunctionType) else None]
+
+
+def _structure(module: nn.Module, known: frozenset[int]) -> str:
+    return structure_sha256(module, [module], known)
+
+
+def _built_in(value: Any) -> list[Any]:
+    """What says what an object without attributes is: its name, or what a copy of it would be made from."""
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}".encode()
+    if isinstance(value, (type, *RANDOM)) or isinstance(getattr(value, "__self__", None), ModuleType):
+        return [name]
+    try:
+        reduce = copyreg.dispatch_table.get(type(value))
+        made = value.__reduce_ex__(2) if reduce is None else reduce(value)
+    except Exception:
+        # A lock, for example, of which there are no copies.
+        return [name]
+    if isinstance(made, str):
+        return [name]
+    return [list(part) if isinstance(part, Iterator) else part for part in made[1:]]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from itertools import chain
+from logging import Logger
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ Input = Tensor | Mapping[str, Any]
 IMAGES = ("x", "pixel_values")
 # What a network keeps of an earlier part of the same text.
 STATE = ("cache", "past_key_values", "past_key_value", "cache_params", "mems", "state", "past_buckets_states")
+# The method of objects that are called.
+CALL = "__call__"
 # Numbers of an example that are written down with it, at most.
 WRITTEN = 4096
 
@@ -177,7 +182,7 @@ def map_input(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:
 
 
 def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
-    """The modules that a callable runs: itself, a method's owner, what a partial, an object or a closure holds."""
+    """The modules that a callable runs: itself, a method's owner, what a partial, an object or a function holds."""
     if isinstance(net, nn.Module):
         return [net]
     if depth == 0 or net is None or isinstance(net, (Tensor, str, bytes, int, float, type)):
@@ -186,11 +191,36 @@ def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
     if isinstance(net, partial):
         held += [net.func, *net.args, *net.keywords.values()]
     held += [cell.cell_contents for cell in getattr(net, "__closure__", None) or () if _filled(cell)]
+    held += globals_of(net).values()
     held += net if isinstance(net, (list, tuple)) else []
     held += net.values() if isinstance(net, dict) else []
     held += vars(net).values() if hasattr(net, "__dict__") and not callable(getattr(net, "fingerprint", None)) else []
     found = {id(module): module for thing in held for module in modules_of(thing, depth - 1)}
     return list(found.values())
+
+
+def globals_of(function: Any, seen: frozenset[Any] = frozenset()) -> dict[str, Any]:
+    """What a function reads of its module by name: a network, numbers, functions of that module, and what these read.
+
+    Packages, classes, and functions of other modules are known by their names, which the code holds.
+    """
+    function = getattr(function, "__func__", function)
+    function = function if isinstance(function, FunctionType) else getattr(type(function), CALL, None)
+    if not isinstance(function, FunctionType) or function in seen or function.__module__.startswith("torch."):
+        return {}
+    codes, names = [function.__code__], set[str]()
+    for code in codes:
+        names.update(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    found: dict[str, Any] = {}
+    for name in sorted(names & function.__globals__.keys()):
+        value = function.__globals__[name]
+        near = not isinstance(value, FunctionType) or value.__module__ == function.__module__
+        if near and not isinstance(value, (ModuleType, type, Logger)):
+            found[name] = value
+            further = globals_of(value, seen | {function}) if isinstance(value, FunctionType) else {}
+            found |= {f"{name}.{key}": inner for key, inner in further.items()}
+    return found
 
 
 def original(module: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import sidetuning as st
@@ -22,8 +22,11 @@ from conftest import conv_base, map_base, mlp_base
 from sidetuning import cache
 from sidetuning.files import signed
 
-# Calls of an augmentation; what it closes over would be part of the cache's name.
-CALLS: list[int] = []
+
+class Calls:
+    """Calls of an augmentation; what it closes over, or reads of its module, would be part of the cache's name."""
+
+    count = 0
 
 
 class Toy(Dataset[tuple[Tensor, int]]):
@@ -156,6 +159,54 @@ def test_a_view_is_drawn_at_random_unless_named(tmp_path: Path) -> None:
     assert len(draws.unique(dim=0)) == 4
 
 
+def test_augment_without_views_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(st.CacheError, match="give views=2 or more, or leave augment= out"):
+        fill(tmp_path, augment=noise)
+
+
+FACTOR = {"now": 1.0}
+
+
+class Scaled(nn.Module):
+    """What it computes is in no weight, attribute or line of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FACTOR["now"] * self.linear(x)
+
+
+def test_a_network_that_computes_something_else_with_equal_weights_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    net, data, folders = Scaled(), TensorDataset(torch.randn(5, 12), torch.arange(5)), []
+    for factor in (1.0, 2.0, 1.0, 3.0, 2.0):
+        FACTOR["now"] = factor
+        base = st.Base(net, example=torch.zeros(1, 12))
+        cached = st.cache_features(base, data, tmp_path, progress=False)
+        assert torch.allclose(cached.__getitems__(range(5))[1].out, base(data.tensors[0]).out)
+        folders.append(cached.folder)
+    assert folders[0] == folders[2] and folders[1] == folders[4] and len(set(folders)) == 3
+
+
+class Transformed(Dataset[Any]):
+    """A common form of a data set: tensors, and what is done with them."""
+
+    def __init__(self, shift: float) -> None:
+        self.tensors, self.shift = (torch.arange(60.0).view(5, 12), torch.arange(5)), shift
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.tensors[0][row] + self.shift, self.tensors[1][row]
+
+
+def test_what_a_data_set_does_with_its_tensors_counts(tmp_path: Path) -> None:
+    first, other = (fill(tmp_path, data=Transformed(shift), identity=None) for shift in (0.0, 1.0))
+    assert torch.equal(other[0][0], first[0][0] + 1)
+
+
 def test_views_need_augment(tmp_path: Path) -> None:
     with pytest.raises(st.CacheError, match="augment="):
         fill(tmp_path, views=2)
@@ -167,11 +218,11 @@ def test_a_killed_writer_goes_on_without_reading_what_is_done(
 ) -> None:
     monkeypatch.setattr(cache.features, "CHUNK", 4)
     base, data = mlp_base(), Toy(10, fail_at=6 if part == "data set" else None)
-    CALLS.clear()
+    Calls.count = 0
 
     def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-        CALLS.append(1)
-        if part == "augment" and len(CALLS) == 2:
+        Calls.count += 1
+        if part == "augment" and Calls.count == 2:
             raise RuntimeError("killed")
         return noise(x, generator)
 
@@ -233,7 +284,7 @@ def test_a_read_only_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("views", "dtype"), [(1, "float32"), (3, "float32"), (2, "float16")])
 def test_cache_bytes_is_what_the_fields_take(views: int, dtype: str, tmp_path: Path) -> None:
     base = mlp_base(("0",))
-    cached = fill(tmp_path, base, views=views, augment=noise, dtype=dtype)
+    cached = fill(tmp_path, base, views=views, augment=noise if views > 1 else None, dtype=dtype)
     on_disk = sum((cached.folder / name).stat().st_size for name in cached.fields)
     assert st.cache_bytes(base, Toy(), views, dtype) == on_disk > 0
 

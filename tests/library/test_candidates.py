@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,29 @@ def test_cached_texts_are_swept_too(text_base: st.Base, tmp_path: Path) -> None:
     ]
     result = st.sweep(text_base, cached, wanted, validation=cached, batch_size=8, progress=False)
     assert all(trial.error is None for trial in result.trials) and result.best.scores["samples"] == 24
+
+
+def test_customers_with_rows_of_their_own_are_solved_from_these(data: Any) -> None:
+    base, cached, held = data
+    wanted = [
+        st.Candidate("first", LINEAR, solve=True, indices=range(100)),
+        st.Candidate("second", LINEAR, solve=True, indices=range(100, 200)),
+        st.Candidate("turned", LINEAR, solve=True, indices=range(100), relabel=partial(torch.sub, 2)),
+        st.Candidate("listed", LINEAR, solve=True, indices=torch.arange(100, 200).numpy()),  # type: ignore[arg-type]
+    ]
+    result = st.sweep(base, cached, wanted, validation=held, batch_size=32, progress=False)
+    for candidate in wanted:
+        expected = alone(base, cached, candidate)
+        found = result.model[candidate.name].state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), candidate.name
+
+
+def test_solutions_that_share_sums_know_the_size_of_their_images(tmp_path: Path) -> None:
+    base = st.load_base("resnet44-cifar10")
+    images = TensorDataset(torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8), torch.arange(20) % 3)
+    cached = st.cache_features(base, images, tmp_path, progress=False)
+    wanted = [st.Candidate(f"s{k}", LINEAR, solve=True, strength=10.0**k) for k in range(3)]
+    model = st.sweep(base, cached, wanted, validation=cached, progress=False).model
+    for task in model.tasks:
+        transform: Any = model[task].transform
+        assert transform.size == (40, 40)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import sidetuning as st
 from conftest import conv_net, inputs
+from sidetuning.identity import content_sha256, function_name
 
 
 def timm_base(**options: Any) -> st.Base:
@@ -297,3 +302,97 @@ def test_functions_have_one_name_in_every_process(tmp_path: Path) -> None:
     )
     found = {subprocess.check_output([sys.executable, str(script)], text=True) for _ in range(3)}
     assert len(found) == 1 and " at 0x" not in found.pop()
+
+
+def seeded_linear(number: int) -> nn.Module:
+    with st.seeded(number):
+        return nn.Linear(3, 2)
+
+
+def calling(number: int) -> Any:
+    module = seeded_linear(number)
+    return lambda x: module(x)
+
+
+class Slotted:
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        range,
+        np.int64,
+        np.arange,
+        lambda n: np.array([{"n": n}], dtype=object),
+        slice,
+        Slotted,
+        lambda n: Path(str(n)),
+        lambda n: re.compile(str(n)),
+        lambda n: deque([n]),
+        lambda n: partial(max, n),
+        lambda n: torch.arange(5)[n:].__getitem__,
+        seeded_linear,
+        calling,
+        lambda n: nn.CrossEntropyLoss(label_smoothing=n / 10),
+        lambda n: nn.Dropout(n / 10),
+    ],
+)
+def test_values_of_every_type_have_hashes_of_their_own(make: Callable[[int], Any]) -> None:
+    for wrapped in (lambda value: value, lambda value: [value], lambda value: lambda x: (value, x)):
+        first, again, other = (content_sha256(wrapped(make(n))) for n in (1, 1, 2))
+        assert first == again != other
+
+
+def test_modules_that_hold_each_other_have_a_hash() -> None:
+    class Holds(nn.Module):
+        def __init__(self, other: Any) -> None:
+            super().__init__()
+            self.call = lambda x: other[0](x)
+
+    one: list[nn.Module] = []
+    two = [Holds(one)]
+    one.append(Holds(two))
+    assert content_sha256(two[0]) == content_sha256(two[0])
+
+
+SHIFT = 1.0
+
+
+def shifted(out: torch.Tensor) -> torch.Tensor:
+    return moved(out)
+
+
+def moved(out: torch.Tensor) -> torch.Tensor:
+    return out + SHIFT
+
+
+def test_what_a_function_reads_of_its_module_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = function_name(shifted)
+    assert function_name(shifted) == first
+    monkeypatch.setitem(globals(), "SHIFT", 2.0)
+    assert function_name(shifted) != first
+
+
+BACKBONE = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+
+def by_name(x: torch.Tensor) -> torch.Tensor:
+    return encoded(x)
+
+
+def encoded(x: torch.Tensor) -> torch.Tensor:
+    return BACKBONE(x)
+
+
+def test_the_network_that_a_function_knows_by_name_is_frozen_and_hashed() -> None:
+    base = st.Base(by_name, example=torch.randn(2, 4))
+    assert not BACKBONE.training and not any(p.requires_grad for p in BACKBONE.parameters())
+    assert base.parameter_count() == sum(p.numel() for p in BACKBONE.parameters())
+    before = base.identity().sha256
+    with torch.no_grad():
+        next(BACKBONE.parameters()).add_(1)
+    assert base.identity().sha256 != before

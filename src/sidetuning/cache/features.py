@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from sidetuning.base import Base, Features
 from sidetuning.cache.store import Put, Store, fields_of, folder_of
@@ -99,6 +107,8 @@ def cache_features(
     """
     if views > 1 and augment is None:
         raise CacheError(f"{views} views of each sample need augment=, a function of a batch and a generator")
+    if views < 2 and augment is not None:
+        raise CacheError("augment= makes all views but the first; give views=2 or more, or leave augment= out")
     if dtype not in ("float32", "float16"):
         raise CacheError(f"features are kept as float32 or float16, not {dtype}")
     if len(dataset) == 0:  # type: ignore[arg-type]
@@ -155,7 +165,9 @@ def data_identity(dataset: Dataset[Any]) -> str:
         return str(own() if callable(own) else own)
     n = len(dataset)  # type: ignore[arg-type]
     digest = hashlib.sha256(f"{n}".encode())
-    tensors = getattr(dataset, "tensors", None)
+    # A data set that does something with its tensors is not told by them.
+    plain = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
+    tensors: Any = dataset.tensors if plain else None  # type: ignore[attr-defined]
     if tensors is None:
         _first_of(dataset)
         rows = sorted({round(i * (n - 1) / 255) for i in range(256)}) if n > 256 else range(n)
@@ -226,7 +238,10 @@ def loader_over(
     sampler = RandomSampler(rows) if shuffle else SequentialSampler(rows)
     batches = BatchSampler(sampler, batch_size, drop_last=drop_last and len(rows) >= batch_size)
     read = partial(_read, cached, relabel)
-    return DataLoader(rows, batch_sampler=batches, collate_fn=read, num_workers=num_workers)
+    loader: Any = DataLoader(rows, batch_sampler=batches, collate_fn=read, num_workers=num_workers)
+    # A run that is resumed compares them.
+    loader.cached = cached
+    return loader  # type: ignore[no-any-return]
 
 
 def _read(cached: Any, relabel: Callable[[Tensor], Tensor] | None, rows: list[int]) -> tuple[Any, Any, Tensor]:

@@ -30,7 +30,9 @@ from torch import Tensor
 from sidetuning.base import Base
 from sidetuning.errors import ArtifactError, CacheError, ShapeError, SideTuningError
 from sidetuning.files import check_json, check_signed, read_json, signed, write_json
+from sidetuning.identity import Identity
 from sidetuning.launch import processes
+from sidetuning.probe import same_summary
 from sidetuning.terminal import plain
 
 # Version 1 had no checksums.
@@ -129,7 +131,8 @@ class Store:
         share = chunks[state.process_index :: state.num_processes]
         show = progress and state.is_main_process
         if show:
-            what = f"{self.samples:,} samples x {self.views} views: {self.size() / 1e6:,.0f} MB in {self.folder}"
+            times = f" in {self.views} views" if self.views > 1 else ""
+            what = f"{self.samples:,} samples{times}: {self.size() / 1e6:,.0f} MB in {self.folder}"
             tqdm.write(plain(f"caching the base's features of {what}"))
         if state.is_main_process:
             self._clear()
@@ -289,7 +292,25 @@ def folder_of(
     newer = [identity.digest(), base.structure(), taps, *content, *([other] if other else [])]
     older = [identity.sha256, norm, identity.preparation["output"], identity.output_shape, taps, *before]
     folder, old = (Path(root) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in (newer, older))
-    return old if old.exists() and not folder.exists() and not other and usual == "nchw" else folder
+    folder = old if old.exists() and not folder.exists() and not other and usual == "nchw" else folder
+    # Code that the hashes do not see may compute something else with equal weights.
+    while not _computed_by(folder, identity):
+        folder = folder.with_name(f"{folder.name}-other")
+    return folder
+
+
+def _computed_by(folder: Path, identity: Identity) -> bool:
+    """Whether a folder's features are those of a base, as far as its probe tells; a new folder becomes the base's."""
+    file = folder / "probe.json"
+    if not file.exists():
+        if not (folder / "meta.json").exists() and processes().is_main_process:
+            with disk_errors(folder):
+                write_json(file, {"probe": list(identity.probe), "input_shape": identity.input_shape})
+        return True
+    found = read_json(file, {"probe": [float]}, f"delete {folder} and cache again")
+    if not found["probe"] or not identity.probe or found.get("input_shape") != identity.input_shape:
+        return True
+    return same_summary(found["probe"], list(identity.probe))
 
 
 def _field(recorded: Mapping[str, Any]) -> np.dtype[Any]:

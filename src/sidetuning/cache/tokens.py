@@ -51,6 +51,8 @@ class CachedTokens(Dataset[Any]):
             raise CacheError(f"{folder} has {store.samples} texts, not {len(texts)}; delete {folder} and cache again")
         if isinstance(labels, Sequence) and [*map(len, labels)] != texts.lengths().tolist():
             raise ShapeError("labels of tokens are a tensor for each text, as long as it is; give one for each token")
+        if labels is not None and len(labels) != len(texts):
+            raise ShapeError(f"there are {len(labels)} labels for {len(texts)} texts; give one for each")
         self.seconds = store.seconds
         self.taps = [name[4:] for name in store.fields if name.startswith("tap.")]
         self._embeddings = looked_up(base)
