@@ -63,6 +63,7 @@ SCHEMA = {
     "labels?": [str],
     "laterals_sha256?": dict,
     "passes?": int,
+    "parameters?": int,
     "trained_as?": {"labels", "numbers", "own"},
     "transform?": {"kind": str},
     "metrics?": dict,
@@ -123,6 +124,7 @@ def write_task(
         "labels": branch.labels,
         "alpha": branch.alpha,
         "passes": branch.passes,
+        "parameters": sum(parameter.numel() for parameter in branch.parameters()),
         "trained_as": branch.trained_as,
         "transform": None if transform is None else transform.to_json(),
         "metrics": {key: float(value) for key, value in metrics.items()},
@@ -192,8 +194,8 @@ def write_files(path: str | Path, config: Mapping[str, Any], tensors: dict[str, 
     return sha256
 
 
-def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
-    """Whether the folder `path` holds this task with the weights, labels and transform that it has now."""
+def is_saved(path: str | Path, name: str, branch: Branch, identity: Identity, laterals: Mapping[str, str]) -> bool:
+    """Whether the folder `path` holds this task with all that `write_task` would write now, but for its metrics."""
     try:
         config, _ = read_task(path)
     except (ArtifactError, OSError):
@@ -207,8 +209,10 @@ def is_saved(path: str | Path, name: str, branch: Branch) -> bool:
     if branch.transform is not None:
         notes["transform"] = branch.transform.to_json()
     same = all((config.get(key) or None) == (value or None) for key, value in notes.items())
-    same = same and config["tensors_sha256"] == tensors_sha256(branch)
-    return same and is_beside(Path(path), branch.beside)
+    parts = json.loads(json.dumps({**asdict(branch.config), "layouts": None, "head": recorded_head(branch)}))
+    same = same and all(config["parts"].get(key, part) == part for key, part in parts.items() if key != "layouts")
+    same = same and config.get("laterals_sha256", laterals) == laterals and not identity.difference(config["base"])
+    return same and config["tensors_sha256"] == tensors_sha256(branch) and is_beside(Path(path), branch.beside)
 
 
 def has_tensors(path: Path, hashes: Collection[str]) -> bool:

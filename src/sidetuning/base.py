@@ -216,8 +216,8 @@ class Base(nn.Module):
             return x.flip(-3) if self.bgr else x
         if x.ndim < 3 or x.shape[-3] not in (1, self.mean.shape[0]):
             raise ShapeError(f"this base takes images (b, {self.mean.shape[0]}, h, w), not {tuple(x.shape)}")
-        low, high = (float(v) for v in x.detach().aminmax()) if x.numel() and not whole else (0.0, 0.0)
-        # Resizing by cubic splines overshoots a little.
+        low, high = (float(v) for v in x.detach().nan_to_num(0.5).aminmax()) if x.numel() and not whole else (0.0, 0.0)
+        # Resizing by cubic splines overshoots a little; pixels that are no number hide no others.
         if not x.is_floating_point() or low < -0.25 or high > 1.25:
             raise ShapeError(
                 "this base takes images as uint8, or as floats in [0, 1], and normalises them itself; these are "

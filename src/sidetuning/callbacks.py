@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,6 +109,8 @@ class Best(Callback):
             names = ", ".join(name for name in scores if name != "step")
             raise TaskError(f"the validation has no number '{self.monitor}'; monitor= is one of {names}")
         value = scores[self.monitor]
+        if math.isnan(value):
+            return -math.inf
         return -value if self.monitor in LOWER else value
 
     def _best(self) -> int:

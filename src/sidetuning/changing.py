@@ -146,6 +146,8 @@ def kept_sums(model: SideTuner, task: str, branch: Branch) -> tuple[Sums, dict[s
 
 def _grow(branch: Branch, task: str, new_labels: int | Sequence[str]) -> None:
     """Give a task of classes further outputs."""
+    if isinstance(new_labels, str):
+        raise TaskError(f"new_labels= is a list of names, such as ['{new_labels}']")
     more = new_labels if isinstance(new_labels, int) else len(new_labels)
     name, options = branch.config.head
     if name not in ("linear", "random") or type(branch.problem) is not Classes or more < 1:
@@ -179,8 +181,11 @@ def _check_forgotten(task: str, branch: Branch, before: Sums, after: Sums) -> No
     """Raise DataError where sums tell that samples were taken out that had not been learned."""
     if float(after.count) < 1:
         raise DataError(f"task '{task}' learned {int(before.count)} rows and all are to be forgotten; remove the task")
-    scale = 1e-9 * before.xx.diagonal().abs().clamp(min=1e-30)
-    wrong = bool((after.xx.diagonal() < -scale).any())
+    _, _, scatter, _, spread = after.centred()
+    wrong = any(
+        bool((left < -1e-9 * whole.abs().clamp(min=1e-30)).any())
+        for left, whole in ((scatter.diagonal(), before.xx.diagonal()), (spread, before.yy))
+    )
     if isinstance(branch.problem, (Classes, Labels)):
         wrong = wrong or bool((after.y < -1e-6).any())
     if wrong:

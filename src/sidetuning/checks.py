@@ -139,6 +139,9 @@ class Owners:
     def check(self, name: str, branch: Branch, base: Base, branches: Mapping[str, nn.Module]) -> None:
         """Raise TaskError where another task of `branches`, or the base, holds a tensor of the new branch."""
         own = {id(tensor) for tensor in _tensors(branch)}
+        for task in branches if len(branches) != len(self._own) else ():
+            # Those of a copy of the model.
+            self.add(task, branches[task])
         if self._base[0] is not base.net:
             self._base = base.net, {id(t) for net in modules_of(base.net) for t in _tensors(net)}
         # A tensor that was replaced, by `.to()` for example, leaves its number to others.
@@ -153,7 +156,11 @@ class Owners:
                 "give a copy.deepcopy"
             )
 
-    def add(self, name: str, branch: Branch) -> None:
+    def __reduce__(self) -> tuple[type[Owners], tuple[()]]:
+        # A copy has other tensors.
+        return Owners, ()
+
+    def add(self, name: str, branch: nn.Module) -> None:
         """Remember a task's tensors."""
         self._own[name] = [id(tensor) for tensor in _tensors(branch)]
         self._tasks.update(dict.fromkeys(self._own[name], name))

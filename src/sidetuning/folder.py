@@ -33,7 +33,7 @@ class TaskInfo:
         labels: names of its classes, where it has them.
         side, merge, head: names of its parts.
         laterals: earlier tasks whose sides it reads.
-        parameters: numbers in its tensors.
+        parameters: numbers that are learned; of tasks of older versions all that are stored.
         bytes: size of its files.
         metrics: what was measured when it was saved.
         created: when it was saved, in ISO format.
@@ -110,7 +110,8 @@ def _info(folder: Path, task: SavedTask) -> TaskInfo:
         merge=parts["merge"][0],
         head=head,
         laterals=parts["laterals"],
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        # Older versions did not count them apart from buffers.
+        parameters=config.get("parameters") or sum(tensor.numel() for tensor in tensors.values()),
         bytes=sum((folder / file).stat().st_size for file in (CONFIG, TENSORS)),
         metrics=config.get("metrics") or {},
         created=config.get("created"),

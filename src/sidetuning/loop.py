@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from sidetuning.callbacks import Callback
+from sidetuning.callbacks import Best, Callback
 from sidetuning.errors import TaskError, TrainingError
 from sidetuning.launch import default_accelerator
 from sidetuning.processes import Shares, add_gradients, largest, weighted, whole_batch_norms
@@ -104,7 +104,10 @@ def train(
     if isinstance(scheduler, ReduceLROnPlateau) and validate is None:
         raise TaskError("ReduceLROnPlateau follows the loss of a validation: give validate=")
     path = None if resume is None else Path(resume)
-    how: Any = description(optimizer, scheduler, clip, getattr(objective, "loss", None), loader if path else None)
+    loss, precision = getattr(objective, "loss", None), getattr(objective, "precision", "no")
+    how: Any = description(optimizer, scheduler, clip, loss, loader if path else None, precision)
+    kept = [f"the weights of the best {callback.monitor}" for callback in callbacks if isinstance(callback, Best)]
+    how["kept"] = ", ".join(kept) or "the last weights"
     if accumulate < 1:
         raise TaskError(f"accumulate must be 1 or more batches, not {accumulate}")
     if path and accumulate > 1:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Position:
     """Where a run is, and what it is a run of: everything but the weights, the optimiser and the generators.
 
-    Times are in seconds. `stopped` says that a callback ended it. Older files do not hold the last six values.
+    Times are in seconds. `stopped` says that a callback ended it. Older files do not hold the last nine values.
     """
 
     seed: int
@@ -57,6 +57,9 @@ class Position:
     batches: str = ""
     data: str = ""
     stopped: bool = False
+    settings: str = ""
+    kept: str = ""
+    features: str = ""
 
 
 # What must be the same for a run to go on, and how it is called.
@@ -68,17 +71,31 @@ SAME = {
     "loss": "a run with the loss",
     "batches": "a run with batches",
     "data": "a run on data with the hash",
+    "features": "a run on features with the hash",
+    "settings": "a run with the settings",
+    "kept": "a run that keeps",
 }
 
 
+# Settings of an optimiser that have a text of their own.
+TOLD = ("params", "lr", "initial_lr", "weight_decay")
+
+
 def description(
-    optimizer: Optimizer, scheduler: LRScheduler | None, clip: float | None, loss: Any, loader: Iterable[Any] | None
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    clip: float | None,
+    loss: Any,
+    loader: Iterable[Any] | None,
+    precision: str = "no",
 ) -> dict[str, str]:
     """What a run is a run of, as texts; of a loader only where one is given."""
     rates = ", ".join(f"{group.get('initial_lr', group['lr']):g}" for group in optimizer.param_groups)
     how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
     decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
     texts = {"optimizer": how + (f", weight decay {decay:g}" if decay else ""), "clip": str(clip), "loss": _named(loss)}
+    groups = [{k: v for k, v in group.items() if k not in TOLD} for group in optimizer.param_groups]
+    texts["settings"] = _settled([*groups, f"precision {precision}"])
     if scheduler is not None:
         moving = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter")
         given = {k: v for k, v in vars(scheduler).items() if k[0] != "_" and k not in moving}
@@ -91,6 +108,9 @@ def description(
         data = getattr(loader, "dataset", loader)
         texts["batches"] = f"{rows} rows" if rows else ""
         texts["data"] = _samples_sha256(data)
+        if (cached := getattr(loader, "cached", None)) is not None:
+            # Of candidates that share what they read.
+            texts["features"] = _samples_sha256(getattr(cached, "cached", cached))
     return texts
 
 

@@ -93,7 +93,7 @@ def learn_routes(
     counts = torch.tensor([classes[name][0] for name in names], dtype=torch.float64)
     means = torch.stack([classes[name][1] for name in names]) / counts.unsqueeze(1)
     scatter -= (means * counts.unsqueeze(1)).T @ means
-    if not bool(scatter.isfinite().all()):
+    if not all(bool(found.isfinite().all()) for found in (scatter, means, *held)):
         raise TrainingError(f"features of task '{task}' are not finite; look for NaN in the inputs")
     lower = torch.tril_indices(space.width, space.width)
     tensors = {"counts": counts, "means": means.float(), "scatter": scatter[lower[0], lower[1]].float()}

@@ -78,4 +78,5 @@ def _versions(branch: nn.Module | None) -> Any:
     assert isinstance(branch, Branch)
     tensors = [*branch.parameters(), *branch.buffers()]
     asked = [(id(t), t._version, t.requires_grad) for t in tensors]
-    return asked, dict(branch.beside), branch.labels, branch.passes, branch.trained_as
+    labels = None if branch.labels is None else list(branch.labels)
+    return asked, dict(branch.beside), labels, branch.transform, branch.passes, branch.trained_as

@@ -59,8 +59,8 @@ class Sums:
 
     def add(self, x: Tensor, y: Tensor, exact: bool = True) -> None:
         """Add rows x (n, d) with targets y (n, k); `exact`: products are of double precision too."""
-        x, y = x.double() if exact else x, y.double()
-        # Of many features products in their own type are twice as fast; their sums over all batches are not cut.
+        x, y = x.double() if exact else x.to(torch.promote_types(x.dtype, torch.float32)), y.double()
+        # Of many features products of single precision are twice as fast; their sums over all batches are not cut.
         self.xx += x.T @ x
         x = x.double()
         self.count += len(x)

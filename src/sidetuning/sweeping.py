@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -78,7 +79,9 @@ def sweep(
     if known and best_by not in known:
         raise TaskError(f"candidates have no score '{best_by}'; give best_by= one of {', '.join(sorted(known))}")
     sign = 1 if best_by in LOWER else -1
-    trials.sort(key=lambda trial: (not trial.scores, sign * trial.scores.get(best_by, 0.0)))
+    numbers = {trial.name: sign * trial.scores.get(best_by, math.nan) for trial in trials}
+    # What is no number is the last of those that ended.
+    trials.sort(key=lambda trial: (not trial.scores, math.isnan(numbers[trial.name]), numbers[trial.name]))
     return SweepResult(trials, model)
 
 

@@ -295,6 +295,10 @@ class Scores:
         if metrics is not None and (not isinstance(metrics, Mapping) or metrics.keys() & {"loss", "samples"}):
             raise DataError("metrics are given by name, as {'f1': f1}, and may not be called 'loss' or 'samples'")
         self.metrics = None if metrics is None else dict(metrics)
+        for metric in (metrics or {}).values():
+            if hasattr(metric, "update") and hasattr(metric, "reset"):
+                # It may hold rows of a loop of its owner's, or of a call that was stopped.
+                metric.reset()
         self.final: Callable[[dict[str, float]], dict[str, float]] = dict
         self.sums: dict[str, float] = {"loss": 0.0, "samples": 0.0}
         self.weights: dict[str, float] = {"loss": 0.0}

@@ -72,9 +72,8 @@ class SideTuner(nn.Module):
         """A saved task, read where it is not in memory; the least used one leaves in its place."""
         with self._changes:
             if task not in self.branches:
-                folder = shelf.folders[task]
-                with shelf.reads(task):
-                    self._add_saved(folder, read_task(folder), shelf.identity, name=task)
+                with shelf.reads(task), torch.inference_mode(False):
+                    self._add_saved(shelf.folders[task], read_task(shelf.folders[task]), shelf.identity, name=task)
             for left in shelf.take(task, self.branches._modules):
                 del self.branches[left]
                 self._owners.remove(left)
@@ -328,7 +327,7 @@ class SideTuner(nn.Module):
             if name not in self and has_tensors(root / name, hashes):
                 shutil.rmtree(root / name)
         for name in self.tasks:
-            if not is_saved(root / name, name, self[name]):
+            if not is_saved(root / name, name, self[name], identity, self._laterals(name)):
                 self._save(name, root / name, {}, identity)
 
     def save_task(self, name: str, path: str | Path, *, metrics: Mapping[str, float] | None = None) -> None:
@@ -336,9 +335,10 @@ class SideTuner(nn.Module):
         self._save(name, path, metrics or {}, self.base.identity())
 
     def _save(self, name: str, path: str | Path, metrics: Mapping[str, float], identity: Identity) -> None:
-        branch = self[name]
-        laterals = {lateral: tensors_sha256(self[lateral].side) for lateral in branch.config.laterals}
-        write_task(path, name, branch, self.base, identity, laterals, metrics)
+        write_task(path, name, self[name], self.base, identity, self._laterals(name), metrics)
+
+    def _laterals(self, name: str) -> dict[str, str]:
+        return {lateral: tensors_sha256(self[lateral].side) for lateral in self[name].config.laterals}
 
     def load_task(
         self,

@@ -485,3 +485,18 @@ def test_a_model_folder_does_not_leave_out_a_task_that_lost_a_file(lost: str, tm
     (tmp_path / "tasks/pets" / lost).unlink()
     with pytest.raises(st.ArtifactError, match=f"{lost} is missing"):
         st.load(tmp_path)
+
+
+def test_a_task_that_was_taken_to_another_base_is_saved_with_that_one(tmp_path: Path) -> None:
+    saved(tmp_path / "tasks" / "pets")
+    base = mlp_base()
+    with torch.no_grad():
+        base.net[0].weight[0, 0] += 1e-3  # type: ignore[index]
+    model = st.SideTuner(base)
+    model.load_task(tmp_path / "tasks" / "pets", any_base=True)
+    model.save(tmp_path)
+    again = st.load(tmp_path, base=base)
+    assert torch.equal(again(inputs("mlp"), "pets"), model(inputs("mlp"), "pets"))
+    stamp = (tmp_path / "tasks/pets/side.json").stat().st_mtime_ns
+    again.save(tmp_path)
+    assert (tmp_path / "tasks/pets/side.json").stat().st_mtime_ns == stamp

@@ -201,3 +201,19 @@ def test_images_of_another_size_than_the_task_was_solved_on_are_refused(size: in
             change(model, "t", others, progress=False)
     assert torch.equal(weights(model), before)
     assert change(model, "t", [learned], progress=False).rows == (24 if change is st.update else 8)
+
+
+def test_samples_with_other_numbers_than_were_learned_are_not_forgotten() -> None:
+    model = model_with("numbers")
+    solve(model, batches(TARGETS["numbers"], 0, 300))
+    before = weights(model)
+    with pytest.raises(st.DataError, match="were not learned by task 't' with these targets"):
+        st.forget(model, "t", [(X[:50], 100 * TARGETS["numbers"][:50])], progress=False)
+    assert torch.equal(weights(model), before)
+
+
+def test_one_name_of_a_class_is_no_list_of_letters() -> None:
+    model = model_with(labels=["a", "b", "c"])
+    solve(model, batches(CLASSES, 0, 300))
+    with pytest.raises(st.TaskError, match=r"a list of names, such as \['cat'\]"):
+        st.update(model, "t", batches(CLASSES, 0, 50), new_labels="cat", progress=False)

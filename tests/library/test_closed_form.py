@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sidetuning as st
 from conftest import BASES, inputs, mlp_base, sequence_base
+from sidetuning.sums import Sums
 
 # 12 numbers decide, with noise, between 3 classes.
 generator = torch.Generator().manual_seed(0)
@@ -283,3 +284,11 @@ def test_parts_keep_their_mode() -> None:
     model["t"].training = True
     st.solve(model, "t", batches(TARGETS["numbers"]), progress=False)
     assert model["t"].training and not model["t"].head.training
+
+
+def test_half_precision_with_many_features_is_solved_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidetuning.sums.EXACT", 4)
+    x = torch.randn(200, 12).bfloat16()
+    sums = Sums.zeros(12, 1, torch.device("cpu"))
+    sums.add(x, torch.ones(200, 1), exact=False)
+    torch.testing.assert_close(sums.xx, x.double().T @ x.double(), rtol=1e-5, atol=1e-4)

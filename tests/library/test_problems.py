@@ -194,6 +194,10 @@ def test_metrics_that_keep_a_state_are_updated_and_reset(made: Callable[[], Any]
         found = st.evaluate(model, "t", loader, metrics={"running": running})["running"]
         assert found == pytest.approx(expected, abs=1e-7)
     assert not getattr(running, "total", 0) and not getattr(running, "update_count", 0)
+    # Its owner used it, too.
+    running.update(torch.eye(3), torch.tensor([1, 2, 0]))
+    found = st.evaluate(model, "t", loader, metrics={"running": running})["running"]
+    assert found == pytest.approx(expected, abs=1e-7)
 
 
 class Prototypes(nn.Module):

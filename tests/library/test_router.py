@@ -187,3 +187,13 @@ def test_views_are_averaged() -> None:
     torch.testing.assert_close(twice.probabilities, model.route(x).probabilities)
     with pytest.raises(st.ShapeError, match="is not 3 views"):
         model.route(x, views=3)
+
+
+def test_a_route_is_not_learned_from_features_that_are_no_numbers() -> None:
+    model, (x, y) = model_with(), data(0)
+    for row in (3, 9):
+        bad = x.clone()
+        bad[row] = float("nan")
+        with pytest.raises(st.TrainingError, match="are not finite"):
+            st.learn_routes(model, "a", [(bad, y)], width=60, progress=False)
+    assert model.route(x).tasks == list(NAMES)

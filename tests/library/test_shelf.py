@@ -153,3 +153,25 @@ def test_a_task_that_was_loaded_and_changed_leaves_its_folder(tmp_path: Path, mo
     again.remove_task("a")
     again.save(tmp_path)
     assert [folder.name for folder in (tmp_path / "tasks").iterdir()] == ["b"]
+
+
+def test_labels_that_were_changed_in_place_stay(tmp_path: Path) -> None:
+    model = st.SideTuner(mlp_base())
+    for name in ("a", "b", "c"):
+        model.add_task(name, side=None, merge="base-only", head=2, labels=["x", "y"])
+    model.save(tmp_path)
+    again = opened(tmp_path, 1)
+    labels = again["a"].labels
+    assert labels is not None
+    labels[0] = "cat"
+    assert again["b"].labels == again["c"].labels == ["x", "y"]
+    assert again["a"].labels == ["cat", "y"]
+
+
+def test_a_task_that_was_read_in_inference_mode_goes_on(saved: Any) -> None:
+    folder, expected = saved
+    model = opened(folder, 2)
+    with torch.inference_mode():
+        model(X, "t01")
+    for name in ("t01", "t02", "t03", "t01"):
+        assert torch.equal(model(X, name), expected[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 import sidetuning as st
 from conftest import conv_base, inputs, mlp_base, network
+from sidetuning.callbacks import Best
 from sidetuning.objective import parameter_groups
 from sidetuning.seeding import seed_loader
 
@@ -156,7 +158,10 @@ def test_python_and_numpy_draws_go_on_in_the_middle_of_a_pass(tmp_path: Path) ->
     assert same(state(model), state(whole))
 
 
-@pytest.mark.parametrize("what", ["batches", "data", "schedule", "clip", "loss", "smoothing", "weights"])
+WHATS = ["batches", "data", "schedule", "clip", "loss", "smoothing", "weights", "momentum", "precision", "kept", "best"]
+
+
+@pytest.mark.parametrize("what", WHATS)
 def test_a_run_with_other_batches_data_schedule_clip_or_loss_is_not_gone_on_with(what: str, tmp_path: Path) -> None:
     def schedule(gamma: float) -> Any:
         return lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma)
@@ -169,6 +174,14 @@ def test_a_run_with_other_batches_data_schedule_clip_or_loss_is_not_gone_on_with
         then["clip"] = None
     elif what == "loss":
         then["loss"] = F.multi_margin_loss
+    elif what == "momentum":
+        first["optimizer"], then["optimizer"] = (partial(torch.optim.SGD, momentum=m) for m in (0.9, 0.5))
+    elif what == "precision":
+        then["precision"] = "bf16"
+    elif what in ("kept", "best"):
+        first["validate"] = then["validate"] = loader()
+        first["keep_best"], then["keep_best"] = what == "best", True
+        then["monitor"] = "accuracy"
     elif what in ("smoothing", "weights"):
         given: list[dict[str, Any]] = [{"label_smoothing": 0.1}, {"label_smoothing": 0.2}]
         if what == "weights":
@@ -606,6 +619,18 @@ def test_the_best_validation_is_kept_and_patience_stops(tmp_path: Path, resumed:
         other, _ = small_run()
         assert st.fit(other, "kind", batches, validate=batches, resume=state, **how).validation == result.validation
         assert st.evaluate(other, "kind", batches)["loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_a_number_that_is_none_is_never_the_best() -> None:
+    model, batches = small_run()
+    best, kept = Best(model["kind"], "score", 2, None), list[bool]()
+    for value in (math.nan, 0.2, 0.5, math.nan):
+        with torch.no_grad():
+            next(model["kind"].parameters()).fill_(float(len(kept)))
+        kept.append(best.on_evaluate({"score": value}))
+    assert not any(kept) and best.on_evaluate({"score": 0.4})
+    best.restore()
+    assert bool((next(model["kind"].parameters()) == 2).all()) and len(batches)
 
 
 def test_half_precision_learns_nearly_the_same() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,12 @@ def test_weights_that_were_put_in_the_place_of_others_are_seen() -> None:
 def test_the_package_runs_as_the_command_does() -> None:
     done = subprocess.run([sys.executable, "-m", "sidetuning", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"sidetuning {st.__version__}\n"
+
+
+def test_a_copy_of_a_model_knows_whose_modules_are_whose() -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("a", side="mlp", head=2)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(st.TaskError, match="is also that of task 'a'"):
+            copied.add_task("b", side=copied["a"].side, head=2)
+        copied.add_task("b", side="mlp", head=2)

@@ -102,9 +102,9 @@ class SideTune(Branches):
 
     def write_tensors(self, folder: Path, metrics: Mapping[str, float] | None) -> str:
         """Write each new task to its own folder under `folder`, by `SideTuner.save_task`; no file holds them all."""
-        last = list(self.tasks)[-1:]
+        last, identity = list(self.tasks)[-1:], self.model.base.identity()
         for task in self.tasks:
-            if not is_saved(folder / task, task, self.model[task]):
+            if not is_saved(folder / task, task, self.model[task], identity, self.model._laterals(task)):
                 self.model.save_task(task, folder / task, metrics=metrics if task in last else None)
         return ""
 
