@@ -20,7 +20,7 @@ from sidetuning.base import Base
 from sidetuning.branch import Branch
 from sidetuning.callbacks import Deadline
 from sidetuning.closed_form import solve
-from sidetuning.data import TaskData, load
+from sidetuning.data import TaskData, complete, load
 from sidetuning.encoding import Encoded, affordable, encode
 from sidetuning.errors import DataError, SideTuningError, TaskError
 from sidetuning.files import read_json, write_json
@@ -152,6 +152,7 @@ def auto(
     model._check_name(task)
     data = data if isinstance(data, TaskData) else load(data, seed=seed)
     check_kind(model.base, data)
+    data = complete(data, seed) if "validation" not in data.splits else data
     base = model.base
     if side != "none":
         base = affordable(with_chosen_taps(base), base, data.splits["train"])
@@ -163,7 +164,8 @@ def auto(
     left = [f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable]
     notes = [*data.notes, *left]
     say(f"{sum(len(s.kept) for s in splits.values())} rows went through the base in {encoding:.0f} s")
-    how = f"{data.splits['train'].fingerprint()} {balance} {mirror} {budget} {seed}"
+    what = [base.identity().digest(), *(rows.fingerprint() for rows in data.splits.values())]
+    how = f"{what} {balance} {mirror} {budget} {seed}"
     folder = Path(cache) / f"{task}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
     search = _Search(base, data, splits, folder, balance, seed)
     attempts, best = _try(search, model, task, side, budget, first, say)
@@ -198,9 +200,9 @@ def _try(
             say(f"{recipe}: learning for {share:.0f} s at most …")
             branch, attempt = search.learn(recipe, share)
         attempts.append(attempt)
-        steps = f"{attempt.steps} steps in {attempt.seconds:.0f} s" if attempt.steps else f"in {attempt.seconds:.1f} s"
-        say(f"{search.told(attempt)}, {steps}")
-        if attempt.loss < best[1].loss:
+        steps = f"{attempt.steps} step{'s' * (attempt.steps > 1)} " if attempt.steps else ""
+        say(f"{search.told(attempt)}, {steps}in {attempt.seconds:.{0 if steps else 1}f} s")
+        if attempt.loss < best[1].loss or math.isnan(best[1].loss):
             best = (branch, attempt)
             model.remove_task(task)
             model.add_branch(task, branch)

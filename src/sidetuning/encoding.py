@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from sidetuning.cache import cache_bytes, cache_features, cache_tokens, loader_o
 from sidetuning.data import Rows
 from sidetuning.errors import DataError, TaskError
 from sidetuning.files import read_json, write_json
+from sidetuning.launch import processes
 from sidetuning.problems import IGNORED
 from sidetuning.transforms import ImageTransform, TextTransform
 
@@ -35,16 +37,19 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
     Args:
         rows: the rows.
         transform: makes the input.
-        notes: JSON file of the rows that cannot be read, which outlives an interruption.
-
-    Attributes:
-        unreadable: row -> why.
+        notes: JSON file of the rows that cannot be read, which outlives an interruption; each process has its own. None
+            keeps none.
     """
 
-    def __init__(self, rows: Rows, transform: ImageTransform, notes: Path) -> None:
-        self.rows, self.transform, self.notes = rows, transform, notes
-        told = read_json(notes, dict, "delete the folder and encode again") if notes.exists() else {}
-        self.unreadable = {int(row): str(why) for row, why in told.items()}
+    def __init__(self, rows: Rows, transform: ImageTransform, notes: Path | None) -> None:
+        self.rows, self.transform, self.notes, self._lock = rows, transform, notes, threading.Lock()
+        self._unreadable = self.unreadable()
+
+    def unreadable(self) -> dict[int, str]:
+        """Row -> why it cannot be read, of all processes."""
+        files = [] if self.notes is None else sorted(self.notes.parent.glob(f"{self.notes.stem}*.json"))
+        told = [read_json(file, dict, "delete the folder and encode again") for file in files]
+        return {int(row): str(why) for rows in told for row, why in rows.items()}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,10 +59,17 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
             x = self.transform(self.rows.sources[index])
         except DataError as error:
             x = torch.zeros(3, *self.transform.size, dtype=torch.uint8)
-            if index not in self.unreadable:
-                self.unreadable[index] = str(error)
-                write_json(self.notes, self.unreadable)
+            self._note(index, str(error))
         return x, self.rows.targets[index]
+
+    def _note(self, index: int, why: str) -> None:
+        # Several threads read.
+        with self._lock:
+            if self.notes is not None and index not in self._unreadable:
+                self._unreadable[index] = why
+                number = processes().process_index
+                file = self.notes.with_stem(f"{self.notes.stem}-{number}") if number else self.notes
+                write_json(file, self._unreadable)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Several at once. Pillow decodes and resizes without Python's lock."""
@@ -143,6 +155,8 @@ def encode(base: Base, rows: Rows, folder: str | Path, *, mirror: bool = False, 
     """
     transform = rows.transform(base)
     if isinstance(transform, TextTransform):
+        if mirror:
+            raise DataError("texts have no mirror images; leave --mirror out")
         return _encode_texts(base, rows, transform, Path(folder), progress)
     if not isinstance(transform, ImageTransform):
         raise TaskError("this base reads neither images nor texts; give Base transform=, or call fit with batches")
@@ -153,10 +167,11 @@ def encode(base: Base, rows: Rows, folder: str | Path, *, mirror: bool = False, 
     cached = cache_features(
         base, images, folder, views=views, augment=mirrored if mirror else None, dtype="float16", progress=progress
     )
-    kept = [i for i in range(len(rows)) if i not in images.unreadable]
+    unreadable = images.unreadable()
+    kept = [i for i in range(len(rows)) if i not in unreadable]
     if not kept:
-        raise DataError(f"none of {len(rows)} images can be read: {next(iter(images.unreadable.values()))}")
-    told = [f"{rows.places[i]}: {why}" for i, why in sorted(images.unreadable.items())]
+        raise DataError(f"none of {len(rows)} images can be read: {next(iter(unreadable.values()))}")
+    told = [f"{rows.places[i]}: {why}" for i, why in sorted(unreadable.items())]
     return Encoded(cached, rows, kept, told)
 
 
@@ -184,7 +199,7 @@ def bytes_of(base: Base, rows: Rows) -> int:
     """Size of the features of rows, about."""
     transform = base.transform
     if isinstance(transform, ImageTransform):
-        return cache_bytes(base, Images(rows, transform, Path("unreadable.json")), dtype="float16")
+        return cache_bytes(base, Images(rows, transform, None), dtype="float16")
     numbers = sum(shape[-1] for shape in [base.output_shape, *base.tap_shapes.values()])
     # Half as many tokens as may be is more than most texts have; a number has two bytes.
     return numbers * len(rows) * (transform.max_length if isinstance(transform, TextTransform) else 1)

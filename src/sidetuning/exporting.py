@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base
 from sidetuning.branch import Branch
 from sidetuning.errors import ArtifactError, UnknownNameError
-from sidetuning.files import write_json
+from sidetuning.files import read_json, write_json
 from sidetuning.graphs import ENDINGS, Graph, Pass, Run, described, exporting, graphs_of, longer, named, samples, write
 from sidetuning.predicting import run
 from sidetuning.registry import unknown
@@ -80,7 +80,7 @@ def export(
     for task in chosen:
         # Raises, with near names.
         model[task]
-    if path.exists() and not (path / ABOUT).is_file() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and _is_export(path)):
         raise ArtifactError(f"{path} exists and holds no earlier export; give another folder, or an empty one")
     if not chosen:
         raise ArtifactError("the model has no task to export; add one first")
@@ -111,6 +111,17 @@ def export(
         write_json(folder / ABOUT, about(base, entries, graphs, format, worst))
         replace_folder(folder, path)
     return Exported(path, [graph.file for graph in graphs], worst)
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a folder is empty, or holds what `export` wrote and nothing else."""
+    graphs = {f"{name}{ending}" for name in ("base", "model") for ending in ENDINGS.values()}
+    found = {file.name.removesuffix(".data") for file in path.iterdir() if not file.name.startswith(".")}
+    try:
+        ours = not found or bool(read_json(path / ABOUT, {"format": str, "tasks": dict}, ""))
+    except (OSError, ArtifactError):
+        return False
+    return ours and found <= {ABOUT, "tasks", "tokenizer", *graphs}
 
 
 def sized(model: SideTuner, tasks: Sequence[str]) -> Base:

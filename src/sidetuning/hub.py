@@ -91,6 +91,8 @@ def push(
                 commit_message=f"sidetuning {', '.join(chosen)}",
                 revision=revision,
                 path_in_repo=inner,
+                # What was pushed in the other form would be read first, or hidden.
+                delete_patterns=["tasks/*"] if single else [CONFIG, TENSORS],
             )
         except (HfHubHTTPError, OSError) as error:
             raise ArtifactError(

@@ -10,13 +10,17 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
 
 from sidetuning.errors import DataError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
+M = TypeVar("M", bound=nn.Module)
 # Calls a function with the arguments of each name, in other processes, and gives (name, result) as each ends.
 Workers = Callable[[Callable[..., Any], Mapping[str, tuple[Any, ...]]], Iterator[tuple[str, Any]]]
 
@@ -40,10 +44,17 @@ def processes() -> PartialState:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # A Mac's GPU has no double precision, which sums and scores are counted in.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
     if state.num_processes > 1:
         _leave_at_exit()
     return state
+
+
+def on_device(model: M) -> M:
+    """Move a model to the GPU that accelerate finds, if there is one."""
+    device = processes().device
+    return model if device.type == "cpu" else model.to(device)
 
 
 def default_accelerator() -> Accelerator:

@@ -154,7 +154,10 @@ class TextTransform:
         if pairs and len(pairs) != len(sources):
             raise DataError("some of the sources are texts and some are pairs of texts; ask for them one by one")
         given = [list(column) for column in zip(*sources)] if pairs else [list(sources)]
-        return self._entries(*given)[0]
+        found = self._entries(*given)[0]
+        if "attention_mask" in found and not found["attention_mask"].any(1).all():
+            raise DataError("the tokenizer makes no token of a text; give texts with words that it knows")
+        return found
 
     def _entries(self, *texts: list[str], **more: Any) -> tuple[dict[str, Tensor], Any]:
         """What the network reads, and all that the tokenizer tells."""
@@ -360,7 +363,7 @@ def _eight_bits(values: NDArray[Any], image: Any) -> NDArray[np.uint8]:
         if not ((values >= 0) & (values <= 1)).all():
             raise DataError("the image holds floats outside 0 … 1; scale them, or save it with 8 or 16 bits")
         return (values * 255).round().astype(np.uint8)
-    if image.mode == "I" and tags:
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
         raise DataError("the image holds numbers whose range no file tells; save it with 8 or 16 bits a channel")
     scaled = values.astype(np.int64) * 255 // (2 ** tags.get(BITS, (16,))[0] - 1)
     # TIFF may count from white down.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import sidetuning as st
-from conftest import conv_base, mlp_base
+from conftest import conv_base, mlp_base, network
 from data_parts import stages_base, write_digits, write_texts
 from sidetuning import encoding
 from sidetuning.automatic import auto
@@ -224,6 +225,11 @@ def test_texts_without_a_token_are_left_out_and_told(tmp_path: Path) -> None:
     assert [word.answers for word in model.predict([["tower", "\0"]], top=1)["t"][0]][1] == []
     with pytest.raises(st.DataError, match="makes no token of the texts"):
         model.predict([["\0"]])
+    # Alone, or beside others.
+    model.add_task("whole", side=None, merge="base-only", head=2)
+    for texts in (["\0"], ["\0", "the tower"]):
+        with pytest.raises(st.DataError, match="makes no token of"):
+            model.predict(texts, ["whole"])
 
 
 def test_words_are_learned_and_answered(text_base: st.Base, tmp_path: Path, words: TaskData) -> None:
@@ -249,3 +255,42 @@ def test_words_are_learned_and_answered(text_base: st.Base, tmp_path: Path, word
     for mixed in (("the", "old"), [["the", "old"]], ("the", "old", "tower")):
         with pytest.raises(st.DataError, match="'ner' reads words and 'mood' whole texts: ask them one by one"):
             loaded.predict(mixed)
+
+
+def test_what_was_learned_on_another_base_is_not_taken_up(digits: Path, tmp_path: Path) -> None:
+    data = load(digits)
+    for seed in (0, 1, 0):
+        base = stages_base()
+        with torch.no_grad():
+            next(network(base).parameters()).mul_(1 + seed)
+        how: dict[str, Any] = {"side": "fcn4", "budget": 0.5, "progress": False}
+        shared = auto(st.SideTuner(base), "digits", data, cache=tmp_path / "shared", **how)
+        assert shared.scores["validation"]["loss"] == min(attempt.loss for attempt in shared.attempts)
+    folders = [folder for folder in (tmp_path / "shared").iterdir() if folder.name.startswith("digits-")]
+    assert len(folders) == 2
+
+
+def test_data_that_were_not_split_are_split(digits: Path, tmp_path: Path) -> None:
+    result = auto(
+        st.SideTuner(stages_base()), "digits", load(digits, split=False), cache=tmp_path, side="none", progress=False
+    )
+    assert result.rows["validation"] > 0
+
+
+def test_texts_have_no_mirror_images(text_base: st.Base, tmp_path: Path) -> None:
+    data = load(write_texts(tmp_path / "a.jsonl", 20))
+    with pytest.raises(st.DataError, match="texts have no mirror images"):
+        auto(st.SideTuner(text_base), "t", data, cache=tmp_path, mirror=True, progress=False)
+
+
+def test_many_broken_images_are_noted_by_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_digits(tmp_path / "digits", (0, 1), 60)
+    for file in sorted(root.rglob("*.png"))[::2]:
+        file.write_bytes(b"broken")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    data = load(root, split=False)
+    encoded = encode(stages_base(), data.splits["train"], tmp_path / "cache", progress=False)
+    assert encoded.kept == list(range(1, 120, 2)) and len(encoded.unreadable) == 60
+    (notes,) = (tmp_path / "cache").glob("unreadable*.json")
+    assert len(json.loads(notes.read_text())) == 60 and not (tmp_path / "unreadable.json").exists()

@@ -292,3 +292,85 @@ def test_a_folder_without_images_says_what_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(st.DataError, match="one folder of images a class"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("flag", [int, bool])
+def test_lists_of_flags_are_a_label_each(tmp_path: Path, flag: type) -> None:
+    rows = [{"text": f"text {i}", "labels": [flag(i % 2), flag(i % 3 == 0), flag(1)]} for i in range(20)]
+    data = load(table(tmp_path / "a.jsonl", rows), split=False)
+    assert data.problem == "labels" and data.names == ["labels 1", "labels 2", "labels 3"]
+    assert data.splits["train"].targets[:3].tolist() == [[0, 1, 1], [1, 0, 1], [0, 0, 1]]
+    renamed = load(tmp_path / "a.jsonl", names=["odd", "third", "all"], split=False)
+    assert torch.equal(renamed.splits["train"].targets, data.splits["train"].targets)
+
+
+def test_lists_of_the_labels_zero_and_one_are_no_flags(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "labels": [[0, 1], [1], [0]][i % 3]} for i in range(12)]
+    data = load(table(tmp_path / "a.jsonl", rows), split=False)
+    assert data.names == ["0", "1"] and data.splits["train"].targets[:3].tolist() == [[1, 1], [0, 1], [1, 0]]
+
+
+def test_folders_beside_those_of_splits_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        folder(tmp_path / "photos" / split, cat=4, dog=4)
+    assert load(tmp_path / "photos").names == ["cat", "dog"]
+    folder(tmp_path / "photos" / "unlabeled", misc=3)
+    with pytest.raises(st.DataError, match="has the folders of splits test, train, and also unlabeled; move these"):
+        load(tmp_path / "photos")
+    folder(tmp_path / "twice" / "train", cat=4, dog=4)
+    for split in ("val", "validation"):
+        folder(tmp_path / "twice" / split, cat=4, dog=4)
+    with pytest.raises(st.DataError, match="and also val; move these"):
+        load(tmp_path / "twice")
+    # A class of that name.
+    assert load(folder(tmp_path / "vehicles", train=8, bus=8, car=8)).names == ["bus", "car", "train"]
+
+
+def test_a_table_is_of_the_split_of_its_folder(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        table(tmp_path / split / "0.jsonl", rows if split == "train" else rows[:6])
+    data = load(tmp_path)
+    assert sizes(data)["test"] == 6 and "test" in data.splits
+
+
+def test_splits_that_are_left_out_are_told(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(20)], "label": ["a", "b"] * 10})
+    splits = {"train": rows, "unsupervised": rows, "dev": rows.select(range(4)), "validation": rows.select(range(6))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    data = load(tmp_path / "saved")
+    said(data, "left out: the splits unsupervised, dev, which are not train, validation or test")
+    assert sizes(data) == {"train": 20, "validation": 6}
+
+
+def test_columns_of_several_answers_are_taken_by_their_names(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "x": i % 2, "y": int(i % 3 == 0)} for i in range(12)]
+    source = table(tmp_path / "a.jsonl", rows)
+    data = load(source, label=["x", "y"], problem="labels", split=False)
+    swapped = load(source, label=["y", "x"], problem="labels", names=["x", "y"], split=False)
+    assert torch.equal(swapped.splits["train"].targets, data.splits["train"].targets)
+    renamed = load(source, label=["x", "y"], problem="labels", names=["odd", "third"], split=False)
+    said(renamed, "the columns x, y are taken for odd, third, in this order")
+    for label in (["x"], ["x", "text"]):
+        with pytest.raises(st.DataError):
+            load(source, label=label, problem="labels", names=["x", "y"], split=False)
+
+
+def test_a_name_with_a_space_after_it_is_the_same_class(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": ["cat", "cat ", "dog"][i % 3]} for i in range(12)]
+    assert load(table(tmp_path / "a.jsonl", rows), split=False).names == ["cat", "dog"]
+
+
+def test_a_class_may_be_called_none(tmp_path: Path) -> None:
+    lines = [f"text {i},{['None', 'mild', ''][i % 3]}" for i in range(12)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *lines]))
+    data = load(tmp_path / "a.csv", split=False)
+    assert data.names == ["None", "mild"]
+    said(data, "4 with no answer")
+
+
+def test_lists_are_no_classes(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": ["a", "b"]} for i in range(4)]
+    with pytest.raises(st.DataError, match="a row has one class, and these are lists"):
+        load(table(tmp_path / "a.jsonl", rows), problem="classes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,13 @@ def test_a_task_reads_only_what_it_needs_and_an_earlier_export_goes(tmp_path: Pa
     about = json.loads((tmp_path / "out/model.json").read_text())
     assert about["tasks"]["plain"]["inputs"] == ["out"] and not list(tmp_path.rglob("*.pt2"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    # Others have files of that name, and people put files of theirs beside ours.
+    for name, text in (("model.json", '{"format": "layers-model"}'), ("own.txt", "mine")):
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+        (tmp_path / name / name).write_text(text)
+        with pytest.raises(st.ArtifactError, match="holds no earlier export"):
+            st.export(model, tmp_path / name, tasks=["plain"])
+        assert (tmp_path / name / name).read_text() == text
 
 
 @pytest.mark.slow

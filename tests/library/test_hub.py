@@ -47,9 +47,13 @@ class FakeHub:
         commit_message: str,
         revision: str | None,
         path_in_repo: str | None,
+        delete_patterns: list[str],
     ) -> None:
         assert repo_id in self.private and (revision is None or (self.root / repo_id / revision).exists())
         target = self.root / repo_id / (revision or "main") / (path_in_repo or "")
+        for file in [file for file in target.rglob("*") if file.is_file()]:
+            if any(fnmatch.fnmatch(str(file.relative_to(target)), pattern) for pattern in delete_patterns):
+                file.unlink()
         shutil.copytree(folder_path, target, dirs_exist_ok=True)
 
     @classmethod
@@ -289,3 +293,14 @@ def test_a_card_names_the_base_on_the_hub(name: str, expected: str | None, hub: 
     st.push(tmp_path / "task", "you/pets")
     card = (hub.root / "you/pets/main/README.md").read_text()
     assert ("base_model:" in card) == (expected is not None) and (expected or "") in card
+
+
+def test_a_model_takes_the_place_of_a_single_task_and_the_other_way_round(hub: type[FakeHub], tmp_path: Path) -> None:
+    model = st.SideTuner(st.load_base("resnet44-cifar10"))
+    for name in ("a", "b"):
+        model.add_task(name, side=None, merge="base-only", head=2)
+    model.save(tmp_path / "model")
+    for task, expected in (("a", ["a"]), (None, ["a", "b"]), ("b", ["b"])):
+        st.push(tmp_path / "model", "me/pets", task=task)
+        shutil.rmtree(hub.root / "cache", ignore_errors=True)
+        assert sorted(st.load(st.pull("me/pets")).tasks) == expected

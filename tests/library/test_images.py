@@ -17,7 +17,7 @@ from PIL import Image
 
 from sidetuning.errors import DataError
 from sidetuning.images import MOST_PIXELS, image_endings, image_folder
-from sidetuning.transforms import decode_image
+from sidetuning.transforms import decode_image, upright
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8)
 
@@ -198,3 +198,8 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", make(tmp_path, "1.png") / "1.png"):
         with pytest.raises(DataError, match="one folder of images a class"):
             image_folder(path)
+
+
+def test_numbers_in_memory_whose_range_nobody_tells_are_refused() -> None:
+    with pytest.raises(DataError, match="whose range no file tells"):
+        upright(Image.fromarray(np.full((8, 8), 200, np.int32)))

@@ -100,7 +100,34 @@ def test_a_holdout_is_scored(place: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_classes_that_the_task_does_not_have_are_left_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, notes = run(capsys, "evaluate", place / "my-model", "--task", "straight", write_both(place))
-    assert "10 with the unknown class 'digit-0'" in notes
+    assert "left out: 10 with the unknown class 'digit-0'" in notes
+    told = refused(capsys, "evaluate", place / "my-model", "--task", "straight", place / "holdout")
+    assert "no row can be used: left out: 10 with the unknown class 'digit-0'" in told
+    assert told.endswith("the task's answers are digit-1, digit-4, digit-7")
+
+
+def test_a_holdout_of_one_class_is_scored(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(place / "holdout" / "digit-6", tmp_path / "one" / "digit-6")
+    out, _ = run(capsys, "evaluate", place / "my-model", "--task", "round", tmp_path / "one", "--json", "--quiet")
+    assert json.loads(out)["scores"]["samples"] == 10
+
+
+def test_info_and_report_count_the_same_parameters(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, "info", place / "my-model", "--json")
+    for task in json.loads(out):
+        report = json.loads((place / "my-model/tasks" / task["task"] / "report.json").read_text())
+        assert task["parameters"] == report["parameters"]
+
+
+def test_what_was_kept_is_told_with_its_reason(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    parts = ("--base", "resnet44-cifar10", "--task", "round", "--out", tmp_path / "model", "--side", "none", "--quiet")
+    out, _ = run(capsys, "train", place / "round", *parts)
+    assert "kept: linear head, closed form, which has the lowest loss on the validation rows" in out
+    assert "these rows chose the side" in out
+    for split, count in (("train", 20), ("validation", 5), ("test", 5)):
+        write_digits(tmp_path / "given" / split, (0, 6), count, first={"train": 0, "validation": 25}.get(split, 30))
+    out, _ = run(capsys, "train", tmp_path / "given", *parts, "--replace")
+    assert "on 10 test rows" in out and "these rows chose the side" not in out
 
 
 def write_both(place: Path) -> Path:
@@ -347,3 +374,33 @@ def test_dense_tasks_write_pictures(tmp_path: Path) -> None:
     assert path == tmp_path / "a-photo-parts.png" and path.stat().st_size > 0
     assert (tmp_path / "a-photo-parts.npy").exists()
     assert save_map(torch.rand(1, 8, 8), tmp_path, "depth").exists()
+
+
+def test_a_broken_image_takes_no_answer_from_the_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted((place / "holdout").rglob("*.png"))[:2]
+    broken = place / "broken.png"
+    broken.write_bytes(b"nothing")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["predict", str(place / "my-model"), *map(str, [files[0], broken, files[1]]), "--task", "round"])
+    told = capsys.readouterr()
+    assert told.out.count("digit-") >= 2 and "1 of 3 could not be read" in told.err
+
+
+def test_a_folder_for_pictures_is_refused_where_no_task_makes_any(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = next((place / "holdout").rglob("*.png"))
+    told = refused(capsys, "predict", place / "my-model", file, "--out", tmp_path / "pictures")
+    assert told.endswith("no task that was asked answers with a picture; leave --out out")
+
+
+def test_what_a_model_is_built_on_is_not_another_base(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    weights = tmp_path / "other.safetensors"
+    weights.touch()
+    again = ("train", place / "holdout", "--task", "more", "--out", place / "my-model", "--quiet")
+    assert "is built on other weights" in refused(capsys, *again, "--weights", weights)
+    for name in ("hf:44-cifar10", "timm:resnet44-cifar10"):
+        assert "is built on resnet44-cifar10, not" in refused(capsys, *again, "--base", name)

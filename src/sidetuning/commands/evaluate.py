@@ -24,7 +24,7 @@ class Settings:
     model: Annotated[str, tyro.conf.Positional]
     """Model folder."""
     data: Annotated[str, tyro.conf.Positional]
-    """Data as of train; the split test is taken where there is one, else all rows."""
+    """Data in any form that train takes; the test split is scored if there is one, otherwise all rows."""
     task: str
     """Name of the task."""
     split: str | None = None
@@ -40,7 +40,7 @@ class Settings:
     json: bool = False
     """Print JSON."""
     quiet: bool = False
-    """Print no notes and no bar."""
+    """Print no notes and no progress bar."""
 
 
 def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
@@ -48,10 +48,11 @@ def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
     from sidetuning.commands.predict import averages_mirror_images
     from sidetuning.data import LOADED
     from sidetuning.data import load as load_data
+    from sidetuning.launch import on_device
     from sidetuning.loading import load
     from sidetuning.scoring import score
 
-    model = load(settings.model)
+    model = on_device(load(settings.model))
     branch = model[settings.task]
     problem = type(branch.problem).__name__.lower()
     if branch.labels is None and problem in ("classes", "labels", "tokens"):

@@ -33,7 +33,7 @@ def main(settings: Settings) -> None:
     for task in tasks:
         rows = []
         for name, value in task.record().items():
-            pairs = [f"{key} {number:.6g}" for key, number in value.items()] if isinstance(value, dict) else value
+            pairs = [f"{key} {number:.4g}" for key, number in value.items()] if isinstance(value, dict) else value
             text = ", ".join(pairs) if isinstance(pairs, list) else f"{pairs:,}" if isinstance(pairs, int) else pairs
             rows.append([name.replace("_", " "), text or "–"])
         say_table(["", task.task], rows)

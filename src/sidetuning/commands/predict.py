@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,10 +36,10 @@ class Settings:
     model: Annotated[str, tyro.conf.Positional]
     """Model folder, the folder of a run, or of one saved task."""
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Image files and folders of them; for models of language texts, or .txt files with a text a line; - reads standard
-    input: one image, or a text a line. The words of a text may be a list of JSON, '["Angela", "Merkel"]'."""
+    """Image files, or folders of them; for models of language texts, or .txt files with one text per line; - reads
+    standard input: one image, or one text per line. For tasks on words a text may be a list, '["Angela", "Merkel"]'."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Task to ask, may be given more than once; all by default."""
+    """Task to ask; repeat the option for several; all by default."""
     top: int | None = None
     """How many classes or labels to show; by default the first class and all labels."""
     json: bool = False
@@ -48,7 +49,7 @@ class Settings:
     out: str | None = None
     """Folder for the pictures that dense tasks answer with."""
     quiet: bool = False
-    """Show no bar."""
+    """Show no progress bar."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,13 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
     from torch import Tensor
     from tqdm import tqdm
 
+    from sidetuning.launch import on_device
     from sidetuning.loading import load
     from sidetuning.predicting import Word, each_answered
     from sidetuning.problems import Classes
     from sidetuning.transforms import ImageTransform, WordTransform
 
-    model = load(settings.model)
+    model = on_device(load(settings.model))
     # Raises, with near names.
     branches = {task: model[task] for task in settings.task or model.tasks}
     images = isinstance(model.base.transform, ImageTransform)
@@ -88,7 +90,7 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
     mirror = images and averages_mirror_images(Path(settings.model))
     # Of classes one is right, of labels any number.
     most = {task: settings.top or (1 if isinstance(b.problem, Classes) else None) for task, b in branches.items()}
-    off, unread = settings.quiet or len(named) <= CHUNK, list[str]()
+    off, unread, written = settings.quiet or len(named) <= CHUNK, list[str](), Counter[str]()
     with tqdm(total=len(named), unit="image" if images else "text", disable=off, leave=False) as bar:
         for start in range(0, len(named), CHUNK):
             some = named[start : start + CHUNK]
@@ -100,10 +102,12 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
                 rows = []
                 for task, answers in found.items():
                     if isinstance(answers, Tensor):
-                        answers = [(_written(model, task, name, answers, settings), 1.0)]
+                        answers = [(_written(model, task, name, answers, settings, written), 1.0)]
                     for word, shown in answers if isinstance(answers[0], Word) else [(None, answers)]:
                         parts = shown[: most[task]] or [(None, None)]
                         rows += [Answer(name, task, label, value, word) for label, value in parts]
+                if settings.out is not None and not written:
+                    raise DataError("no task that was asked answers with a picture; leave --out out")
                 yield rows
             bar.update(len(some))
     if unread:
@@ -150,7 +154,9 @@ def _words(line: str) -> str | list[str]:
     return line
 
 
-def _written(model: SideTuner, task: str, source: str, answer: Tensor, settings: Settings) -> str:
+def _written(
+    model: SideTuner, task: str, source: str, answer: Tensor, settings: Settings, written: Counter[str]
+) -> str:
     """What is shown of a map or of tokens: the picture that was written, or the tokens' classes."""
     from sidetuning.pictures import save_map
 
@@ -159,7 +165,10 @@ def _written(model: SideTuner, task: str, source: str, answer: Tensor, settings:
         return " ".join(names[k] if names else str(k) for k in answer.tolist())
     if settings.out is None:
         raise DataError(f"the task {task} answers with a picture: give --out, a folder for it, or choose other tasks")
-    return str(save_map(answer, Path(settings.out), f"{Path(source).stem}-{task}"))
+    name = f"{Path(source).stem}-{task}"
+    written[name] += 1
+    # Files of several folders may have one name.
+    return str(save_map(answer, Path(settings.out), name + f"-{written[name]}" * (written[name] > 1)))
 
 
 def averages_mirror_images(run: Path) -> bool:
@@ -202,7 +211,10 @@ def main(settings: Settings) -> None:
             writer.writerows(cells(answer, ".6g") for answer in answers)
         return
     rows: list[Sequence[str] | None] = []
-    for answers in every:
-        rows += [["" if k else answer.image, *cells(answer, ".2f")[1:]] for k, answer in enumerate(answers)]
-        rows.append(None)
-    say_table(columns, rows, right=("value",))
+    try:
+        for answers in every:
+            rows += [["" if k else answer.image, *cells(answer, ".2f")[1:]] for k, answer in enumerate(answers)]
+            rows.append(None)
+    finally:
+        # Those of the others, where one could not be read.
+        say_table(columns, rows, right=("value",))

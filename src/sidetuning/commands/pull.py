@@ -17,7 +17,7 @@ class Settings:
     repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="USER/NAME")]
     """Repository of the Hub."""
     out: Annotated[str, tyro.conf.arg(metavar="MODEL")]
-    """Model folder that the tasks are added to; made where it does not exist."""
+    """Model folder that the tasks are added to; created if it does not exist."""
     task: Annotated[str | None, tyro.conf.arg(metavar="TASK")] = None
     """Name of the only task to download."""
     revision: Annotated[str | None, tyro.conf.arg(metavar="REVISION")] = None

@@ -20,11 +20,11 @@ class Settings:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Model folder, or the folder of one task."""
     repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="USER/NAME")]
-    """Repository of the Hub; made where it does not exist."""
+    """Repository of the Hub; created if it does not exist."""
     task: Annotated[str | None, tyro.conf.arg(metavar="TASK")] = None
     """Name of the only task to upload."""
     revision: Annotated[str | None, tyro.conf.arg(metavar="BRANCH")] = None
-    """Branch to upload to; made where it does not exist."""
+    """Branch to upload to; created if it does not exist."""
     subfolder: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of the repository to upload to."""
     licence: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None

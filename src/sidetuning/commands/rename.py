@@ -12,7 +12,7 @@ from sidetuning.terminal import say
 
 @dataclass(frozen=True)
 class Settings:
-    """Rename a task of a model folder; its weights do not change, and tasks that read its side are told."""
+    """Rename a task of a model folder; its weights do not change, and tasks that read its side are updated."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Model folder."""

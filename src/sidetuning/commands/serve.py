@@ -23,10 +23,10 @@ TOKEN = "SIDETUNING_TOKEN"
 
 @dataclass(frozen=True)
 class Settings:
-    """Answer questions about images or texts over HTTP; all clients and all tasks share passes of the base.
+    """Serve predictions for images or texts over HTTP; all clients and all tasks share passes of the base.
 
-    Tasks that are added to the model folder, replaced or removed are taken over while it runs. Where the environment
-    variable SIDETUNING_TOKEN is set, clients must send it (Authorization: Bearer TOKEN).
+    Changes to the model folder are loaded while the server runs. If the environment variable SIDETUNING_TOKEN is set,
+    clients must send it (Authorization: Bearer TOKEN).
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -40,7 +40,7 @@ class Settings:
     max_batch: Annotated[int, tyro.conf.arg(metavar="INPUTS")] = 32
     """Inputs that share a base pass, at most."""
     wait: Annotated[float, tyro.conf.arg(metavar="MILLISECONDS")] = 0.0
-    """Time that a batch which is not full waits for more inputs."""
+    """Time that a batch waits for more inputs before it runs."""
     max_waiting: Annotated[int, tyro.conf.arg(metavar="INPUTS")] = 1024
     """Inputs that may wait; others are refused (503)."""
     max_body: Annotated[float, tyro.conf.arg(metavar="MEGABYTES")] = 16.0
@@ -55,9 +55,9 @@ class Settings:
     timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 30.0
     """Time until a request is given up (504)."""
     watch: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 1.0
-    """Time between two looks at the model folder; 0 looks never."""
+    """Time between two checks of the model folder; 0 turns them off."""
     quiet: bool = False
-    """Log warnings and errors alone."""
+    """Log only warnings and errors."""
 
 
 def main(settings: Settings) -> None:
@@ -94,9 +94,11 @@ def main(settings: Settings) -> None:
     logging.getLogger("uvicorn.error").handlers = service.log.handlers
     listener = listening(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
-    service.log.info(
-        "listening", extra={"fields": {"address": f"http://{f'[{host}]' if ':' in host else host}:{port}"}}
-    )
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    service.log.info("listening", extra={"fields": {"address": address}})
+    if not quiet:
+        what = "Embeddings" if settings.base_only else "A page to try it"
+        say(f"{what}: {address} (Ctrl-C stops the server)", error=True)
     # uvicorn stops gracefully, then sends itself the signal that it got: stopping as asked is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):

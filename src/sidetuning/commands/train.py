@@ -26,16 +26,16 @@ COLUMNS = ("image", "text", "label", "problem")
 
 @dataclass(frozen=True)
 class Settings:
-    """Learn a task from a folder of images, or a table of files or texts, beside the tasks that a model has."""
+    """Learn a task from a folder of images or a table of images or texts, and add it to a model."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder with one folder of images a class, CSV, Parquet or JSON Lines file, saved data set, or name on the Hub."""
+    """Folder with one folder of images per class; CSV, TSV, Parquet or JSON Lines; data set, saved or of the Hub."""
     task: str
     """Name of the new task."""
     out: str
-    """Model folder; a further task goes into the same one."""
+    """Model folder; use the same one for further tasks."""
     base: str | None = None
-    """Pretrained network, such as timm:resnet50 or hf:bert-base-uncased; that of the model folder by default."""
+    """Pretrained network, such as timm:resnet50 or hf:bert-base-uncased; by default that of the model folder."""
     weights: str | None = None
     """Safetensors file of the base's weights, instead of those that its name stands for."""
     precision: str | None = None
@@ -49,7 +49,7 @@ class Settings:
     problem: str | None = None
     """What answers mean: classes, labels, numbers, or tokens, a class for each word; guessed by default."""
     side: str = "auto"
-    """Side network: auto tries those that fit, none solves a linear head alone."""
+    """Side network: auto tries those that fit, none solves only a linear head."""
     budget: str = "2m"
     """Time for trying sides, after the base pass: 30s, 2m, 1h."""
     balance: bool = False
@@ -59,13 +59,13 @@ class Settings:
     forgetting: bool = False
     """Fine-tune a copy of the base too, for the time of --budget, and report what the other tasks would have lost."""
     replace: bool = False
-    """Replace the task where the model has one of this name."""
+    """Replace the task if the model already has one of this name."""
     cache: str | None = None
     """Folder that keeps the base's features; by default they are deleted when the task is learned."""
     seed: int = 0
     """Seed of the splits and of training."""
     quiet: bool = False
-    """Print the result alone."""
+    """Print only the result."""
 
 
 def seconds_of(text: str) -> float:
@@ -157,6 +157,7 @@ def opened(settings: Settings, out: Path) -> SideTuner:
     Raises:
         TaskError: no base, or another one than the folder's.
     """
+    from sidetuning.launch import on_device
     from sidetuning.loading import load, load_base
     from sidetuning.tuner import SideTuner
 
@@ -164,17 +165,25 @@ def opened(settings: Settings, out: Path) -> SideTuner:
         if settings.base is None:
             raise TaskError(f"{out} is a new model: name its base, such as --base timm:resnet50 or --base hf:NAME")
         options: dict[str, Any] = {} if settings.weights is None else {"weights": settings.weights}
-        return SideTuner(load_base(settings.base, precision=settings.precision or "fp32", **options))
-    model = load(out)
+        return on_device(SideTuner(load_base(settings.base, precision=settings.precision or "fp32", **options)))
+    model = on_device(load(out))
     spec = model.base.spec
     if settings.precision not in (None, model.base.engine.precision):
         raise TaskError(f"{out} is built on a base in {model.base.engine.precision}; leave --precision out")
-    if settings.base is not None and spec is not None and spec.name != settings.base:
-        same = settings.base.startswith(("hf:", "onnx:")) and spec.name.endswith(Path(settings.base[3:]).name)
-        if not same:
-            told = f"{out} is built on {spec.name}, not {settings.base}"
-            raise TaskError(f"{told}; leave --base out, or choose another --out")
+    if settings.base is not None and spec is not None and _place(spec.name) != _place(settings.base):
+        told = f"{out} is built on {spec.name}, not {settings.base}"
+        raise TaskError(f"{told}; leave --base out, or choose another --out")
+    weights = None if spec is None else spec.options.get("weights")
+    if settings.weights is not None and (weights is None or _place(str(weights)) != _place(settings.weights)):
+        raise TaskError(f"{out} is built on other weights ({weights or 'those of its base'}); leave --weights out")
     return model
+
+
+def _place(name: str) -> str:
+    """A base's name, or a file's, by its whole path where it is on this machine: "hf:/home/me/net"."""
+    scheme, between, rest = name.rpartition(":")
+    path = Path(rest).expanduser()
+    return f"{scheme}{between}{path.resolve()}" if path.exists() else name
 
 
 def main(settings: Settings) -> None:
@@ -183,6 +192,9 @@ def main(settings: Settings) -> None:
     split = "test" if "test" in result.scores else "validation"
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.scores[split].items() if name != "samples")
     rows = result.rows[split]
-    say(f"{settings.task}: {numbers} on {rows} {split} rows ({result.chosen}; {result.seconds:.0f} s)")
+    say(f"{settings.task}: {numbers} on {rows} {split} rows, in {result.seconds:.0f} s")
+    say(f"kept: {result.chosen}, which has the lowest loss on the validation rows")
+    if split == "validation":
+        say("these rows chose the side, so expect a little less on new ones; sidetuning evaluate scores a test set")
     report = Path(settings.out) / "report.html"
     say(f"saved in {settings.out}; look at {report}, or ask: sidetuning predict {settings.out} …")

@@ -11,7 +11,7 @@ from pathlib import Path
 from sidetuning.data.rows import Rows as Rows
 from sidetuning.data.rows import TaskData as TaskData
 from sidetuning.data.sources import SPLITS, open_source
-from sidetuning.data.splits import complete
+from sidetuning.data.splits import complete as complete
 from sidetuning.data.targets import understand
 from sidetuning.errors import DataError
 

@@ -31,6 +31,8 @@ PAIRS += (("question", "sentence"), ("question", "passage"), ("query", "document
 TEXTS = ("text", "sentence", "content", "review", "comment", "body", "message", "question", "title", "document")
 LABELS: tuple[str, ...] = ("label", "labels", "class", "fine_label", "category", "target", "targets", "y", "answer")
 WORDS = ("tokens", "words")
+# What stands for an empty cell in CSV.
+MISSING = ["", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "null"]
 LABELS += ("score", "rating", "ner_tags", "tags", "pos_tags", "chunk_tags")
 
 
@@ -89,16 +91,30 @@ def open_source(
         else:
             raise DataError(f"{source} does not exist; give a folder of images by class, a table, or a Hub name")
         tables = tables if isinstance(tables, Mapping) else {"train": tables}
-        return _columns(datasets, _named_splits(tables, str(source)), path, image, texts, labels, problem)
+        known = _named_splits(tables, str(source))
+        opened = _columns(datasets, known, path, image, texts, labels, problem)
+        if left := [str(name) for name, table in tables.items() if all(table is not one for one in known.values())]:
+            opened.notes.append(f"left out: the splits {', '.join(left)}, which are not train, validation or test")
+        return opened
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
-    """The folders of splits, where all folders are such; else the folder itself as "train"."""
-    inner = {f.name: f for f in path.iterdir() if f.is_dir() and not hidden(f.name)}
+    """The folders of splits, where there is one of "train"; else the folder itself as "train".
+
+    Raises:
+        DataError: two folders of one split, or folders of classes beside those of splits.
+    """
+    inner = {f.name: f for f in sorted(path.iterdir()) if f.is_dir() and not hidden(f.name)}
     found = {_split_of(name): folder for name, folder in inner.items() if _split_of(name)}
-    if "train" in found and len(found) == len(inner):
-        return {split: found[split] for split in SPLITS if split in found}
-    return {"train": path}
+    # A class may be called "train": its folder holds no folders of images.
+    if "train" not in found or (any(not _split_of(n) for n in inner) and not _holds_images(found["train"])):
+        return {"train": path}
+    if more := [name for name, folder in inner.items() if folder not in found.values()]:
+        raise DataError(
+            f"{path} has the folders of splits {', '.join(f.name for f in found.values())}, and also "
+            f"{', '.join(more[:5])}{', …' * (len(more) > 5)}; move these elsewhere, since they are of no split"
+        )
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def _split_of(name: str) -> str:
@@ -172,10 +188,13 @@ def _read_files(datasets: Any, path: Path) -> Any:
     files = [f for f in files if KINDS.get(f.suffix.lower()) == kind]
     by_split: dict[str, list[str]] = {}
     for file in files:
-        words = re.split(r"[^a-z]+", file.stem.lower())
+        # By its name, or else by those of the folders that it is in.
+        within = file.relative_to(path).parts[-2::-1] if path.is_dir() else ()
+        words = [word for name in (file.stem, *within) for word in re.split(r"[^a-z]+", name.lower())]
         split = next((found for word in words if (found := _split_of(word))), "train")
         by_split.setdefault("train" if len(files) == 1 else split, []).append(str(file))
-    how = {"sep": _separator(files[0])} if kind == "csv" else {}
+    # A class may be called None.
+    how = {"sep": _separator(files[0]), "keep_default_na": False, "na_values": MISSING} if kind == "csv" else {}
     return datasets.load_dataset(kind, data_files=by_split, **how)
 
 
@@ -193,7 +212,9 @@ def _separator(file: Path) -> str:
 
 def _named_splits(tables: Mapping[Any, Any], source: str) -> dict[str, Any]:
     """Tables by our names of splits; others are left out where there is a "train"."""
-    known = {_split_of(str(name)): table for name, table in tables.items() if _split_of(str(name))}
+    # Of "dev" and "validation" the one with our name.
+    names = sorted(map(str, tables), key=lambda name: name in SPLITS)
+    known = {_split_of(name): tables[name] for name in names if _split_of(name)}
     if "train" not in known:
         if len(tables) != 1:
             raise DataError(f"{source} has the splits {', '.join(map(str, tables))}; one of them must be called train")

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
     Raises:
         DataError: answers that are of no problem or not of the given one, or no row that can be used.
     """
+    notes = list(opened.notes)
+    if names is not None and len(opened.labels) > 1:
+        opened = _in_order(opened, names, notes)
     values = {split: _values(columns) for split, columns in opened.answers.items()}
     every = [value for rows in values.values() for value in rows if value is not None]
     if opened.words:
@@ -39,7 +43,6 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
         every = [cell for cell in cells if isinstance(cell, (str, int, float)) and cell != IGNORED]
     if not every:
         raise DataError(f"the column '{opened.labels[0]}' holds no answer; name another with --label")
-    notes = list(opened.notes)
     if problem is None:
         problem, why = _guess(every, every if opened.words else values["train"], len(opened.labels), opened.classes)
         if opened.words and problem == "numbers":
@@ -47,21 +50,23 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
         problem, why = ("tokens", "the texts are lists of words") if opened.words else (problem, why)
         if opened.kind == "text" or opened.labels != ("class",):
             notes.append(f"the problem is '{problem}', since {why} (--problem)")
-    known = list(names) if names is not None else _names(problem, every, opened)
+    flags = problem == "labels" and _are_flags(every, names)
+    known = list(names) if names is not None else _names(problem, every, opened, flags)
     splits = {}
     for split, rows in values.items():
         reasons: dict[str, list[str]] = {}
         targets, kept = [], []
         for i, value in enumerate(rows):
             words = opened.sources[split][i] if problem == "tokens" else None
-            target, reason = _target(value, problem, known, words)
+            target, reason = _target(value, problem, known, words, flags)
             reason = reason or _no_source(opened.sources[split], i)
             if reason:
                 reasons.setdefault(reason, []).append(opened.places[split][i])
             else:
                 targets.append(target)
                 kept.append(i)
-        notes += _left_out(split, reasons, opened.skipped.get(split, Counter()))
+        whence = "" if names is not None and len(values) == 1 else f" of {split}"
+        notes += _left_out(whence, reasons, opened.skipped.get(split, Counter()))
         if kept:
             whole = Rows(opened.sources[split], torch.zeros(len(rows)), opened.places[split]).take(kept)
             dtype = torch.float32 if problem in ("labels", "numbers") else torch.long
@@ -71,9 +76,11 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
                 targets = list(zip(*itertools.zip_longest(*targets, fillvalue=IGNORED)))
             splits[split] = Rows(whole.sources, torch.tensor(targets, dtype=dtype), whole.places)
     if "train" not in splits:
-        raise DataError(f"no row can be used: {'; '.join(notes)}")
+        theirs = "" if names is None else f"; the task's answers are {', '.join(known[:5])}{', …' * (len(known) > 5)}"
+        raise DataError(f"no row can be used: {'; '.join(notes)}{theirs}")
     data = TaskData(splits, opened.kind, problem, known, notes)
-    notes += _balance(data)
+    # Rows of a task that is known are not learned from.
+    notes += _balance(data) if names is None else []
     return data
 
 
@@ -122,15 +129,40 @@ def _guess(every: list[Any], train: list[Any], columns: int, classes: list[str] 
     return "classes", f"the answers are {len(distinct)} texts"
 
 
-def _names(problem: str, every: list[Any], opened: Opened) -> list[str]:
+def _in_order(opened: Opened, names: Sequence[str], notes: list[str]) -> Opened:
+    """The columns of several labels or numbers in the order of a task's outputs; what they were renamed to is noted."""
+    given = list(opened.labels)
+    if len(given) != len(names) or (set(given) != set(names) and set(given) & set(names)):
+        raise DataError(f"the task's answers are {', '.join(names)}, and --label names {', '.join(given)}; name these")
+    if not set(given) & set(names):
+        notes.append(f"the columns {', '.join(given)} are taken for {', '.join(names)}, in this order")
+        return opened
+    answers = {split: [columns[given.index(name)] for name in names] for split, columns in opened.answers.items()}
+    return replace(opened, answers=answers, labels=tuple(names))
+
+
+def _are_flags(every: list[Any], names: Sequence[str] | None) -> bool:
+    """Whether each answer is a list of 0 and 1, one for each label, and not of the labels that are right."""
+    count = len(every[0]) if isinstance(every[0], (list, tuple)) else 0
+    if count < 2 or (names is not None and (len(names) != count or set(names) <= {"0", "1"})):
+        return False
+    rows = [row for row in every if isinstance(row, (list, tuple)) and len(row) == count]
+    return len(rows) == len(every) and all(cell in (0, 1) for row in rows for cell in row)
+
+
+def _names(problem: str, every: list[Any], opened: Opened, flags: bool) -> list[str]:
     """The names of the outputs."""
     if problem in ("classes", "tokens"):
-        return opened.classes or [_name(value) for value in sorted(set(every), key=_order)]
+        if any(isinstance(value, (list, tuple, dict)) for value in every):
+            raise DataError(
+                "a row has one class, and these are lists; give --problem labels, or one column with --label"
+            )
+        return opened.classes or list(dict.fromkeys(_name(value) for value in sorted(set(every), key=_order)))
     if len(opened.labels) > 1:
         return list(opened.labels)
-    if problem == "labels":
+    if problem == "labels" and not flags:
         found = {part for value in every for part in _parts(value)}
-        return opened.classes or [_name(part) for part in sorted(found, key=_order)]
+        return opened.classes or list(dict.fromkeys(_name(part) for part in sorted(found, key=_order)))
     count = len(every[0]) if isinstance(every[0], (list, tuple)) else 1
     return [opened.labels[0]] if count == 1 else [f"{opened.labels[0]} {k + 1}" for k in range(count)]
 
@@ -150,7 +182,9 @@ def _parts(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [p for p in BETWEEN.split(str(value)) if p]
 
 
-def _target(value: Any, problem: str, names: list[str], words: list[str] | None) -> tuple[Any, str]:
+def _target(
+    value: Any, problem: str, names: list[str], words: list[str] | None, flags: bool = False
+) -> tuple[Any, str]:
     """The target of an answer, or why there is none."""
     if value is None:
         return None, "no answer"
@@ -160,7 +194,7 @@ def _target(value: Any, problem: str, names: list[str], words: list[str] | None)
         name = _name(value)
         return (names.index(name), "") if name in names else (None, f"the unknown class '{name:.40}'")
     if problem == "labels":
-        if isinstance(value, list) and len(value) == len(names) and all(cell in (0, 1) for cell in value):
+        if flags or (isinstance(value, list) and len(value) == len(names) and _are_flags([value], names)):
             return [float(cell) for cell in value], ""
         parts = {_name(part) for part in _parts(value)}
         if strange := sorted(parts - set(names)):
@@ -197,13 +231,13 @@ def _no_source(sources: Sequence[Any], row: int) -> str:
     return "a missing file" if isinstance(sources[row], Path) and not sources[row].is_file() else ""
 
 
-def _left_out(split: str, reasons: dict[str, list[str]], skipped: Counter[str]) -> list[str]:
-    """Sentences about what was left out of a split."""
+def _left_out(whence: str, reasons: dict[str, list[str]], skipped: Counter[str]) -> list[str]:
+    """Sentences about what was left out; `whence` names the split where there are several."""
     notes = []
     for reason, places in reasons.items():
         shown = ", ".join(places[:NAMED]) + ", …" * (len(places) > NAMED)
-        notes.append(f"left out of {split}: {len(places)} with {reason} ({shown})")
-    notes += [f"left out of {split}: {count} {reason}" for reason, count in sorted(skipped.items())]
+        notes.append(f"left out{whence}: {len(places)} with {reason} ({shown})")
+    notes += [f"left out{whence}: {count} {reason}" for reason, count in sorted(skipped.items())]
     return notes
 
 

@@ -20,6 +20,7 @@ from sidetuning.engines import with_engine
 from sidetuning.errors import ArtifactError, DataError, SideTuningError
 from sidetuning.folder import task_folders
 from sidetuning.inputs import take_rows, to_device
+from sidetuning.launch import on_device
 from sidetuning.loading import in_order, load
 from sidetuning.predicting import Answers, answers, groups, read, run
 from sidetuning.transforms import TextTransform, Transform, WordTransform
@@ -190,6 +191,7 @@ class Served:
         self._stop = threading.Event()
         # Reads one task, for the base. Without the taps of tasks, which may go.
         model = load(path, base=base, max_tasks_in_memory=1)
+        model = on_device(model) if base is None and engine is None else model
         self._base = model.base.with_taps(model._taps)
         # Of each task that is served: the stamps of its files, and what its text says.
         self._kept: dict[Path, tuple[Stamp, dict[str, Any]]] = {}
