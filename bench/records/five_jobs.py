@@ -81,7 +81,7 @@ def table(given: Settings) -> str:
     found = [result["ways"] for result in read_all("five-jobs-?.json")]
     lines = [
         "| | lines | first task, % | second task, % | first task at the end, % | its answers moved by "
-        "| … after loading by | LoRA of the same way, % |",
+        "| … after loading by | first task with LoRA in the same script, % |",
         "| --- |" + " ---: |" * 7,
     ]
     for name in WAYS:

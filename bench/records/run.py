@@ -44,6 +44,7 @@ RECORDS: Registry[Record] = Registry(
         "serving-churn": "serving_churn:SERVING_CHURN",
         "own-data": "own_data:OWN_DATA",
         "peers": "peers:PEERS",
+        "gpu": "gpu:GPU",
         "five-jobs": "five_jobs:FIVE_JOBS",
         "generators": "generators:GENERATORS",
         "engines": "engines:ENGINES",

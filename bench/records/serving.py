@@ -8,8 +8,8 @@ Four servers with one and the same HTTP stack and base (a ViT-Tiny; its weights,
 - peft: LoRA adapters of PEFT on the same base, and a pass for each task of a batch.
 
 Two loads, of clients that ask again as soon as they are answered: each request asks one task, drawn at random, or all
-tasks about one image. The servers of one number of tasks run side by side and are asked in turn; the clients share the
-two cores with them.
+tasks about one image. A time ends when all that was asked in it is answered. The servers of one number of tasks run
+side by side and are asked in turn; the clients share the two cores with them.
 """
 
 from __future__ import annotations
@@ -115,12 +115,13 @@ def picture() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-async def ask(addresses: Sequence[str], load: str, count: int, given: Settings, seed: int) -> list[float]:
-    """Latencies in seconds of the requests that were answered in time; `addresses` has one per task, or one."""
+async def ask(addresses: Sequence[str], load: str, count: int, given: Settings, seed: int) -> tuple[list[float], float]:
+    """Latencies of all requests, and the time until the last was answered, in s; `addresses` has one a task, or one."""
     import httpx
 
     image, latencies = picture(), list[float]()
-    until = time.perf_counter() + given.seconds
+    began = time.perf_counter()
+    until = began + given.seconds
 
     async def one(web: httpx.AsyncClient, address: str, tasks: list[str] | None) -> None:
         question: dict[str, Any] = {"inputs": [{"image": image}], "top": 1}
@@ -137,11 +138,10 @@ async def ask(addresses: Sequence[str], load: str, count: int, given: Settings, 
                 else:
                     # Of a process per task, all are asked at once.
                     await asyncio.gather(*(one(web, address, None) for address in addresses))
-                if time.perf_counter() < until or not latencies:
-                    latencies.append(time.perf_counter() - started)
+                latencies.append(time.perf_counter() - started)
 
     await asyncio.gather(*(client(number) for number in range(given.clients)))
-    return latencies
+    return latencies, time.perf_counter() - began
 
 
 def memory(server: subprocess.Popen[bytes]) -> float:
@@ -166,7 +166,9 @@ def measure(count: int, folder: Path, given: Settings) -> list[dict[str, Any]]:
     """All servers at one number of tasks, asked in turn."""
     model = make_model(folder, count)
     names = [name for name in SERVERS if name != "processes" or count <= given.most_processes]
-    found: dict[tuple[str, str], list[list[float]]] = {(name, load): [] for name in names for load in LOADS}
+    found: dict[tuple[str, str], list[tuple[list[float], float]]] = {
+        (name, load): [] for name in names for load in LOADS
+    }
     sizes: dict[str, float] = {}
     with ExitStack() as stack:
         places: dict[str, list[tuple[str, subprocess.Popen[bytes]]]] = {}
@@ -179,21 +181,21 @@ def measure(count: int, folder: Path, given: Settings) -> list[dict[str, Any]]:
         for turn in range(given.rounds + 1):
             for (name, load), rounds in found.items():
                 short = given if turn else Settings(seconds=1.0, clients=4)
-                latencies = asyncio.run(ask(addresses[name], load, count, short, turn))
+                latencies, spent = asyncio.run(ask(addresses[name], load, count, short, turn))
                 # The first turn warms up.
-                rounds += [latencies] if turn else []
-                say(f"{count} tasks, {name}, {load}: {len(latencies) / short.seconds:.1f} requests a second")
+                rounds += [(latencies, spent)] if turn else []
+                say(f"{count} tasks, {name}, {load}: {len(latencies) / spent:.1f} requests a second")
         sizes = {name: sum(memory(server) for _, server in servers) for name, servers in places.items()}
     return [
-        {"tasks": count, "server": name, "load": load, "megabytes": round(sizes[name]), **numbers(rounds, given)}
+        {"tasks": count, "server": name, "load": load, "megabytes": round(sizes[name]), **numbers(rounds)}
         for (name, load), rounds in found.items()
     ]
 
 
-def numbers(rounds: Sequence[Sequence[float]], given: Settings) -> dict[str, Any]:
+def numbers(rounds: Sequence[tuple[list[float], float]]) -> dict[str, Any]:
     """The median over the rounds of requests per second, and the latencies of all rounds."""
-    every = sorted(latency for latencies in rounds for latency in latencies)
-    rates = [len(latencies) / given.seconds for latencies in rounds]
+    every = sorted(latency for latencies, _ in rounds for latency in latencies)
+    rates = [len(latencies) / spent for latencies, spent in rounds]
     at = {f"p{p}_ms": round(1000 * every[min(len(every) - 1, p * len(every) // 100)], 1) for p in (50, 99)}
     return {"per_second": round(statistics.median(rates), 2), "rates": [round(r, 2) for r in rates], **at}
 
@@ -211,7 +213,7 @@ def table(given: Settings) -> str:
     names = {"one": "one task a request", "all": "all tasks a request"}
     lines = ["| tasks | load | server | requests a second | p50, ms | p99, ms | memory, MB |", "|" + " --- |" * 7]
     for row in read("serving")["rows"]:
-        cells = [row["tasks"], names[row["load"]], row["server"], f"{row['per_second']:.1f}"]
+        cells = [row["tasks"], names[row["load"]], row["server"], f"{row['per_second']:.2g}"]
         cells += [f"{row['p50_ms']:.0f}", f"{row['p99_ms']:.0f}", f"{row['megabytes']:,}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
