@@ -119,6 +119,8 @@ def learn_lesson(folder: Run, course: Course, method: Method, index: int, done: 
     """Learn one task, evaluate all so far, save the method, and add the row to `done`."""
     lesson, options = course.lessons[index], course.settings.run
     name = lesson.task.name
+    if options.progress:
+        say(f"task {index + 1} of {len(course.lessons)}: {name}", error=True)
     held = peak_memory_mb(anew=True)
     resume = folder.resume(name)
     trained = method.learn(

@@ -23,7 +23,7 @@ from sidetuning_bench.runs import Run, absolute, read_result
 
 @dataclass(frozen=True)
 class Settings:
-    """Learn to navigate by PPO (stable-baselines3) with four encoders; the same command resumes."""
+    """Learn to navigate by PPO (stable-baselines3) with up to five encoders; the same command resumes."""
 
     methods: Names = METHODS
     """Methods: sidetune; features, the base alone; finetune, a tuned copy of the base; scratch, a network of the base's
