@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sidetuning.inputs import globals_of
+from sidetuning.inputs import globals_of, is_filled, is_installed
 from sidetuning.probe import same_summary
 
 # Types of attributes that may change what a module computes, such as the number of its heads.
@@ -25,6 +25,10 @@ PLAIN = (int, float, str, bool, tuple, type(None))
 TORCHS = frozenset(vars(nn.Module()))
 # Types of torch whose values have names.
 NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.qscheme)
+# Values within values within values that are looked at.
+DEPTH = 6
+# Methods that do nothing when a module runs.
+IDLE = ("__init__", "__repr__", "extra_repr")
 # What draws random numbers: its state moves, and says nothing of what its owner is.
 RANDOM = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
@@ -185,11 +189,9 @@ def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], know
             state = {key: value for key, value in vars(part).items() if _tells(key, value)}
             # Buffers that are not saved are in no `state_dict`.
             unsaved = {key: part._buffers[key] for key in sorted(part._non_persistent_buffers_set)}
-            own = vars(type(part)).get("forward")
-            own = own if own is not None or isinstance(part, torch.jit.ScriptModule) else type(part).forward
-            own = own if isinstance(own, FunctionType) else None
+            own = {} if isinstance(part, torch.jit.ScriptModule) else methods_of(type(part), "forward")
             found = [type(part).__qualname__, state, unsaved, own]
-            digest.update(f"{name} {content_sha256(found, 4, known)}".encode())
+            digest.update(f"{name} {content_sha256(found, known=known)}".encode())
     if not isinstance(net, nn.Module):
         digest.update(content_sha256(net, known=known).encode())
     return digest.hexdigest()
@@ -251,58 +253,95 @@ def function_name(function: Callable[..., Any]) -> str:
     builtin = getattr(function, "__code__", None) is None and hasattr(function, "__name__")
     if builtin and plain:
         return str(name)
-    read = globals_of(function)
-    return f"{name}#{content_sha256((function, read) if read else function)}"
+    return f"{name}#{content_sha256(function)}"
 
 
-def content_sha256(value: Any, depth: int = 6, known: frozenset[int] = frozenset()) -> str:
+def content_sha256(value: Any, depth: int = DEPTH, known: frozenset[int] = frozenset()) -> str:
     """sha256 over what a value is: the same in every process, and another for another value.
 
-    Of functions that is their code, defaults and what they close over; of objects their class and state; of modules
-    their weights and structure, but for those in `known`, by their `id`, which are hashed elsewhere.
+    Of functions that is their code, defaults, and what they close over and read of their module; of objects their class
+    and state; of modules their weights and structure, but for those in `known`, by their `id`, which are hashed
+    elsewhere.
     """
-    digest = hashlib.sha256(type(value).__qualname__.encode())
-    for part in _parts(value, known) if depth else ():
-        digest.update(part if isinstance(part, bytes) else content_sha256(part, depth - 1, known).encode())
-    return digest.hexdigest()
+    return _Content(known).digest(value, depth)
 
 
-def _parts(value: Any, known: frozenset[int]) -> list[Any]:
-    """Bytes, and values within, that say what a value is."""
-    if isinstance(value, Tensor):
-        return [f"{tuple(value.shape)} {value.dtype}".encode(), tensor_bytes(value).numpy().tobytes()]
-    if isinstance(value, (np.ndarray, np.generic)):
-        array = np.asarray(value)
-        content = array.tolist() if array.dtype.hasobject else array.tobytes()
-        return [f"{array.shape} {array.dtype}".encode(), content]
-    if isinstance(value, (*PLAIN, *NAMED, bytes, complex)) and not isinstance(value, tuple):
-        return [repr(value).encode()]
-    if isinstance(value, CodeType):
-        return [value.co_code, value.co_names, value.co_consts]
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if isinstance(value, (set, frozenset)):
-        return sorted(content_sha256(item, known=known).encode() for item in value)
-    if isinstance(value, Mapping):
-        return [part for key in sorted(value, key=str) for part in (str(key), value[key])]
-    if isinstance(value, nn.Module):
-        name = type(value).__qualname__
-        return [name] if id(value) in known else [name, weights_sha256(value, [value], ()), _structure(value, known)]
-    if isinstance(value, partial):
-        return [value.func, value.args, value.keywords]
-    if isinstance(value, MethodType):
-        return [value.__func__, value.__self__]
-    if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
-    if isinstance(value, (type, *RANDOM)) or not hasattr(value, "__dict__"):
-        return _built_in(value)
-    called = vars(type(value)).get("__call__")
-    return [type(value).__qualname__, vars(value), called if isinstance(called, FunctionType) else None]
+def code_bytes(code: CodeType) -> bytes:
+    """What a function does: its instructions, and the names, constants and inner functions that they speak of."""
+    parts = [code.co_code, repr(code.co_names).encode()]
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            parts.append(code_bytes(constant))
+        else:
+            # The order of a set changes from process to process.
+            parts.append(repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant).encode())
+    return b"\0".join(parts)
 
 
-def _structure(module: nn.Module, known: frozenset[int]) -> str:
-    return structure_sha256(module, [module], known)
+def methods_of(kind: type, name: str) -> dict[str, FunctionType]:
+    """The method `name` of a class, and of classes that are no installed package's all methods: it may call them."""
+    own = getattr(kind, name, None)
+    found = {name: own} if isinstance(own, FunctionType) else {}
+    for each in reversed(kind.__mro__):
+        for key, value in vars(each).items():
+            method = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(method, FunctionType) and key not in IDLE and not is_installed(method):
+                found[key] = method
+    return found
+
+
+class _Content:
+    """One hash: what was met once counts by its name when it is met again, so that it ends, and soon."""
+
+    def __init__(self, known: frozenset[int]) -> None:
+        self.met = set(known)
+
+    def digest(self, value: Any, depth: int) -> str:
+        digest = hashlib.sha256(type(value).__qualname__.encode())
+        for part in self._parts(value, depth - 1) if depth else ():
+            # Each function is looked at once.
+            left = DEPTH if isinstance(value, FunctionType) else depth - 1
+            digest.update(part if isinstance(part, bytes) else self.digest(part, left).encode())
+        return digest.hexdigest()
+
+    def _parts(self, value: Any, depth: int) -> list[Any]:
+        """Bytes, and values within, that say what a value is."""
+        if isinstance(value, Tensor):
+            return [f"{tuple(value.shape)} {value.dtype}".encode(), tensor_bytes(value).numpy().tobytes()]
+        if isinstance(value, (np.ndarray, np.generic)):
+            array = np.asarray(value)
+            content = array.tolist() if array.dtype.hasobject else array.tobytes()
+            return [f"{array.shape} {array.dtype}".encode(), content]
+        if isinstance(value, (*PLAIN, *NAMED, bytes, complex)) and not isinstance(value, tuple):
+            return [repr(value).encode()]
+        if isinstance(value, (list, tuple)):
+            return list(value)
+        if isinstance(value, (set, frozenset)):
+            return sorted(self.digest(item, depth).encode() for item in value)
+        if isinstance(value, Mapping):
+            pairs = {key if isinstance(key, str) else self.digest(key, depth): inner for key, inner in value.items()}
+            return [part for key in sorted(pairs) for part in (key, pairs[key])]
+        if isinstance(value, partial):
+            return [value.func, value.args, value.keywords]
+        if isinstance(value, MethodType):
+            return [value.__func__, value.__self__]
+        if isinstance(value, (FunctionType, nn.Module)):
+            return self._met(value)
+        if isinstance(value, (type, *RANDOM)) or not hasattr(value, "__dict__"):
+            return _built_in(value)
+        return [type(value).__qualname__, vars(value), methods_of(type(value), "__call__")]
+
+    def _met(self, value: Any) -> list[Any]:
+        """The parts of a function or a module, the first time."""
+        name, again = f"{getattr(value, '__qualname__', type(value).__qualname__)}".encode(), id(value) in self.met
+        self.met.add(id(value))
+        if again:
+            return [name]
+        if isinstance(value, nn.Module):
+            known = frozenset(self.met)
+            return [name, weights_sha256(value, [value], ()), structure_sha256(value, [value], known)]
+        cells = [cell.cell_contents for cell in value.__closure__ or () if is_filled(cell)]
+        return [code_bytes(value.__code__), value.__defaults__, value.__kwdefaults__, cells, globals_of(value)]
 
 
 def _built_in(value: Any) -> list[Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dis
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from itertools import chain
 from logging import Logger
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -26,8 +28,9 @@ Input = Tensor | Mapping[str, Any]
 IMAGES = ("x", "pixel_values")
 # What a network keeps of an earlier part of the same text.
 STATE = ("cache", "past_key_values", "past_key_value", "cache_params", "mems", "state", "past_buckets_states")
-# The method of objects that are called.
+# The method of objects that are called, and the folders of installed packages.
 CALL = "__call__"
+INSTALLED = {"site-packages", "dist-packages", f"python{sys.version_info[0]}.{sys.version_info[1]}"}
 # Numbers of an example that are written down with it, at most.
 WRITTEN = 4096
 
@@ -190,7 +193,7 @@ def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
     held: list[Any] = [getattr(net, "__self__", None)]
     if isinstance(net, partial):
         held += [net.func, *net.args, *net.keywords.values()]
-    held += [cell.cell_contents for cell in getattr(net, "__closure__", None) or () if _filled(cell)]
+    held += [cell.cell_contents for cell in getattr(net, "__closure__", None) or () if is_filled(cell)]
     held += globals_of(net).values()
     held += net if isinstance(net, (list, tuple)) else []
     held += net.values() if isinstance(net, dict) else []
@@ -199,28 +202,39 @@ def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
     return list(found.values())
 
 
-def globals_of(function: Any, seen: frozenset[Any] = frozenset()) -> dict[str, Any]:
-    """What a function reads of its module by name: a network, numbers, functions of that module, and what these read.
+@lru_cache(maxsize=10_000)
+def _names(code: CodeType, step: str) -> frozenset[str]:
+    """The names that some steps of a function, and of those within it, speak of."""
+    own = {each.argval for each in dis.get_instructions(code) if each.opname == step}
+    inner = [_names(constant, step) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return frozenset(own).union(*inner)
 
-    Packages, classes, and functions of other modules are known by their names, which the code holds.
+
+def is_installed(function: FunctionType) -> bool:
+    """Whether a function is that of an installed package, ours in a checkout too, or of Python."""
+    ours = (function.__module__ or "").startswith("sidetuning")
+    return ours or bool(INSTALLED & {*Path(function.__code__.co_filename).parts})
+
+
+def globals_of(function: Any) -> dict[str, Any]:
+    """What a function reads of its module by name, such as a network, numbers, or other functions of that module.
+
+    Packages, classes, and functions of other modules are known by their names, which the code holds; what a function
+    changes itself, such as a counter, says nothing of what it does. Installed packages read what they always read.
     """
     function = getattr(function, "__func__", function)
     function = function if isinstance(function, FunctionType) else getattr(type(function), CALL, None)
-    if not isinstance(function, FunctionType) or function in seen or function.__module__.startswith("torch."):
+    if not isinstance(function, FunctionType) or is_installed(function):
         return {}
-    codes, names = [function.__code__], set[str]()
-    for code in codes:
-        names.update(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
-        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    found: dict[str, Any] = {}
-    for name in sorted(names & function.__globals__.keys()):
-        value = function.__globals__[name]
-        near = not isinstance(value, FunctionType) or value.__module__ == function.__module__
-        if near and not isinstance(value, (ModuleType, type, Logger)):
-            found[name] = value
-            further = globals_of(value, seen | {function}) if isinstance(value, FunctionType) else {}
-            found |= {f"{name}.{key}": inner for key, inner in further.items()}
-    return found
+    names = sorted(_names(function.__code__, "LOAD_GLOBAL") - _names(function.__code__, "STORE_GLOBAL"))
+    found = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    near = (FunctionType, ModuleType, type, Logger)
+    own = {name for name, value in found.items() if getattr(value, "__module__", None) == function.__module__}
+    return {
+        name: value
+        for name, value in found.items()
+        if not isinstance(value, near) or (isinstance(value, FunctionType) and name in own)
+    }
 
 
 def original(module: Any) -> Any:
@@ -295,7 +309,8 @@ def trained_with(net: object) -> str:
     return "" if None in norm else f"mean={norm[0]} and std={norm[1]}"
 
 
-def _filled(cell: Any) -> bool:
+def is_filled(cell: Any) -> bool:
+    """Whether a cell of a closure holds something yet."""
     try:
         return cell.cell_contents is not None
     except ValueError:

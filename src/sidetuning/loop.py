@@ -104,7 +104,8 @@ def train(
     if isinstance(scheduler, ReduceLROnPlateau) and validate is None:
         raise TaskError("ReduceLROnPlateau follows the loss of a validation: give validate=")
     path = None if resume is None else Path(resume)
-    loss, precision = getattr(objective, "loss", None), getattr(objective, "precision", "no")
+    loss = getattr(objective, "loss", None)
+    precision = f"{getattr(objective, 'precision', 'no')} {accelerator.mixed_precision}"
     how: Any = description(optimizer, scheduler, clip, loss, loader if path else None, precision)
     kept = [f"the weights of the best {callback.monitor}" for callback in callbacks if isinstance(callback, Best)]
     how["kept"] = ", ".join(kept) or "the last weights"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sidetuning.errors import TrainingError
 from sidetuning.files import atomic_write, read_safetensors, safetensors_header
-from sidetuning.identity import PLAIN, tensor_bytes
+from sidetuning.identity import PLAIN, code_bytes, tensor_bytes
 from sidetuning.seeding import Generators, seeded
 from sidetuning.sides.initialise import mismatch
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Position:
     """Where a run is, and what it is a run of: everything but the weights, the optimiser and the generators.
 
-    Times are in seconds. `stopped` says that a callback ended it. Older files do not hold the last nine values.
+    Times are in seconds. `stopped` says that a callback ended it. Older files do not hold the last ten values.
     """
 
     seed: int
@@ -60,6 +60,7 @@ class Position:
     settings: str = ""
     kept: str = ""
     features: str = ""
+    code: str = ""
 
 
 # What must be the same for a run to go on, and how it is called.
@@ -72,13 +73,14 @@ SAME = {
     "batches": "a run with batches",
     "data": "a run on data with the hash",
     "features": "a run on features with the hash",
+    "code": "a run whose loss has the code",
     "settings": "a run with the settings",
     "kept": "a run that keeps",
 }
 
 
 # Settings of an optimiser that have a text of their own.
-TOLD = ("params", "lr", "initial_lr", "weight_decay")
+TOLD = ("params", "lr", "initial_lr")
 
 
 def description(
@@ -94,6 +96,7 @@ def description(
     how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
     decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
     texts = {"optimizer": how + (f", weight decay {decay:g}" if decay else ""), "clip": str(clip), "loss": _named(loss)}
+    texts["code"] = _code(loss)
     groups = [{k: v for k, v in group.items() if k not in TOLD} for group in optimizer.param_groups]
     texts["settings"] = _settled([*groups, f"precision {precision}"])
     if scheduler is not None:
@@ -108,10 +111,36 @@ def description(
         data = getattr(loader, "dataset", loader)
         texts["batches"] = f"{rows} rows" if rows else ""
         texts["data"] = _samples_sha256(data)
-        if (cached := getattr(loader, "cached", None)) is not None:
-            # Of candidates that share what they read.
-            texts["features"] = _samples_sha256(getattr(cached, "cached", cached))
+        if (gives := getattr(loader, "gives", None) or getattr(loader, "collate_fn", None)) and _are_numbers(data):
+            # Its samples are numbers of rows, which its function reads.
+            texts["features"] = _samples_sha256(_Read(gives, data))
     return texts
+
+
+def _are_numbers(data: Any) -> bool:
+    return isinstance(data, range) or (isinstance(data, list) and all(isinstance(row, int) for row in data[:8]))
+
+
+class _Read:
+    """Rows as a function reads them, one by one, of their numbers."""
+
+    def __init__(self, read: Any, rows: Any) -> None:
+        self.read, self.rows = read, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.read([self.rows[i]])
+
+
+def _code(loss: Any) -> str:
+    """A hash of a loss's code; what it closes over may count its calls."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    function = getattr(type(loss), "forward", None) if isinstance(loss, nn.Module) else getattr(loss, "__func__", loss)
+    code = getattr(function, "__code__", None)
+    return "" if code is None else hashlib.sha256(code_bytes(code)).hexdigest()[:12]
 
 
 def _named(loss: Any) -> str:

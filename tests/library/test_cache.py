@@ -481,3 +481,17 @@ def test_a_file_that_is_cut_while_it_is_open_is_an_error(tmp_path: Path) -> None
     os.truncate(cached.folder / "out", 10)
     with pytest.raises(st.CacheError, match="was cut"):
         cached[9]
+
+
+def test_a_probe_that_tells_nothing_names_no_cache(tmp_path: Path) -> None:
+    data = TensorDataset(torch.randn(5, 12), torch.arange(5))
+    base = st.Base(lambda x: x.masked_fill(x > 0, float("inf"))[:, :0].sum(1, keepdim=True), example=torch.ones(1, 12))
+    folders = {st.cache_features(base, data, tmp_path, progress=False).folder for _ in range(3)}
+    assert len(folders) == 1
+
+
+def test_the_probe_outlives_a_folder_that_is_begun_anew(tmp_path: Path) -> None:
+    folder = fill(tmp_path).folder
+    (folder / "meta.json").unlink()
+    (folder / "link").symlink_to(tmp_path)
+    assert fill(tmp_path).folder == folder and (folder / "probe.json").is_file()

@@ -396,3 +396,72 @@ def test_the_network_that_a_function_knows_by_name_is_frozen_and_hashed() -> Non
     with torch.no_grad():
         next(BACKBONE.parameters()).add_(1)
     assert base.identity().sha256 != before
+
+
+def written(line: str, before: str = "") -> Any:
+    """A function as somebody writes it in a script of their own, and edits it."""
+    space: dict[str, Any] = {"torch": torch, "nn": nn}
+    exec(f"{before}\n{line}", space)
+    return space["f"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("def f(x): return torch.relu(x)", "def f(x): return torch.tanh(x)"),
+        ("def f(x): return 2 * x", "def f(x): return 3 * x"),
+        ("def f(x): return [2 * y for y in x]", "def f(x): return [3 * y for y in x]"),
+        (
+            "def f(x): return torch.stack([torch.relu(y) for y in x])",
+            "def f(x): return torch.stack([torch.tanh(y) for y in x])",
+        ),
+        ("@torch.no_grad()\ndef f(x): return torch.relu(x)", "@torch.no_grad()\ndef f(x): return torch.tanh(x)"),
+        ("S = 1\n@torch.no_grad()\ndef f(x): return S * x", "S = 2\n@torch.no_grad()\ndef f(x): return S * x"),
+        (
+            "def g(x): return h(x)\ndef h(x): return 2 * x\ndef f(x): return g(x)",
+            "def g(x): return h(x)\ndef h(x): return 3 * x\ndef f(x): return g(x)",
+        ),
+        (
+            "class A:\n def __call__(self, x): return self.g(x)\n def g(self, x): return x\nf = A()",
+            "class A:\n def __call__(self, x): return self.g(x)\n def g(self, x): return -x\nf = A()",
+        ),
+        (
+            "class A(nn.Module):\n def forward(self, x): return self.g(x)\n def g(self, x): return x\nf = A()",
+            "class A(nn.Module):\n def forward(self, x): return self.g(x)\n def g(self, x): return -x\nf = A()",
+        ),
+    ],
+)
+def test_what_a_function_does_tells_it_from_its_earlier_form(one: str, other: str) -> None:
+    assert function_name(written(one)) == function_name(written(one)) != function_name(written(other))
+
+
+def test_functions_that_change_or_call_each_other_keep_their_name() -> None:
+    counts = written("count = 0\ndef f(x):\n global count\n count += 1\n return x")
+    first = function_name(counts)
+    counts(1)
+    assert function_name(counts) == first
+    lines = [f"def h{i}(x): return {' + '.join(f'h{j}(x)' for j in range(12))}" for i in range(12)]
+    many = written("def f(x): return h0(x)", "\n".join(lines))
+    assert function_name(many) == function_name(many)
+    table = written("def g(x): return x\nTABLE = {g: 1, (1, 2): 2}\ndef f(x): return TABLE[x]")
+    assert " at 0x" not in function_name(table) and function_name(table) == function_name(table)
+
+
+def test_odd_functions_are_bases_too() -> None:
+    made = written("def f(x): return x * 2")
+    made.__module__ = None
+    assert st.Base(made, example=torch.zeros(1, 3)).identity().sha256
+
+    def later(x: torch.Tensor) -> torch.Tensor:
+        return x * unfilled  # type: ignore[has-type]
+
+    assert content_sha256(later)
+    unfilled = 2.0
+    held: set[Any] = set()
+
+    class Holds:
+        def __init__(self) -> None:
+            self.others = held
+
+    held.add(Holds())
+    assert content_sha256(held)

@@ -158,7 +158,21 @@ def test_python_and_numpy_draws_go_on_in_the_middle_of_a_pass(tmp_path: Path) ->
     assert same(state(model), state(whole))
 
 
+def edited(line: str) -> Any:
+    """A loss as somebody writes it, and changes a number in it."""
+    space: dict[str, Any] = {"F": F}
+    exec(f"def loss(o, t): return {line}", space)
+    return space["loss"]
+
+
+def decayed(decays: list[float], parameters: Any, lr: float, **options: Any) -> torch.optim.Optimizer:
+    every = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
+    groups = [{"params": every[k::2], "weight_decay": decay} for k, decay in enumerate(decays)]
+    return torch.optim.SGD(groups, lr=lr)
+
+
 WHATS = ["batches", "data", "schedule", "clip", "loss", "smoothing", "weights", "momentum", "precision", "kept", "best"]
+WHATS += ["code", "decay"]
 
 
 @pytest.mark.parametrize("what", WHATS)
@@ -176,6 +190,10 @@ def test_a_run_with_other_batches_data_schedule_clip_or_loss_is_not_gone_on_with
         then["loss"] = F.multi_margin_loss
     elif what == "momentum":
         first["optimizer"], then["optimizer"] = (partial(torch.optim.SGD, momentum=m) for m in (0.9, 0.5))
+    elif what == "code":
+        first["loss"], then["loss"] = (edited(f"F.cross_entropy(o, t, label_smoothing={k})") for k in (0.1, 0.2))
+    elif what == "decay":
+        first["optimizer"], then["optimizer"] = (partial(decayed, decays) for decays in ([0.1, 0.0], [0.1, 0.1]))
     elif what == "precision":
         then["precision"] = "bf16"
     elif what in ("kept", "best"):
@@ -684,3 +702,26 @@ def test_a_tracker_logs_losses_and_validations(tmp_path: Path, monkeypatch: pyte
     (events,) = (tmp_path / "logs").rglob("events.out.tfevents*")
     content = events.read_bytes()
     assert content.count(b"loss") >= 10 and b"validation/accuracy" in content
+
+
+@pytest.mark.parametrize("form", ["cached", "relabelled", "collated"])
+def test_a_run_on_other_rows_behind_their_numbers_is_not_gone_on_with(form: str, tmp_path: Path) -> None:
+    x, y = torch.randn(60, 12), torch.arange(60) % 3
+    base = mlp_base()
+
+    def made(shift: int) -> Any:
+        if form == "collated":
+            numbers: Any = range(60)
+            return DataLoader(numbers, 16, collate_fn=lambda rows: (x[rows] + shift, y[rows]))
+        rows = TensorDataset(x + (shift if form == "cached" else 0), y)
+        cached = st.cache_features(base, rows, tmp_path / "cache", progress=False)
+        relabel = (lambda y: (y + shift) % 3) if form == "relabelled" else None
+        return st.loader_over(cached, batch_size=16, relabel=relabel)
+
+    model = st.SideTuner(base)
+    model.add_task("t", side=None, merge="base-only", head=3, seed=0)
+    how: dict[str, Any] = {"steps": 6, "resume": tmp_path / "r", "progress": False}
+    st.fit(model, "t", made(0), **how)
+    assert st.fit(model, "t", made(0), **how).steps == 6
+    with pytest.raises(st.TrainingError, match="holds a run on features with the hash"):
+        st.fit(model, "t", made(1), **how)

@@ -239,8 +239,8 @@ def loader_over(
     batches = BatchSampler(sampler, batch_size, drop_last=drop_last and len(rows) >= batch_size)
     read = partial(_read, cached, relabel)
     loader: Any = DataLoader(rows, batch_sampler=batches, collate_fn=read, num_workers=num_workers)
-    # A run that is resumed compares them.
-    loader.cached = cached
+    # What a run that is resumed compares; of candidates that take turns without a turn.
+    loader.gives = partial(_read, getattr(cached, "cached", cached), relabel)
     return loader  # type: ignore[no-any-return]
 
 

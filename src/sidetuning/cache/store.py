@@ -1,9 +1,10 @@
 """The folder that a cache is, written in chunks by one process or several.
 
 Layout: `<root>/<key>/` with one flat file per field (`x`, `out`, `tap.<name>`, `y`), one row after another, and beside
-each `sum.<field>` with a checksum per row, which every read compares; `done/` with a marker per finished chunk; and
-`meta.json`, which alone makes a cache valid and is written last. A killed writer resumes at the first chunk without a
-marker, or whose rows are not those that were written; several processes write disjoint chunks of the same files.
+each `sum.<field>` with a checksum per row, which every read compares; `probe.json`, which tells what the base computes;
+`done/` with a marker per finished chunk; and `meta.json`, which alone makes a cache valid and is written last. A killed
+writer resumes at the first chunk without a marker, or whose rows are not those that were written; several processes
+write disjoint chunks of the same files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from sidetuning.base import Base
 from sidetuning.errors import ArtifactError, CacheError, ShapeError, SideTuningError
-from sidetuning.files import check_json, check_signed, read_json, signed, write_json
+from sidetuning.files import check_json, check_signed, read_json, signed, write_json, write_text
 from sidetuning.identity import Identity
 from sidetuning.launch import processes
 from sidetuning.probe import same_summary
@@ -42,6 +44,8 @@ TYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 1
 TYPES |= {"float16", "float32", "float64", "complex64", "complex128"}
 FIELD = {"shape": [int], "dtype": TYPES}
 SCHEMA = {"format_version": int, "samples": int, "views?": int, "fields": dict, "seconds?": float}
+# What the base of a cache makes of fixed inputs.
+PROBE = "probe.json"
 MARKER = {"seconds": float, "rows": dict}
 SUM = np.dtype(np.uint64)
 T = TypeVar("T")
@@ -166,10 +170,13 @@ class Store:
 
     def _clear(self) -> None:
         """Begin anew where something else lies in place of a file: through a link, others' files would be written."""
-        done = self.folder / "done"
+        done, probe = self.folder / "done", self.folder / PROBE
         for path in self.folder.rglob("*"):
             if path.is_symlink() or not (path.is_dir() if path == done else path.is_file()):
+                told = None if probe.is_symlink() or not probe.is_file() else probe.read_text()
                 shutil.rmtree(self.folder)
+                if told is not None:
+                    write_text(probe, told)
                 return
 
     def _reserve(self, stack: ExitStack) -> dict[str, BinaryIO]:
@@ -301,16 +308,25 @@ def folder_of(
 
 def _computed_by(folder: Path, identity: Identity) -> bool:
     """Whether a folder's features are those of a base, as far as its probe tells; a new folder becomes the base's."""
-    file = folder / "probe.json"
-    if not file.exists():
-        if not (folder / "meta.json").exists() and processes().is_main_process:
-            with disk_errors(folder):
-                write_json(file, {"probe": list(identity.probe), "input_shape": identity.input_shape})
+    file, about = folder / PROBE, {"probe": list(identity.probe)}
+    told = all(map(math.isfinite, identity.probe)) and len(identity.probe) > 0
+    if not file.exists() and told and not (folder / "meta.json").exists() and processes().is_main_process:
+        with disk_errors(folder):
+            write_json(own := folder / f"{os.getpid()}.{PROBE}", {**about, "input_shape": identity.input_shape})
+            try:
+                # Of two processes with different bases, the first one has it.
+                os.link(own, file)
+            except FileExistsError:
+                pass
+            except OSError:
+                # A file system without links.
+                shutil.copy(own, file)
+            own.unlink()
+    if not told or not file.exists():
         return True
     found = read_json(file, {"probe": [float]}, f"delete {folder} and cache again")
-    if not found["probe"] or not identity.probe or found.get("input_shape") != identity.input_shape:
-        return True
-    return same_summary(found["probe"], list(identity.probe))
+    same = found.get("input_shape") == identity.input_shape
+    return not same or same_summary(found["probe"], list(identity.probe))
 
 
 def _field(recorded: Mapping[str, Any]) -> np.dtype[Any]:
