@@ -50,7 +50,7 @@ class Settings:
 
     only: str = ""
     """Try the models whose names contain this, and record nothing."""
-    batch: int = 8
+    batch: int = 16
     """Models per process."""
     processes: int = 2
     """Processes at a time, of one thread each."""

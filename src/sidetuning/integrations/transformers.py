@@ -151,6 +151,8 @@ def text_transform(net: Any, name: str, revision: str | None) -> TextTransform |
         return None
     table = next((m for key, m in net.named_modules() if key.endswith("position_embeddings")), None)
     positions = getattr(net.config, "max_position_embeddings", None) or MOST_TOKENS
+    # XLNet says -1: any number.
+    positions = positions if isinstance(positions, int) and positions > 0 else MOST_TOKENS
     # RoBERTa counts positions from after the padding's.
     offset = getattr(table, "padding_idx", None)
     most = min(MOST_TOKENS, positions - (0 if offset is None else offset + 1))

@@ -62,7 +62,11 @@ def _drop_dead(net: nn.Module, base: Base) -> None:
             handle.remove()
         if not before.requires_grad:
             return
-        gradients = torch.autograd.grad(before.sum(), list(weights.values()), allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(before.sum(), list(weights.values()), allow_unused=True)
+        except Exception:
+            # Some are differentiated in training mode alone; nothing is known of their parts then.
+            return
         unused = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is None}
         for name in sorted(ran):
             own = {key for key in unused if key.startswith(f"{name}.")}
