@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import sidetuning as st
 from kinds import DRAWN, digits, drawn, frames, photographs
-from record import RESULTS, Record, read, write
+from record import Record, public, read, recorded, write
 from sidetuning_bench import icifar
 from sidetuning_bench.cifar import load_images
 from sidetuning_bench.language.metric import area
@@ -205,9 +205,10 @@ def run(given: Settings) -> None:
     train, test = caches(base, given)
     others = torch.cat([drawn(draw, 100, 99)[0] for draw in DRAWN.values()] + [digits(200)[0]])
     for seed in SEEDS:
-        if not (RESULTS / f"closed-form-{seed}.json").exists():
-            found = {f"width_{width}": learned(base, train, test, width, seed) for width in WIDTHS}
-            write(f"closed-form-{seed}", {"seed": seed, **found, "routes": routed(base, train, test, others, seed)})
+        if not recorded(f"closed-form-{seed}", public(given)):
+            found: dict[str, Any] = {f"width_{width}": learned(base, train, test, width, seed) for width in WIDTHS}
+            found["routes"] = routed(base, train, test, others, seed)
+            write(f"closed-form-{seed}", {"seed": seed, **found}, given)
 
 
 def table(given: Settings) -> str:
@@ -267,7 +268,7 @@ def run_kinds(given: Kinds) -> None:
     torch.set_num_threads(1)
     base = st.load_base("resnet44-cifar10", taps=TAPS).folded()
     for seed in SEEDS:
-        if (RESULTS / f"route-kinds-{seed}.json").exists():
+        if recorded(f"route-kinds-{seed}", public(given)):
             continue
         train, test = ten_kinds(given, 0, 600, seed), ten_kinds(given, 1, 200, seed)
         model, right, sure, none = st.SideTuner(base), [], [], {}
@@ -296,7 +297,7 @@ def run_kinds(given: Kinds) -> None:
             "none": {name: float(some.mean()) for name, some in none.items()},
             "areas": areas,
         }
-        write(f"route-kinds-{seed}", found)
+        write(f"route-kinds-{seed}", found, given)
 
 
 def table_kinds(given: Kinds) -> str:

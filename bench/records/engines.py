@@ -26,7 +26,7 @@ from torch.utils.data import Subset
 
 import sidetuning as st
 from peers import Rows, base_of
-from record import RESULTS, Record, read, write
+from record import Record, public, read, recorded, write
 from sidetuning.files import write_json
 from sidetuning_bench import grid, icifar
 from sidetuning_bench.cifar import load_images
@@ -188,18 +188,19 @@ def finished(cell: Cell[Asked]) -> dict[str, Any] | None:
 
 def file_of(asked: Asked) -> Path:
     """Where the result of a cell is kept."""
-    return asked.settings.cache / f"{asked.subject}-{name_of(asked).replace(' ', '-')}.json"
+    asked_for = f"{asked.settings.rows}-{asked.settings.rounds}"
+    return asked.settings.cache / f"{asked.subject}-{name_of(asked).replace(' ', '-')}-{asked_for}.json"
 
 
 def run(given: Settings) -> None:
     """Measure the networks that have no result."""
     for subject in SUBJECTS:
-        if (RESULTS / f"engines-{subject}.json").exists():
+        if recorded(f"engines-{subject}", public(given), ("cache",)):
             continue
         found = {cell.name: row for cell, row in grid.run(cells_of(given, subject), measure, finished)}
         settings = {"batch": SUBJECTS[subject], "rounds": given.rounds, "rows": given.rows, "cores": given.cores}
         content = {**settings, "measured": found}
-        write(f"engines-{subject}", content)
+        write(f"engines-{subject}", content, given)
 
 
 def table(given: Settings) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kinds import write_photographs
-from record import RESULTS, Record, read_all, write
+from record import Record, public, read_all, recorded, write
 from sidetuning_bench import icifar
 from sidetuning_bench.options import Count
 
@@ -63,7 +63,7 @@ def run(given: Settings) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folders: list[Path] = []
         for seed in range(given.seeds):
-            if (RESULTS / f"five-jobs-{seed}.json").exists():
+            if recorded(f"five-jobs-{seed}", public(given), ("seeds",)):
                 continue
             folders = folders or make_folders(Path(temporary), given)
             ways: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def run(given: Settings) -> None:
                 command = [sys.executable, str(JOBS / script), *map(str, (*folders, out, seed)), *more]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 ways[name] = {"lines": lines_of(JOBS / script), **json.loads(done.stdout.splitlines()[-1])}
-            write(f"five-jobs-{seed}", {"seed": seed, "images": given.images, "ways": ways})
+            write(f"five-jobs-{seed}", {"seed": seed, "images": given.images, "ways": ways}, given)
 
 
 def table(given: Settings) -> str:

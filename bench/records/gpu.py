@@ -119,6 +119,14 @@ def waited(device: str) -> float:
     return time.perf_counter()
 
 
+def held(device: str) -> int:
+    """Bytes that the device holds now, from which the peak is counted anew."""
+    if device != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 def step_of(asked: Asked, base: st.Base, model: st.SideTuner, loader: Any) -> Callable[[], Any]:
     """What is timed: as many training steps as are asked for, or as many passes."""
     x, y = (moved(part, asked.device) for part in (loader[0][0], loader[0][-1]))
@@ -131,10 +139,10 @@ def step_of(asked: Asked, base: st.Base, model: st.SideTuner, loader: Any) -> Ca
         return lambda: st.solve(model, "0", loader * asked.steps, progress=False)
     peer = Peer(base, asked.way).to(asked.device)
     optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1e-4)
-    inputs = base.prepare(x)
 
     def steps() -> None:
         for _ in range(asked.steps):
+            inputs = base.prepare(x)
             with torch.autocast(asked.device, torch.bfloat16, enabled=asked.precision == "bf16"):
                 loss = nn.functional.cross_entropy(peer(inputs).float(), y)
             optimizer.zero_grad()
@@ -160,20 +168,22 @@ def costs(asked: Asked) -> dict[str, Any]:
         loader = [(x, base.features(base.prepare(x)), y)]
     work = step_of(asked, base, model, loader)
     with torch.no_grad() if asked.way == "base alone" else torch.enable_grad():
-        before = waited(asked.device) and torch.cuda.memory_allocated() if asked.device == "cuda" else 0
         work()
+        waited(asked.device)
+        before = held(asked.device)
         spent = []
         for _ in range(ROUNDS):
             started = waited(asked.device)
             work()
             spent.append((waited(asked.device) - started) / asked.steps)
-    peak = torch.cuda.max_memory_allocated() - before if asked.device == "cuda" else 0
-    found: dict[str, Any] = {"seconds": statistics.median(spent), "memory_mb": peak / 1e6}
+    peak = torch.cuda.max_memory_allocated() if asked.device == "cuda" else 0
+    found: dict[str, Any] = {"seconds": statistics.median(spent), "memory_mb": (peak - before) / 1e6}
     if asked.way in ("cached", "closed form, live") and asked.precision == "fp32":
         found["answers"] = {str(count): batch / answering(model, x, count, asked.device) for count in TASKS}
     return found
 
 
+@torch.no_grad()
 def answering(model: st.SideTuner, x: Any, count: int, device: str) -> float:
     """Seconds of the answers of some tasks to a batch."""
     ask = partial(model.forward_all, x, tasks=model.tasks[:count])

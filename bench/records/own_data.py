@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import sidetuning as st
 from kinds import write_photographs
 from peers import Peer
-from record import RESULTS, Record, read, write
+from record import Record, public, read, recorded, write
 from sidetuning.data.rows import Rows
 from sidetuning.heads import pooled
 from sidetuning.terminal import say
@@ -184,7 +184,7 @@ def run(given: Settings) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for name, (kind, classes, count) in SETS.items():
-            todo = [s for s in range(given.seeds) if not (RESULTS / f"{result_name(name, s)}.json").exists()]
+            todo = [s for s in range(given.seeds) if not recorded(result_name(name, s), public(given), ("seeds",))]
             if not todo:
                 continue
             place = Path(folder) / name.replace(" ", "-")
@@ -195,7 +195,7 @@ def run(given: Settings) -> None:
                 source = write_photographs(place, given.data, range(classes), counts)
                 base = st.load_base("resnet44-cifar10")
             for seed in todo:
-                write(result_name(name, seed), measure(name, source, base, given, seed))
+                write(result_name(name, seed), measure(name, source, base, given, seed), given)
 
 
 def table(given: Settings) -> str:

@@ -16,12 +16,15 @@ own, in rounds one after another, on `--threads` threads.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+import gc
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import sidetuning as st
-from record import RESULTS, Record, read, seconds, write
+from record import Record, public, read, recorded, seconds, write
 from sidetuning.cache import cache_tokens, token_loader
 from sidetuning.heads import pooled
 from sidetuning_bench import grid
@@ -193,14 +196,15 @@ class Peer(nn.Module):
 def learn_peer(peer: Peer, base: st.Base, rows: Rows, batch: int) -> float:
     """Seconds of a step of a bare loop; the first step warms up."""
     optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1e-4)
-    times = []
+    times, started = [], time.perf_counter()
     for x, y in DataLoader(rows, batch):
-        started = time.perf_counter()
         loss = nn.functional.cross_entropy(peer(base.prepare(x)), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        # Reading a batch is part of a step, as it is of ours.
         times.append(time.perf_counter() - started)
+        started = time.perf_counter()
     return statistics.median(times[1:])
 
 
@@ -213,10 +217,12 @@ def learn_ours(way: str, base: st.Base, rows: Rows, subject: str, folder: str) -
     elif way in ("cached", "closed form", "probe"):
         cached = st.cache_features(base, rows, folder, progress=False)
         loader = st.loader_over(cached, batch_size=batch, shuffle=False)
-    before = peak_memory_mb(anew=True) or 0.0
+    before = at_rest()
     if way == "residual adapters":
         method = METHODS["residual-adapter"](base)
         recipe = Recipe(BATCHES, optimizer=torch.optim.AdamW)
+        # Warms up, as the first call does of ours.
+        method.learn(Task("warm", CLASSES), loader, recipe, progress=False)
         spent = method.learn(Task("0", CLASSES), loader, recipe, progress=False).seconds
         stored = 4 * method.added("0")
     elif way == "probe":
@@ -240,6 +246,14 @@ def learn_ours(way: str, base: st.Base, rows: Rows, subject: str, folder: str) -
     return {"seconds": spent / BATCHES, "memory_mb": memory, "bytes": stored}
 
 
+def at_rest() -> float:
+    """What the process holds, in MB, when freed memory has gone back to the system: a step must ask for all of its."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return peak_memory_mb(anew=True) or 0.0
+
+
 def measure(asked: Asked) -> dict[str, Any]:
     """A way's step, memory and bytes, and its answers per second."""
     torch.set_num_threads(asked.threads)
@@ -248,7 +262,7 @@ def measure(asked: Asked) -> dict[str, Any]:
     x, _ = next(iter(DataLoader(rows, batch)))
     some, _ = next(iter(DataLoader(rows, few)))
     if asked.way == "base alone":
-        before = peak_memory_mb(anew=True) or 0.0
+        before = at_rest()
         base(x)
         spent = statistics.median(seconds(lambda: base(x)) for _ in range(BATCHES))
         return {"seconds": spent, "memory_mb": (peak_memory_mb() or 0.0) - before, "bytes": 0}
@@ -256,13 +270,21 @@ def measure(asked: Asked) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             found = learn_ours(asked.way, base, rows, asked.subject, folder)
         return {**found, **ours_answering(base, asked, some, few)}
-    before = peak_memory_mb(anew=True) or 0.0
+    before = at_rest()
     peer = Peer(base, asked.way)
     found = {"seconds": learn_peer(peer, base, rows, batch)}
     found |= {"memory_mb": (peak_memory_mb() or 0.0) - before, "bytes": peer.stored()}
     return {**found, **(peer_answering(peer, base.prepare(some), asked.way, few) if asked.answers else {})}
 
 
+def rate(answer: Callable[[], Any], batch: int, tasks: int) -> float:
+    """Inputs per second, the median of three after a first one; a hundred passes are timed once."""
+    if tasks == TASKS[-1]:
+        return batch / seconds(answer)
+    return batch / statistics.median([seconds(answer) for _ in range(4)][1:])
+
+
+@torch.no_grad()
 def ours_answering(base: st.Base, asked: Asked, x: Any, batch: int) -> dict[str, Any]:
     """Answers per second of sides, or of linear heads."""
     if asked.way not in ("cached", "closed form") or not asked.answers:
@@ -271,13 +293,10 @@ def ours_answering(base: st.Base, asked: Asked, x: Any, batch: int) -> dict[str,
     side: dict[str, Any] = SUBJECTS[asked.subject][2] if asked.way == "cached" else {"side": None, "merge": "base-only"}
     for i in range(TASKS[-1]):
         model.add_task(f"t{i}", head=CLASSES, seed=i, **side)
-    names, found = model.tasks, {}
-    for count in TASKS:
-        spent = [seconds(partial(model.forward_all, x, tasks=names[:count])) for _ in range(4)][1:]
-        found[str(count)] = batch / statistics.median(spent)
+    names = model.tasks
+    found = {str(n): rate(partial(model.forward_all, x, tasks=names[:n]), batch, n) for n in TASKS}
     mixed = [names[i % len(names)] for i in range(batch)]
-    spent = [seconds(lambda: model(x, tasks=mixed)) for _ in range(4)][1:]
-    return {"answers": found, "mixed": batch / statistics.median(spent)}
+    return {"answers": found, "mixed": rate(lambda: model(x, tasks=mixed), batch, 1)}
 
 
 @torch.no_grad()
@@ -294,13 +313,11 @@ def peer_answering(peer: Peer, inputs: Any, way: str, batch: int) -> dict[str, A
                 peer.net.set_adapter(name)
             peer(inputs, name if way != "finetune" else "0")
 
-    all_of(1)
-    found = {str(count): batch / seconds(partial(all_of, count)) for count in TASKS}
+    found = {str(count): rate(partial(all_of, count), batch, count) for count in TASKS}
     if way != "lora":
         return {"answers": found}
     mixed = [names[i % len(names)] for i in range(batch)]
-    spent = [seconds(lambda: peer(inputs, adapter_names=mixed)) for _ in range(4)][1:]
-    return {"answers": found, "mixed": batch / statistics.median(spent)}
+    return {"answers": found, "mixed": rate(lambda: peer(inputs, adapter_names=mixed), batch, 1)}
 
 
 def ways_of(subject: str) -> list[str]:
@@ -312,7 +329,7 @@ def ways_of(subject: str) -> list[str]:
 def run(given: Settings) -> None:
     """Measure the networks that have no result."""
     for subject in SUBJECTS:
-        if (RESULTS / f"peers-{subject}.json").exists():
+        if recorded(f"peers-{subject}", public(given)):
             continue
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways_of(subject)}
         for k in range(given.rounds):
@@ -320,8 +337,8 @@ def run(given: Settings) -> None:
             cells = [Cell(way, Path(), Asked(subject, way, given.threads, not k)) for way in found]
             for cell, row in grid.run(cells, measure, lambda cell: None):
                 found[cell.name].append(row)
-        content = {"batch": SUBJECTS[subject][0], "tasks": list(TASKS), "rounds": given.rounds, "ways": found}
-        write(f"peers-{subject}", content)
+        content = {"batch": SUBJECTS[subject][0], "tasks": list(TASKS), "threads": given.threads, "ways": found}
+        write(f"peers-{subject}", content, given)
 
 
 def table(given: Settings) -> str:

@@ -91,7 +91,8 @@ def recorded(name: str, settings: Mapping[str, Any], free: Collection[str] = ())
     file = RESULTS / f"{name}.json"
     if not file.exists():
         return False
-    was = translated(json.loads(file.read_text())["settings"], settings)
+    # Some older results do not tell.
+    was = translated(json.loads(file.read_text()).get("settings") or {}, settings)
     now = json.loads(json.dumps(dict(settings)))
     other = [f"{k} {was[k]!r} (now {v!r})" for k, v in now.items() if k in was and k not in free and was[k] != v]
     if other:
@@ -118,8 +119,8 @@ def read_results(kind: type[R], pattern: str) -> list[R]:
     return [kind(**{k: v for k, v in content.items() if k in known}) for content in read_all(pattern)]
 
 
-def write(name: str, content: Any) -> None:
-    """Write `results/<name>.json`: the content, and command, machine, versions and date."""
+def write(name: str, content: Any, given: Any = None) -> None:
+    """Write `results/<name>.json`: the content, with the settings `given`, and command, machine, versions and date."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -127,11 +128,17 @@ def write(name: str, content: Any) -> None:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    values = content if isinstance(content, dict) else asdict(content)
+    values = dict(content) if isinstance(content, dict) else asdict(content)
+    if given is not None:
+        values["settings"] = public(given)
+    elif isinstance(own := values.get("settings"), dict):
+        kept = {key: value for key, value in own.items() if key not in PRIVATE}
+        values["settings"] = {key: shown(value) if isinstance(value, str) else value for key, value in kept.items()}
     about = {
         "command": shlex.join(["python", "bench/records/run.py", *map(shown, sys.argv[1:])]),
         "machine": f"{os.cpu_count()} cores, {(models or [platform.processor()])[0]}",
-        "threads": torch.get_num_threads(),
+        # Of processes that measured, the content tells.
+        "threads": values.get("threads", torch.get_num_threads()),
         "versions": versions,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

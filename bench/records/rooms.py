@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from record import RESULTS, Record, read_all, write
+from record import Record, public, read_all, recorded, write
 from sidetuning.files import write_text
 from sidetuning_bench import compare, domains, grid
 from sidetuning_bench.dense import itaskonomy
@@ -184,7 +184,7 @@ def run(given: Settings) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.out or temporary)
         for seed in range(given.seeds):
-            if (RESULTS / f"rooms-{seed}.json").exists():
+            if recorded(f"rooms-{seed}", public(given), ("seeds",)):
                 continue
             root, cells = draw_rooms(folder / f"data-{seed}", seed), []
             for name, (method, own) in ROWS.items():
@@ -198,7 +198,7 @@ def run(given: Settings) -> None:
             rows = [asdict(replace(result, variant=cell.variant)) for cell, result in found]
             for row in rows:
                 row["settings"] = {"epochs": given.epochs, "seed": seed}
-            write(f"rooms-{seed}", {"rows": rows})
+            write(f"rooms-{seed}", {"rows": rows}, given)
 
 
 def table(given: Settings) -> str:

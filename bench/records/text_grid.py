@@ -7,13 +7,15 @@ Times and memory of a step are in `text_step_cost.py`, which measures methods in
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from record import Record, read_all, run_cells
+from record import RESULTS, Record, read_all, run_cells
 from sidetuning_bench.grid import Cell
 from sidetuning_bench.language import methods, squad
 from sidetuning_bench.options import Count, GridOptions, Names, Positive, with_values
@@ -113,11 +115,18 @@ def within(seconds: float, settings: squad.Settings) -> squad.Result:
 
 def run(given: Settings) -> None:
     """Run and record."""
+    for cell in cells(given) if given.grid == "seconds" else ():
+        file = RESULTS / f"{cell.name}.json"
+        own = json.loads(file.read_text())["settings"].get("seconds", given.seconds) if file.exists() else given.seconds
+        if own != given.seconds:
+            sys.exit(f"{file.name} was run with {own:g} seconds; move it away to run it anew")
     work = partial(within, given.seconds) if given.grid == "seconds" else squad.run
 
     def content(cell: Cell[squad.Settings], result: squad.Result) -> dict[str, Any]:
         found = asdict(result)
         found["settings"]["base"] = Path(given.base).name
+        if given.grid == "seconds":
+            found["settings"]["seconds"] = given.seconds
         # Memory is measured in `text_step_cost.py`.
         del found["memory_mb"]
         return found

@@ -135,6 +135,12 @@ def cells(settings: Settings) -> Iterator[Cell[Given]]:
     """The runs of the grid, seed by seed, so that an interrupted grid has whole seeds."""
     if isinstance(settings.on, OnITaskonomy) and settings.grid not in DENSE_GRIDS:
         raise SideTuningError(f"--grid {settings.grid} is one of icifar's; itaskonomy has {', '.join(DENSE_GRIDS)}")
+    if settings.methods and settings.grid not in ("methods", "order", "data"):
+        raise SideTuningError(f"--grid {settings.grid} is about side-tuning alone; leave --methods out")
+    if settings.ewc_coefficient is not None and "ewc" not in {method for _, method, _ in variants(settings)}:
+        raise SideTuningError("--ewc-coefficient is of ewc, which is not among the methods here; leave it out")
+    if settings.grid == "init" and settings.shared.init in ("xavier", "low-energy", "zero"):
+        raise SideTuningError("--grid init tries all starts; leave --init out, or give a file of distilled weights")
     plain: Given = settings.on.settings(settings.tasks)
     for seed in range(settings.run.seeds):
         for variant, method, changes in variants(settings):
@@ -218,7 +224,7 @@ def run(settings: Settings) -> list[RunResult]:
     todo = list(cells(settings))
     base = dry_run(todo)
     folder = Run(settings.run.out, f"compare {scenario_of(todo[0].settings)}", settings, free=FREE)
-    folder.belongs(data=scenario.fingerprint_of(todo[0].settings), base=base.identity().sha256)
+    folder.belongs(**scenario.fingerprints_of(todo[0].settings), base=base.identity().sha256)
     results: list[RunResult] = []
     galleries: list[Path] = []
     for cell, result in grid.run(todo, scenario.run, finished, unit="task", progress=settings.run.progress):

@@ -149,6 +149,8 @@ class SideOptions:
     def side_options(self, base: Base) -> dict[str, Any]:
         """Arguments of the side. The code of a base that returns a map has both signs, and so has that of fcn5."""
         if self.side not in ("fcn4", "fcn5", "copy"):
+            if self.side_width != 1:
+                raise SideTuningError(f"the side {self.side} has one width; leave --side-width out")
             return {}
         # Distilled sides are packaged with the options that they were made with.
         width = {} if self.side_width == 1 else {"width": self.side_width}
@@ -191,6 +193,8 @@ class BranchOptions(SideOptions, MethodOptions):
     """Group-normalise the merged code before the head, as the original code does."""
 
     def arguments(self, base: Base, seed: int) -> dict[str, Any]:
+        if self.side_shift and self.side != "fusion":
+            raise SideTuningError("--side-shift is of the side fusion; leave it out")
         own = {name: value for name, value in asdict(self).items() if name not in ("side_width", "side_shift", "taps")}
         return {**own, "side_options": {"shift": self.side_shift} if self.side == "fusion" else self.side_options(base)}
 

@@ -27,7 +27,7 @@ class Settings:
 
     methods: Names = METHODS
     """Methods: sidetune; features, the base alone; finetune, a tuned copy of the base; scratch, a network of the base's
-    shape from random weights; side-only, the side alone from random weights."""
+    shape from random weights, whose batch norms only scale; side-only, the side alone from random weights."""
     ppo: PPOOptions = field(default=PPOOptions())
     run: GridOptions = field(default=GridOptions(out="runs/rl"))
 

@@ -81,7 +81,9 @@ def answer(settings: Settings) -> Answers:
     asked = [Question("0", settings.question, text, ())]
     windows = make_windows(asked, tokenizer, given.length, given.stride)
     (best,) = n_best(asked, windows, squad.scores_of(method, windows), settings.best)
-    return Answers(best, given.threshold if settings.threshold is None else settings.threshold, windows.problems)
+    # A run without unanswerable questions is scored with an answer to each.
+    own = float("inf") if given.answerable else given.threshold
+    return Answers(best, own if settings.threshold is None else settings.threshold, windows.problems)
 
 
 def main(settings: Settings) -> None:
