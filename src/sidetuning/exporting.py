@@ -116,7 +116,7 @@ def export(
 def _is_export(path: Path) -> bool:
     """Whether a folder is empty, or holds what `export` wrote and nothing else."""
     graphs = {f"{name}{ending}" for name in ("base", "model") for ending in ENDINGS.values()}
-    found = {file.name.removesuffix(".data") for file in path.iterdir() if not file.name.startswith(".")}
+    found = {file.name.removesuffix(".data") for file in path.iterdir() if file.name != ".DS_Store"}
     try:
         ours = not found or bool(read_json(path / ABOUT, {"format": str, "tasks": dict}, ""))
     except (OSError, ArtifactError):

@@ -52,9 +52,9 @@ def processes() -> PartialState:
 
 
 def on_device(model: M) -> M:
-    """Move a model to the GPU that accelerate finds, if there is one."""
-    device = processes().device
-    return model if device.type == "cpu" else model.to(device)
+    """Move a model to the GPU that accelerate finds, if there is one; a base that an engine runs stays where it is."""
+    device, engine = processes().device, getattr(getattr(model, "base", model), "engine", None)
+    return model if device.type == "cpu" or getattr(engine, "run", None) is not None else model.to(device)
 
 
 def default_accelerator() -> Accelerator:

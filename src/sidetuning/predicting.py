@@ -153,6 +153,9 @@ def read(transform: Transform, sources: Sequence[Any]) -> tuple[Input, Sequence[
         return transform.aligned(sources)
     x = transform.batch(sources)
     mask = entry(x, "attention_mask")
+    if mask is not None and not mask.any(1).all():
+        # An answer would be made of padding alone.
+        raise DataError("the tokenizer makes no token of a text; give texts with words that it knows")
     return x, [None] * len(sources) if mask is None else mask.sum(1).tolist()
 
 

@@ -322,7 +322,10 @@ def test_folders_beside_those_of_splits_are_refused(tmp_path: Path) -> None:
         folder(tmp_path / "twice" / split, cat=4, dog=4)
     with pytest.raises(st.DataError, match="and also val; move these"):
         load(tmp_path / "twice")
-    # A class of that name.
+    # What holds no image is no class, and a class may have that name.
+    (tmp_path / "photos" / "unlabeled").rename(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "docs").mkdir()
+    assert load(tmp_path / "photos").names == ["cat", "dog"]
     assert load(folder(tmp_path / "vehicles", train=8, bus=8, car=8)).names == ["bus", "car", "train"]
 
 
@@ -362,12 +365,12 @@ def test_a_name_with_a_space_after_it_is_the_same_class(tmp_path: Path) -> None:
     assert load(table(tmp_path / "a.jsonl", rows), split=False).names == ["cat", "dog"]
 
 
-def test_a_class_may_be_called_none(tmp_path: Path) -> None:
-    lines = [f"text {i},{['None', 'mild', ''][i % 3]}" for i in range(12)]
+def test_what_csv_calls_missing_is_told(tmp_path: Path) -> None:
+    lines = [f"text {i},{['None', 'mild', 'strong'][i % 3]}" for i in range(12)]
     (tmp_path / "a.csv").write_text("\n".join(["text,label", *lines]))
     data = load(tmp_path / "a.csv", split=False)
-    assert data.names == ["None", "mild"]
-    said(data, "4 with no answer")
+    assert data.names == ["mild", "strong"]
+    said(data, "left out of train: 4 with no answer", "in CSV an empty cell, None and NA are no answer")
 
 
 def test_lists_are_no_classes(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_task_reads_only_what_it_needs_and_an_earlier_export_goes(tmp_path: Pa
     assert about["tasks"]["plain"]["inputs"] == ["out"] and not list(tmp_path.rglob("*.pt2"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     # Others have files of that name, and people put files of theirs beside ours.
-    for name, text in (("model.json", '{"format": "layers-model"}'), ("own.txt", "mine")):
+    for name, text in (("model.json", '{"format": "layers-model"}'), ("own.txt", "mine"), (".env", "mine")):
         shutil.copytree(tmp_path / "out", tmp_path / name)
         (tmp_path / name / name).write_text(text)
         with pytest.raises(st.ArtifactError, match="holds no earlier export"):

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import itertools
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -165,7 +166,7 @@ def _written(
         return " ".join(names[k] if names else str(k) for k in answer.tolist())
     if settings.out is None:
         raise DataError(f"the task {task} answers with a picture: give --out, a folder for it, or choose other tasks")
-    name = f"{Path(source).stem}-{task}"
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(source).stem}-{task}")
     written[name] += 1
     # Files of several folders may have one name.
     return str(save_map(answer, Path(settings.out), name + f"-{written[name]}" * (written[name] > 1)))

@@ -31,8 +31,6 @@ PAIRS += (("question", "sentence"), ("question", "passage"), ("query", "document
 TEXTS = ("text", "sentence", "content", "review", "comment", "body", "message", "question", "title", "document")
 LABELS: tuple[str, ...] = ("label", "labels", "class", "fine_label", "category", "target", "targets", "y", "answer")
 WORDS = ("tokens", "words")
-# What stands for an empty cell in CSV.
-MISSING = ["", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "null"]
 LABELS += ("score", "rating", "ner_tags", "tags", "pos_tags", "chunk_tags")
 
 
@@ -49,6 +47,7 @@ class Opened:
         labels: names of the label columns.
         classes: names of the classes where the source tells them.
         notes, skipped: what was guessed, and by split what was left out already, with its count.
+        csv: it is a table of texts, in which some words stand for empty cells.
     """
 
     sources: dict[str, Sequence[Any]]
@@ -60,6 +59,7 @@ class Opened:
     classes: list[str] | None = None
     notes: list[str] = field(default_factory=list)
     skipped: dict[str, Counter[str]] = field(default_factory=dict)
+    csv: bool = False
 
 
 def open_source(
@@ -93,6 +93,7 @@ def open_source(
         tables = tables if isinstance(tables, Mapping) else {"train": tables}
         known = _named_splits(tables, str(source))
         opened = _columns(datasets, known, path, image, texts, labels, problem)
+        opened.csv = path.is_file() and KINDS.get(path.suffix.lower()) == "csv"
         if left := [str(name) for name, table in tables.items() if all(table is not one for one in known.values())]:
             opened.notes.append(f"left out: the splits {', '.join(left)}, which are not train, validation or test")
         return opened
@@ -109,7 +110,8 @@ def _split_folders(path: Path) -> dict[str, Path]:
     # A class may be called "train": its folder holds no folders of images.
     if "train" not in found or (any(not _split_of(n) for n in inner) and not _holds_images(found["train"])):
         return {"train": path}
-    if more := [name for name, folder in inner.items() if folder not in found.values()]:
+    others = {name: folder for name, folder in inner.items() if folder not in found.values()}
+    if more := [name for name, folder in others.items() if _holds_any_image(folder)]:
         raise DataError(
             f"{path} has the folders of splits {', '.join(f.name for f in found.values())}, and also "
             f"{', '.join(more[:5])}{', …' * (len(more) > 5)}; move these elsewhere, since they are of no split"
@@ -126,6 +128,10 @@ def _split_of(name: str) -> str:
 def _holds_images(root: Path) -> bool:
     folders = [folder for paths in class_folders(root).values() for folder in paths]
     return any(f.suffix.lower() in image_endings() for folder in folders for f in folder.rglob("*"))
+
+
+def _holds_any_image(folder: Path) -> bool:
+    return any(file.suffix.lower() in image_endings() for file in folder.rglob("*"))
 
 
 def _images_by_class(roots: Mapping[str, Path]) -> Opened:
@@ -193,8 +199,7 @@ def _read_files(datasets: Any, path: Path) -> Any:
         words = [word for name in (file.stem, *within) for word in re.split(r"[^a-z]+", name.lower())]
         split = next((found for word in words if (found := _split_of(word))), "train")
         by_split.setdefault("train" if len(files) == 1 else split, []).append(str(file))
-    # A class may be called None.
-    how = {"sep": _separator(files[0]), "keep_default_na": False, "na_values": MISSING} if kind == "csv" else {}
+    how = {"sep": _separator(files[0])} if kind == "csv" else {}
     return datasets.load_dataset(kind, data_files=by_split, **how)
 
 

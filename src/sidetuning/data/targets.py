@@ -65,6 +65,8 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
             else:
                 targets.append(target)
                 kept.append(i)
+        if "no answer" in reasons and opened.csv:
+            notes.append("in CSV an empty cell, None and NA are no answer")
         whence = "" if names is not None and len(values) == 1 else f" of {split}"
         notes += _left_out(whence, reasons, opened.skipped.get(split, Counter()))
         if kept:
@@ -144,7 +146,7 @@ def _in_order(opened: Opened, names: Sequence[str], notes: list[str]) -> Opened:
 def _are_flags(every: list[Any], names: Sequence[str] | None) -> bool:
     """Whether each answer is a list of 0 and 1, one for each label, and not of the labels that are right."""
     count = len(every[0]) if isinstance(every[0], (list, tuple)) else 0
-    if count < 2 or (names is not None and (len(names) != count or set(names) <= {"0", "1"})):
+    if count < (2 if names is None else 1) or (names and (len(names) != count or set(names) <= {"0", "1"})):
         return False
     rows = [row for row in every if isinstance(row, (list, tuple)) and len(row) == count]
     return len(rows) == len(every) and all(cell in (0, 1) for row in rows for cell in row)

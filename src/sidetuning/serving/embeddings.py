@@ -20,6 +20,7 @@ from torch import Tensor
 from sidetuning.base import Base
 from sidetuning.errors import SideTuningError, TaskError, UnknownNameError
 from sidetuning.heads import pooled
+from sidetuning.predicting import read
 from sidetuning.serving.app import Limits, refusal
 from sidetuning.serving.batching import Batcher
 from sidetuning.serving.guards import Guard, logger
@@ -80,7 +81,7 @@ class EmbeddingService:
         await to_thread.run_sync(self.batcher.close)
 
     def _run(self, texts: Sequence[str]) -> Sequence[Tensor]:
-        inputs = self.base.prepare(self.transform.batch(list(texts)))
+        inputs = self.base.prepare(read(self.transform, list(texts))[0])
         with torch.no_grad():
             code = self.base.encode(inputs).out
         return list(pooled(code, self.base.kind, inputs).float().cpu())
