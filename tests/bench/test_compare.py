@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sidetuning as st
 from sidetuning.errors import SideTuningError, UnknownNameError
 from sidetuning_bench import compare, icifar
 from sidetuning_bench.cifar import load_images
@@ -269,3 +270,26 @@ def test_the_report_of_a_grid_needs_no_finished_seed(tmp_path: Path) -> None:
     compare.finish(settings(tmp_path, tmp_path, "sidetune"), [run])
     assert "sidetune" in (tmp_path / "table.md").read_text()
     assert json.loads(json.dumps((tmp_path / "report.html").read_text())).startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"grid": "merge", "methods": ("ewc",)}, "--grid merge is about side-tuning alone; leave --methods out"),
+        ({"methods": ("features",), "ewc_coefficient": 3.0}, "--ewc-coefficient is of ewc"),
+        ({"grid": "init", "init": "xavier"}, "--grid init tries all starts"),
+    ],
+)
+def test_what_a_grid_does_not_read_is_refused(given: dict[str, object], told: str) -> None:
+    with pytest.raises(SideTuningError, match=told):
+        list(compare.cells(on_icifar(**given)))
+    list(compare.cells(on_icifar(methods=("ewc",), ewc_coefficient=3.0)))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [({"side": "fusion", "side_width": 0.5}, "--side-width"), ({"side_shift": 2}, "--side-shift")]
+)
+def test_what_a_side_does_not_read_is_refused(given: dict[str, object], told: str) -> None:
+    settings = with_values(icifar.Settings(), given)
+    with pytest.raises(SideTuningError, match=f"{told}.*leave .*out"):
+        settings.method.arguments(st.load_base("resnet44-cifar10"), 0)
