@@ -196,7 +196,8 @@ class BranchOptions(SideOptions, MethodOptions):
         if self.side_shift and self.side != "fusion":
             raise SideTuningError("--side-shift is of the side fusion; leave it out")
         own = {name: value for name, value in asdict(self).items() if name not in ("side_width", "side_shift", "taps")}
-        return {**own, "side_options": {"shift": self.side_shift} if self.side == "fusion" else self.side_options(base)}
+        shift = {"shift": self.side_shift} if self.side == "fusion" else {}
+        return {**own, "side_options": {**self.side_options(base), **shift}}
 
     @property
     def tapped(self) -> tuple[str, ...]:
