@@ -291,5 +291,5 @@ def test_what_a_grid_does_not_read_is_refused(given: dict[str, object], told: st
 )
 def test_what_a_side_does_not_read_is_refused(given: dict[str, object], told: str) -> None:
     settings = with_values(icifar.Settings(), given)
-    with pytest.raises(SideTuningError, match=f"{told}.*leave .*out"):
+    with pytest.raises(SideTuningError, match=told):
         settings.method.arguments(st.load_base("resnet44-cifar10"), 0)
