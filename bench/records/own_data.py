@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import sidetuning as st
 from kinds import write_photographs
 from peers import Peer
-from record import Record, public, read, recorded, write
+from record import Record, public, read_all, recorded, write
 from sidetuning.data.rows import Rows
 from sidetuning.heads import pooled
 from sidetuning.terminal import say
@@ -174,7 +174,7 @@ def measure(name: str, source: Path, base: st.Base, given: Settings, seed: int) 
     return {"set": name, "seed": seed, "seconds": seconds, "budget": given.budget, "ways": found}
 
 
-def result_name(name: str, seed: int) -> str:
+def result_name(name: str, seed: int | str) -> str:
     """The name of a result."""
     return f"own-data-{name.replace(' ', '-')}-{seed}"
 
@@ -199,17 +199,20 @@ def run(given: Settings) -> None:
 
 
 def table(given: Settings) -> str:
-    """Accuracies, means over the seeds and their standard errors."""
-    lines = ["| | " + " | ".join(f"{way}, %" for way in WAYS) + " | s |", "| --- |" + " ---: |" * (len(WAYS) + 1)]
+    """Accuracies, means over the seeds that are recorded and their standard errors."""
+    lines = [
+        "| | " + " | ".join(f"{way}, %" for way in WAYS) + " | s | seeds |",
+        "| --- |" + " ---: |" * (len(WAYS) + 2),
+    ]
     for name in SETS:
-        found = [read(result_name(name, seed)) for seed in range(given.seeds)]
+        found = read_all(f"{result_name(name, '*')}.json")
         cells = []
         for way in WAYS:
             values = torch.tensor([100 * one["ways"][way]["accuracy"] for one in found], dtype=torch.float64)
             error = float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            cells.append(f"{float(values.mean()):.1f} ± {error:.1f}")
+            cells.append(f"{float(values.mean()):.1f}" + (f" ± {error:.1f}" if len(values) > 1 else ""))
         seconds = sum(one["seconds"] for one in found) / len(found)
-        lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} | {len(found)} |")
     return "\n".join(lines)
 
 
