@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copyreg
 import hashlib
+import inspect
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from logging import Logger
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from sidetuning.inputs import globals_of, is_filled, is_installed
+from sidetuning.inputs import CALL, globals_of, innermost, is_filled, is_installed, names_in
 from sidetuning.probe import same_summary
 
 # Types of attributes that may change what a module computes, such as the number of its heads.
@@ -26,9 +29,9 @@ TORCHS = frozenset(vars(nn.Module()))
 # Types of torch whose values have names.
 NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.qscheme)
 # Values within values within values that are looked at.
-DEPTH = 6
-# Methods that do nothing when a module runs.
-IDLE = ("__init__", "__repr__", "extra_repr")
+DEPTH = 10
+# By these an object says what a copy of it is made from.
+COPIED = ("__reduce__", "__reduce_ex__", "__getstate__")
 # What draws random numbers: its state moves, and says nothing of what its owner is.
 RANDOM = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
@@ -158,6 +161,9 @@ def weights_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], output
                 # What quantised modules and those with a state of their own hold.
                 digest.update(f"{name} {content_sha256(tensor)}\n".encode())
                 continue
+            if is_lazy(tensor) or tensor.is_meta:
+                digest.update(f"{name} {tensor.dtype} without values\n".encode())
+                continue
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor_bytes(tensor).numpy().data)
         # TorchScript that is frozen has its weights among the constants of its code.
@@ -173,14 +179,17 @@ def _scripts(module: nn.Module, item: int) -> list[tuple[str, Any]]:
     return [(name, (code[0], code[1].const_mapping)[item]) for name, code in codes]
 
 
-def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], known: frozenset[int] = frozenset()) -> str:
+def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], within: _Content | None = None) -> str:
     """sha256 over what outputs depend on beside weights: classes, plain attributes, code, and what it closes over.
 
     A new version of a network's package may change it; then cached features are computed again.
     """
     digest = hashlib.sha256()
-    # Of these only the class counts where they are met again, as in a method that was replaced.
-    known |= {id(part) for module in modules for part in module.modules()}
+    content = within or _Content({})
+    # Their weights are hashed elsewhere, also where they are met again, as in a method that was replaced.
+    parts = [part for module in modules for part in module.modules()]
+    content.met |= {id(part): len(content.met) + k for k, part in enumerate(parts)}
+    content.held += parts
     for module in modules:
         module = getattr(module, "_orig_mod", module)
         digest.update(str(getattr(module, "config", "")).encode())
@@ -189,11 +198,11 @@ def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], know
             state = {key: value for key, value in vars(part).items() if _tells(key, value)}
             # Buffers that are not saved are in no `state_dict`.
             unsaved = {key: part._buffers[key] for key in sorted(part._non_persistent_buffers_set)}
-            own = {} if isinstance(part, torch.jit.ScriptModule) else methods_of(type(part), "forward")
+            own = {} if isinstance(part, torch.jit.ScriptModule) else content.called(type(part), "forward")
             found = [type(part).__qualname__, state, unsaved, own]
-            digest.update(f"{name} {content_sha256(found, known=known)}".encode())
+            digest.update(f"{name} {content.digest(found)}".encode())
     if not isinstance(net, nn.Module):
-        digest.update(content_sha256(net, known=known).encode())
+        digest.update(content.digest(net).encode())
     return digest.hexdigest()
 
 
@@ -256,19 +265,20 @@ def function_name(function: Callable[..., Any]) -> str:
     return f"{name}#{content_sha256(function)}"
 
 
-def content_sha256(value: Any, depth: int = DEPTH, known: frozenset[int] = frozenset()) -> str:
+def content_sha256(value: Any, depth: int = DEPTH) -> str:
     """sha256 over what a value is: the same in every process, and another for another value.
 
     Of functions that is their code, defaults, and what they close over and read of their module; of objects their class
-    and state; of modules their weights and structure, but for those in `known`, by their `id`, which are hashed
-    elsewhere.
+    and state; of modules their weights and structure.
     """
-    return _Content(known).digest(value, depth)
+    return _Content({}).digest(value, depth)
 
 
 def code_bytes(code: CodeType) -> bytes:
     """What a function does: its instructions, and the names, constants and inner functions that they speak of."""
-    parts = [code.co_code, repr(code.co_names).encode()]
+    given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    kinds = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & 12)
+    parts = [code.co_code, repr((code.co_names, given, kinds)).encode()]
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             parts.append(code_bytes(constant))
@@ -278,25 +288,36 @@ def code_bytes(code: CodeType) -> bytes:
     return b"\0".join(parts)
 
 
-def methods_of(kind: type, name: str) -> dict[str, FunctionType]:
-    """The method `name` of a class, and of classes that are no installed package's all methods: it may call them."""
-    own = getattr(kind, name, None)
-    found = {name: own} if isinstance(own, FunctionType) else {}
-    for each in reversed(kind.__mro__):
-        for key, value in vars(each).items():
-            method = getattr(value, "__func__", getattr(value, "fget", value))
-            if isinstance(method, FunctionType) and key not in IDLE and not is_installed(method):
+def methods_of(kind: type, name: str) -> dict[str, Any]:
+    """The method `name` of a class, and what it calls and reads of that class that no installed package wrote."""
+    found: dict[str, Any] = {}
+    names, seen = [name], {name}
+    for key in names:
+        value = inspect.getattr_static(kind, key, None)
+        method = innermost(value)
+        if isinstance(method, FunctionType):
+            if key == name or not is_installed(method):
                 found[key] = method
+            further = names_in(method.__code__) - seen
+        else:
+            if isinstance(value, (*PLAIN, Tensor, np.ndarray, list, dict)) and value is not None and key[:2] != "__":
+                found[key] = value
+            further = frozenset()
+        names += sorted(further)
+        seen |= further
     return found
 
 
 class _Content:
-    """One hash: what was met once counts by its name when it is met again, so that it ends, and soon."""
+    """One hash, of one value or of several. What was met once counts by its number when it is met again."""
 
-    def __init__(self, known: frozenset[int]) -> None:
-        self.met = set(known)
+    def __init__(self, known: Mapping[int, int]) -> None:
+        self.met = dict(known)
+        self.methods: dict[tuple[type, str], dict[str, Any]] = {}
+        # A number of a value that is gone could be that of another.
+        self.held: list[Any] = []
 
-    def digest(self, value: Any, depth: int) -> str:
+    def digest(self, value: Any, depth: int = DEPTH) -> str:
         digest = hashlib.sha256(type(value).__qualname__.encode())
         for part in self._parts(value, depth - 1) if depth else ():
             # Each function is looked at once.
@@ -304,9 +325,15 @@ class _Content:
             digest.update(part if isinstance(part, bytes) else self.digest(part, left).encode())
         return digest.hexdigest()
 
+    def called(self, kind: type, name: str) -> dict[str, Any]:
+        """As `methods_of`, which is asked once of each class."""
+        return self.methods.setdefault((kind, name), methods_of(kind, name))
+
     def _parts(self, value: Any, depth: int) -> list[Any]:
         """Bytes, and values within, that say what a value is."""
         if isinstance(value, Tensor):
+            if is_lazy(value) or value.is_meta:
+                return [f"{value.dtype} without values".encode()]
             return [f"{tuple(value.shape)} {value.dtype}".encode(), tensor_bytes(value).numpy().tobytes()]
         if isinstance(value, (np.ndarray, np.generic)):
             array = np.asarray(value)
@@ -317,7 +344,8 @@ class _Content:
         if isinstance(value, (list, tuple)):
             return list(value)
         if isinstance(value, (set, frozenset)):
-            return sorted(self.digest(item, depth).encode() for item in value)
+            # In any order: what one item meets does not count for the others.
+            return sorted(_Content(self.met).digest(item, depth).encode() for item in value)
         if isinstance(value, Mapping):
             pairs = {key if isinstance(key, str) else self.digest(key, depth): inner for key, inner in value.items()}
             return [part for key in sorted(pairs) for part in (key, pairs[key])]
@@ -325,21 +353,33 @@ class _Content:
             return [value.func, value.args, value.keywords]
         if isinstance(value, MethodType):
             return [value.__func__, value.__self__]
+        if isinstance(value, ModuleType):
+            return [value.__name__.encode()]
         if isinstance(value, (FunctionType, nn.Module)):
             return self._met(value)
-        if isinstance(value, (type, *RANDOM)) or not hasattr(value, "__dict__"):
+        if isinstance(value, (type, Logger, *RANDOM)):
             return _built_in(value)
-        return [type(value).__qualname__, vars(value), methods_of(type(value), "__call__")]
+        if id(value) in self.met:
+            return [str(self.met[id(value)]).encode()]
+        self._meet(value)
+        own = [type(value).__qualname__, self.called(type(value), CALL)]
+        # Some hold more than their attributes, such as pixels, and say what a copy is made from.
+        plain = all(getattr(type(value), name, None) is getattr(object, name, None) for name in COPIED)
+        state = [vars(value)] if hasattr(value, "__dict__") else []
+        return [*own, *state, *([] if state and plain else _built_in(value))]
+
+    def _meet(self, value: Any) -> None:
+        self.met[id(value)] = len(self.met)
+        self.held.append(value)
 
     def _met(self, value: Any) -> list[Any]:
         """The parts of a function or a module, the first time."""
-        name, again = f"{getattr(value, '__qualname__', type(value).__qualname__)}".encode(), id(value) in self.met
-        self.met.add(id(value))
-        if again:
-            return [name]
+        name = f"{getattr(value, '__qualname__', type(value).__qualname__)}".encode()
+        if id(value) in self.met:
+            return [name, str(self.met[id(value)]).encode()]
+        self._meet(value)
         if isinstance(value, nn.Module):
-            known = frozenset(self.met)
-            return [name, weights_sha256(value, [value], ()), structure_sha256(value, [value], known)]
+            return [name, weights_sha256(value, [value], ()), structure_sha256(value, [value], self)]
         cells = [cell.cell_contents for cell in value.__closure__ or () if is_filled(cell)]
         return [code_bytes(value.__code__), value.__defaults__, value.__kwdefaults__, cells, globals_of(value)]
 
@@ -347,7 +387,7 @@ class _Content:
 def _built_in(value: Any) -> list[Any]:
     """What says what an object without attributes is: its name, or what a copy of it would be made from."""
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}".encode()
-    if isinstance(value, (type, *RANDOM)) or isinstance(getattr(value, "__self__", None), ModuleType):
+    if isinstance(value, (type, Logger, *RANDOM)) or isinstance(getattr(value, "__self__", None), ModuleType):
         return [name]
     try:
         reduce = copyreg.dispatch_table.get(type(value))

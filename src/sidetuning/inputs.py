@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import math
-import sys
+import sysconfig
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from itertools import chain
@@ -30,7 +30,10 @@ IMAGES = ("x", "pixel_values")
 STATE = ("cache", "past_key_values", "past_key_value", "cache_params", "mems", "state", "past_buckets_states")
 # The method of objects that are called, and the folders of installed packages.
 CALL = "__call__"
-INSTALLED = {"site-packages", "dist-packages", f"python{sys.version_info[0]}.{sys.version_info[1]}"}
+INSTALLED = {"site-packages", "dist-packages"}
+STANDARD = sysconfig.get_paths()["stdlib"]
+# Where decorators, methods and properties keep the function that they are made of.
+WRAPPED = ("__wrapped__", "__func__", "fget", "func")
 # Numbers of an example that are written down with it, at most.
 WRITTEN = 4096
 
@@ -184,11 +187,11 @@ def map_input(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:
     return {key: fn(value) if isinstance(value, Tensor) else value for key, value in x.items()}
 
 
-def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
+def modules_of(net: Any, depth: int = 3, met: frozenset[int] = frozenset()) -> list[nn.Module]:
     """The modules that a callable runs: itself, a method's owner, what a partial, an object or a function holds."""
     if isinstance(net, nn.Module):
         return [net]
-    if depth == 0 or net is None or isinstance(net, (Tensor, str, bytes, int, float, type)):
+    if depth == 0 or net is None or isinstance(net, (Tensor, str, bytes, int, float, type, ModuleType)):
         return []
     held: list[Any] = [getattr(net, "__self__", None)]
     if isinstance(net, partial):
@@ -198,42 +201,62 @@ def modules_of(net: Any, depth: int = 3) -> list[nn.Module]:
     held += net if isinstance(net, (list, tuple)) else []
     held += net.values() if isinstance(net, dict) else []
     held += vars(net).values() if hasattr(net, "__dict__") and not callable(getattr(net, "fingerprint", None)) else []
-    found = {id(module): module for thing in held for module in modules_of(thing, depth - 1)}
+    # Functions may call each other, as many as they are.
+    met, left = met | {id(net)}, depth if isinstance(net, FunctionType) else depth - 1
+    things = [thing for thing in held if id(thing) not in met]
+    found = {id(module): module for thing in things for module in modules_of(thing, left, met)}
     return list(found.values())
 
 
 @lru_cache(maxsize=10_000)
-def _names(code: CodeType, step: str) -> frozenset[str]:
-    """The names that some steps of a function, and of those within it, speak of."""
-    own = {each.argval for each in dis.get_instructions(code) if each.opname == step}
-    inner = [_names(constant, step) for constant in code.co_consts if isinstance(constant, CodeType)]
+def names_in(code: CodeType, step: str | None = None) -> frozenset[str]:
+    """The names that a function and those within it speak of, by default in any of their steps."""
+    steps = dis.get_instructions(code) if step else ()
+    own = [each.argval for each in steps if each.opname == step] if step else code.co_names
+    inner = [names_in(constant, step) for constant in code.co_consts if isinstance(constant, CodeType)]
     return frozenset(own).union(*inner)
+
+
+def innermost(value: Any) -> Any:
+    """The function that somebody wrote, behind decorators and what makes methods and properties of it."""
+    for _ in range(10):
+        inner = next((vars(value)[key] for key in WRAPPED if key in getattr(value, "__dict__", ())), None)
+        inner = inner or next((getattr(value, key) for key in WRAPPED if callable(getattr(value, key, None))), None)
+        if inner is None or isinstance(value, nn.Module):
+            return value
+        value = inner
+    return value
 
 
 def is_installed(function: FunctionType) -> bool:
     """Whether a function is that of an installed package, ours in a checkout too, or of Python."""
-    ours = (function.__module__ or "").startswith("sidetuning")
-    return ours or bool(INSTALLED & {*Path(function.__code__.co_filename).parts})
+    file = getattr(innermost(function), "__code__", function.__code__).co_filename
+    ours = (function.__module__ or "").partition(".")[0] == __name__.partition(".")[0]
+    return ours or bool(INSTALLED & {*Path(file).parts}) or file.startswith((STANDARD, "<frozen"))
 
 
 def globals_of(function: Any) -> dict[str, Any]:
     """What a function reads of its module by name, such as a network, numbers, or other functions of that module.
 
-    Packages, classes, and functions of other modules are known by their names, which the code holds; what a function
-    changes itself, such as a counter, says nothing of what it does. Installed packages read what they always read.
+    Packages, classes, and functions of other modules are known by their names, which the code holds; a number that the
+    function sets itself, such as a counter, says nothing of what it does. Installed packages read what they always
+    read.
     """
     function = getattr(function, "__func__", function)
     function = function if isinstance(function, FunctionType) else getattr(type(function), CALL, None)
     if not isinstance(function, FunctionType) or is_installed(function):
         return {}
-    names = sorted(_names(function.__code__, "LOAD_GLOBAL") - _names(function.__code__, "STORE_GLOBAL"))
-    found = {name: function.__globals__[name] for name in names if name in function.__globals__}
-    near = (FunctionType, ModuleType, type, Logger)
-    own = {name for name, value in found.items() if getattr(value, "__module__", None) == function.__module__}
+    code, space = function.__code__, function.__globals__
+    found = {name: space[name] for name in sorted(names_in(code, "LOAD_GLOBAL")) if name in space}
+    for name in names_in(code, "STORE_GLOBAL"):
+        if isinstance(found.get(name), (int, float, str, tuple, type(None))):
+            found.pop(name, None)
+    apart = (ModuleType, type, Logger)
     return {
         name: value
         for name, value in found.items()
-        if not isinstance(value, near) or (isinstance(value, FunctionType) and name in own)
+        if not isinstance(value, apart)
+        and (not isinstance(value, FunctionType) or value.__module__ == function.__module__)
     }
 
 

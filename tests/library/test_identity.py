@@ -465,3 +465,89 @@ def test_odd_functions_are_bases_too() -> None:
 
     held.add(Holds())
     assert content_sha256(held)
+
+
+HIDDEN = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+
+def third(x: torch.Tensor) -> torch.Tensor:
+    return HIDDEN(x)
+
+
+@torch.no_grad()
+def second(x: torch.Tensor) -> torch.Tensor:
+    return third(x)
+
+
+def first(x: torch.Tensor) -> torch.Tensor:
+    return second(x)
+
+
+LAZY: Any = None
+
+
+def made(x: torch.Tensor) -> torch.Tensor:
+    global LAZY
+    LAZY = LAZY or nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    return LAZY(x)  # type: ignore[no-any-return]
+
+
+def test_a_network_is_found_behind_any_number_of_functions() -> None:
+    st.Base(first, example=torch.randn(2, 4))
+    assert not HIDDEN.training and not any(p.requires_grad for p in HIDDEN.parameters())
+    made(torch.randn(2, 4))
+    base = st.Base(made, example=torch.randn(2, 4))
+    assert not LAZY.training and base.parameter_count() == 15
+
+
+CLASS = "class A:\n s = {}\n def __call__(self, x): return self.g(x) * self.s\n {}\n def g(self, x): return {}\nf = A()"
+SLOTS = "from dataclasses import dataclass\n@dataclass(slots=True)\nclass A:\n n: int\n"
+SLOTS += " def __call__(self, x): return {}\nf = A(1)"
+UNUSED = "class A:\n def __call__(self, x): return x\n def plot(self): return {}\nf = A()"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (CLASS.format(1, "@torch.no_grad()", "x"), CLASS.format(1, "@torch.no_grad()", "-x")),
+        (CLASS.format(1, "@property", "x"), CLASS.format(1, "@property", "-x")),
+        (CLASS.format(1, "@staticmethod", "x"), CLASS.format(2, "@staticmethod", "x")),
+        (SLOTS.format("x"), SLOTS.format("-x")),
+        ("def f(a, b): return a - b", "def f(b, a): return b - a"),
+        (
+            "def m(n):\n def g(x): return n\n return g\na, b = m(2), m(3)\nh = [a, b, a]\ndef f(x): return h",
+            "def m(n):\n def g(x): return n\n return g\na, b = m(2), m(3)\nh = [a, b, b]\ndef f(x): return h",
+        ),
+    ],
+)
+def test_what_a_class_says_of_its_objects_counts(one: str, other: str) -> None:
+    assert function_name(written(one)) == function_name(written(one)) != function_name(written(other))
+
+
+def test_methods_that_nobody_calls_do_not_count() -> None:
+    assert function_name(written(UNUSED.format(1))) == function_name(written(UNUSED.format(2)))
+
+
+def test_objects_that_hold_more_than_their_attributes_are_told_apart() -> None:
+    pandas, image = pytest.importorskip("pandas"), pytest.importorskip("PIL.Image")
+
+    class Queue(deque):  # type: ignore[type-arg]
+        pass
+
+    for make in (
+        lambda n: pandas.DataFrame({"a": [1.0, n]}),
+        lambda n: image.fromarray(np.full((4, 4, 3), n, np.uint8)),
+        lambda n: Queue([n]),
+    ):
+        one, again, other = (content_sha256(make(n)) for n in (1, 1, 2))  # type: ignore[no-untyped-call]
+        assert one == again != other
+
+
+def test_packages_and_layers_without_values_have_a_hash() -> None:
+    import torch.nn.functional as package
+
+    lazy, meta = nn.LazyLinear(3), nn.Linear(3, 2, device="meta")
+    named = lambda x: package.relu(x)  # noqa: E731
+    before = content_sha256(named)
+    assert content_sha256(lambda x: lazy(x)) and content_sha256(lambda x: meta(x))
+    assert content_sha256(named) == before and len(content_sha256(package)) == 64

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -312,7 +313,7 @@ def _computed_by(folder: Path, identity: Identity) -> bool:
     told = all(map(math.isfinite, identity.probe)) and len(identity.probe) > 0
     if not file.exists() and told and not (folder / "meta.json").exists() and processes().is_main_process:
         with disk_errors(folder):
-            write_json(own := folder / f"{os.getpid()}.{PROBE}", {**about, "input_shape": identity.input_shape})
+            write_json(own := folder / f"{uuid.uuid4().hex}.{PROBE}", {**about, "input_shape": identity.input_shape})
             try:
                 # Of two processes with different bases, the first one has it.
                 os.link(own, file)
@@ -321,7 +322,7 @@ def _computed_by(folder: Path, identity: Identity) -> bool:
             except OSError:
                 # A file system without links.
                 shutil.copy(own, file)
-            own.unlink()
+            own.unlink(missing_ok=True)
     if not told or not file.exists():
         return True
     found = read_json(file, {"probe": [float]}, f"delete {folder} and cache again")
