@@ -149,8 +149,6 @@ class SideOptions:
     def side_options(self, base: Base) -> dict[str, Any]:
         """Arguments of the side. The code of a base that returns a map has both signs, and so has that of fcn5."""
         if self.side not in ("fcn4", "fcn5", "copy"):
-            if self.side_width != 1:
-                raise SideTuningError(f"the side {self.side} has one width; leave --side-width out")
             return {}
         # Distilled sides are packaged with the options that they were made with.
         width = {} if self.side_width == 1 else {"width": self.side_width}
