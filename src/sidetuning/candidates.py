@@ -131,7 +131,7 @@ def kin(candidate: Candidate) -> str:
 def _hashed(candidate: Candidate, *about: Any) -> str:
     given = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
     parts = [*candidate.task.values(), *(candidate.fit or {}).values()]
-    return content_sha256([given, [tensors_sha256(p) for p in parts if isinstance(p, nn.Module)], *about], 12)
+    return content_sha256([given, [tensors_sha256(p) for p in parts if isinstance(p, nn.Module)], *about])
 
 
 def _about(cached: Any) -> str:

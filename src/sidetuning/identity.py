@@ -19,11 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sidetuning.inputs import CALL, globals_of, innermost, is_filled, is_installed, names_in
+from sidetuning.inputs import CALL, PLAIN, globals_of, innermost, is_filled, is_installed, names_in
 from sidetuning.probe import same_summary
 
-# Types of attributes that may change what a module computes, such as the number of its heads.
-PLAIN = (int, float, str, bool, tuple, type(None))
 # Attributes that every module has.
 TORCHS = frozenset(vars(nn.Module()))
 # Types of torch whose values have names.
@@ -187,9 +185,8 @@ def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], with
     digest = hashlib.sha256()
     content = within or _Content({})
     # Their weights are hashed elsewhere, also where they are met again, as in a method that was replaced.
-    parts = [part for module in modules for part in module.modules()]
-    content.met |= {id(part): len(content.met) + k for k, part in enumerate(parts)}
-    content.held += parts
+    for part in [part for module in modules for part in module.modules()]:
+        content.meet(part)
     for module in modules:
         module = getattr(module, "_orig_mod", module)
         digest.update(str(getattr(module, "config", "")).encode())
@@ -260,18 +257,16 @@ def function_name(function: Callable[..., Any]) -> str:
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     plain = getattr(function, "__module__", None) and getattr(function, "__closure__", None) is None
     builtin = getattr(function, "__code__", None) is None and hasattr(function, "__name__")
-    if builtin and plain:
-        return str(name)
-    return f"{name}#{content_sha256(function)}"
+    return str(name) if builtin and plain else f"{name}#{content_sha256(function)}"
 
 
-def content_sha256(value: Any, depth: int = DEPTH) -> str:
+def content_sha256(value: Any) -> str:
     """sha256 over what a value is: the same in every process, and another for another value.
 
     Of functions that is their code, defaults, and what they close over and read of their module; of objects their class
     and state; of modules their weights and structure.
     """
-    return _Content({}).digest(value, depth)
+    return _Content({}).digest(value)
 
 
 def code_bytes(code: CodeType) -> bytes:
@@ -291,20 +286,16 @@ def code_bytes(code: CodeType) -> bytes:
 def methods_of(kind: type, name: str) -> dict[str, Any]:
     """The method `name` of a class, and what it calls and reads of that class that no installed package wrote."""
     found: dict[str, Any] = {}
-    names, seen = [name], {name}
+    names = [name]
     for key in names:
         value = inspect.getattr_static(kind, key, None)
         method = innermost(value)
         if isinstance(method, FunctionType):
             if key == name or not is_installed(method):
                 found[key] = method
-            further = names_in(method.__code__) - seen
-        else:
-            if isinstance(value, (*PLAIN, Tensor, np.ndarray, list, dict)) and value is not None and key[:2] != "__":
-                found[key] = value
-            further = frozenset()
-        names += sorted(further)
-        seen |= further
+            names += sorted(names_in(method.__code__).difference(names))
+        elif isinstance(value, (*PLAIN, Tensor, np.ndarray, list, dict)) and value is not None and key[:2] != "__":
+            found[key] = value
     return found
 
 
@@ -327,7 +318,15 @@ class _Content:
 
     def called(self, kind: type, name: str) -> dict[str, Any]:
         """As `methods_of`, which is asked once of each class."""
-        return self.methods.setdefault((kind, name), methods_of(kind, name))
+        if (kind, name) not in self.methods:
+            self.methods[kind, name] = methods_of(kind, name)
+        return self.methods[kind, name]
+
+    def meet(self, value: Any) -> None:
+        """Give a value that was not met its number."""
+        if id(value) not in self.met:
+            self.met[id(value)] = len(self.met)
+            self.held.append(value)
 
     def _parts(self, value: Any, depth: int) -> list[Any]:
         """Bytes, and values within, that say what a value is."""
@@ -361,23 +360,19 @@ class _Content:
             return _built_in(value)
         if id(value) in self.met:
             return [str(self.met[id(value)]).encode()]
-        self._meet(value)
+        self.meet(value)
         own = [type(value).__qualname__, self.called(type(value), CALL)]
         # Some hold more than their attributes, such as pixels, and say what a copy is made from.
         plain = all(getattr(type(value), name, None) is getattr(object, name, None) for name in COPIED)
         state = [vars(value)] if hasattr(value, "__dict__") else []
         return [*own, *state, *([] if state and plain else _built_in(value))]
 
-    def _meet(self, value: Any) -> None:
-        self.met[id(value)] = len(self.met)
-        self.held.append(value)
-
     def _met(self, value: Any) -> list[Any]:
         """The parts of a function or a module, the first time."""
         name = f"{getattr(value, '__qualname__', type(value).__qualname__)}".encode()
         if id(value) in self.met:
             return [name, str(self.met[id(value)]).encode()]
-        self._meet(value)
+        self.meet(value)
         if isinstance(value, nn.Module):
             return [name, weights_sha256(value, [value], ()), structure_sha256(value, [value], self)]
         cells = [cell.cell_contents for cell in value.__closure__ or () if is_filled(cell)]

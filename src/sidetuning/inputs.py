@@ -28,6 +28,8 @@ Input = Tensor | Mapping[str, Any]
 IMAGES = ("x", "pixel_values")
 # What a network keeps of an earlier part of the same text.
 STATE = ("cache", "past_key_values", "past_key_value", "cache_params", "mems", "state", "past_buckets_states")
+# Types of values that are numbers, texts or nothing, and of tuples of such.
+PLAIN = (int, float, str, bool, tuple, type(None))
 # The method of objects that are called, and the folders of installed packages.
 CALL = "__call__"
 INSTALLED = {"site-packages", "dist-packages"}
@@ -249,7 +251,7 @@ def globals_of(function: Any) -> dict[str, Any]:
     code, space = function.__code__, function.__globals__
     found = {name: space[name] for name in sorted(names_in(code, "LOAD_GLOBAL")) if name in space}
     for name in names_in(code, "STORE_GLOBAL"):
-        if isinstance(found.get(name), (int, float, str, tuple, type(None))):
+        if isinstance(found.get(name), PLAIN):
             found.pop(name, None)
     apart = (ModuleType, type, Logger)
     return {
@@ -333,8 +335,9 @@ def trained_with(net: object) -> str:
 
 
 def is_filled(cell: Any) -> bool:
-    """Whether a cell of a closure holds something yet."""
+    """Whether a cell of a closure holds something yet, be it None."""
     try:
-        return cell.cell_contents is not None
+        cell.cell_contents  # noqa: B018
     except ValueError:
         return False
+    return True

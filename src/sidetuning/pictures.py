@@ -13,6 +13,11 @@ from torch import Tensor
 GOLDEN = 0.618034
 
 
+def file_stem(name: str) -> str:
+    """A name without the letters that some file systems do not take."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
 def save_map(answer: Tensor, folder: Path, name: str) -> Path:
     """Write a map as a PNG file, and its numbers as a NumPy file beside it.
 
@@ -27,7 +32,7 @@ def save_map(answer: Tensor, folder: Path, name: str) -> Path:
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^\w.-]+", "-", name)
+    stem = file_stem(name)
     values = answer.detach().cpu()
     np.save(folder / f"{stem}.npy", values.numpy())
     if values.ndim == 2:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from sidetuning.errors import TrainingError
 from sidetuning.files import atomic_write, read_safetensors, safetensors_header
-from sidetuning.identity import PLAIN, code_bytes, tensor_bytes
+from sidetuning.identity import code_bytes, tensor_bytes
+from sidetuning.inputs import PLAIN
 from sidetuning.seeding import Generators, seeded
 from sidetuning.sides.initialise import mismatch
 

@@ -286,6 +286,15 @@ def test_what_a_grid_does_not_read_is_refused(given: dict[str, object], told: st
     list(compare.cells(on_icifar(methods=("ewc",), ewc_coefficient=3.0)))
 
 
+def test_what_a_run_is_of_is_told_bit_by_bit(tmp_path: Path) -> None:
+    """Squad tells its data and then its tokenizer, transfer each target when it comes to it."""
+    run = Run(tmp_path / "run", "icifar", run_settings(tmp_path, tmp_path / "run"))
+    run.belongs(data="a")
+    run.belongs(tokenizer="b")
+    with pytest.raises(SideTuningError, match="holds a run of another tokenizer"):
+        run.belongs(tokenizer="c")
+
+
 def test_what_a_side_does_not_read_is_refused() -> None:
     settings = with_values(icifar.Settings(), {"side_shift": 2})
     with pytest.raises(SideTuningError, match="--side-shift is of the side fusion; leave it out"):

@@ -360,6 +360,15 @@ def test_columns_of_several_answers_are_taken_by_their_names(tmp_path: Path) -> 
             load(source, label=label, problem="labels", names=["x", "y"], split=False)
 
 
+def test_columns_that_are_called_zero_and_one_are_labels(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "0": i % 2, "1": int(i % 3 == 0)} for i in range(12)]
+    source = table(tmp_path / "a.jsonl", [*rows, {"text": "odd", "0": 2, "1": 0}])
+    for names in (None, ["0", "1"]):
+        data = load(source, label=["0", "1"], problem="labels", names=names, split=False)
+        assert data.splits["train"].targets[:3].tolist() == [[0, 1], [1, 0], [0, 0]]
+        said(data, "1 with the unknown label '2'")
+
+
 def test_a_name_with_a_space_after_it_is_the_same_class(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": ["cat", "cat ", "dog"][i % 3]} for i in range(12)]
     assert load(table(tmp_path / "a.jsonl", rows), split=False).names == ["cat", "dog"]

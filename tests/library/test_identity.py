@@ -18,7 +18,7 @@ from torch import nn
 
 import sidetuning as st
 from conftest import conv_net, inputs
-from sidetuning.identity import content_sha256, function_name
+from sidetuning.identity import content_sha256, function_name, methods_of
 
 
 def timm_base(**options: Any) -> st.Base:
@@ -503,6 +503,7 @@ def test_a_network_is_found_behind_any_number_of_functions() -> None:
 CLASS = "class A:\n s = {}\n def __call__(self, x): return self.g(x) * self.s\n {}\n def g(self, x): return {}\nf = A()"
 SLOTS = "from dataclasses import dataclass\n@dataclass(slots=True)\nclass A:\n n: int\n"
 SLOTS += " def __call__(self, x): return {}\nf = A(1)"
+CELLS = "def m(a, b):\n def f(x): return (a, b)\n return f\nf = m({})"
 UNUSED = "class A:\n def __call__(self, x): return x\n def plot(self): return {}\nf = A()"
 
 
@@ -514,6 +515,7 @@ UNUSED = "class A:\n def __call__(self, x): return x\n def plot(self): return {}
         (CLASS.format(1, "@staticmethod", "x"), CLASS.format(2, "@staticmethod", "x")),
         (SLOTS.format("x"), SLOTS.format("-x")),
         ("def f(a, b): return a - b", "def f(b, a): return b - a"),
+        (CELLS.format("1, None"), CELLS.format("None, 1")),
         (
             "def m(n):\n def g(x): return n\n return g\na, b = m(2), m(3)\nh = [a, b, a]\ndef f(x): return h",
             "def m(n):\n def g(x): return n\n return g\na, b = m(2), m(3)\nh = [a, b, b]\ndef f(x): return h",
@@ -551,3 +553,26 @@ def test_packages_and_layers_without_values_have_a_hash() -> None:
     before = content_sha256(named)
     assert content_sha256(lambda x: lazy(x)) and content_sha256(lambda x: meta(x))
     assert content_sha256(named) == before and len(content_sha256(package)) == 64
+
+
+def test_modules_that_are_met_again_have_numbers_of_their_own() -> None:
+    """A list of layers, one of which is named again: which one matters."""
+
+    def named(again: int) -> Any:
+        layers = [seeded_linear(k) for k in range(4)]
+        nested = nn.Sequential(nn.Sequential(seeded_linear(9), seeded_linear(10)))
+        return lambda x: (nested, layers, layers[again])
+
+    assert len({content_sha256(named(k)) for k in range(4)}) == 4
+
+
+def test_the_methods_of_a_class_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[type] = []
+
+    def counted(kind: type, name: str) -> dict[str, Any]:
+        asked.append(kind)
+        return methods_of(kind, name)
+
+    monkeypatch.setattr("sidetuning.identity.methods_of", counted)
+    st.Base(nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))), example=torch.zeros(1, 4)).structure()
+    assert len(asked) == len(set(asked)) > 0

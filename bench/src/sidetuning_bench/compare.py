@@ -224,7 +224,7 @@ def run(settings: Settings) -> list[RunResult]:
     todo = list(cells(settings))
     base = dry_run(todo)
     folder = Run(settings.run.out, f"compare {scenario_of(todo[0].settings)}", settings, free=FREE)
-    folder.belongs(**scenario.fingerprints_of(todo[0].settings), base=base.identity().sha256)
+    folder.belongs(data=scenario.fingerprint_of(todo[0].settings), base=base.identity().sha256)
     results: list[RunResult] = []
     galleries: list[Path] = []
     for cell, result in grid.run(todo, scenario.run, finished, unit="task", progress=settings.run.progress):

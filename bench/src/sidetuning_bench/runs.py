@@ -102,9 +102,7 @@ class Run:
         content = read_run(self.folder)
         kept = content.setdefault("fingerprints", {})
         before = dict(kept)
-        # Runs of earlier versions kept fewer, and stay what they are.
-        asked = {name: value for name, value in what.items() if name in before or not before}
-        for name, value in asked.items():
+        for name, value in what.items():
             if kept.setdefault(name, value) != value:
                 raise SideTuningError(f"{self.folder} holds a run of another {name}; {MEND}")
         if kept != before:

@@ -309,11 +309,13 @@ def folder_of(
 
 def _computed_by(folder: Path, identity: Identity) -> bool:
     """Whether a folder's features are those of a base, as far as its probe tells; a new folder becomes the base's."""
-    file, about = folder / PROBE, {"probe": list(identity.probe)}
-    told = all(map(math.isfinite, identity.probe)) and len(identity.probe) > 0
+    file, probe = folder / PROBE, list(identity.probe)
+    told = len(probe) > 0 and all(map(math.isfinite, probe))
     if not file.exists() and told and not (folder / "meta.json").exists() and processes().is_main_process:
         with disk_errors(folder):
-            write_json(own := folder / f"{uuid.uuid4().hex}.{PROBE}", {**about, "input_shape": identity.input_shape})
+            write_json(
+                own := folder / f"{uuid.uuid4().hex}.{PROBE}", {"probe": probe, "input_shape": identity.input_shape}
+            )
             try:
                 # Of two processes with different bases, the first one has it.
                 os.link(own, file)
@@ -326,8 +328,7 @@ def _computed_by(folder: Path, identity: Identity) -> bool:
     if not told or not file.exists():
         return True
     found = read_json(file, {"probe": [float]}, f"delete {folder} and cache again")
-    same = found.get("input_shape") == identity.input_shape
-    return not same or same_summary(found["probe"], list(identity.probe))
+    return found.get("input_shape") != identity.input_shape or same_summary(found["probe"], probe)
 
 
 def _field(recorded: Mapping[str, Any]) -> np.dtype[Any]:

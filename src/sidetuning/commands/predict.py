@@ -6,7 +6,6 @@ import contextlib
 import csv
 import itertools
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -159,14 +158,14 @@ def _written(
     model: SideTuner, task: str, source: str, answer: Tensor, settings: Settings, written: Counter[str]
 ) -> str:
     """What is shown of a map or of tokens: the picture that was written, or the tokens' classes."""
-    from sidetuning.pictures import save_map
+    from sidetuning.pictures import file_stem, save_map
 
     if answer.ndim == 1:
         names = model[task].labels
         return " ".join(names[k] if names else str(k) for k in answer.tolist())
     if settings.out is None:
         raise DataError(f"the task {task} answers with a picture: give --out, a folder for it, or choose other tasks")
-    name = re.sub(r"[^\w.-]+", "-", f"{Path(source).stem}-{task}")
+    name = file_stem(f"{Path(source).stem}-{task}")
     written[name] += 1
     # Files of several folders may have one name.
     return str(save_map(answer, Path(settings.out), name + f"-{written[name]}" * (written[name] > 1)))

@@ -191,8 +191,7 @@ def main(settings: Settings) -> None:
     result = train(settings)
     split = "test" if "test" in result.scores else "validation"
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.scores[split].items() if name != "samples")
-    rows = result.rows[split]
-    say(f"{settings.task}: {numbers} on {rows} {split} rows, in {result.seconds:.0f} s")
+    say(f"{settings.task}: {numbers} on {result.rows[split]} {split} rows, in {result.seconds:.0f} s")
     say(f"kept: {result.chosen}, which has the lowest loss on the validation rows")
     if split == "validation":
         say("these rows chose the side, so expect a little less on new ones; sidetuning evaluate scores a test set")

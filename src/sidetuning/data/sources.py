@@ -127,7 +127,7 @@ def _split_of(name: str) -> str:
 
 def _holds_images(root: Path) -> bool:
     folders = [folder for paths in class_folders(root).values() for folder in paths]
-    return any(f.suffix.lower() in image_endings() for folder in folders for f in folder.rglob("*"))
+    return any(map(_holds_any_image, folders))
 
 
 def _holds_any_image(folder: Path) -> bool:

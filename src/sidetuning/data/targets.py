@@ -50,7 +50,8 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
         problem, why = ("tokens", "the texts are lists of words") if opened.words else (problem, why)
         if opened.kind == "text" or opened.labels != ("class",):
             notes.append(f"the problem is '{problem}', since {why} (--problem)")
-    flags = problem == "labels" and _are_flags(every, names)
+    # Of several columns each is a label.
+    flags = problem == "labels" and (len(opened.labels) > 1 or _are_flags(every, names))
     known = list(names) if names is not None else _names(problem, every, opened, flags)
     splits = {}
     for split, rows in values.items():
@@ -196,7 +197,9 @@ def _target(
         name = _name(value)
         return (names.index(name), "") if name in names else (None, f"the unknown class '{name:.40}'")
     if problem == "labels":
-        if flags or (isinstance(value, list) and len(value) == len(names) and _are_flags([value], names)):
+        if flags and (strange := [cell for cell in value if cell not in (0, 1)]):
+            return None, f"the unknown label '{_name(strange[0]):.40}'"
+        if flags or _are_flags([value], names):
             return [float(cell) for cell in value], ""
         parts = {_name(part) for part in _parts(value)}
         if strange := sorted(parts - set(names)):

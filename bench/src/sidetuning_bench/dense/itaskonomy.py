@@ -242,11 +242,11 @@ def rate_of(settings: Settings) -> float:
     return settings.training.lr or RATES.get(settings.method.name, RATE)
 
 
-def fingerprints_of(settings: Settings) -> dict[str, str]:
+def fingerprint_of(settings: Settings) -> str:
     """Fingerprint of what is learned and tested; says which buildings are not here."""
     train, test = frames_of(settings)
     tell_absent(train, test)
-    return {"data": fingerprint(train, test)}
+    return fingerprint(train, test)
 
 
 def fingerprint(train: Taskonomy, test: Taskonomy) -> str:
