@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sidetuning.content import structure_sha256, weights_sha256, weights_version
 from sidetuning.errors import ShapeError, told
 from sidetuning.folding import fold
 from sidetuning.identity import BaseSpec as BaseSpec
-from sidetuning.identity import Identity, preparation, structure_sha256, weights_sha256, weights_version
+from sidetuning.identity import Identity, preparation
 from sidetuning.inputs import (
     IMAGES,
     FirstWeight,
@@ -27,7 +28,6 @@ from sidetuning.inputs import (
     example_record,
     freeze,
     map_input,
-    modules_of,
     to_device,
     trained_with,
 )
@@ -39,6 +39,7 @@ from sidetuning.outputs import Select, channels_first, hooks_on, layouts_of, lay
 from sidetuning.outputs import Tap as Tap
 from sidetuning.outputs import Taps as Taps
 from sidetuning.probe import check_base, is_causal, probe_input, probe_of, shapes_of
+from sidetuning.reach import modules_of
 from sidetuning.running import Engine
 from sidetuning.transforms import Transform, for_example
 
@@ -350,7 +351,7 @@ class Base(nn.Module):
     def identity(self) -> Identity:
         """Its weights, preparation, choice of the output and behaviour; weights that did not change are hashed once."""
         nets = self._networks()
-        version = [weights_version(net) for net in nets]
+        version = weights_version(self.net, nets)
         if self._sha256 is None or self._sha256[0] != version:
             # The probe is of the weights that it is taken with.
             self._probe = None

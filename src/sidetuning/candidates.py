@@ -21,9 +21,9 @@ from sidetuning.artifacts import tensors_sha256
 from sidetuning.base import Base
 from sidetuning.cache import data_identity, loader_over
 from sidetuning.closed_form import settle, solve, sums_of
+from sidetuning.content import content_sha256
 from sidetuning.errors import SideTuningError, TaskError
 from sidetuning.files import atomic_write, check_signed, json_text, read_json, signed
-from sidetuning.identity import content_sha256
 from sidetuning.problems import Classes, Labels
 from sidetuning.seeding import Generators, seeded
 from sidetuning.sums import Sums, last_linear
@@ -123,9 +123,19 @@ def learn(
     return model, [turn.trial for turn in turns]
 
 
-def kin(candidate: Candidate) -> str:
-    """A hash that candidates share which differ in name, strength and fit alone: they have equal sums."""
-    return _hashed(replace(candidate, name="", strength=None, fit=None))
+def kin(candidate: Candidate) -> Any:
+    """Equal for candidates of the same objects that differ in name, strength and fit alone: they have equal sums."""
+    given = replace(candidate, name="", strength=None, fit=None)
+    return _alike({f.name: getattr(given, f.name) for f in fields(given)})
+
+
+def _alike(value: Any) -> Any:
+    """Equal for equal plain values and for one object: no hash sees all that two objects may differ in."""
+    if type(value) in (list, tuple):
+        return type(value), *map(_alike, value)
+    if type(value) is dict:
+        return dict, *((key, _alike(inner)) for key, inner in value.items())
+    return (type(value), value) if type(value) in (int, float, str, bool, range) else id(value)
 
 
 def _hashed(candidate: Candidate, *about: Any) -> str:
@@ -136,7 +146,13 @@ def _hashed(candidate: Candidate, *about: Any) -> str:
 
 def _about(cached: Any) -> str:
     folder = getattr(cached, "folder", None)
-    return data_identity(cached) if folder is None else Path(folder).name
+    if folder is None:
+        return data_identity(cached)
+    # A folder's name tells no labels that are not in it, as those of texts are not, and no view that was chosen.
+    labels = getattr(cached, "__dict__", {}).get("labels")
+    view = cached.view if getattr(cached, "views", 1) > 1 else None
+    chosen = labels is not None or view is not None
+    return f"{Path(folder).name} {content_sha256([labels, view])}" if chosen else Path(folder).name
 
 
 def _take_turns(turns: list[_Turn], data: list[_Shared], budget: float | None, progress: bool) -> None:
@@ -179,9 +195,9 @@ class _Shared:
     def __init__(self, cached: Any) -> None:
         self.cached = cached
         # Those of solutions; None while they are collected.
-        self.sums: dict[str, Sums | None] = {}
+        self.sums: dict[Any, Sums | None] = {}
         # The transform of a task that was solved, which tells the size of the images.
-        self.transforms: dict[str, Any] = {}
+        self.transforms: dict[Any, Any] = {}
         self.read: dict[Any, tuple[Any, Generators, list[tuple[Tensor, int]]]] = {}
 
     def __len__(self) -> int:

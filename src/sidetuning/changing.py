@@ -50,7 +50,7 @@ def update(
         accelerator, progress: as in `solve`.
 
     Raises:
-        TaskError: no statistics were kept, the task was trained since, or its classes cannot grow.
+        TaskError: no statistics were kept, the task was changed since or meanwhile, or its classes cannot grow.
         DataError, TrainingError: as in `solve`; nothing is changed then.
     """
     return _change(model, task, loader, 1, new_labels, accelerator, progress)
@@ -114,13 +114,19 @@ def _change(
     if sign < 0:
         branch.beside.pop("route", None)
     keep(model, branch, total, text["strength"], text["views"])
-    _replace(model, task, branch)
+    _replace(model, task, branch, text["weights"])
     return SolveResult(int(total.count), chosen, error, time.monotonic() - started)
 
 
-def _replace(model: SideTuner, task: str, branch: Branch) -> None:
-    """Let a changed copy of a task take its place at once: no thread sees half of the change."""
+def _replace(model: SideTuner, task: str, branch: Branch, before: str) -> None:
+    """Let a changed copy of a task take its place at once: no thread sees half of the change.
+
+    Raises:
+        TaskError: the task, whose weights had the hash `before`, was changed or removed meanwhile.
+    """
     with model._changes:
+        if task not in model or tensors_sha256(model[task]) != before:
+            raise TaskError(f"task '{task}' was changed or removed meanwhile; give these samples again")
         model._owners.remove(task)
         model._owners.add(task, branch)
         model.branches[task] = branch

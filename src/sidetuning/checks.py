@@ -19,17 +19,23 @@ from sidetuning.branch import CUSTOM, Branch
 from sidetuning.errors import ArtifactError, TaskError, told
 from sidetuning.generating import tokenwise
 from sidetuning.heads import LanguageHead
-from sidetuning.inputs import Input, modules_of
+from sidetuning.inputs import Input
 from sidetuning.probe import influence, shapes_of
 from sidetuning.problems import Tokens
+from sidetuning.reach import modules_of
 from sidetuning.seeding import seeded
 from sidetuning.sides import run_side
+
+# Bytes of a task's name: names of folders end at 255, and temporary ones are longer.
+LONGEST = 200
 
 
 def check_name(name: str) -> None:
     """Raise TaskError unless `name` can be a folder, and a key of torch's module dictionaries."""
-    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
-        raise TaskError(f"'{name}' cannot be a task's name; use letters, digits, - and _ (and no method of a dict)")
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name) or len(name.encode()) > LONGEST:
+        raise TaskError(
+            f"'{name}' cannot be a task's name; use up to {LONGEST} letters, digits, - and _ (and no method of a dict)"
+        )
 
 
 def check_state(name: str, branch: Branch) -> None:

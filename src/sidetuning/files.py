@@ -235,7 +235,7 @@ def check_safetensors(path: str | Path) -> None:
 def safetensors_header(data: bytes) -> dict[str, str]:
     """The texts in the header of a safetensors file: its length in 8 bytes, then JSON."""
     header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__", {})
+    return header.get("__metadata__") or {}
 
 
 def _misfit(value: Any, schema: Any, where: str) -> str | None:

@@ -82,8 +82,15 @@ def saved_tasks(path: str | Path) -> dict[str, tuple[Path, SavedTask]]:
     if not folders:
         what = f"holds no saved task ({CONFIG})" if path.exists() else "does not exist"
         raise ArtifactError(f"{path} {what}; give a model folder, or the folder of a task")
-    read = {folder: read_task(folder) for folder in folders}
-    return {task[0]["task"]: (folder, task) for folder, task in read.items()}
+    found: dict[str, tuple[Path, SavedTask]] = {}
+    for folder in folders:
+        task = read_task(folder)
+        if (name := task[0]["task"]) in found:
+            raise ArtifactError(
+                f"{found[name][0]} and {folder} both hold the task '{name}'; move one of them out of {path}"
+            )
+        found[name] = folder, task
+    return found
 
 
 def described(path: str | Path, name: str | None = None) -> list[TaskInfo]:

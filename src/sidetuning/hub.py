@@ -246,7 +246,7 @@ def model_card(
         base_model=on_the_hub(public["name"]) if public else None,
         license=licence,
         pipeline_tag=PIPELINES.get((reads(configs[0]), problem_of(configs[0]))),
-        metrics=sorted({key for config in configs for key in config.get("metrics", {})}) or None,
+        metrics=sorted({key for config in configs for key in config.get("metrics") or {}}) or None,
     )
     given = {"revision": revision, "subfolder": subfolder}
     options = "".join(f", {key}={value!r}" for key, value in given.items() if value is not None)
@@ -317,7 +317,8 @@ def task_table(config: Mapping[str, Any]) -> str:
     parts, labels = config["parts"], config.get("labels")
     rows = {kind: f"`{parts[kind][0]}`" for kind in ("side", "merge", "head") if parts.get(kind)}
     rows |= {"reads the side of": ", ".join(parts["laterals"])} if parts.get("laterals") else {}
-    rows |= {key: f"{value:.4g}" for key, value in config.get("metrics", {}).items()}
+    metrics = (config.get("metrics") or {}).items()
+    rows |= {key: f"{value:.4g}" if isinstance(value, (int, float)) else str(value) for key, value in metrics}
     if labels:
         shown = ", ".join(label.replace("|", "\\|").replace("\n", " ") for label in labels[:100])
         rows["labels"] = shown + (f" and {len(labels) - 100} more" if len(labels) > 100 else "")

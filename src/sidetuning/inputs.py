@@ -1,17 +1,12 @@
-"""What a network is given: one tensor or a mapping; and the networks that a callable runs."""
+"""What a network is given, one tensor or a mapping; and what is asked of every network."""
 
 from __future__ import annotations
 
-import dis
 import inspect
 import math
-import sysconfig
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
-from logging import Logger
-from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -30,12 +25,6 @@ IMAGES = ("x", "pixel_values")
 STATE = ("cache", "past_key_values", "past_key_value", "cache_params", "mems", "state", "past_buckets_states")
 # Types of values that are numbers, texts or nothing, and of tuples of such.
 PLAIN = (int, float, str, bool, tuple, type(None))
-# The method of objects that are called, and the folders of installed packages.
-CALL = "__call__"
-INSTALLED = {"site-packages", "dist-packages"}
-STANDARD = sysconfig.get_paths()["stdlib"]
-# Where decorators, methods and properties keep the function that they are made of.
-WRAPPED = ("__wrapped__", "__func__", "fget", "func")
 # Numbers of an example that are written down with it, at most.
 WRITTEN = 4096
 
@@ -139,8 +128,11 @@ def example_record(example: Input) -> Any:
     if isinstance(example, Tensor):
         noted = example.numel() <= WRITTEN and not example.is_complex()
         noted = noted and (example.ndim < 3 or not example.is_floating_point())
-        values = example.tolist() if noted else None
-        return {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch."), "values": values}
+        about = {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
+        if not noted and example.numel() and not example.is_complex() and bool((example == example.flatten()[0]).all()):
+            # Such as a long mask.
+            return {**about, "value": example.flatten()[0].item()}
+        return {**about, "values": example.tolist() if noted else None}
     return {"inputs": {key: example_record(v) if isinstance(v, Tensor) else v for key, v in example.items()}}
 
 
@@ -159,7 +151,9 @@ def example_from(record: Any) -> Input:
         if not isinstance(dtype, torch.dtype) or min(shape, default=0) < 0 or math.prod(shape) > 2**26:
             raise ValueError(f"{record['dtype']} {shape}")
         values = record.get("values")
-        return torch.zeros(shape, dtype=dtype) if values is None else torch.tensor(values, dtype=dtype).view(shape)
+        if values is None:
+            return torch.full(shape, record.get("value", 0), dtype=dtype)
+        return torch.tensor(values, dtype=dtype).view(shape)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ShapeError(f"the recorded example of a base is damaged ({error}); give example=, an input") from error
 
@@ -187,79 +181,6 @@ def map_input(x: Input, fn: Callable[[Tensor], Tensor]) -> Input:
             f"an input is a tensor or a mapping to tensors, not a {type(x).__name__}; stack or name its parts"
         )
     return {key: fn(value) if isinstance(value, Tensor) else value for key, value in x.items()}
-
-
-def modules_of(net: Any, depth: int = 3, met: frozenset[int] = frozenset()) -> list[nn.Module]:
-    """The modules that a callable runs: itself, a method's owner, what a partial, an object or a function holds."""
-    if isinstance(net, nn.Module):
-        return [net]
-    if depth == 0 or net is None or isinstance(net, (Tensor, str, bytes, int, float, type, ModuleType)):
-        return []
-    held: list[Any] = [getattr(net, "__self__", None)]
-    if isinstance(net, partial):
-        held += [net.func, *net.args, *net.keywords.values()]
-    held += [cell.cell_contents for cell in getattr(net, "__closure__", None) or () if is_filled(cell)]
-    held += globals_of(net).values()
-    held += net if isinstance(net, (list, tuple)) else []
-    held += net.values() if isinstance(net, dict) else []
-    held += vars(net).values() if hasattr(net, "__dict__") and not callable(getattr(net, "fingerprint", None)) else []
-    # Functions may call each other, as many as they are.
-    met, left = met | {id(net)}, depth if isinstance(net, FunctionType) else depth - 1
-    things = [thing for thing in held if id(thing) not in met]
-    found = {id(module): module for thing in things for module in modules_of(thing, left, met)}
-    return list(found.values())
-
-
-@lru_cache(maxsize=10_000)
-def names_in(code: CodeType, step: str | None = None) -> frozenset[str]:
-    """The names that a function and those within it speak of, by default in any of their steps."""
-    steps = dis.get_instructions(code) if step else ()
-    own = [each.argval for each in steps if each.opname == step] if step else code.co_names
-    inner = [names_in(constant, step) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return frozenset(own).union(*inner)
-
-
-def innermost(value: Any) -> Any:
-    """The function that somebody wrote, behind decorators and what makes methods and properties of it."""
-    for _ in range(10):
-        inner = next((vars(value)[key] for key in WRAPPED if key in getattr(value, "__dict__", ())), None)
-        inner = inner or next((getattr(value, key) for key in WRAPPED if callable(getattr(value, key, None))), None)
-        if inner is None or isinstance(value, nn.Module):
-            return value
-        value = inner
-    return value
-
-
-def is_installed(function: FunctionType) -> bool:
-    """Whether a function is that of an installed package, ours in a checkout too, or of Python."""
-    file = getattr(innermost(function), "__code__", function.__code__).co_filename
-    ours = (function.__module__ or "").partition(".")[0] == __name__.partition(".")[0]
-    return ours or bool(INSTALLED & {*Path(file).parts}) or file.startswith((STANDARD, "<frozen"))
-
-
-def globals_of(function: Any) -> dict[str, Any]:
-    """What a function reads of its module by name, such as a network, numbers, or other functions of that module.
-
-    Packages, classes, and functions of other modules are known by their names, which the code holds; a number that the
-    function sets itself, such as a counter, says nothing of what it does. Installed packages read what they always
-    read.
-    """
-    function = getattr(function, "__func__", function)
-    function = function if isinstance(function, FunctionType) else getattr(type(function), CALL, None)
-    if not isinstance(function, FunctionType) or is_installed(function):
-        return {}
-    code, space = function.__code__, function.__globals__
-    found = {name: space[name] for name in sorted(names_in(code, "LOAD_GLOBAL")) if name in space}
-    for name in names_in(code, "STORE_GLOBAL"):
-        if isinstance(found.get(name), PLAIN):
-            found.pop(name, None)
-    apart = (ModuleType, type, Logger)
-    return {
-        name: value
-        for name, value in found.items()
-        if not isinstance(value, apart)
-        and (not isinstance(value, FunctionType) or value.__module__ == function.__module__)
-    }
 
 
 def original(module: Any) -> Any:
@@ -332,12 +253,3 @@ def trained_with(net: object) -> str:
     config = getattr(net, "pretrained_cfg", None)
     norm = [config.get(name) for name in ("mean", "std")] if isinstance(config, Mapping) else [None]
     return "" if None in norm else f"mean={norm[0]} and std={norm[1]}"
-
-
-def is_filled(cell: Any) -> bool:
-    """Whether a cell of a closure holds something yet, be it None."""
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidetuning.identity import tensor_bytes, weights_version
+from sidetuning.content import tensor_bytes, weights_version
 
 
 class LanguageModel:

@@ -160,7 +160,8 @@ def probe_of(run: Callable[[Input], Tensor], example: Input) -> list[float]:
 
 def summary_of(code: Tensor) -> list[float]:
     """Numbers that tell a code (2, …) from others: of each sample mean, spread and six sums with fixed random signs."""
-    rows = code.detach().cpu().double().flatten(1).nan_to_num()
+    # What is infinite would hide the other numbers.
+    rows = code.detach().cpu().double().flatten(1).nan_to_num(0, 0, 0)
     signs = torch.randint(0, 2, (rows.shape[1], 6), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     numbers = torch.cat(
         [rows.mean(1, True), rows.std(1, keepdim=True, correction=0), rows @ signs / len(signs) ** 0.5], 1

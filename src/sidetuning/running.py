@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sidetuning.content import content_sha256
 from sidetuning.errors import ShapeError
-from sidetuning.identity import content_sha256
 from sidetuning.inputs import Input, entry
 from sidetuning.outputs import Features
 

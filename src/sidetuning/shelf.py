@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from sidetuning.branch import Branch
+from sidetuning.content import weights_version
 from sidetuning.errors import TaskError
 from sidetuning.identity import Identity
 
@@ -76,7 +77,6 @@ class Shelf:
 def _versions(branch: nn.Module | None) -> Any:
     """Equal as long as nobody wrote into a branch's tensors, or put others there, or changed its notes."""
     assert isinstance(branch, Branch)
-    tensors = [*branch.parameters(), *branch.buffers()]
-    asked = [(id(t), t._version, t.requires_grad) for t in tensors]
+    asked = weights_version(branch), [parameter.requires_grad for parameter in branch.parameters()]
     labels = None if branch.labels is None else list(branch.labels)
     return asked, dict(branch.beside), labels, branch.transform, branch.passes, branch.trained_as

@@ -89,7 +89,7 @@ def _spread(workers: Workers, work: Any, candidates: Sequence[Candidate], progre
     """Outcomes of candidates, each of a call of its own; solutions that differ in strength alone share one."""
     from tqdm import tqdm
 
-    groups: dict[str, list[Candidate]] = {}
+    groups: dict[Any, list[Candidate]] = {}
     for candidate in candidates:
         groups.setdefault(candidate.name if candidate.fit is not None else kin(candidate), []).append(candidate)
     calls = {group[0].name: (group,) for group in groups.values()}

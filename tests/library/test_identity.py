@@ -18,7 +18,8 @@ from torch import nn
 
 import sidetuning as st
 from conftest import conv_net, inputs
-from sidetuning.identity import content_sha256, function_name, methods_of
+from sidetuning.identity import content_sha256, function_name
+from sidetuning.reach import methods_of
 
 
 def timm_base(**options: Any) -> st.Base:
@@ -573,6 +574,6 @@ def test_the_methods_of_a_class_are_looked_for_once(monkeypatch: pytest.MonkeyPa
         asked.append(kind)
         return methods_of(kind, name)
 
-    monkeypatch.setattr("sidetuning.identity.methods_of", counted)
+    monkeypatch.setattr("sidetuning.content.methods_of", counted)
     st.Base(nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))), example=torch.zeros(1, 4)).structure()
     assert len(asked) == len(set(asked)) > 0

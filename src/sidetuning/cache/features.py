@@ -24,8 +24,8 @@ from torch.utils.data import (
 
 from sidetuning.base import Base, Features
 from sidetuning.cache.store import Put, Store, fields_of, folder_of
+from sidetuning.content import function_name, tensor_bytes
 from sidetuning.errors import CacheError, DataError, ShapeError
-from sidetuning.identity import function_name, tensor_bytes
 
 # Samples between two markers. Augmentation is seeded once for each chunk.
 CHUNK = 1000
@@ -56,7 +56,9 @@ class CachedFeatures(Dataset[tuple[Tensor, Features, Tensor]]):
         """All y, (n, …)."""
         return self._read("y", np.arange(self.samples))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Features, Tensor]:
+    def __getitem__(self, index: int | slice) -> tuple[Tensor, Features, Tensor]:
+        if isinstance(index, slice):
+            return self.__getitems__(range(self.samples)[index])
         x, features, y = self.__getitems__([index])
         return x[0], Features(features.out[0], {name: tap[0] for name, tap in features.taps.items()}), y[0]
 
@@ -97,7 +99,7 @@ def cache_features(
         views: number of augmented views to keep of each sample.
         augment: makes a view of a batch, `augment(x, generator)`; view 0 is left as it is.
         seed: seed of the augmentation.
-        dtype: "float32", or "float16" for half the size.
+        dtype: "float32", or "float16" for half the size; "float64" of a base in float64.
         batch_size: samples per base pass.
         progress: whether to print the size before writing, and to show a bar.
 
@@ -109,8 +111,9 @@ def cache_features(
         raise CacheError(f"{views} views of each sample need augment=, a function of a batch and a generator")
     if views < 2 and augment is not None:
         raise CacheError("augment= makes all views but the first; give views=2 or more, or leave augment= out")
-    if dtype not in ("float32", "float16"):
-        raise CacheError(f"features are kept as float32 or float16, not {dtype}")
+    known = ("float64",) if base.like.dtype == torch.float64 else ("float32", "float16")
+    if dtype not in known:
+        raise CacheError(f"features of this base are kept as {' or '.join(known)}, not {dtype}; give dtype=")
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise DataError("the data set is empty; there is nothing to keep features of")
     how = older = "none"
@@ -120,8 +123,8 @@ def cache_features(
             f"{where}.{function_name(augment)} {seed}",
             f"{where}.{getattr(augment, '__qualname__', '')} {seed}",
         )
-    known = identity or data_identity(dataset)
-    folder = folder_of(path, base, base.tap_shapes, [known, views, how, dtype], [known, views, older, dtype])
+    data = identity or data_identity(dataset)
+    folder = folder_of(path, base, base.tap_shapes, [data, views, how, dtype], [data, views, older, dtype])
     if (folder / "meta.json").exists():
         return CachedFeatures(folder)
     store = _store(base, dataset, folder, views, dtype)
@@ -137,7 +140,8 @@ def _fill(
     generator = torch.Generator().manual_seed(seed * 1_000_003 + view * n + samples.start)
     for first in range(samples.start, samples.stop, size):
         batch = range(first, min(first + size, samples.stop))
-        x, y = default_collate(many(list(batch)) if many else [dataset[i] for i in batch])
+        pairs = many(list(batch)) if many else [dataset[i] for i in batch]
+        x, y = default_collate([(x, _target(y)) for x, y in pairs])
         if view > 0 and augment is not None:
             x = augment(x, generator)
         features = base(x.to(base.device))
@@ -194,11 +198,18 @@ def _first_of(dataset: Dataset[Any]) -> tuple[Tensor, Tensor]:
             "transform to a tensor, and texts go to sidetuning.cache.cache_tokens or st.auto"
         )
     try:
-        return sample[0], torch.as_tensor(sample[1])
+        # Of the type that a batch of them has.
+        target: Tensor = default_collate([_target(sample[1])])[0]
+        return sample[0], torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ShapeError(
             f"cache_features keeps targets that are numbers, not a {type(sample[1]).__name__}; give class numbers"
         ) from error
+
+
+def _target(y: Any) -> Any:
+    """A target as `default_collate` makes one tensor of several: lists are one tensor each."""
+    return torch.as_tensor(y) if isinstance(y, (list, tuple)) else y
 
 
 def _store(base: Base, dataset: Dataset[Any], folder: Path, views: int, dtype: str) -> Store:
@@ -229,12 +240,15 @@ def loader_over(
         cached: what `cache_features` returned, or another data set that gives batches of `(x, features, y)`.
         batch_size: samples per batch; the last one may be smaller.
         shuffle: whether to draw a new order in every pass.
-        indices: use only these samples.
+        indices: use only the samples of these numbers.
         relabel: applied to the labels of a batch.
         num_workers: processes that read ahead.
         drop_last: leave a smaller last batch out, unless it is the only one.
+
+    Raises:
+        DataError: indices that are none, a mask, or beyond the data.
     """
-    rows: Any = range(len(cached)) if indices is None else torch.as_tensor(indices).tolist()
+    rows: Any = range(len(cached)) if indices is None else _numbers(indices, len(cached))
     sampler = RandomSampler(rows) if shuffle else SequentialSampler(rows)
     batches = BatchSampler(sampler, batch_size, drop_last=drop_last and len(rows) >= batch_size)
     read = partial(_read, cached, relabel)
@@ -242,6 +256,16 @@ def loader_over(
     # What a run that is resumed compares; of candidates that take turns without a turn.
     loader.gives = partial(_read, getattr(cached, "cached", cached), relabel)
     return loader  # type: ignore[no-any-return]
+
+
+def _numbers(indices: Sequence[int] | Tensor, samples: int) -> list[int]:
+    """Numbers of rows, checked."""
+    given = torch.as_tensor(indices)
+    if given.dtype == torch.bool:
+        raise DataError("indices= are numbers of samples, not a mask; give mask.nonzero()[:, 0]")
+    if not len(given) or given.min() < -samples or given.max() >= samples:
+        raise DataError(f"indices= are numbers from 0 to {samples - 1}, one at least; check those that you give")
+    return given.tolist()
 
 
 def _read(cached: Any, relabel: Callable[[Tensor], Tensor] | None, rows: list[int]) -> tuple[Any, Any, Tensor]:

@@ -131,6 +131,8 @@ def cache_tokens(
         raise ShapeError(
             f"cache_tokens keeps features of tokens, and this base returns a {base.kind}; use cache_features"
         )
+    if base.like.dtype == torch.float64:
+        raise ShapeError("cache_tokens keeps features in 32 bits at most, and this base is in 64; use base.float()")
     found = looked_up(base)
     taps = {name: shape for name, shape in base.tap_shapes.items() if name != EMBEDDINGS or found is None}
     if any(len(shape) != 2 for shape in taps.values()):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError
-from sidetuning.inputs import entry, image_of, modules_of
+from sidetuning.inputs import entry, image_of
+from sidetuning.reach import modules_of
 from sidetuning.sides import Side
 from sidetuning.sides.fit import FitMap, FitTokens
 
