@@ -16,7 +16,7 @@ from torch import nn
 
 import sidetuning as st
 from conftest import conv_base, conv_net, inputs, network
-from sidetuning.inputs import example_from
+from sidetuning.inputs import example_from, example_record
 from sidetuning.integrations.onnx import external_files
 
 SOURCE = Path(st.__file__).parent
@@ -431,3 +431,10 @@ def test_weights_with_a_classifier_fit_whatever_the_classifier_is_called(name: s
     save_file({**state, "other.weight": torch.zeros(1)}, tmp_path / "net.safetensors")
     with pytest.raises(st.ArtifactError, match=r"too many, the first is other\.weight"):
         st.load_base(f"timm:{name}", weights=tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(1, 5000, dtype=torch.long), torch.full((1, 70, 70), 0.5)])
+def test_a_long_example_of_one_value_is_written_as_that(tensor: torch.Tensor) -> None:
+    record = json.loads(json.dumps(example_record({"mask": tensor})))
+    found = example_from(record)
+    assert torch.equal(found["mask"], tensor) and len(str(record)) < 200  # type: ignore[call-overload]

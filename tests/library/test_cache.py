@@ -495,3 +495,43 @@ def test_the_probe_outlives_a_folder_that_is_begun_anew(tmp_path: Path) -> None:
     (folder / "meta.json").unlink()
     (folder / "link").symlink_to(tmp_path)
     assert fill(tmp_path).folder == folder and (folder / "probe.json").is_file()
+
+
+class Targets(Toy):
+    """Targets as Python writes them."""
+
+    def __init__(self, target: Callable[[int], Any]) -> None:
+        super().__init__()
+        self.target = target
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.x[index], self.target(index)
+
+
+@pytest.mark.parametrize("target", [lambda i: 0.5 * i, lambda i: [1.0 * i, 2.0], lambda i: (i, 2), lambda i: i > 4])
+def test_targets_are_numbers_of_any_kind(target: Callable[[int], Any], tmp_path: Path) -> None:
+    labels = fill(tmp_path, data=Targets(target), identity=None).labels
+    assert labels.tolist() == [list(t) if isinstance(t := target(i), tuple) else t for i in range(10)]
+
+
+def test_a_slice_is_a_batch(tmp_path: Path) -> None:
+    cached = fill(tmp_path)
+    x, features, y = cached[2:5]
+    assert torch.equal(x, cached.__getitems__([2, 3, 4])[0]) and len(features.out) == len(y) == 3
+
+
+@pytest.mark.parametrize("indices", [[], [10], [-11], torch.ones(10, dtype=torch.bool)])
+def test_a_loader_over_rows_that_are_none_is_refused(indices: Any, tmp_path: Path) -> None:
+    with pytest.raises(st.DataError, match="indices= are numbers"):
+        cache.loader_over(fill(tmp_path), indices=indices)
+
+
+def test_features_of_a_base_in_64_bits_are_kept_in_64_bits(tmp_path: Path) -> None:
+    base = mlp_base().to(torch.float64)
+    with pytest.raises(st.CacheError, match="kept as float64, not float32; give dtype="):
+        fill(tmp_path, base)
+    cached = fill(tmp_path, base, dtype="float64")
+    x, features, _ = cached.__getitems__([0, 1])
+    model = st.SideTuner(base)
+    model.add_task("t", side=None, merge="base-only", head=2)
+    torch.testing.assert_close(model(x, "t", features=features), model(x, "t"), rtol=1e-12, atol=1e-12)

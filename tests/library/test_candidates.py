@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from torch.utils.data import TensorDataset
 
 import sidetuning as st
 from conftest import mlp_base
+from sidetuning.candidates import kin
+from sidetuning.content import content_sha256
 from sidetuning.data import Rows
 from sidetuning.encoding import encode
 
@@ -250,3 +254,53 @@ def test_solutions_that_share_sums_know_the_size_of_their_images(tmp_path: Path)
     for task in model.tasks:
         transform: Any = model[task].transform
         assert transform.size == (40, 40)
+
+
+class Drawn:
+    """Its hash does not tell from which seed it draws."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = np.random.default_rng(seed)
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return (y + torch.from_numpy(self.generator.permutation(3))[y]) % 3
+
+
+def test_candidates_share_sums_where_their_objects_are_the_same() -> None:
+    one, other = Drawn(0), Drawn(1)
+    assert content_sha256(one) == content_sha256(other)
+    first = st.Candidate("a", LINEAR, solve=True, relabel=one, indices=[1, 2])
+    assert kin(first) == kin(replace(first, name="b", strength=1.0, task=dict(LINEAR), indices=[1, 2]))
+    for change in ({"relabel": other}, {"indices": [1, 3]}, {"task": {**LINEAR, "head": 3.0}}, {"seed": True}):
+        assert kin(first) != kin(replace(first, **change))
+
+
+def test_texts_with_other_labels_are_other_candidates(text_base: st.Base, tmp_path: Path) -> None:
+    texts = [f"one {word} three" for word in ("two", "four") * 4]
+    wanted = [st.Candidate("a", {"side": None, "merge": "base-only", "head": 2}, solve=True)]
+    for turn in (0, 1):
+        rows = Rows(texts, (torch.arange(8) + turn) % 2, texts)
+        cached = encode(text_base, rows, tmp_path, progress=False).cached
+        sweep = partial(st.sweep, text_base, cached, wanted, validation=cached, out=tmp_path / "out", progress=False)
+        if not turn:
+            assert [sweep().trials[0].name for _ in range(2)] == ["a", "a"]
+    with pytest.raises(st.TaskError, match="one on other data"):
+        sweep()
+
+
+def test_another_view_is_other_data(data: Any, tmp_path: Path) -> None:
+    base, cached, held = data
+    wanted = [st.Candidate("a", LINEAR, solve=True)]
+    sweep = partial(st.sweep, base, cached, wanted, validation=held, out=tmp_path / "out", progress=False)
+    sweep()
+    cached.view = 1
+    with pytest.raises(st.TaskError, match="one on other data"):
+        sweep()
+
+
+@pytest.mark.parametrize("indices", [[], [0, 200], torch.ones(200, dtype=torch.bool)])
+def test_rows_that_are_none_fail_alone(data: Any, indices: Any) -> None:
+    base, cached, held = data
+    wanted = [st.Candidate("bad", LINEAR, solve=True, indices=indices), st.Candidate("good", LINEAR, solve=True)]
+    good, bad = st.sweep(base, cached, wanted, validation=held, progress=False).trials
+    assert good.scores and "indices= are numbers" in str(bad.error)

@@ -217,3 +217,51 @@ def test_one_name_of_a_class_is_no_list_of_letters() -> None:
     solve(model, batches(CLASSES, 0, 300))
     with pytest.raises(st.TaskError, match=r"a list of names, such as \['cat'\]"):
         st.update(model, "t", batches(CLASSES, 0, 50), new_labels="cat", progress=False)
+
+
+class Meanwhile:
+    """A loader that does something between its batch and its end, as another thread may."""
+
+    def __init__(self, do: Any) -> None:
+        self.do = do
+
+    def __iter__(self) -> Any:
+        yield from batches(CLASSES, 100, 150)
+        self.do()
+
+
+def renewed(model: st.SideTuner) -> None:
+    model.remove_task("t")
+    model.add_task("t", side=None, merge="base-only", head=4)
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        lambda model: st.update(model, "t", batches(CLASSES, 150, 200), progress=False),
+        lambda model: solve(model, batches(CLASSES, 0, 50)),
+        lambda model: model.remove_task("t"),
+        renewed,
+    ],
+)
+def test_a_task_that_is_changed_or_removed_meanwhile_is_left(do: Any) -> None:
+    model = model_with()
+    solve(model, batches(CLASSES, 0, 100))
+    with pytest.raises(st.TaskError, match="changed or removed meanwhile"):
+        st.update(model, "t", Meanwhile(lambda: do(model)), progress=False)
+    expected = model_with()
+    solve(expected, batches(CLASSES, 0, 100))
+    do(expected)
+    assert model.tasks == expected.tasks
+    if do is not renewed and model.tasks:
+        assert_same_sums(model, expected)
+
+
+def test_a_task_that_left_memory_meanwhile_is_updated(tmp_path: Path) -> None:
+    model = model_with()
+    solve(model, batches(CLASSES, 0, 100))
+    model.add_task("other", side=None, merge="base-only", head=2)
+    model.save(tmp_path)
+    model = st.load(tmp_path, base=mlp_base(("0", "1")), max_tasks_in_memory=1)
+    st.update(model, "t", Meanwhile(lambda: model(X[:2], "other")), progress=False)
+    assert float(kept_sums(model, "t", model["t"])[0].count) == 150

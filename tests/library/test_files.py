@@ -17,6 +17,7 @@ from sidetuning.files import (
     held_folder,
     read_bytes,
     read_json,
+    safetensors_header,
     signed,
     write_json,
     write_text,
@@ -123,3 +124,8 @@ def test_what_is_signed_is_read_again_whatever_its_keys_are(tmp_path: Path) -> N
     write_json(tmp_path / "file.json", signed(content))
     read = check_signed(read_json(tmp_path / "file.json", {}, "mend"), "file.json", "mend")
     assert read == {"rows": {"2": "b", "10": "a"}, "pair": [1, 2]}
+
+
+def test_a_header_without_texts_has_none() -> None:
+    for text in (b"{}", b'{"__metadata__": null}'):
+        assert safetensors_header(len(text).to_bytes(8, "little") + text) == {}

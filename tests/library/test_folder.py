@@ -143,3 +143,22 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
         st.load(tmp_path / "gone")
     with pytest.raises(st.ArtifactError, match="holds no saved task"):
         st.load(tmp_path)
+
+
+def test_two_folders_of_one_task_are_both_named(tmp_path: Path) -> None:
+    model_folder(tmp_path)
+    shutil.copytree(tmp_path / "tasks/pets", tmp_path / "tasks/pets-old")
+    for use in (folder.described, lambda path: folder.remove(path, "age")):
+        with pytest.raises(st.ArtifactError, match=r"pets and .*pets-old both hold the task 'pets'; move one"):
+            use(tmp_path)
+    shutil.rmtree(tmp_path / "tasks/pets-old")
+    assert len(folder.described(tmp_path)) == 3
+
+
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+    model = st.SideTuner(mlp_base())
+    with pytest.raises(st.TaskError, match="up to 200 letters"):
+        model.add_task("a" * 201, side=None, merge="base-only", head=2)
+    model.add_task("a" * 200, side=None, merge="base-only", head=2)
+    model.save(tmp_path)
+    assert st.load(tmp_path, base=mlp_base()).tasks == ["a" * 200]

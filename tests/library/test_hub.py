@@ -19,6 +19,7 @@ import sidetuning as st
 from conftest import inputs, mlp_base, network
 from sidetuning import artifacts
 from sidetuning.cli import main
+from sidetuning.hub import task_table
 from task_parts import edit, saved
 
 
@@ -304,3 +305,9 @@ def test_a_model_takes_the_place_of_a_single_task_and_the_other_way_round(hub: t
         st.push(tmp_path / "model", "me/pets", task=task)
         shutil.rmtree(hub.root / "cache", ignore_errors=True)
         assert sorted(st.load(st.pull("me/pets")).tasks) == expected
+
+
+def test_a_card_shows_metrics_of_any_kind() -> None:
+    config = {"task": "t", "parts": {"merge": ["sum", {}], "head": ["linear", {}]}}
+    assert "| f1 | high |" in task_table({**config, "metrics": {"f1": "high"}})
+    assert "| merge |" in task_table({**config, "metrics": None})

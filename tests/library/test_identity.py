@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -577,3 +578,24 @@ def test_the_methods_of_a_class_are_looked_for_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sidetuning.content.methods_of", counted)
     st.Base(nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))), example=torch.zeros(1, 4)).structure()
     assert len(asked) == len(set(asked)) > 0
+
+
+class Infinite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.linear(x), torch.full_like(x[:, :1], float("-inf"))], 1)
+
+
+def test_a_base_whose_outputs_are_infinite_loads_its_own_tasks(tmp_path: Path) -> None:
+    base, other = st.Base(Infinite(), example=torch.zeros(1, 4)), st.Base(Infinite(), example=torch.zeros(1, 4))
+    model = st.SideTuner(base)
+    model.add_task("t", side=None, merge="base-only", head=2)
+    model.save_task("t", tmp_path)
+    assert st.SideTuner(base).load_task(tmp_path)
+    identity = base.identity()
+    # As version 0.2.0 wrote it.
+    assert identity.difference({**identity.record(), "probe": [float("inf")] * len(identity.probe)}) is None
+    assert all(map(math.isfinite, identity.probe)) and identity.probe != other.identity().probe

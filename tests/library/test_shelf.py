@@ -175,3 +175,12 @@ def test_a_task_that_was_read_in_inference_mode_goes_on(saved: Any) -> None:
         model(X, "t01")
     for name in ("t01", "t02", "t03", "t01"):
         assert torch.equal(model(X, name), expected[name])
+
+
+def test_weights_that_were_written_through_data_stay(saved: Any) -> None:
+    model = opened(saved[0], 1)
+    next(model["t01"].parameters()).data.mul_(100)
+    expected = model(X, "t01")
+    for other in ("t02", "t03"):
+        model(X, other)
+    assert torch.equal(model(X, "t01"), expected)
