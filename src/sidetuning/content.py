@@ -37,8 +37,6 @@ TORCHS = frozenset(vars(nn.Module()))
 NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.qscheme)
 # Functions of Python and of numpy that are told by their names.
 BUILT_IN = (BuiltinFunctionType, np.ufunc, type(np.argmax))
-# What a generator of torch starts from where nobody seeds it.
-SEED = torch.Generator().initial_seed()
 # Sets within the items of sets that are looked at: those have no order by which what was met could be numbered.
 SETS = 3
 # Words of 8 bytes in a row, of sums that tell where a number is.
@@ -91,9 +89,7 @@ def structure_sha256(net: Callable[..., Any], modules: Sequence[nn.Module], with
     """
     digest = hashlib.sha256()
     content = within or _Content()
-    # Their weights are hashed elsewhere, also where they are met again, as in a method that was replaced.
-    for part in [part for module in modules for part in module.modules()]:
-        content.meet(part)
+    content.know(modules)
     for module in map(original, modules):
         config = getattr(module, "config", None)
         # Each part of a network of transformers has the configuration, or a part of it.
@@ -142,8 +138,7 @@ def weights_version(net: Any, modules: Sequence[nn.Module] | None = None) -> obj
         found += [(name, _version(value)) for name, value in state.items()]
     if not isinstance(net, nn.Module) and not callable(getattr(net, "fingerprint", None)):
         content = _Content()
-        for part in [part for module in modules or () for part in module.modules()]:
-            content.meet(part)
+        content.know(modules or ())
         found.append(content.digest(net))
     return found
 
@@ -275,6 +270,11 @@ class _Content:
             self.met[id(value)] = len(self.met)
             self.held.append(value)
 
+    def know(self, modules: Sequence[nn.Module]) -> None:
+        """Meet modules whose weights are hashed elsewhere, also where they are met again."""
+        for part in [part for module in modules for part in module.modules()]:
+            self.meet(part)
+
     def _parts(self, value: Any) -> list[Any]:
         """Bytes, and values within, that say what a value is."""
         if isinstance(value, Tensor):
@@ -296,7 +296,7 @@ class _Content:
             return self._met(value)
         if isinstance(value, torch.Generator):
             # Its seed does not move.
-            return [name_of(value), *([] if value.initial_seed() == SEED else [value.initial_seed()])]
+            return [name_of(value), value.initial_seed()]
         if isinstance(value, (type, Logger, *RANDOM)):
             return [name_of(value)]
         if isinstance(value, MethodType):

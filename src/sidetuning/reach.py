@@ -10,8 +10,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache, partial
 from logging import Logger
-from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,8 @@ PASSIVE = {
 }
 # What draws random numbers: its state moves, and says nothing of what its owner is.
 RANDOM = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# A cell of a closure that holds nothing yet.
+EMPTY = CellType()
 # Values that hold no network.
 LEAVES = (*PLAIN[:4], Tensor, bytes, complex, np.generic, type, ModuleType, type(None), Logger, *RANDOM)
 
@@ -52,7 +53,7 @@ def modules_of(net: Any) -> list[nn.Module]:
         value = waiting.pop()
         if isinstance(value, nn.Module):
             found[id(value)] = value
-        elif id(value) not in met and not isinstance(value, LEAVES) and not callable(_attribute(value, "fingerprint")):
+        elif not (id(value) in met or isinstance(value, LEAVES) or callable(getattr(value, "fingerprint", None))):
             met[id(value)] = value
             spoken.note(value)
             parts = held(value)
@@ -63,10 +64,6 @@ def modules_of(net: Any) -> list[nn.Module]:
         if not waiting:
             waiting += spoken.more()
     return list(found.values())
-
-
-def _attribute(value: Any, name: str) -> Any:
-    return getattr(value, name, None) if hasattr(value, "__dict__") else None
 
 
 def is_container(value: Any) -> bool:
@@ -81,7 +78,7 @@ def held(value: Any) -> list[Any]:
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if is_filled(cell)]
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != EMPTY]
         stored = names_in(value.__code__, "STORE_ATTR")
         own = {} if is_installed(value) else {key: each for key, each in vars(value).items() if key not in stored}
         return [value.__defaults__, value.__kwdefaults__, cells, globals_of(value), *([own] if own else [])]
@@ -245,12 +242,8 @@ def is_installed(value: Any) -> bool:
         # Modules without a file are Python's, or what somebody types.
         file = getattr(sys.modules.get(name), "__file__", None) or ""
     ours = (name or "").partition(".")[0] == __name__.partition(".")[0]
-    return ours or _is_installed_file(file)
-
-
-@lru_cache(maxsize=10_000)
-def _is_installed_file(file: str) -> bool:
-    return bool(INSTALLED & {*Path(file).parts}) or file.startswith((STANDARD, "<frozen"))
+    packaged = not INSTALLED.isdisjoint(file.replace("\\", "/").split("/"))
+    return ours or packaged or file.startswith((STANDARD, "<frozen"))
 
 
 def globals_of(function: FunctionType) -> dict[str, Any]:
@@ -275,12 +268,3 @@ def globals_of(function: FunctionType) -> dict[str, Any]:
 
 def _is_known(value: Any) -> bool:
     return isinstance(value, (ModuleType, type, Logger)) or (isinstance(value, FunctionType) and is_installed(value))
-
-
-def is_filled(cell: Any) -> bool:
-    """Whether a cell of a closure holds something yet, be it None."""
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
