@@ -153,7 +153,8 @@ class Peer(nn.Module):
 
     def __init__(self, base: st.Base, way: str, classes: int = CLASSES) -> None:
         super().__init__()
-        net, self.base = copy.deepcopy(base.net), (base,)
+        # Convolutions are faster so, and those of `Base.folded` run so too.
+        net, self.base = copy.deepcopy(base.net).to(memory_format=torch.channels_last), (base,)
         assert isinstance(net, nn.Module)
         self.heads = nn.ModuleDict({"0": nn.Linear(base.width, classes)})
         if way == "finetune":

@@ -30,6 +30,7 @@ RECORDS: Registry[Record] = Registry(
         "dense-constants": "dense_constants:DENSE_CONSTANTS",
         "step-cost": "step_cost:STEP_COST",
         "many-tasks": "many_tasks:MANY_TASKS",
+        "processes": "processes:PROCESSES",
         "squad": "text_grid:SQUAD",
         "squad-cost": "text_step_cost:SQUAD_COST",
         "campaign": "campaign:CAMPAIGN",

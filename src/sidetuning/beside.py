@@ -26,6 +26,7 @@ from sidetuning.files import (
     safetensors_header,
     signed,
 )
+from sidetuning.identity import Identity
 
 KINDS = ("statistics", "route")
 MEND = "learn it again, or fetch the folder again"
@@ -97,6 +98,25 @@ def read_beside(kept: Kept) -> Beside:
     if text.pop("tensors_sha256") != hash_of(tensors):
         raise ArtifactError(f"{kept} was changed: its sha256 is not the one recorded; {MEND}")
     return Beside(text, tensors)
+
+
+def stamp(kept: Kept) -> object:
+    """Equal as long as what is kept is the same, in memory or in its file."""
+    if isinstance(kept, Beside) or not kept.exists():
+        return kept
+    told = kept.stat()
+    return kept, told.st_mtime_ns, told.st_size, told.st_ino
+
+
+def base_text(identity: Identity) -> dict[str, Any]:
+    """What a file tells of the base that its features come from."""
+    return {"base": identity.sha256, "identity": identity.record()}
+
+
+def is_of_base(text: dict[str, Any], identity: Identity) -> bool:
+    """Whether a text by `base_text` is of this base; older ones tell its weights alone."""
+    known = text.get("identity")
+    return text.get("base") == identity.sha256 and (known is None or identity.difference(known) is None)
 
 
 def _bytes(beside: Beside) -> bytes:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sidetuning.artifacts import tensors_sha256
-from sidetuning.beside import read_beside
+from sidetuning.beside import is_of_base, read_beside
 from sidetuning.branch import Branch
 from sidetuning.closed_form import SolveResult, keep, ready, settle
 from sidetuning.errors import DataError, TaskError
+from sidetuning.files import check_json
 from sidetuning.heads import InUnits
 from sidetuning.problems import Classes, Labels
 from sidetuning.sides.initialise import layout
-from sidetuning.sums import Sums, collect, last_linear
+from sidetuning.sums import Sums, check_views, collect, last_linear
 from sidetuning.training import in_evaluation
 from sidetuning.tuner import SideTuner
 
@@ -141,11 +142,14 @@ def kept_sums(model: SideTuner, task: str, branch: Branch) -> tuple[Sums, dict[s
     if "statistics" not in branch.beside:
         raise TaskError(f"no statistics of task '{task}' were kept; solve it with keep_statistics=True first")
     kept = read_beside(branch.beside["statistics"])
-    if kept.text.get("weights") != tensors_sha256(branch) or kept.text.get("base") != model.base.identity().sha256:
+    schema = {"weights": str, "base": str, "views": int, "strength?": float, "identity?": dict}
+    check_json(kept.text, f"the statistics of task '{task}'", schema, "solve it again with keep_statistics=True")
+    if kept.text["weights"] != tensors_sha256(branch) or not is_of_base(kept.text, model.base.identity()):
         raise TaskError(
             f"task '{task}' or its base changed since it was solved, so that its statistics are of other features; "
             "solve it again with keep_statistics=True"
         )
+    check_views(kept.text["views"])
     layer = last_linear(branch, task)
     return Sums.read(kept, layer.in_features, layer.out_features, torch.device("cpu")), kept.text
 

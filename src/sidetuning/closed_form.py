@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sidetuning.artifacts import tensors_sha256
+from sidetuning.beside import base_text
 from sidetuning.branch import Branch
 from sidetuning.errors import TaskError
 from sidetuning.launch import default_accelerator
 from sidetuning.problems import Classes, Labels
-from sidetuning.sums import EXACT, Sums, collect, last_linear
+from sidetuning.sums import EXACT, Sums, check_views, collect, last_linear
 from sidetuning.training import in_evaluation, trainable
 from sidetuning.units import measured
 
@@ -35,6 +36,8 @@ STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 5))
 FIRST = 7
 # Vectors that estimate a trace where the features are many (Hutchinson 1990).
 PROBES = 64
+# A solution that leaves less of the rows' degrees of freedom fits them all, and its residual is rounding.
+LEFT = 0.02
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,9 @@ def ready(
 ) -> tuple[Branch, Accelerator]:
     """The branch of a task that may be solved, and the accelerator; errors are those of `solve`."""
     branch = trainable(model, task, loader)
-    if strength is not None and not (math.isfinite(strength) and strength > 0):
-        raise TaskError(f"strength must be a positive number, not {strength}")
-    if views < 1:
-        raise TaskError(f"views must be 1 or more, not {views}")
+    if strength is not None and not (isinstance(strength, (int, float)) and math.isfinite(strength) and strength > 0):
+        raise TaskError(f"strength must be a positive number, not {strength!r}")
+    check_views(views)
     accelerator = default_accelerator() if given is None else given
     model.to(accelerator.device)
     return branch, accelerator
@@ -130,31 +132,43 @@ def ready(
 
 def keep(model: SideTuner, branch: Branch, sums: Sums, strength: float | None, views: int) -> None:
     """Keep sums beside a task, with the weights that were solved from them: of others they are not believed."""
-    text = {"weights": tensors_sha256(branch), "base": model.base.identity().sha256, "strength": strength}
-    branch.beside["statistics"] = sums.kept({**text, "views": views})
+    text = {"weights": tensors_sha256(branch), "strength": strength, "views": views}
+    branch.beside["statistics"] = sums.kept({**text, **base_text(model.base.identity())})
 
 
 class _Ridge:
-    """Ridge regression for any strength, from sums around the means."""
+    """Ridge regression for any strength, from the sums around the means of so many rows."""
 
-    def __init__(self, xx: Tensor, xy: Tensor) -> None:
-        self.xx, self.xy = xx, xy
-        # One decomposition gives all strengths; of many features it takes longer than the few that are needed.
-        self.spectrum = torch.linalg.eigh(xx) if len(xx) <= EXACT else None
+    def __init__(self, xx: Tensor, xy: Tensor, rows: int) -> None:
+        self.xx, self.xy, self.rows = xx, xy, rows
+        self.spectrum = None
+        # As many directions as the rows can have around their mean.
+        self.rank = min(len(xx), rows - 1)
         generator = torch.Generator().manual_seed(0)
+        # One decomposition gives all strengths; of many features it takes longer than the few that are needed.
+        if len(xx) <= EXACT:
+            values, vectors = torch.linalg.eigh(xx)
+            self.spectrum = values[len(xx) - self.rank :].clamp(min=0), vectors[:, len(xx) - self.rank :]
+        elif rows <= EXACT:
+            # All that the rows span (Halko, Martinsson and Tropp 2011).
+            some = torch.randn(len(xx), self.rank, generator=generator, dtype=torch.float64).to(xx)
+            span = torch.linalg.qr(xx @ some).Q
+            values, vectors = torch.linalg.eigh(span.T @ xx @ span)
+            self.spectrum = values.clamp(min=0), span @ vectors
         signs = torch.randint(0, 2, (len(xx), PROBES), generator=generator)
         self.probes = (2.0 * signs - 1).to(xx)
 
     def solution(self, strength: float) -> tuple[Tensor, float] | None:
-        """The weights (d, k), and the trace of the matrix that makes predictions of targets.
+        """The weights (d, k), and the share of the rows' degrees of freedom that is left to judge them by.
 
         None where the strength is lost in the rounding of the sums.
         """
         if self.spectrum is not None:
             values, vectors = self.spectrum
-            values = values.clamp(min=0)
             weight = vectors @ ((vectors.T @ self.xy) / (values + strength).unsqueeze(1))
-            return weight, float((values / (values + strength)).sum())
+            # The mean takes one.
+            left = self.rows - 1 - self.rank + float((strength / (values + strength)).sum())
+            return weight, left / self.rows
         ridged = self.xx.clone()
         ridged.diagonal().add_(strength)
         factor, failed = torch.linalg.cholesky_ex(ridged)
@@ -162,7 +176,8 @@ class _Ridge:
             return None
         both = torch.cholesky_solve(torch.cat([self.xy, self.probes], 1), factor)
         weight, inverse = both.split([self.xy.shape[1], PROBES], 1)
-        return weight, len(self.xx) - strength * float((self.probes * inverse).sum()) / PROBES
+        trace = len(self.xx) - strength * float((self.probes * inverse).sum()) / PROBES
+        return weight, (self.rows - 1 - trace) / self.rows
 
 
 def settle(branch: Branch, layer: nn.Linear, sums: Sums, strength: float | None) -> tuple[float, float]:
@@ -170,16 +185,16 @@ def settle(branch: Branch, layer: nn.Linear, sums: Sums, strength: float | None)
     mean, middle, xx, xy, yy = sums.centred()
     rows = float(sums.count)
     unit = float(xx.diagonal().mean()) or 1.0
-    ridge = _Ridge(xx, xy)
+    ridge = _Ridge(xx, xy, int(rows))
 
     def judged(multiple: float) -> _Solution | None:
         solution = ridge.solution(multiple * unit)
         if solution is None:
             return None
-        weight, trace = solution
-        return _Solution(multiple, weight, trace, (weight * xy).sum(0), (weight * (xx @ weight)).sum(0), yy, rows)
+        weight, left = solution
+        return _Solution(multiple, weight, left, (weight * xy).sum(0), (weight * (xx @ weight)).sum(0), yy, rows)
 
-    best = _least(judged, exact=len(xx) <= EXACT) if strength is None else judged(strength)
+    best = _least(judged, exact=ridge.spectrum is not None) if strength is None else judged(strength)
     if best is None:
         raise TaskError(f"strength {strength} is lost in rounding with {len(xx)} features; give a larger one, or none")
     weight, bias = best.weight, middle - mean @ best.weight
@@ -196,18 +211,19 @@ def _least(judged: Callable[[float], _Solution | None], exact: bool) -> _Solutio
     """The solution with the least error, which has one valley."""
     tried: dict[int, _Solution | None] = {}
 
-    def error(i: int) -> float:
+    def error(i: int) -> tuple[float, int]:
         if i not in tried:
             tried[i] = judged(STRENGTHS[i])
         solution = tried[i]
-        return math.inf if solution is None else float(solution.errors.mean())
+        # Of those that nothing can be told of, the larger.
+        return math.inf if solution is None else float(solution.errors.mean()), -i
 
     if exact:
         # Every third strength finds it, the two beside it its bottom.
         lowest = min(range(1, len(STRENGTHS), 3), key=error)
-        lowest = min((lowest, lowest - 1, lowest + 1), key=error)
+        lowest = min((i for i in (lowest, lowest - 1, lowest + 1) if i < len(STRENGTHS)), key=error)
     else:
-        # Each takes a second of thousands of features: down from the usual one.
+        # Each takes a second of thousands of features: up or down from the usual one.
         lowest, before = FIRST, -1
         while lowest != before:
             before = lowest
@@ -222,14 +238,14 @@ class _Solution:
     Attributes:
         multiple: the strength.
         weight: (d, k).
-        trace: of the matrix that makes predictions of targets.
+        left: share of the rows' degrees of freedom that the solution leaves.
         agreement, size, target: sums of prediction x target, of prediction² and of target², each (k).
         rows: number of rows.
     """
 
     multiple: float
     weight: Tensor
-    trace: float
+    left: float
     agreement: Tensor
     size: Tensor
     target: Tensor
@@ -237,12 +253,14 @@ class _Solution:
 
     @property
     def growth(self) -> float:
-        """How much larger the error of a row is where it was not seen, on average; the mean takes a share too."""
-        return 1 / max(1 - (self.trace + 1) / self.rows, 1e-3)
+        """How much larger the error of a row is where it was not seen, on average."""
+        return 1 / max(self.left, LEFT)
 
     @property
     def errors(self) -> Tensor:
-        """The mean square error (k) that is expected of rows that were not seen."""
+        """The mean square error (k) that is expected of rows that were not seen; infinite where nothing tells it."""
+        if self.left < LEFT:
+            return torch.full_like(self.target, math.inf)
         return (self.target - 2 * self.agreement + self.size).clamp(min=0) / self.rows * self.growth**2
 
     def logits(self, share: Tensor, *, alone: bool) -> tuple[Tensor, Tensor]:

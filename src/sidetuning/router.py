@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sidetuning.base import Base, Features, Input
-from sidetuning.beside import Beside, Kept, found_beside, read_beside
+from sidetuning.beside import Beside, Kept, found_beside, is_of_base, read_beside, stamp
 from sidetuning.branch import Branch
 from sidetuning.errors import ArtifactError, ShapeError, TaskError
 from sidetuning.expansion import Expansion, signs
@@ -92,18 +92,18 @@ class Router:
     """
 
     def __init__(self, base: Base, kept: Mapping[str, Kept]) -> None:
-        self.kept = dict(kept)
+        self.kept = stamps(kept)
         if not kept:
             raise TaskError("no task has a route; call st.learn_routes(model, task, loader) for each")
         self.tasks = sorted(kept)
         texts = {name: text_of(name, kept[name]) for name in self.tasks}
         first = texts[self.tasks[0]]
         self.space = Space.read(base, first["space"])
-        d, identity = self.space.width, base.identity().sha256
+        d, identity = self.space.width, base.identity()
         half = torch.zeros(d * (d + 1) // 2, dtype=torch.float64)
         means, counts, held, owners, truth, scatters = [], [], [], [], [], []
         for i, name in enumerate(self.tasks):
-            if texts[name] != {"space": first["space"], "base": identity}:
+            if texts[name]["space"] != first["space"] or not is_of_base(texts[name], identity):
                 raise TaskError(
                     f"the route of task '{name}' is of other features or another base; learn_routes it again"
                 )
@@ -201,10 +201,16 @@ def kept_routes(branches: Mapping[str, Branch], shelf: Shelf | None) -> dict[str
     return {name: beside["route"] for name, beside in sorted(found.items()) if "route" in beside}
 
 
+def stamps(kept: Mapping[str, Kept]) -> dict[str, object]:
+    """Equal as long as the tasks keep what they kept."""
+    return {name: stamp(found) for name, found in kept.items()}
+
+
 def text_of(name: str, kept: Kept) -> dict[str, Any]:
     """What a task's route tells of its features and its base; ArtifactError where it does not."""
     text, schema = read_beside(kept).text, {"width": int, "grid": int, "seed": int, "taps": dict}
-    check_json(text, f"the route of task '{name}'", {"space": schema, "base": str}, "learn_routes it again")
+    schema = {"space": schema, "base": str, "identity?": dict}
+    check_json(text, f"the route of task '{name}'", schema, "learn_routes it again")
     return text
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidetuning.beside import Beside
+from sidetuning.beside import Beside, base_text
 from sidetuning.branch import Branch
 from sidetuning.errors import DataError, TaskError, TrainingError
 from sidetuning.objective import check_loader, unpack
-from sidetuning.problems import IGNORED, Classes
+from sidetuning.problems import IGNORED, Classes, check_range
 from sidetuning.router import Space, kept_routes, text_of
+from sidetuning.sums import averaged, check_views
 from sidetuning.tuner import SideTuner
 
 # Every tenth row is held out of a task's sums, up to this many.
@@ -52,12 +53,13 @@ def learn_routes(
 
     Raises:
         TaskError: other tasks of the model have routes of other features.
-        DataError: fewer than 20 rows.
+        DataError: fewer than 20 rows, labels without an output, or views of one sample with different targets.
         TrainingError: features that are not finite.
     """
     from tqdm import tqdm
 
     check_loader(loader)
+    check_views(views)
     branch = model[task]
     space = Space(model.base, width, grid, seed)
     others = {name: kept for name, kept in kept_routes(model._in_memory(), model._shelf).items() if name != task}
@@ -74,9 +76,9 @@ def learn_routes(
     for batch in tqdm(loader, task, disable=not progress, leave=False):
         x, given, target = unpack(batch)
         z = space(model.base, x, given)
-        if len(z) % views or len(target) != len(z):
-            raise DataError(f"a batch of {len(z)} rows with {len(target)} targets is not {views} views of each sample")
-        z, labels = z.view(views, -1, z.shape[1]).mean(0), _labels(branch, target)[: len(z) // views]
+        if len(target) != len(z):
+            raise DataError(f"a batch has {len(z)} inputs and {len(target)} targets; give one each")
+        z, labels = averaged(z, views), averaged(_labels(branch, target), views, equal=True)
         z, labels = z[labels != IGNORED].double().cpu(), labels[labels != IGNORED].cpu()
         out = (torch.arange(rows, rows + len(z)) % 10 == 9) & (torch.arange(rows, rows + len(z)) < 10 * HELD)
         held.append(z[out])
@@ -97,13 +99,17 @@ def learn_routes(
         raise TrainingError(f"features of task '{task}' are not finite; look for NaN in the inputs")
     lower = torch.tril_indices(space.width, space.width)
     tensors = {"counts": counts, "means": means.float(), "scatter": scatter[lower[0], lower[1]].float()}
-    text = {"space": space.text, "base": model.base.identity().sha256}
+    text = {"space": space.text, **base_text(model.base.identity())}
     branch.beside = {**branch.beside, "route": Beside(text, {**tensors, "held": torch.cat(held).float()})}
     return rows
 
 
 def _labels(branch: Branch, target: Tensor) -> Tensor:
     """The class of each sample, where a task has classes; else 0."""
+    target = target.squeeze(1) if target.ndim == 2 and target.shape[1] == 1 else target
     if type(branch.problem) is Classes and target.ndim == 1 and not target.is_floating_point():
-        return target.long()
+        target = target.long()
+        if (classes := getattr(branch.head, "channels", None)) is not None:
+            check_range(target, classes, IGNORED)
+        return target
     return torch.zeros(len(target), dtype=torch.long, device=target.device)

@@ -61,7 +61,8 @@ class Sums:
         """Add rows x (n, d) with targets y (n, k); `exact`: products are of double precision too."""
         x, y = x.double() if exact else x.to(torch.promote_types(x.dtype, torch.float32)), y.double()
         # Of many features products of single precision are twice as fast; their sums over all batches are not cut.
-        self.xx += x.T @ x
+        with torch.autocast(x.device.type, enabled=False):
+            self.xx += x.T @ x
         x = x.double()
         self.count += len(x)
         self.x += x.sum(0)
@@ -117,6 +118,8 @@ def last_linear(branch: Branch, task: str) -> nn.Linear:
     linear = [module for module in branch.head.modules() if isinstance(module, nn.Linear)]
     if not linear or linear[-1].bias is None:
         raise TaskError(f"the head of task '{task}' ends in no linear layer with a bias; use fit, or head=NUMBER")
+    if not (linear[-1].weight.requires_grad and linear[-1].bias.requires_grad):
+        raise TaskError(f"the last layer of task '{task}' is frozen; head.requires_grad_(True) thaws it")
     return linear[-1]
 
 
@@ -170,7 +173,7 @@ def collect(
                 raise TaskError(f"the head of task '{task}' does not end in its last linear layer; use fit")
             rows = seen.inputs[-1].reshape(-1, layer.in_features)[counts.flatten()]
             if views > 1:
-                rows, codes = _averaged(rows, views), _averaged(codes, views, equal=True)
+                rows, codes = averaged(rows, views), averaged(codes, views, equal=True)
             if counting:
                 sums.add(rows, codes, exact or len(sums.x) <= EXACT)
     for total in sums.tensors():
@@ -182,7 +185,13 @@ def collect(
     return sums
 
 
-def _averaged(rows: Tensor, views: int, equal: bool = False) -> Tensor:
+def check_views(views: Any) -> None:
+    """Raise TaskError unless `views` is a whole number from 1 on."""
+    if not isinstance(views, int) or views < 1:
+        raise TaskError(f"views must be a whole number, 1 or more, not {views!r}")
+
+
+def averaged(rows: Tensor, views: int, equal: bool = False) -> Tensor:
     """The mean over the views of each sample, which follow one another -> (n / views, …)."""
     if len(rows) % views:
         raise DataError(f"a batch has {len(rows)} rows that count, which are not {views} views of each sample")

@@ -22,7 +22,7 @@ from sidetuning.generating import generate
 from sidetuning.identity import Identity
 from sidetuning.predicting import predict, run, run_in_parts, run_mixed
 from sidetuning.registry import unknown
-from sidetuning.router import Router, Routes, kept_routes
+from sidetuning.router import Router, Routes, kept_routes, stamps
 from sidetuning.seeding import seeded
 from sidetuning.shelf import Shelf
 from sidetuning.summary import Summary, summarise
@@ -313,7 +313,7 @@ class SideTuner(nn.Module):
         """
         with self._changes:
             router, kept = self._router, kept_routes(self._in_memory(), self._shelf)
-            if router is None or router.kept != kept:
+            if router is None or router.kept != stamps(kept):
                 router = self._router = Router(self.base, kept)
         return router.routes(self.base, x, features, views)
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,6 +241,29 @@ def test_a_killed_writer_goes_on_without_reading_what_is_done(
         cached.view = whole.view = view
         a, b = cached.__getitems__(list(range(10))), whole.__getitems__(list(range(10)))
         assert torch.equal(a[0], b[0]) and torch.equal(a[1].out, b[1].out) and torch.equal(a[2], b[2])
+
+
+def test_several_processes_share_a_small_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less than a chunk, too; and one process goes on where several were killed."""
+    shares = []
+    for index in (1, 0):
+        state = SimpleNamespace(process_index=index, num_processes=2, is_main_process=index == 0)
+        state.wait_for_everyone = lambda: None
+        monkeypatch.setattr("sidetuning.cache.store.processes", lambda state=state: state)
+        data = Toy(10)
+        if index:
+            # The other process has not written its share.
+            with pytest.raises(FileNotFoundError):
+                fill(tmp_path, data=data)
+            shutil.copytree(tmp_path, tmp_path.with_name("half"))
+        else:
+            cached = fill(tmp_path, data=data)
+        shares.append(set(data.read))
+    assert shares[0] | shares[1] == set(range(10)) and not shares[0] & shares[1] and 4 <= len(shares[0]) <= 6
+    monkeypatch.undo()
+    halves, whole = fill(tmp_path.with_name("half"), data=Toy(10)), fill(tmp_path / "whole", data=Toy(10))
+    for other in (halves, cached):
+        torch.testing.assert_close(other.__getitems__(range(10))[1].out, whole.__getitems__(range(10))[1].out)
 
 
 def test_a_folder_without_meta_is_no_cache(tmp_path: Path) -> None:

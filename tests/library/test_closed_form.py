@@ -108,7 +108,49 @@ def test_few_rows_of_many_features_are_solved_and_a_strength_that_rounding_swall
     st.solve(model, "t", few, progress=False)
     assert float((model(X[400:], "t").argmax(1) == CLASSES[400:]).float().mean()) > 0.4
     with pytest.raises(st.TaskError, match="lost in rounding"):
-        st.solve(model, "t", few, strength=1e-9, progress=False)
+        st.solve(model, "t", [(X[:400], CLASSES[:400])] * 3, strength=1e-9, progress=False)
+
+
+@pytest.mark.parametrize(("rows", "features", "exact"), [(20, 64, 1024), (40, 64, 1024), (20, 64, 50), (60, 64, 50)])
+def test_a_strength_is_chosen_where_rows_are_fewer_than_features(
+    rows: int, features: int, exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest fits every row, which says nothing of others."""
+    monkeypatch.setattr("sidetuning.closed_form.EXACT", exact)
+    generator = torch.Generator().manual_seed(0)
+    way = torch.randn(features, 2, generator=generator) / 8
+    x, more = (torch.randn(count, features, generator=generator) for count in (rows, 500))
+    y, truth = (z @ way + 0.5 * torch.randn(len(z), 2, generator=generator) for z in (x, more))
+    errors = {}
+    for strength in (None, 1e-5, 0.1, 1.0, 10.0):
+        model = st.SideTuner(st.Base(nn.Identity(), example=x[:1]))
+        model.add_task("t", side=None, merge="base-only", head=2, problem="numbers")
+        result = st.solve(model, "t", [(x, y)], strength=strength, progress=False)
+        errors[strength] = float((model(more, "t").detach() - truth).square().mean())
+        if strength is None:
+            assert result.strength > 1e-3 and result.error > 0.1
+    assert errors[None] < 1.15 * min(errors.values())
+
+
+def test_a_frozen_layer_and_settings_of_other_types_are_refused() -> None:
+    model = model_with("classes")
+    for how in ({"strength": "1"}, {"strength": float("nan")}, {"views": "2"}, {"views": 0}):
+        with pytest.raises(st.TaskError, match="must be"):
+            st.solve(model, "t", batches(CLASSES), progress=False, **how)
+    model = model_with("classes", side="mlp")
+    model["t"].head.requires_grad_(False)
+    with pytest.raises(st.TaskError, match="last layer of task 't' is frozen"):
+        st.solve(model, "t", batches(CLASSES), progress=False)
+
+
+def test_sums_are_not_rounded_under_autocast() -> None:
+    found = []
+    for low in (False, True):
+        sums = Sums.zeros(16, 3, torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            sums.add(torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), torch.ones(50, 3), exact=False)
+        found.append(sums.xx)
+    assert torch.equal(*found)
 
 
 def test_what_is_ignored_does_not_count() -> None:

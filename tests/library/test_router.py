@@ -197,3 +197,53 @@ def test_a_route_is_not_learned_from_features_that_are_no_numbers() -> None:
         with pytest.raises(st.TrainingError, match="are not finite"):
             st.learn_routes(model, "a", [(bad, y)], width=60, progress=False)
     assert model.route(x).tasks == list(NAMES)
+
+
+def test_targets_and_views_are_those_that_solve_takes() -> None:
+    model = model_with(())
+    model.add_task("a", side=None, merge="base-only", head=2, seed=0, problem="classes")
+    x, y = data(0)
+    expected = st.learn_routes(model, "a", [(x, y)], width=60, progress=False), model.route(x).probabilities
+    found = st.learn_routes(model, "a", [(x, y.unsqueeze(1))], width=60, progress=False), model.route(x).probabilities
+    assert expected[0] == found[0] and torch.equal(expected[1], found[1])
+    assert len(model["a"].beside["route"].tensors["means"]) == 2
+    twice = torch.cat([x, x.flip(0)]), torch.cat([y, 1 - y])
+    for batch, views, told in (
+        (twice, 2, "different targets"),
+        ((x, y + 9), 1, "out of range"),
+        ((x, y), 3, "3 views"),
+    ):
+        with pytest.raises(st.DataError, match=told):
+            st.learn_routes(model, "a", [batch], width=60, views=views, progress=False)
+    with pytest.raises(st.TaskError, match="views must be"):
+        st.learn_routes(model, "a", [(x, y)], views=0, progress=False)
+
+
+def test_a_route_that_another_process_learned_anew_is_read_again(tmp_path: Path) -> None:
+    model_with().save(tmp_path)
+    model, x = st.load(tmp_path, base=mlp_base()), data(1, seed=3)[0]
+    before = model.route(x).probabilities
+    other = st.load(tmp_path, base=mlp_base())
+    labels = torch.arange(200) % 2
+    st.learn_routes(other, "b", [(CENTRES[0] + torch.randn(200, 12), labels)], width=60, progress=False)
+    other.save(tmp_path)
+    assert not torch.equal(model.route(x).probabilities, before)
+    assert torch.equal(model.route(x).probabilities, other.route(x).probabilities)
+
+
+def test_what_was_kept_on_a_base_that_prepares_otherwise_is_refused(tmp_path: Path) -> None:
+    base, other = (
+        st.Base(conv_base().net, example=torch.zeros(1, 3, 32, 32), mean=[m] * 3, std=[0.2] * 3) for m in (0.5, 0.4)
+    )
+    model, x = st.SideTuner(base), torch.rand(40, 3, 32, 32)
+    model.add_task("t", side=None, merge="base-only", head=2, problem="classes")
+    batches = [(x, torch.arange(40) % 2)]
+    st.solve(model, "t", batches, keep_statistics=True, progress=False)
+    st.learn_routes(model, "t", batches, width=60, progress=False)
+    model.save_task("t", tmp_path)
+    moved = st.SideTuner(other)
+    moved.load_task(tmp_path, any_base=True)
+    with pytest.raises(st.TaskError, match="statistics are of other features"):
+        st.update(moved, "t", batches, progress=False)
+    with pytest.raises(st.TaskError, match="another base"):
+        moved.route(x)

@@ -33,7 +33,7 @@ class Settings:
     """See five dense tasks learned one after another in Doom: side-tuning forgets nothing, fine-tuning does."""
 
     quick: bool = False
-    """Learn handwritten digits instead: half a minute, and no Doom engine."""
+    """Learn handwritten digits instead: a minute, and no Doom engine."""
     out: str = "runs/demo"
     """Folder for frames, runs and the report; the same command run again resumes there."""
     frames: Count = 870

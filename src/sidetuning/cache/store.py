@@ -132,8 +132,12 @@ class Store:
         from tqdm import tqdm
 
         state, done = processes(), self.folder / "done"
-        chunks = [(view, start) for view in range(self.views) for start in range(0, self.samples, chunk)]
-        share = chunks[state.process_index :: state.num_processes]
+        # Several processes take smaller ones, to end together; what is drawn for a view depends on where chunks begin.
+        few = -(-self.samples // (4 * state.num_processes))
+        size = chunk if self.views > 1 or state.num_processes == 1 else min(chunk, few)
+        chunks = [(view, start) for view in range(self.views) for start in range(0, self.samples, size)]
+        markers = [done / (f"{view}-{start}" + f"-{size}" * (size != chunk)) for view, start in chunks]
+        share = list(zip(chunks, markers, strict=True))[state.process_index :: state.num_processes]
         show = progress and state.is_main_process
         if show:
             times = f" in {self.views} views" if self.views > 1 else ""
@@ -144,10 +148,10 @@ class Store:
         state.wait_for_everyone()
         with ExitStack() as stack:
             files = self._reserve(stack)
-            total = sum(min(chunk, self.samples - start) for _, start in share)
+            total = sum(min(size, self.samples - start) for (_, start), _ in share)
             bar = stack.enter_context(tqdm(total=total, unit="sample", disable=not show, leave=False))
-            for view, start in share:
-                marker, samples = done / f"{view}-{start}", range(start, min(start + chunk, self.samples))
+            for (view, start), marker in share:
+                samples = range(start, min(start + size, self.samples))
                 if self._is_done(marker):
                     bar.update(len(samples))
                     continue
@@ -160,7 +164,6 @@ class Store:
                         os.fsync(file.fileno())
                     write_json(marker, {"seconds": round(time.perf_counter() - started, 3), "rows": written})
         state.wait_for_everyone()
-        markers = [done / f"{view}-{start}" for view, start in chunks]
         if not all(map(self._is_done, markers if state.is_main_process else [])):
             raise CacheError(f"{self.folder} is being written by another process; run again when that one has ended")
         fields = {name: {"shape": list(field.shape), "dtype": str(field.base)} for name, field in self.fields.items()}

@@ -134,12 +134,13 @@ def baselines(steps: Steps) -> list[str]:
 def baseline(settings: Settings, name: str, size: int) -> Result:
     """The result of one of BASELINES: read where it is there, else tested."""
     file, agent = Path(settings.run.out) / f"{name}.json", settings.clone.agent
+    given = {"env": agent.env, "test_split": agent.test_split, "test_episodes": agent.test_episodes, "size": size}
     if file.exists():
         saved: Result = read_result(Result, file)
-        return saved
+        if saved.settings == given:
+            return saved
     with closing(worlds.make_world(agent.env, agent.test_split, size)) as world:
         outcomes = list(worlds.episodes(world, acts(name, world), agent.test_episodes, worlds.TEST_SEED))
-    given = {"env": agent.env, "test_split": agent.test_split, "test_episodes": agent.test_episodes, "size": size}
     result = Result(method=name, trajectories=0, seed=0, settings=given, **scores(outcomes))
     write_result(file, result)
     return result

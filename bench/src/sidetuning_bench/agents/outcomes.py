@@ -104,8 +104,8 @@ def mean_text(runs: Sequence[Scores], name: str, scale: float = 1.0) -> str:
 def difference_text(runs: Sequence[Scores], others: Sequence[Scores], name: str, scale: float = 1.0) -> str:
     """A method's mean less another's, in the same episodes.
 
-    ± is the standard error over the pairs of runs (by seed; a single run is paired with all). The 95 % bootstrap
-    interval over the episodes is that of these very runs.
+    ± is the standard error over the pairs of runs (in the order given, which is that of seeds; a single run is paired
+    with all). The 95 % bootstrap interval over the episodes is that of these very runs.
     """
     if any(getattr(run, name) is None for run in (*runs, *others)) or not runs or not others:
         return number_text(None)
