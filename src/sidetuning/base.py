@@ -345,8 +345,7 @@ class Base(nn.Module):
         """Where the network's weights lie; of a network without any, where the example lies."""
         weights = chain.from_iterable(chain(net.parameters(), net.buffers()) for net in self._networks())
         values = [self.example] if isinstance(self.example, Tensor) else self.example.values()
-        others = chain(weights, (value for value in values if isinstance(value, Tensor)))
-        return self._first.device or next(others).device
+        return self._first.device or next(chain(weights, (v for v in values if isinstance(v, Tensor)))).device
 
     def identity(self) -> Identity:
         """Its weights, preparation, choice of the output and behaviour; weights that did not change are hashed once."""
