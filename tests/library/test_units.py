@@ -155,6 +155,30 @@ def test_a_task_that_was_trained_without_units_keeps_none() -> None:
     assert model["t"].units is None
 
 
+@pytest.mark.parametrize("how", ["as it is", "copied", "saved", "fresh"])
+def test_a_loop_of_ones_own_is_not_undone(how: str, tmp_path: Path) -> None:
+    x, y = rows()
+    model = build()
+    if how != "fresh":
+        optimizer = torch.optim.Adam(model["t"].parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.mse_loss(model(x, "t"), y).backward()
+            optimizer.step()
+    if how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "saved":
+        model.save_task("t", tmp_path)
+        model = st.SideTuner(model.base)
+        model.load_task(tmp_path)
+    elif how == "fresh":
+        model = copy.deepcopy(model).double().float()
+    before = model(x, "t")
+    fit(model, loader(x, y), steps=1, lr=1e-6)
+    assert (model["t"].units is None) == (how != "fresh")
+    assert torch.allclose(model(x, "t"), before, atol=0.1) == (how != "fresh")
+
+
 def test_units_are_saved_with_the_task_and_shown(tmp_path: Path) -> None:
     x, y = rows()
     model = build()
