@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from sidetuning.callbacks import Best, Callback
 from sidetuning.errors import TaskError, TrainingError
 from sidetuning.launch import default_accelerator
+from sidetuning.objective import Objective
 from sidetuning.processes import Shares, add_gradients, largest, weighted, whole_batch_norms
 from sidetuning.resume import Position, State, Stop, description
 from sidetuning.seeding import mix, seed_all, seed_loader, seeded
@@ -109,6 +110,7 @@ def train(
     how: Any = description(optimizer, scheduler, clip, loss, loader if path else None, precision)
     kept = [f"the weights of the best {callback.monitor}" for callback in callbacks if isinstance(callback, Best)]
     how["kept"] = ", ".join(kept) or "the last weights"
+    how["network"] = objective.network() if path and isinstance(objective, Objective) else ""
     if accumulate < 1:
         raise TaskError(f"accumulate must be 1 or more batches, not {accumulate}")
     if path and accumulate > 1:

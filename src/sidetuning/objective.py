@@ -70,6 +70,10 @@ class Objective(nn.Module):
         # A tuple: torch would register the model.
         self._task = (model, task)
 
+    def network(self) -> str:
+        """A hash of what the part learns beside; empty where it is not known."""
+        return ""
+
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The mean loss of a batch, and its weight in a mean over several."""
         model, task = self._task

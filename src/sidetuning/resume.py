@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,17 +23,17 @@ import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from sidetuning.errors import TrainingError
 from sidetuning.files import atomic_write, read_safetensors, safetensors_header
-from sidetuning.identity import code_bytes, tensor_bytes
-from sidetuning.inputs import PLAIN
+from sidetuning.identity import code_bytes, content_sha256, structure_sha256, tensor_bytes
+from sidetuning.inputs import PLAIN, globals_of, is_filled, names_in
 from sidetuning.seeding import Generators, seeded
 from sidetuning.sides.initialise import mismatch
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass
@@ -52,36 +53,38 @@ class Position:
     batch: int = 0
     losses: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
-    schedule: str = ""
     clip: str = ""
-    loss: str = ""
     batches: str = ""
     data: str = ""
     stopped: bool = False
     settings: str = ""
     kept: str = ""
     features: str = ""
-    code: str = ""
+    network: str = ""
+    loss_sha256: str = ""
+    schedule_sha256: str = ""
 
 
 # What must be the same for a run to go on, and how it is called.
 SAME = {
     "label": "the state",
     "optimizer": "the state",
-    "schedule": "a run with the schedule",
     "clip": "a run with the gradient's largest norm",
-    "loss": "a run with the loss",
     "batches": "a run with batches",
     "data": "a run on data with the hash",
     "features": "a run on features with the hash",
-    "code": "a run whose loss has the code",
     "settings": "a run with the settings",
     "kept": "a run that keeps",
+    "network": "a run on a base, parts and laterals with the hash",
+    "loss_sha256": "a run with the loss",
+    "schedule_sha256": "a run with the schedule",
 }
 
 
 # Settings of an optimiser that have a text of their own.
 TOLD = ("params", "lr", "initial_lr")
+# What a schedule holds of where it is.
+MOVING = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "optimizer", "_step_count", "_last_lr"}
 
 
 def description(
@@ -96,19 +99,13 @@ def description(
     rates = ", ".join(f"{group.get('initial_lr', group['lr']):g}" for group in optimizer.param_groups)
     how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
     decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
-    texts = {"optimizer": how + (f", weight decay {decay:g}" if decay else ""), "clip": str(clip), "loss": _named(loss)}
-    texts["code"] = _code(loss)
+    texts = {"optimizer": how + (f", weight decay {decay:g}" if decay else ""), "clip": str(clip)}
     groups = [{k: v for k, v in group.items() if k not in TOLD} for group in optimizer.param_groups]
     texts["settings"] = _settled([*groups, f"precision {precision}"])
-    if scheduler is not None:
-        moving = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter")
-        given = {k: v for k, v in vars(scheduler).items() if k[0] != "_" and k not in moving}
-        fixed = [f"{k} {_settled(v)}" for k, v in sorted(given.items()) if isinstance(v, (*PLAIN, list, dict))]
-        texts["schedule"] = f"{type(scheduler).__name__} {', '.join(fixed)}"
+    texts["loss_sha256"], texts["schedule_sha256"] = _told(loss), _told(scheduler)
     if loader is not None:
-        rows = getattr(loader, "batch_size", None) or getattr(
-            getattr(loader, "batch_sampler", None), "batch_size", None
-        )
+        sampler = getattr(loader, "batch_sampler", None)
+        rows = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
         data = getattr(loader, "dataset", loader)
         texts["batches"] = f"{rows} rows" if rows else ""
         texts["data"] = _samples_sha256(data)
@@ -135,36 +132,44 @@ class _Read:
         return self.read([self.rows[i]])
 
 
-def _code(loss: Any) -> str:
-    """A hash of a loss's code; what it closes over may count its calls."""
-    while isinstance(loss, partial):
-        loss = loss.func
-    function = getattr(type(loss), "forward", None) if isinstance(loss, nn.Module) else getattr(loss, "__func__", loss)
-    code = getattr(function, "__code__", None)
-    return "" if code is None else hashlib.sha256(code_bytes(code)).hexdigest()[:12]
+def _told(value: Any) -> str:
+    """The name and the hash of a loss or a schedule."""
+    inner = value.func if isinstance(value, partial) else value
+    name = getattr(inner, "__qualname__", type(inner).__qualname__)
+    return f"{name} {content_sha256(_still(value, set()))[:16]}"
 
 
-def _named(loss: Any) -> str:
-    """The name of a loss, and its code; what it closes over may count its calls."""
-    if isinstance(loss, partial):
-        return f"{_named(loss.func)} {_settled(loss.args)} {_settled(loss.keywords)}"
-    if isinstance(loss, nn.Module):
-        plain = {key: value for key, value in vars(loss).items() if isinstance(value, PLAIN) and key != "training"}
-        return f"{type(loss).__qualname__} {_settled(plain)} {_settled(dict(loss.named_buffers()))}"
-    code = getattr(loss, "__code__", None)
-    name = f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
-    return name if code is None else f"{name} {hashlib.sha256(code.co_code).hexdigest()[:12]}"
+def _still(value: Any, met: set[int]) -> Any:
+    """What a loss or a schedule is, without what training moves: weights, and what a function writes itself."""
+    value = None if id(value) in met else value
+    if isinstance(value, (partial, MethodType)):
+        value = [getattr(value, name, None) for name in ("func", "args", "keywords", "__func__", "__self__")]
+    if isinstance(value, LRScheduler):
+        value = {key: inner for key, inner in vars(value).items() if key not in MOVING}
+    if isinstance(value, nn.Module):
+        held = [tensor for tensor in (*value.parameters(), *value.buffers()) if not tensor.requires_grad]
+        return [structure_sha256(value, [value]), held]
+    if isinstance(value, FunctionType):
+        met.add(id(value))
+        code, own = value.__code__, dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+        own = {key: own[key].cell_contents for key in own.keys() - names_in(code, "STORE_DEREF") if is_filled(own[key])}
+        # A model that a loss looks at learns, and is drawn anew in another process.
+        read = {key: inner for key, inner in (own | globals_of(value)).items() if not _learns(inner)}
+        return [code_bytes(code), _still([value.__defaults__, value.__kwdefaults__, read], met)]
+    if isinstance(value, (list, tuple)):
+        return [_still(inner, met) for inner in value]
+    return {key: _still(inner, met) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _learns(value: Any) -> bool:
+    return isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters())
 
 
 def _settled(value: Any) -> str:
     """A setting as a text that is the same in every process."""
     if isinstance(value, dict):
         return str({str(key): _settled(inner) for key, inner in sorted(value.items(), key=str)})
-    if isinstance(value, (list, tuple)):
-        return str([_settled(inner) for inner in value])
-    if isinstance(value, Tensor):
-        return str(value.tolist())
-    return str(value) if isinstance(value, PLAIN) else _named(value)
+    return str([_settled(inner) for inner in value]) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _samples_sha256(data: Any) -> str:
@@ -297,8 +302,7 @@ def _is_there(path: Path) -> bool:
 
 def _generators() -> dict[str, Any]:
     """The states of python's, numpy's and torch's generators."""
-    states = vars(Generators())
-    numpy = states["numpy"]["state"]
+    numpy = (states := vars(Generators()))["numpy"]["state"]
     numpy["key"] = torch.from_numpy(numpy["key"].astype(np.int64))
     return states
 

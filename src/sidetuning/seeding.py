@@ -60,7 +60,9 @@ def mix(seed: int, epoch: int) -> int:
 
 
 def seed_loader(loader: Iterable[Any], seed: int) -> None:
-    """A loader or sampler with a generator of its own does not hear the global seed."""
+    """A loader or sampler with a generator of its own does not hear the global seed, nor do workers that stay."""
+    if getattr(loader, "_iterator", None) is not None:
+        vars(loader)["_iterator"] = None
     batches = getattr(loader, "batch_sampler", None)
     for holder in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
         generator = getattr(holder, "generator", None)

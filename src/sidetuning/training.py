@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from sidetuning.base import Base, Input
 from sidetuning.branch import Branch
 from sidetuning.callbacks import Best, Callback, Tracker
 from sidetuning.errors import DataError, TaskError
+from sidetuning.identity import content_sha256
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
 from sidetuning.objective import (
@@ -148,6 +149,13 @@ def fit(
 
 class BranchObjective(Objective):
     """The loss of a branch, which records the size of the images that it learns from."""
+
+    def network(self) -> str:
+        """As `Objective`: the base, how the branch was built, and its laterals."""
+        model, task = self._task
+        assert isinstance(model, SideTuner) and isinstance(self.part, Branch)
+        told = [model.base.identity().digest(), asdict(self.part.config), model._laterals(task)]
+        return content_sha256(told)[:16]
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """As `Objective`."""
