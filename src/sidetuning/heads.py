@@ -58,6 +58,7 @@ class InUnits(nn.Module):
 
     Attributes:
         units: a buffer (2, channels) of centres and scales; None leaves the layer's numbers as they are.
+        built: `weights_sha256` before anything was learned.
     """
 
     units: Tensor | None
@@ -73,7 +74,7 @@ class InUnits(nn.Module):
         Raises:
             TaskError: one of the two is missing, a scale is not positive, or there are not as many as channels.
         """
-        self.built = self._weights_sha256()
+        self.built = self.weights_sha256()
         if centre is None and scale is None:
             return
         try:
@@ -86,13 +87,8 @@ class InUnits(nn.Module):
             raise TaskError(f"a head's scale is positive, and its centre a number; they are {scale} and {centre}")
         self.units = torch.stack(rows)
 
-    @property
-    def as_built(self) -> bool:
-        """Whether nothing was learned or loaded since `set_units`."""
-        return self.built == self._weights_sha256()
-
-    def _weights_sha256(self) -> str:
-        # Another type of the same weights is no learning.
+    def weights_sha256(self) -> str:
+        """A hash of its weights, of few bits: another type of the same weights is the same."""
         return content_sha256([p.detach().bfloat16() for p in self.parameters()])
 
     def in_units(self, out: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ def train(
     kept = [f"the weights of the best {callback.monitor}" for callback in callbacks if isinstance(callback, Best)]
     how["kept"] = ", ".join(kept) or "the last weights"
     how["network"] = objective.network() if path and isinstance(objective, Objective) else ""
+    if clip is not None and not clip > 0:
+        raise TaskError(f"clip must be more than 0, not {clip}; None does not clip")
     if accumulate < 1:
         raise TaskError(f"accumulate must be 1 or more batches, not {accumulate}")
     if path and accumulate > 1:
@@ -129,9 +131,11 @@ def train(
     finally:
         run.bar.close()
         objective.eval()
+        passes = position.epoch + (position.batch > 0)
+        if position.step and isinstance(objective, Objective):
+            objective.learned(passes)
         for callback in callbacks:
             callback.on_end()
-    passes = position.epoch + (position.batch > 0)
     return TrainResult(position.step, position.seconds, position.losses, position.validation, passes)
 
 

@@ -114,6 +114,19 @@ def weighted(loss: Tensor, weight: Tensor, accelerator: Accelerator) -> tuple[Te
     return loss * weight / both[1].clamp(min=torch.finfo(loss.dtype).tiny), float(both[0] / both[1].clamp(min=1e-30))
 
 
+def rows_of_all(given: tuple[Any, Tensor], counts: Tensor, metric: Any) -> list[tuple[Any, ...]]:
+    """Outputs and targets of the rows that count, of each process; of this one for metrics that join by themselves."""
+    rows = counts.reshape(len(counts), -1).any(1)
+    own = given if bool(rows.all()) else tuple(part[rows] for part in given)
+    if not dist.is_initialized():
+        return [own] if bool(rows.any()) else []
+    if any(kind.__module__.startswith("torchmetrics") for kind in type(metric).__mro__):
+        return [own]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [part.cpu() for part in own])
+    return [tuple(part.to(counts.device) for part in found) for found in parts if len(found[1])]
+
+
 def largest(number: int, accelerator: Accelerator) -> int:
     """The largest of the processes' numbers."""
     if accelerator.num_processes == 1:

@@ -322,7 +322,7 @@ def _pack(content: Any) -> bytes:
             return [plain(inner) for inner in value]
         return value
 
-    text = json.dumps(plain(content))
+    text = json.dumps(plain(content), default=int)
     return save(tensors, metadata={"sidetuning": text, "sha256": _sha256(text, tensors)})
 
 

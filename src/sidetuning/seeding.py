@@ -56,7 +56,7 @@ def seed_all(seed: int) -> None:
 
 
 def mix(seed: int, epoch: int) -> int:
-    return (seed * 1_000_003 + epoch * 7_919 + 1) % 2**63
+    return (int(seed) * 1_000_003 + epoch * 7_919 + 1) % 2**63
 
 
 def seed_loader(loader: Iterable[Any], seed: int) -> None:

@@ -512,6 +512,24 @@ def test_what_fit_cannot_do_is_said(tmp_path: Path) -> None:
     for match, options in (("epochs must be 1 or more", {"epochs": 0}), ("steps must be 1 or more", {"steps": -1})):
         with pytest.raises(st.TaskError, match=match):
             st.fit(model, "t", loader(), progress=False, **options)  # type: ignore[arg-type]
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("epochs must be .* not 1.5", {"epochs": 1.5}),
+        ("steps must be .* not 2.5", {"steps": 2.5}),
+        ("'no' or 'bf16', not 'fp16'", {"precision": "fp16"}),
+        ("clip must be more than 0, not -1", {"clip": -1.0}),
+        ("clip must be more than 0, not nan", {"clip": math.nan}),
+        ("give validate=", {"metrics": {"accuracy": st.accuracy}}),
+        ("give keep_best=True", {"monitor": "accuracy"}),
+    ]
+    for match, options in wrong:
+        with pytest.raises(st.TaskError, match=match):
+            st.fit(model, "t", loader(), progress=False, **options)
+    for empty in ([], DataLoader(toy(20), batch_size=32, drop_last=True)):
+        with pytest.raises(st.DataError, match="the loader has no batches"):
+            st.fit(model, "t", empty, progress=False)
+    with pytest.raises(st.DataError, match="but not 'loss', 'samples' or 'step'"):
+        st.evaluate(model, "t", loader(), metrics={"step": st.accuracy})
+    assert st.fit(model, "t", loader(), seed=np.int64(3), resume=tmp_path / "r", progress=False).steps == 8
     with pytest.raises(st.TaskError, match="needs steps="):
         st.fit(model, "t", DataLoader(Stream(), batch_size=4), epochs=1, progress=False)
     with pytest.raises(st.TaskError, match="accumulates gradients by itself"):
@@ -726,6 +744,38 @@ def test_the_best_validation_is_kept_and_patience_stops(tmp_path: Path, resumed:
         other, _ = small_run()
         assert st.fit(other, "kind", batches, validate=batches, resume=state, **how).validation == result.validation
         assert st.evaluate(other, "kind", batches)["loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_weights_of_the_best_that_were_lost_are_missed(tmp_path: Path) -> None:
+    model, batches = small_run()
+    how: dict[str, Any] = {"epochs": 2, "keep_best": True, "validate": batches, "resume": tmp_path / "r"}
+    st.fit(model, "kind", batches, progress=False, **how)
+    (tmp_path / "r.best").unlink()
+    with pytest.raises(st.TrainingError, match="is missing, which held the weights of the best"):
+        st.fit(small_run()[0], "kind", batches, progress=False, **how)
+
+
+def test_what_a_loss_learned_is_kept_with_the_best_weights() -> None:
+    model, batches = small_run()
+    loss, flipped = Weighted(0), [(x, 1 - y) for x, y in batches]
+    how: dict[str, Any] = {"epochs": 5, "lr": 0.1, "keep_best": True, "validate": flipped, "progress": False}
+    rows = st.fit(model, "kind", batches, loss=loss, **how).validation
+    best = min(row["loss"] for row in rows)
+    assert st.evaluate(model, "kind", flipped, loss=loss)["loss"] == pytest.approx(best, rel=1e-5)
+    assert rows[-1]["loss"] > best
+
+
+def test_a_fit_that_fails_leaves_a_task_that_was_trained() -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("t", side="mlp", head=3, seed=0)
+    data = [(x, F.one_hot(y, 3).float()) for x, y in loader()]
+    with pytest.raises(Stop):
+        st.fit(model, "t", data, epochs=3, loss=F.mse_loss, callbacks=[StopAfter(9)], progress=False)
+    assert (model["t"].passes, model["t"].trained_as) == (2, "numbers")
+    untouched = build()
+    with pytest.raises(st.TaskError, match="no number 'mae'; monitor= is one of loss, accuracy"):
+        st.fit(untouched, "t", loader(), validate=loader(), keep_best=True, monitor="mae", progress=False)
+    assert untouched["t"].passes == 0
 
 
 def test_a_number_that_is_none_is_never_the_best() -> None:

@@ -356,7 +356,8 @@ def test_a_fit_that_is_refused_leaves_no_units(tmp_path: Path) -> None:
             fit(model, data)
         assert model["t"].units is None
     model = build()
-    fit(model, [])
+    with pytest.raises(st.DataError, match="no batches"):
+        fit(model, [])
     assert model["t"].units is None
     with pytest.raises(st.DataError, match="real numbers"):
         fit(model, loader(x, y.to(torch.complex64)))
