@@ -1,4 +1,4 @@
-"""The state of a training run on disk, checked before it is believed; and stopping where nothing is lost.
+"""The state of a training run on disk, checked before it is believed.
 
 The file is a safetensors file whose header holds the rest as JSON, with a checksum over all of it.
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import signal
-import threading
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -92,10 +90,10 @@ def description(
     scheduler: LRScheduler | None,
     clip: float | None,
     loss: Any,
-    loader: Iterable[Any] | None,
+    loader: Iterable[Any],
     precision: str = "no",
 ) -> dict[str, str]:
-    """What a run is a run of, as texts; of a loader only where one is given."""
+    """What a run is a run of, as texts."""
     rates = ", ".join(f"{group.get('initial_lr', group['lr']):g}" for group in optimizer.param_groups)
     how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
     decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
@@ -103,15 +101,14 @@ def description(
     groups = [{k: v for k, v in group.items() if k not in TOLD} for group in optimizer.param_groups]
     texts["settings"] = _settled([*groups, f"precision {precision}"])
     texts["loss_sha256"], texts["schedule_sha256"] = _told(loss), _told(scheduler)
-    if loader is not None:
-        sampler = getattr(loader, "batch_sampler", None)
-        rows = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
-        data = getattr(loader, "dataset", loader)
-        texts["batches"] = f"{rows} rows" if rows else ""
-        texts["data"] = _samples_sha256(data)
-        if (gives := getattr(loader, "gives", None) or getattr(loader, "collate_fn", None)) and _are_numbers(data):
-            # Its samples are numbers of rows, which its function reads.
-            texts["features"] = _samples_sha256(_Read(gives, data))
+    sampler = getattr(loader, "batch_sampler", None)
+    rows = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+    data = getattr(loader, "dataset", loader)
+    texts["batches"] = f"{rows} rows" if rows else ""
+    texts["data"] = _samples_sha256(data)
+    if (gives := getattr(loader, "gives", None) or getattr(loader, "collate_fn", None)) and _are_numbers(data):
+        # Its samples are numbers of rows, which its function reads.
+        texts["features"] = _samples_sha256(_Read(gives, data))
     return texts
 
 
@@ -141,9 +138,11 @@ def _told(value: Any) -> str:
 
 def _still(value: Any, met: set[int]) -> Any:
     """What a loss or a schedule is, without what training moves: weights, and what a function writes itself."""
-    value = None if id(value) in met else value
-    if isinstance(value, (partial, MethodType)):
-        value = [getattr(value, name, None) for name in ("func", "args", "keywords", "__func__", "__self__")]
+    value, read = None if id(value) in met else value, dict[str, Any]()
+    if isinstance(value, MethodType):
+        value, read = value.__func__, {"self": value.__self__}
+    if isinstance(value, partial):
+        value = [value.func, value.args, value.keywords]
     if isinstance(value, LRScheduler):
         value = {key: inner for key, inner in vars(value).items() if key not in MOVING}
     if isinstance(value, nn.Module):
@@ -151,17 +150,25 @@ def _still(value: Any, met: set[int]) -> Any:
         return [structure_sha256(value, [value]), held]
     if isinstance(value, FunctionType):
         met.add(id(value))
-        code, own = value.__code__, dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
-        own = {key: own[key].cell_contents for key in own.keys() - names_in(code, "STORE_DEREF") if is_filled(own[key])}
-        # A model that a loss looks at learns, and is drawn anew in another process.
-        read = {key: inner for key, inner in (own | globals_of(value)).items() if not _learns(inner)}
+        code, cells = value.__code__, dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+        free = cells.keys() - names_in(code, "STORE_DEREF")
+        read |= {key: cells[key].cell_contents for key in free if is_filled(cells[key])} | globals_of(value)
+        read = {key: _named(inner, names_in(code)) for key, inner in read.items() if not _learns(inner)}
         return [code_bytes(code), _still([value.__defaults__, value.__kwdefaults__, read], met)]
     if isinstance(value, (list, tuple)):
         return [_still(inner, met) for inner in value]
     return {key: _still(inner, met) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
+def _named(value: Any, names: Collection[str]) -> Any:
+    """Of an object, such as a log or arguments, what a function names; other values as they are."""
+    if callable(value) or isinstance(value, Tensor) or not hasattr(value, "__dict__"):
+        return value
+    return {key: inner for key, inner in vars(value).items() if key in names and not _learns(inner)}
+
+
 def _learns(value: Any) -> bool:
+    """Whether a value is a model that learns, and that another process draws anew."""
     return isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters())
 
 
@@ -352,49 +359,3 @@ def _unpack(data: bytes) -> Any:
 
 def _sha256(text: str, tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(text.encode() + save(tensors)).hexdigest()
-
-
-class Stopped(KeyboardInterrupt):
-    """Training was asked to stop, and has saved its state.
-
-    Attributes:
-        code: exit code of a program that this ends.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.code = 128 + number
-
-
-class Stop:
-    """Takes Ctrl-C and SIGTERM, so that training can stop between two steps; a second one acts at once.
-
-    Only where there is a file to save to, and in the main thread, which alone may.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, resumable: bool) -> None:
-        self.active = resumable and threading.current_thread() is threading.main_thread()
-        # The signal that came, or 0.
-        self.wanted = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if self.active:
-            self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _take(self, number: int, _frame: Any) -> None:
-        if self.wanted:
-            raise Stopped(number)
-        self.wanted = number
-
-    def obey(self, wanted: int) -> None:
-        """Stop for the signal `wanted`, if it is one."""
-        if wanted:
-            raise Stopped(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import random
@@ -325,13 +326,14 @@ class Weighted(nn.Module):
 
 def held_in(form: str, number: float) -> Any:
     """A loss that depends on a number."""
-    model = nn.Linear(3, 3)
+    model, given = nn.Linear(3, 3), argparse.Namespace(number=number, started=random.random())
     forms: dict[str, Any] = {
         "tensor": lambda: Weighted(torch.tensor(number)),
         "list": lambda: Weighted([number]),
         "part": lambda: Weighted(nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, number]))),
         "array": lambda: partial(_scaled, factor=np.array([number])),
         "closure": lambda: lambda output, target: F.cross_entropy(output * number, target) + 0 * model.weight.sum(),
+        "arguments": lambda: lambda output, target: F.cross_entropy(output * given.number, target),
         "method": lambda: Scaled(number).loss,
     }
     return forms[form]()
@@ -342,14 +344,16 @@ def _scaled(output: Tensor, target: Tensor, factor: Any) -> Tensor:
 
 
 class Scaled:
+    """An experiment, with its own model and notes."""
+
     def __init__(self, number: float) -> None:
-        self.number = number
+        self.number, self.model, self.notes = number, build(), [random.random()]
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output * self.number, target)
 
 
-@pytest.mark.parametrize("form", ["tensor", "list", "part", "array", "closure", "method"])
+@pytest.mark.parametrize("form", ["tensor", "list", "part", "array", "closure", "arguments", "method"])
 def test_whatever_a_loss_holds_makes_it_another(form: str, tmp_path: Path) -> None:
     how: dict[str, Any] = {"steps": 2, "resume": tmp_path / "r", "progress": False}
     st.fit(build(), "t", loader(), loss=held_in(form, 2.0), **how)
