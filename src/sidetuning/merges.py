@@ -111,7 +111,7 @@ class Alpha(Merge):
     """R = a B + (1-a) S with a = sigmoid(alpha), the paper's default; with laterals a softmax over B, laterals and S.
 
     Args:
-        init: a at the start, in (0, 1); by default every weight starts equal, as those of laterals and side do.
+        init: a at the start, in (0, 1), by default that of equal weights; laterals and side share the rest.
     """
 
     takes_laterals = True

@@ -51,17 +51,18 @@ class Dead(nn.Module):
 def _drop_dead(net: nn.Module, base: Base) -> None:
     """Take out parts that are run and change nothing. One that is not run, such as an expert, may be run next time."""
     ran: set[str] = set()
-    # An example may be zeros, of which a part that matters makes nothing.
-    inputs = base.prepare(probe_input(base.example))
+    plain = inputs = base.prepare(base.example)
 
     def code() -> Tensor:
         return base.select(call(net, map_input(inputs, torch.clone)))
 
     try:
+        # An example may be zeros, of which a part that matters makes nothing.
+        inputs = base.prepare(probe_input(base.example))
         code()
     except Exception:
         # Some entries must fit each other, such as boxes.
-        inputs = base.prepare(base.example)
+        inputs = plain
     weights = dict(net.named_parameters())
     handles = [part.register_forward_hook(partial(_note, ran, name)) for name, part in net.named_modules() if name]
     with torch.enable_grad():
