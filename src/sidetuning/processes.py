@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 # Batches whose rows the first process tells the others at a time.
 DRAWN = 64
 # What gives each process other rows: accelerate's and torch's.
-SPLITTING = ("DataLoaderShard", "DataLoaderDispatcher", "BatchSamplerShard", "IterableDatasetShard")
-SPLITTING += ("DistributedSampler",)
+SPLITTING = {"DataLoaderShard", "DataLoaderDispatcher", "BatchSamplerShard", "IterableDatasetShard"}
+SPLITTING |= {"DistributedSampler"}
 # Settings of a loader that its share has too.
-KEPT = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "generator")
-KEPT += ("multiprocessing_context", "timeout", "prefetch_factor")
+KEPT = ["num_workers", "collate_fn", "pin_memory", "worker_init_fn", "generator"]
+KEPT += ["multiprocessing_context", "timeout", "prefetch_factor"]
 
 
 class Shares:
@@ -52,11 +52,11 @@ class Shares:
         if self.processes > 1 and (split := _splitting(loader)):
             raise DataError(f"processes share the rows of each batch: give a loader that is not split by a {split}")
         # A subclass may make other batches of the same rows.
-        plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
-        if self.processes > 1 and plain and loader.batch_sampler is not None:
-            given: dict[str, Any] = {name: getattr(loader, name) for name in KEPT}
-            self.loader = DataLoader(loader.dataset, batch_sampler=self, **given)  # type: ignore[arg-type]
-            self.batches = loader.batch_sampler
+        rows: Any = loader if type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset) else None
+        if self.processes > 1 and rows is not None and rows.batch_sampler is not None:
+            given: dict[str, Any] = {name: getattr(rows, name) for name in KEPT}
+            self.loader = DataLoader(rows.dataset, batch_sampler=self, **given)  # type: ignore[arg-type]
+            self.batches = rows.batch_sampler
 
     def __iter__(self) -> Iterator[Any]:
         """Rows of this process, as a batch sampler gives them. The first process draws the order for all."""

@@ -108,25 +108,12 @@ def description(
     texts["data"] = _samples_sha256(data)
     if (gives := getattr(loader, "gives", None) or getattr(loader, "collate_fn", None)) and _are_numbers(data):
         # Its samples are numbers of rows, which its function reads.
-        texts["features"] = _samples_sha256(_Read(gives, data))
+        texts["features"] = _samples_sha256(data, gives)
     return texts
 
 
 def _are_numbers(data: Any) -> bool:
     return isinstance(data, range) or (isinstance(data, list) and all(isinstance(row, int) for row in data[:8]))
-
-
-class _Read:
-    """Rows as a function reads them, one by one, of their numbers."""
-
-    def __init__(self, read: Any, rows: Any) -> None:
-        self.read, self.rows = read, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.read([self.rows[i]])
 
 
 def _told(value: Any) -> str:
@@ -179,8 +166,11 @@ def _settled(value: Any) -> str:
     return str([_settled(inner) for inner in value]) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _samples_sha256(data: Any) -> str:
-    """sha256 over how many samples there are and eight of them; empty where they cannot be asked for by number."""
+def _samples_sha256(data: Any, read: Any = None) -> str:
+    """sha256 over how many samples there are and eight of them, as `read` gives them where they are numbers of rows.
+
+    Empty where they cannot be asked for by number.
+    """
     try:
         count = len(data)
         digest = hashlib.sha256(str(count).encode())
@@ -189,7 +179,7 @@ def _samples_sha256(data: Any) -> str:
             for _ in range(2):
                 with seeded(0):
                     one = hashlib.sha256()
-                    _add(one, many([i]) if many is not None else data[i])
+                    _add(one, read([data[i]]) if read is not None else many([i]) if many is not None else data[i])
                     reads.append(one.digest())
             if reads[0] != reads[1]:
                 return ""

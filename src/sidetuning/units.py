@@ -52,10 +52,9 @@ def measured(
         DataError: targets that the problem does not take, or that float32 does not tell apart.
     """
     head = branch.head
-    fresh = isinstance(head, InUnits) and branch.config.head[0] in IN_UNITS and head.units is None
+    fresh = isinstance(head, InUnits) and head.units is None and head.built == head.weights_sha256()
     learns = not branch.passes and any(p.requires_grad for p in head.parameters())
-    fresh = fresh and head.built == head.weights_sha256()
-    if not (fresh and learns and isinstance(problem, Numbers)):
+    if not (fresh and learns and branch.config.head[0] in IN_UNITS and isinstance(problem, Numbers)):
         yield loader
         return
     # What is read here moves no running statistics.

@@ -171,7 +171,7 @@ def test_only_plain_loaders_are_shared_by_rows() -> None:
 
 def test_a_loader_that_is_split_already_is_refused() -> None:
     rows: Any = torch.arange(8)
-    sampler = DistributedSampler(rows, num_replicas=2, rank=0)
+    sampler: Any = DistributedSampler(rows, num_replicas=2, rank=0)
     loaders = [
         DataLoader(rows, 4, sampler=sampler),
         DataLoader(rows, batch_sampler=BatchSampler(sampler, 4, False)),

@@ -525,15 +525,17 @@ def test_what_fit_cannot_do_is_said(tmp_path: Path) -> None:
         ("give validate=", {"metrics": {"accuracy": st.accuracy}}),
         ("give keep_best=True", {"monitor": "accuracy"}),
     ]
-    for match, options in wrong:
+    for match, refused in wrong:
         with pytest.raises(st.TaskError, match=match):
-            st.fit(model, "t", loader(), progress=False, **options)
-    for empty in ([], DataLoader(toy(20), batch_size=32, drop_last=True)):
+            st.fit(model, "t", loader(), progress=False, **refused)
+    empty: list[Any] = [[], DataLoader(toy(20), batch_size=32, drop_last=True)]
+    for data in empty:
         with pytest.raises(st.DataError, match="the loader has no batches"):
-            st.fit(model, "t", empty, progress=False)
+            st.fit(model, "t", data, progress=False)
     with pytest.raises(st.DataError, match="but not 'loss', 'samples' or 'step'"):
         st.evaluate(model, "t", loader(), metrics={"step": st.accuracy})
-    assert st.fit(model, "t", loader(), seed=np.int64(3), resume=tmp_path / "r", progress=False).steps == 8
+    seed: Any = np.int64(3)
+    assert st.fit(model, "t", loader(), seed=seed, resume=tmp_path / "r", progress=False).steps == 8
     with pytest.raises(st.TaskError, match="needs steps="):
         st.fit(model, "t", DataLoader(Stream(), batch_size=4), epochs=1, progress=False)
     with pytest.raises(st.TaskError, match="accumulates gradients by itself"):
