@@ -65,6 +65,7 @@ SCHEMA = {
     "passes?": int,
     "parameters?": int,
     "trained_as?": {"labels", "numbers", "own"},
+    "frozen?": bool,
     "transform?": {"kind": str},
     "metrics?": dict,
     "parts": {
@@ -121,11 +122,9 @@ def write_task(
         "library_version": _version(),
         "task": name,
         "parts": {**asdict(branch.config), "layouts": layouts, "head": recorded_head(branch)},
-        "labels": branch.labels,
         "alpha": branch.alpha,
-        "passes": branch.passes,
         "parameters": sum(parameter.numel() for parameter in branch.parameters()),
-        "trained_as": branch.trained_as,
+        **_notes(branch),
         "transform": None if transform is None else transform.to_json(),
         "metrics": {key: float(value) for key, value in metrics.items()},
         "laterals_sha256": dict(laterals),
@@ -139,6 +138,12 @@ def write_task(
         raise TaskError(
             f"task '{name}' cannot be saved: {error}; give its options as plain numbers and texts"
         ) from error
+
+
+def _notes(branch: Branch) -> dict[str, Any]:
+    """What is saved of a branch beside its parts and weights."""
+    names = ("labels", "passes", "trained_as", "frozen")
+    return {name: getattr(branch, name) for name in names}
 
 
 @functools.cache
@@ -200,12 +205,7 @@ def is_saved(path: str | Path, name: str, branch: Branch, identity: Identity, la
         config, _ = read_task(path)
     except (ArtifactError, OSError):
         return False
-    notes: dict[str, Any] = {
-        "task": name,
-        "labels": branch.labels,
-        "passes": branch.passes,
-        "trained_as": branch.trained_as,
-    }
+    notes = {"task": name, **_notes(branch)}
     if branch.transform is not None:
         notes["transform"] = branch.transform.to_json()
     same = all((config.get(key) or None) == (value or None) for key, value in notes.items())
@@ -353,7 +353,7 @@ def read_branch(
         branch.transform = transform_from(config["transform"], base)
     branch.beside, branch.written = found_beside(path), {config["tensors_sha256"]}
     _fill(path, branch, tensors, base.like.dtype, any_base)
-    return branch
+    return branch.requires_grad_(False) if config.get("frozen") else branch
 
 
 def _fill(path: Path, branch: Branch, tensors: dict[str, Tensor], dtype: torch.dtype, any_base: bool) -> None:

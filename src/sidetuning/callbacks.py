@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from sidetuning.errors import TaskError
+from sidetuning.errors import TaskError, TrainingError
 from sidetuning.files import atomic_write, read_safetensors
 from sidetuning.launch import processes
+from sidetuning.objective import Objective
 
 # Numbers of a validation of which the smallest is the best; of others it is the largest.
-LOWER = ("loss", "mae", "mse", "rmse")
+LOWER = ("loss", "mae", "mse", "rmse", "perplexity")
 
 
 class Callback:
@@ -81,8 +83,9 @@ class Tracker(Callback):
         self.accelerator.log(values, step=int(scores["step"]))
 
     def on_end(self) -> None:
-        """Write what is left."""
-        self.accelerator.end_training()
+        """Write what is left; what accelerate does at the end of training ends the processes' group too."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 class Best(Callback):
@@ -104,10 +107,15 @@ class Best(Callback):
         """Take up the validations before an interruption."""
         self.rows = list(validations)
 
+    def check(self, scores: Iterable[str]) -> None:
+        """Raise TaskError where a validation with these metrics has no number that decides."""
+        names = dict.fromkeys(["loss", *scores])
+        if self.monitor not in {*names, "samples"}:
+            shown = ", ".join(name for name in names if name not in ("step", "samples"))
+            raise TaskError(f"the validation has no number '{self.monitor}'; monitor= is one of {shown}")
+
     def _value(self, scores: Mapping[str, float]) -> float:
-        if self.monitor not in scores:
-            names = ", ".join(name for name in scores if name != "step")
-            raise TaskError(f"the validation has no number '{self.monitor}'; monitor= is one of {names}")
+        self.check(scores)
         value = scores[self.monitor]
         if math.isnan(value):
             return -math.inf
@@ -131,6 +139,34 @@ class Best(Callback):
     def restore(self) -> None:
         """Give the module the weights of its best validation, if there was one."""
         if self.weights is None and self.path is not None and self.path.exists():
-            self.weights = load(read_safetensors(self.path))
+            found = load(read_safetensors(self.path))
+            # Version 0.2.0 kept the branch alone.
+            own = self.module.state_dict()
+            self.weights = {key if key in own else f"part.{key}": value for key, value in found.items()}
+        if self.weights is None and self.rows:
+            raise TrainingError(
+                f"{self.path} is missing, which held the weights of the best validation; the task has the last ones, "
+                "and without the file of the run's state it learns anew"
+            )
         if self.weights is not None:
             self.module.load_state_dict(self.weights)
+
+
+def best_of(
+    objective: Objective, monitor: str, patience: int | None, keep: bool, path: Any, validate: Any, metrics: Any
+) -> list[Best]:
+    """What keeps the best weights, where it is asked for; its file lies beside that of the run's state, `path`."""
+    if validate is None and (keep or patience is not None or metrics is not None):
+        raise TaskError("keep_best=, patience= and metrics= look at validations: give validate=, a loader")
+    if patience is not None and patience < 1:
+        raise TaskError(f"patience must be 1 or more, not {patience}")
+    if not keep and patience is None:
+        if monitor != "loss":
+            raise TaskError("monitor= says which validation is the best: give keep_best=True or patience= too")
+        return []
+    best = Best(objective, monitor, patience, None if path is None else Path(f"{path}.best"))
+    if metrics is None and (problem := objective.problem) is not None:
+        metrics = problem.final(dict.fromkeys(problem.metrics(), 0.0))
+    if metrics is not None:
+        best.check(metrics)
+    return [best]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input, Kind
 from sidetuning.errors import ArtifactError, TaskError
 from sidetuning.expansion import Expansion
+from sidetuning.identity import content_sha256
 from sidetuning.inputs import entry, original
 from sidetuning.language import LanguageModel
 from sidetuning.problems import along
@@ -57,21 +58,23 @@ class InUnits(nn.Module):
 
     Attributes:
         units: a buffer (2, channels) of centres and scales; None leaves the layer's numbers as they are.
+        built: `weights_sha256` before anything was learned.
     """
 
     units: Tensor | None
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.built = channels, ""
         self.register_buffer("units", None)
 
     def set_units(self, centre: Any, scale: Any) -> None:
-        """Set centre and scale: numbers, or lists with one number per channel; None for both leaves them.
+        """Set centre and scale, once built: numbers, or lists with one number per channel; None for both leaves them.
 
         Raises:
             TaskError: one of the two is missing, a scale is not positive, or there are not as many as channels.
         """
+        self.built = self.weights_sha256()
         if centre is None and scale is None:
             return
         try:
@@ -83,6 +86,10 @@ class InUnits(nn.Module):
         if not bool(torch.stack(rows).isfinite().all()) or bool((rows[1] <= 0).any()):
             raise TaskError(f"a head's scale is positive, and its centre a number; they are {scale} and {centre}")
         self.units = torch.stack(rows)
+
+    def weights_sha256(self) -> str:
+        """A hash of its weights, of few bits: another type of the same weights is the same."""
+        return content_sha256([p.detach().bfloat16() for p in self.parameters()])
 
     def in_units(self, out: Tensor) -> Tensor:
         """The layer's numbers (b, channels, …) in the units of the targets, in float32 at least."""

@@ -62,7 +62,11 @@ def default_accelerator() -> Accelerator:
     from accelerate import Accelerator, DataLoaderConfiguration
 
     processes()
-    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    made = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    if made.mixed_precision != os.environ.get("ACCELERATE_MIXED_PRECISION", "no"):
+        # Another accelerator of this process asked for it, and they share their state.
+        made.native_amp, made.scaler = False, None
+    return made
 
 
 @functools.cache

@@ -7,6 +7,8 @@ ends with bitwise the same weights as one that was not.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +23,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from sidetuning.callbacks import Best, Callback
 from sidetuning.errors import TaskError, TrainingError
 from sidetuning.launch import default_accelerator
+from sidetuning.objective import Objective
 from sidetuning.processes import Shares, add_gradients, largest, weighted, whole_batch_norms
-from sidetuning.resume import Position, State, Stop, description
+from sidetuning.resume import Position, State, description
 from sidetuning.seeding import mix, seed_all, seed_loader, seeded
 
 if TYPE_CHECKING:
@@ -106,9 +109,12 @@ def train(
     path = None if resume is None else Path(resume)
     loss = getattr(objective, "loss", None)
     precision = f"{getattr(objective, 'precision', 'no')} {accelerator.mixed_precision}"
-    how: Any = description(optimizer, scheduler, clip, loss, loader if path else None, precision)
+    how: Any = {} if path is None else description(optimizer, scheduler, clip, loss, loader, precision)
     kept = [f"the weights of the best {callback.monitor}" for callback in callbacks if isinstance(callback, Best)]
     how["kept"] = ", ".join(kept) or "the last weights"
+    how["network"] = objective.network() if path and isinstance(objective, Objective) else ""
+    if clip is not None and not clip > 0:
+        raise TaskError(f"clip must be more than 0, not {clip}; None does not clip")
     if accumulate < 1:
         raise TaskError(f"accumulate must be 1 or more batches, not {accumulate}")
     if path and accumulate > 1:
@@ -127,9 +133,11 @@ def train(
     finally:
         run.bar.close()
         objective.eval()
+        passes = position.epoch + (position.batch > 0)
+        if position.step and isinstance(objective, Objective):
+            objective.learned(passes)
         for callback in callbacks:
             callback.on_end()
-    passes = position.epoch + (position.batch > 0)
     return TrainResult(position.step, position.seconds, position.losses, position.validation, passes)
 
 
@@ -280,6 +288,52 @@ class _Run:
             self.state.scheduler.step(row["loss"])
         if not self.bar.disable:
             self.bar.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, and has saved its state.
+
+    Attributes:
+        code: exit code of a program that this ends.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
+
+
+class Stop:
+    """Takes Ctrl-C and SIGTERM, so that training can stop between two steps; a second one acts at once.
+
+    Only where there is a file to save to, and in the main thread, which alone may.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, resumable: bool) -> None:
+        self.active = resumable and threading.current_thread() is threading.main_thread()
+        # The signal that came, or 0.
+        self.wanted = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if self.active:
+            self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, _frame: Any) -> None:
+        if self.wanted:
+            raise Stopped(number)
+        self.wanted = number
+
+    def obey(self, wanted: int) -> None:
+        """Stop for the signal `wanted`, if it is one."""
+        if wanted:
+            raise Stopped(wanted)
 
 
 def _bar(label: str | None, steps: int, done: int, accelerator: Accelerator) -> Any:

@@ -8,6 +8,7 @@ how many. None of a merge's parameters gets weight decay.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from sidetuning.base import Kind
 from sidetuning.errors import TaskError
 from sidetuning.registry import Registry
+from sidetuning.sides.fit import BatchNorm
 
 
 class Merge(nn.Module):
@@ -109,17 +111,19 @@ class Alpha(Merge):
     """R = a B + (1-a) S with a = sigmoid(alpha), the paper's default; with laterals a softmax over B, laterals and S.
 
     Args:
-        init: a at the start, in (0, 1); with laterals every weight starts equal.
+        init: a at the start, in (0, 1), by default that of equal weights; laterals and side share the rest.
     """
 
     takes_laterals = True
 
-    def __init__(self, kind: Kind, width: int, laterals: int = 0, init: float = 0.5) -> None:
+    def __init__(self, kind: Kind, width: int, laterals: int = 0, init: float | None = None) -> None:
         super().__init__(kind, width, laterals)
-        if not 0 < init < 1:
+        share = 1 / (laterals + 2) if init is None else init
+        if not 0 < share < 1:
             raise TaskError(f"alpha's init is the weight of the base and must lie in (0, 1), not {init}")
-        start = torch.zeros(laterals + 2) if laterals else torch.tensor(init).logit()
-        self.alpha = nn.Parameter(start)
+        self.alpha = nn.Parameter(torch.zeros(laterals + 2) if laterals else torch.tensor(share).logit())
+        if laterals and init is not None:
+            self.alpha.data[0] = math.log(share / (1 - share) * (laterals + 1))
 
     @property
     def weights(self) -> Tensor:
@@ -282,16 +286,7 @@ def _norm(kind: Kind, width: int) -> nn.Module:
     if kind == "map":
         return nn.GroupNorm(2 if width % 2 == 0 else 1, width)
     # On sequences a batch norm would mix tokens and padding.
-    return _BatchNorm(width) if kind == "vector" else nn.LayerNorm(width)
-
-
-class _BatchNorm(nn.BatchNorm1d):
-    """Batch norm that uses its running statistics for a batch of one, which has no variance of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and len(x) == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(x)
+    return BatchNorm(width) if kind == "vector" else nn.LayerNorm(width)
 
 
 class _Scale(nn.Module):

@@ -12,22 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidetuning.base import Features, Input
-from sidetuning.errors import DataError
+from sidetuning.errors import DataError, TaskError
 from sidetuning.problems import IGNORED, Classes, Problem, check_range
 
 # (output, target) -> scalar
 Loss = Callable[[Any, Tensor], Tensor]
 # Losses of torch that compare number with number.
-ELEMENTWISE = (
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-)
+ELEMENTWISE: tuple[Any, ...] = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+ELEMENTWISE += (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
 class TaskModel(Protocol):
@@ -65,22 +57,37 @@ class Objective(nn.Module):
         precision: Literal["no", "bf16"] = "no",
     ) -> None:
         super().__init__()
+        if precision not in ("no", "bf16"):
+            raise TaskError(f"precision is 'no' or 'bf16', not {precision!r}; others are accelerate's, accelerator=")
         self.part, self.loss, self.problem = part, loss, problem
         self.penalty, self.precision = penalty, precision
         # A tuple: torch would register the model.
         self._task = (model, task)
 
+    def network(self) -> str:
+        """A hash of what the part learns beside; empty where it is not known."""
+        return ""
+
+    def learned(self, passes: int) -> None:
+        """Called when training ends, or fails after some steps, with the passes over the data in all."""
+
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The mean loss of a batch, and its weight in a mean over several."""
         model, task = self._task
-        x, features, y = unpack(batch)
+        x, features, y = unpack(batch, next((p.device for p in self.part.parameters()), None))
         low = self.precision == "bf16"
         with torch.autocast(y.device.type, torch.bfloat16) if low else contextlib.nullcontext():
             output = model(x, task, features=features)
-        output = output.float() if low else output
+        output = full(output)
         y = y if self.problem is None else self.problem.among(y, x)
         value, _, counts = loss_of(output, y, self.loss, self.problem)
         return value + self.penalty(), weight_of(self.loss, y, counts)
+
+
+def full(output: Any) -> Any:
+    """An output in single precision, where it has less: targets are given in its type."""
+    half = isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16)
+    return output.float() if half else output
 
 
 def loss_of(
@@ -103,7 +110,8 @@ def loss_of(
         pairs = isinstance(output, Tensor) and output.ndim == 2 and target.ndim == 1
         if pairs and target.dtype == torch.int64:
             check_range(target, output.shape[1], ignored)
-    if _is(loss, ELEMENTWISE) and target.shape != output.shape:
+    column = isinstance(output, Tensor) and target.is_floating_point() and output.shape == (*target.shape, 1)
+    if (column and _of_torch(loss)) or (_is(loss, ELEMENTWISE) and target.shape != output.shape):
         # Torch would spread one over the other, with a warning at most.
         raise DataError(
             f"the loss compares an output {tuple(output.shape)} with a target {tuple(target.shape)}; they differ"
@@ -144,6 +152,11 @@ def _is(loss: Loss, kinds: tuple[Any, ...]) -> bool:
     return inner in kinds or type(inner) in kinds
 
 
+def _of_torch(loss: Loss) -> bool:
+    inner: Any = loss.func if isinstance(loss, partial) else loss
+    return str(getattr(inner, "__module__", "")).startswith("torch.nn.")
+
+
 def _of_classes(loss: Loss) -> bool:
     """Whether a loss is torch's cross-entropy, which kills a process on a GPU at a label out of range."""
     return _is(loss, (F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss))
@@ -176,25 +189,25 @@ def parameter_groups(
     return [{"params": ps, **decay[decays]} for decays, ps in groups.items() if ps]
 
 
-def unpack(batch: Any) -> tuple[Input, Features | None, Tensor]:
-    """`(x, y)`, `(x, features or None, y)` or a mapping with "labels" to x, features or None, and y."""
+def unpack(batch: Any, device: torch.device | None = None) -> tuple[Input, Features | None, Tensor]:
+    """`(x, y)`, `(x, features or None, y)` or a mapping with "labels" to x, features or None, and y, on a device."""
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise DataError(f"a batch that is a mapping needs the key 'labels'; it has {', '.join(batch)}")
-        return {k: v for k, v in batch.items() if k != "labels"}, None, _tensor(batch["labels"], "labels")
+        return {k: v for k, v in batch.items() if k != "labels"}, None, _tensor(batch["labels"], "labels", device)
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         raise DataError(f"a batch is (x, y), (x, features, y) or a mapping with 'labels', not {_form(batch)}")
     features = batch[1] if len(batch) == 3 else None
     if features is not None:
         features = Features(features) if isinstance(features, Tensor) else Features(*features)
-    x = batch[0] if isinstance(batch[0], Mapping) else _tensor(batch[0], "inputs")
-    return x, features, _tensor(batch[-1], "targets")
+    x = batch[0] if isinstance(batch[0], Mapping) else _tensor(batch[0], "inputs", device)
+    return x, features, _tensor(batch[-1], "targets", device)
 
 
-def _tensor(value: Any, what: str) -> Tensor:
+def _tensor(value: Any, what: str, device: torch.device | None) -> Tensor:
     """A batch of numbers as a tensor: numpy arrays and lists of numbers are taken too."""
     try:
-        return torch.as_tensor(value)
+        return torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"the {what} of a batch are {_form(value)}, not a tensor ({error}); convert them") from error
 

@@ -10,47 +10,53 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from sidetuning.errors import DataError
+from sidetuning.identity import content_sha256
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Batches whose rows the first process tells the others at a time.
 DRAWN = 64
+# What gives each process other rows: accelerate's and torch's.
+SPLITTING = {"DataLoaderShard", "DataLoaderDispatcher", "BatchSamplerShard", "IterableDatasetShard"}
+SPLITTING |= {"DistributedSampler"}
+# Settings of a loader that its share has too.
+KEPT = ["num_workers", "collate_fn", "pin_memory", "worker_init_fn", "generator"]
+KEPT += ["multiprocessing_context", "timeout", "prefetch_factor"]
 
 
 class Shares:
     """A loader's batches, each process with its share of the rows of each; iterates over (batch, whether it counts).
 
-    A batch with fewer rows than there are processes leaves some of them one row that does not count. Loaders that are
-    not over a data set with an index give each process the whole batch, which gives the same means.
+    A batch with fewer rows than there are processes leaves some of them one row that does not count. Subclasses of
+    torch's loader, and loaders that are not over a data set with an index, give each process the whole batch, which
+    gives the same means.
+
+    Raises:
+        DataError: a loader that is split over the processes already, or gives them other batches.
     """
 
     def __init__(self, loader: Iterable[Any], accelerator: Accelerator) -> None:
         self.loader, self.counting = loader, deque[bool]()
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
-        if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-            raise DataError("processes share the rows of each batch: give a loader without a DistributedSampler")
-        if self.processes > 1 and isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            self.loader = DataLoader(
-                loader.dataset,
-                batch_sampler=self,  # type: ignore[arg-type]
-                num_workers=loader.num_workers,
-                collate_fn=loader.collate_fn,
-                pin_memory=loader.pin_memory,
-                worker_init_fn=loader.worker_init_fn,
-                generator=loader.generator,
-            )
-            self.batches: Any = loader.batch_sampler if loader.batch_sampler is not None else _Singles(loader.sampler)
+        if self.processes > 1 and (split := _splitting(loader)):
+            raise DataError(f"processes share the rows of each batch: give a loader that is not split by a {split}")
+        # A subclass may make other batches of the same rows.
+        rows: Any = loader if type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset) else None
+        if self.processes > 1 and rows is not None and rows.batch_sampler is not None:
+            given: dict[str, Any] = {name: getattr(rows, name) for name in KEPT}
+            self.loader = DataLoader(rows.dataset, batch_sampler=self, **given)  # type: ignore[arg-type]
+            self.batches = rows.batch_sampler
 
     def __iter__(self) -> Iterator[Any]:
         """Rows of this process, as a batch sampler gives them. The first process draws the order for all."""
@@ -73,22 +79,27 @@ class Shares:
         """The batches of one pass."""
         self.counting.clear()
         shared = getattr(self.loader, "batch_sampler", None) is self
-        for batch in self.loader:
+        for batch in self.loader if shared or self.processes == 1 else self._same():
             # Of batches that all processes read, one of them counts.
             yield batch, self.counting.popleft() if shared else self.process == 0
 
+    def _same(self) -> Iterator[Any]:
+        """Batches that all processes read whole, of which the first is compared."""
+        batches, hashes = iter(self.loader), [""] * self.processes
+        first = list(islice(batches, 1))
+        dist.all_gather_object(hashes, content_sha256(first))
+        if len(set(hashes)) > 1:
+            raise DataError("the processes read other batches: give each the same ones, which are not split or drawn")
+        return chain(first, batches)
 
-class _Singles:
-    """The rows of a loader without batches."""
 
-    def __init__(self, sampler: Iterable[int]) -> None:
-        self.sampler = sampler
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return ([row] for row in self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
+def _splitting(loader: Any) -> str | None:
+    """The class of a loader, or of what it reads from, that gives each process other rows."""
+    parts, inner = [loader], ("batch_sampler", "sampler", "dataset")
+    for _ in range(3):
+        parts += [getattr(part, name) for part in parts for name in inner if getattr(part, name, None) is not None]
+    kinds = [kind.__name__ for part in parts for kind in type(part).__mro__]
+    return next((kind for kind in kinds if kind in SPLITTING), None)
 
 
 def weighted(loss: Tensor, weight: Tensor, accelerator: Accelerator) -> tuple[Tensor, float]:
@@ -101,6 +112,19 @@ def weighted(loss: Tensor, weight: Tensor, accelerator: Accelerator) -> tuple[Te
         loss = torch.where(torch.isfinite(loss), loss, 0.0)
     both = accelerator.reduce(torch.stack([(loss.detach() * weight), weight]), "sum")
     return loss * weight / both[1].clamp(min=torch.finfo(loss.dtype).tiny), float(both[0] / both[1].clamp(min=1e-30))
+
+
+def rows_of_all(given: tuple[Any, Tensor], counts: Tensor, metric: Any) -> list[tuple[Any, ...]]:
+    """Outputs and targets of the rows that count, of each process; of this one for metrics that join by themselves."""
+    rows = counts.reshape(len(counts), -1).any(1)
+    own = given if bool(rows.all()) else tuple(part[rows] for part in given)
+    if not dist.is_initialized():
+        return [own] if bool(rows.any()) else []
+    if any(kind.__module__.startswith("torchmetrics") for kind in type(metric).__mro__):
+        return [own]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [part.cpu() for part in own])
+    return [tuple(part.to(counts.device) for part in found) for found in parts if len(found[1])]
 
 
 def largest(number: int, accelerator: Accelerator) -> int:

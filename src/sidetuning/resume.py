@@ -1,4 +1,4 @@
-"""The state of a training run on disk, checked before it is believed; and stopping where nothing is lost.
+"""The state of a training run on disk, checked before it is believed.
 
 The file is a safetensors file whose header holds the rest as JSON, with a checksum over all of it.
 """
@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import signal
-import threading
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,17 +21,17 @@ import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from sidetuning.errors import TrainingError
 from sidetuning.files import atomic_write, read_safetensors, safetensors_header
-from sidetuning.identity import code_bytes, tensor_bytes
-from sidetuning.inputs import PLAIN
+from sidetuning.identity import code_bytes, content_sha256, structure_sha256, tensor_bytes
+from sidetuning.inputs import PLAIN, globals_of, is_filled, names_in
 from sidetuning.seeding import Generators, seeded
 from sidetuning.sides.initialise import mismatch
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass
@@ -52,36 +51,38 @@ class Position:
     batch: int = 0
     losses: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
-    schedule: str = ""
     clip: str = ""
-    loss: str = ""
     batches: str = ""
     data: str = ""
     stopped: bool = False
     settings: str = ""
     kept: str = ""
     features: str = ""
-    code: str = ""
+    network: str = ""
+    loss_sha256: str = ""
+    schedule_sha256: str = ""
 
 
 # What must be the same for a run to go on, and how it is called.
 SAME = {
     "label": "the state",
     "optimizer": "the state",
-    "schedule": "a run with the schedule",
     "clip": "a run with the gradient's largest norm",
-    "loss": "a run with the loss",
     "batches": "a run with batches",
     "data": "a run on data with the hash",
     "features": "a run on features with the hash",
-    "code": "a run whose loss has the code",
     "settings": "a run with the settings",
     "kept": "a run that keeps",
+    "network": "a run on a base, parts and laterals with the hash",
+    "loss_sha256": "a run with the loss",
+    "schedule_sha256": "a run with the schedule",
 }
 
 
 # Settings of an optimiser that have a text of their own.
 TOLD = ("params", "lr", "initial_lr")
+# What a schedule holds of where it is.
+MOVING = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "optimizer", "_step_count", "_last_lr"}
 
 
 def description(
@@ -89,32 +90,25 @@ def description(
     scheduler: LRScheduler | None,
     clip: float | None,
     loss: Any,
-    loader: Iterable[Any] | None,
+    loader: Iterable[Any],
     precision: str = "no",
 ) -> dict[str, str]:
-    """What a run is a run of, as texts; of a loader only where one is given."""
+    """What a run is a run of, as texts."""
     rates = ", ".join(f"{group.get('initial_lr', group['lr']):g}" for group in optimizer.param_groups)
     how = f"{type(optimizer).__name__} at {rates}" + (f" with {type(scheduler).__name__}" if scheduler else "")
     decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
-    texts = {"optimizer": how + (f", weight decay {decay:g}" if decay else ""), "clip": str(clip), "loss": _named(loss)}
-    texts["code"] = _code(loss)
+    texts = {"optimizer": how + (f", weight decay {decay:g}" if decay else ""), "clip": str(clip)}
     groups = [{k: v for k, v in group.items() if k not in TOLD} for group in optimizer.param_groups]
     texts["settings"] = _settled([*groups, f"precision {precision}"])
-    if scheduler is not None:
-        moving = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter")
-        given = {k: v for k, v in vars(scheduler).items() if k[0] != "_" and k not in moving}
-        fixed = [f"{k} {_settled(v)}" for k, v in sorted(given.items()) if isinstance(v, (*PLAIN, list, dict))]
-        texts["schedule"] = f"{type(scheduler).__name__} {', '.join(fixed)}"
-    if loader is not None:
-        rows = getattr(loader, "batch_size", None) or getattr(
-            getattr(loader, "batch_sampler", None), "batch_size", None
-        )
-        data = getattr(loader, "dataset", loader)
-        texts["batches"] = f"{rows} rows" if rows else ""
-        texts["data"] = _samples_sha256(data)
-        if (gives := getattr(loader, "gives", None) or getattr(loader, "collate_fn", None)) and _are_numbers(data):
-            # Its samples are numbers of rows, which its function reads.
-            texts["features"] = _samples_sha256(_Read(gives, data))
+    texts["loss_sha256"], texts["schedule_sha256"] = _told(loss), _told(scheduler)
+    sampler = getattr(loader, "batch_sampler", None)
+    rows = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+    data = getattr(loader, "dataset", loader)
+    texts["batches"] = f"{rows} rows" if rows else ""
+    texts["data"] = _samples_sha256(data)
+    if (gives := getattr(loader, "gives", None) or getattr(loader, "collate_fn", None)) and _are_numbers(data):
+        # Its samples are numbers of rows, which its function reads.
+        texts["features"] = _samples_sha256(data, gives)
     return texts
 
 
@@ -122,53 +116,61 @@ def _are_numbers(data: Any) -> bool:
     return isinstance(data, range) or (isinstance(data, list) and all(isinstance(row, int) for row in data[:8]))
 
 
-class _Read:
-    """Rows as a function reads them, one by one, of their numbers."""
-
-    def __init__(self, read: Any, rows: Any) -> None:
-        self.read, self.rows = read, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.read([self.rows[i]])
+def _told(value: Any) -> str:
+    """The name and the hash of a loss or a schedule."""
+    inner = value.func if isinstance(value, partial) else value
+    name = getattr(inner, "__qualname__", type(inner).__qualname__)
+    return f"{name} {content_sha256(_still(value, set()))[:16]}"
 
 
-def _code(loss: Any) -> str:
-    """A hash of a loss's code; what it closes over may count its calls."""
-    while isinstance(loss, partial):
-        loss = loss.func
-    function = getattr(type(loss), "forward", None) if isinstance(loss, nn.Module) else getattr(loss, "__func__", loss)
-    code = getattr(function, "__code__", None)
-    return "" if code is None else hashlib.sha256(code_bytes(code)).hexdigest()[:12]
+def _still(value: Any, met: set[int]) -> Any:
+    """What a loss or a schedule is, without what training moves: weights, and what a function writes itself."""
+    value, read = None if id(value) in met else value, dict[str, Any]()
+    if isinstance(value, MethodType):
+        value, read = value.__func__, {"self": value.__self__}
+    if isinstance(value, partial):
+        value = [value.func, value.args, value.keywords]
+    if isinstance(value, LRScheduler):
+        value = {key: inner for key, inner in vars(value).items() if key not in MOVING}
+    if isinstance(value, nn.Module):
+        held = [tensor for tensor in (*value.parameters(), *value.buffers()) if not tensor.requires_grad]
+        return [structure_sha256(value, [value]), held]
+    if isinstance(value, FunctionType):
+        met.add(id(value))
+        code, cells = value.__code__, dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+        free = cells.keys() - names_in(code, "STORE_DEREF")
+        read |= {key: cells[key].cell_contents for key in free if is_filled(cells[key])} | globals_of(value)
+        read = {key: _named(inner, names_in(code)) for key, inner in read.items() if not _learns(inner)}
+        return [code_bytes(code), _still([value.__defaults__, value.__kwdefaults__, read], met)]
+    if isinstance(value, (list, tuple)):
+        return [_still(inner, met) for inner in value]
+    return {key: _still(inner, met) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
-def _named(loss: Any) -> str:
-    """The name of a loss, and its code; what it closes over may count its calls."""
-    if isinstance(loss, partial):
-        return f"{_named(loss.func)} {_settled(loss.args)} {_settled(loss.keywords)}"
-    if isinstance(loss, nn.Module):
-        plain = {key: value for key, value in vars(loss).items() if isinstance(value, PLAIN) and key != "training"}
-        return f"{type(loss).__qualname__} {_settled(plain)} {_settled(dict(loss.named_buffers()))}"
-    code = getattr(loss, "__code__", None)
-    name = f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
-    return name if code is None else f"{name} {hashlib.sha256(code.co_code).hexdigest()[:12]}"
+def _named(value: Any, names: Collection[str]) -> Any:
+    """Of an object, such as a log or arguments, what a function names; other values as they are."""
+    if callable(value) or isinstance(value, Tensor) or not hasattr(value, "__dict__"):
+        return value
+    return {key: inner for key, inner in vars(value).items() if key in names and not _learns(inner)}
+
+
+def _learns(value: Any) -> bool:
+    """Whether a value is a model that learns, and that another process draws anew."""
+    return isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters())
 
 
 def _settled(value: Any) -> str:
     """A setting as a text that is the same in every process."""
     if isinstance(value, dict):
         return str({str(key): _settled(inner) for key, inner in sorted(value.items(), key=str)})
-    if isinstance(value, (list, tuple)):
-        return str([_settled(inner) for inner in value])
-    if isinstance(value, Tensor):
-        return str(value.tolist())
-    return str(value) if isinstance(value, PLAIN) else _named(value)
+    return str([_settled(inner) for inner in value]) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _samples_sha256(data: Any) -> str:
-    """sha256 over how many samples there are and eight of them; empty where they cannot be asked for by number."""
+def _samples_sha256(data: Any, read: Any = None) -> str:
+    """sha256 over how many samples there are and eight of them, as `read` gives them where they are numbers of rows.
+
+    Empty where they cannot be asked for by number.
+    """
     try:
         count = len(data)
         digest = hashlib.sha256(str(count).encode())
@@ -177,7 +179,7 @@ def _samples_sha256(data: Any) -> str:
             for _ in range(2):
                 with seeded(0):
                     one = hashlib.sha256()
-                    _add(one, many([i]) if many is not None else data[i])
+                    _add(one, read([data[i]]) if read is not None else many([i]) if many is not None else data[i])
                     reads.append(one.digest())
             if reads[0] != reads[1]:
                 return ""
@@ -297,8 +299,7 @@ def _is_there(path: Path) -> bool:
 
 def _generators() -> dict[str, Any]:
     """The states of python's, numpy's and torch's generators."""
-    states = vars(Generators())
-    numpy = states["numpy"]["state"]
+    numpy = (states := vars(Generators()))["numpy"]["state"]
     numpy["key"] = torch.from_numpy(numpy["key"].astype(np.int64))
     return states
 
@@ -318,7 +319,7 @@ def _pack(content: Any) -> bytes:
             return [plain(inner) for inner in value]
         return value
 
-    text = json.dumps(plain(content))
+    text = json.dumps(plain(content), default=int)
     return save(tensors, metadata={"sidetuning": text, "sha256": _sha256(text, tensors)})
 
 
@@ -348,49 +349,3 @@ def _unpack(data: bytes) -> Any:
 
 def _sha256(text: str, tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(text.encode() + save(tensors)).hexdigest()
-
-
-class Stopped(KeyboardInterrupt):
-    """Training was asked to stop, and has saved its state.
-
-    Attributes:
-        code: exit code of a program that this ends.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.code = 128 + number
-
-
-class Stop:
-    """Takes Ctrl-C and SIGTERM, so that training can stop between two steps; a second one acts at once.
-
-    Only where there is a file to save to, and in the main thread, which alone may.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, resumable: bool) -> None:
-        self.active = resumable and threading.current_thread() is threading.main_thread()
-        # The signal that came, or 0.
-        self.wanted = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if self.active:
-            self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _take(self, number: int, _frame: Any) -> None:
-        if self.wanted:
-            raise Stopped(number)
-        self.wanted = number
-
-    def obey(self, wanted: int) -> None:
-        """Stop for the signal `wanted`, if it is one."""
-        if wanted:
-            raise Stopped(wanted)

@@ -64,11 +64,12 @@ class Scored:
         """The numbers of all rows."""
         targets, n = self.rows.targets, len(self.rows)
         if self.problem == "numbers":
-            errors = (self.outputs - targets).abs()
-            around = (targets - targets.mean(0)).square().sum(0).clamp(min=1e-12)
-            explained = 1 - (self.outputs - targets).square().sum(0) / around
-            rmse = math.sqrt(float((self.outputs - targets).square().mean()))
-            return {"mae": float(errors.mean()), "rmse": rmse, "r2": float(explained.mean()), "samples": float(n)}
+            errors, around = (self.outputs - targets).double(), targets.double() - targets.double().mean(0)
+            squares, spread = errors.square(), around.square().sum(0)
+            numbers = {"mae": float(errors.abs().mean()), "rmse": math.sqrt(float(squares.mean()))}
+            # A target that never changes has nothing to explain.
+            explained = (1 - squares.sum(0) / spread)[spread > 0]
+            return {**numbers, **({"r2": float(explained.mean())} if len(explained) else {}), "samples": float(n)}
         if self.problem == "labels":
             each = (self.predicted == targets.bool()).float().mean()
             table = self.table()

@@ -56,11 +56,13 @@ def seed_all(seed: int) -> None:
 
 
 def mix(seed: int, epoch: int) -> int:
-    return (seed * 1_000_003 + epoch * 7_919 + 1) % 2**63
+    return (int(seed) * 1_000_003 + epoch * 7_919 + 1) % 2**63
 
 
 def seed_loader(loader: Iterable[Any], seed: int) -> None:
-    """A loader or sampler with a generator of its own does not hear the global seed."""
+    """A loader or sampler with a generator of its own does not hear the global seed, nor do workers that stay."""
+    if getattr(loader, "_iterator", None) is not None:
+        vars(loader)["_iterator"] = None
     batches = getattr(loader, "batch_sampler", None)
     for holder in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
         generator = getattr(holder, "generator", None)

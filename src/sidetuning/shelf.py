@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from sidetuning.artifacts import CONFIG, MEND
 from sidetuning.branch import Branch
 from sidetuning.content import weights_version
-from sidetuning.errors import TaskError
+from sidetuning.errors import ArtifactError, TaskError
+from sidetuning.files import read_json
 from sidetuning.identity import Identity
 
 
@@ -38,6 +40,14 @@ class Shelf:
         self._used: dict[str, int] = {}
         self._read: dict[str, Any] = {}
         self._clock = count()
+
+    def laterals(self) -> dict[str, list[str]]:
+        """The laterals of each task, as the texts in the folders tell; a text that is damaged tells of none."""
+        found = dict[str, list[str]]()
+        for task, folder in self.folders.items():
+            with contextlib.suppress(ArtifactError, OSError, KeyError, TypeError):
+                found[task] = list(read_json(folder / CONFIG, {}, MEND)["parts"]["laterals"])
+        return found
 
     @contextlib.contextmanager
     def reads(self, task: str) -> Iterator[None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from sidetuning.base import Base, Input
 from sidetuning.branch import Branch
-from sidetuning.callbacks import Best, Callback, Tracker
+from sidetuning.callbacks import Callback, Tracker, best_of
 from sidetuning.errors import DataError, TaskError
+from sidetuning.identity import content_sha256
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
 from sidetuning.objective import (
@@ -25,14 +27,15 @@ from sidetuning.objective import (
     accuracy,
     check_loader,
     classes_second,
+    full,
     loss_of,
     meaning_of,
     parameter_groups,
     unpack,
     weight_of,
 )
-from sidetuning.problems import Problem
-from sidetuning.processes import Shares
+from sidetuning.problems import Classes, Problem
+from sidetuning.processes import Shares, rows_of_all
 from sidetuning.transforms import ImageTransform
 from sidetuning.tuner import SideTuner
 from sidetuning.units import measured
@@ -117,12 +120,13 @@ def fit(
     accelerator = accelerator or default_accelerator()
     model.to(accelerator.device)
     problem = branch.problem if loss is None else branch.own_problem
-    best = [_best(branch, monitor, patience, resume, validate)] if keep_best or patience is not None else []
+    objective = BranchObjective(branch, model, task, loss, problem, precision=precision)
+    best = best_of(objective, monitor, patience, keep_best, resume, validate, metrics)
     built = _optimizer(branch, loss, optimizer, lr, weight_decay)
     score = functools.partial(evaluate, model, task, loss=loss, metrics=metrics, accelerator=accelerator)
     with measured(branch, model, task, loader, problem, seed, accelerator) as batches:
         result = train(
-            BranchObjective(branch, model, task, loss, problem, precision=precision),
+            objective,
             batches,
             built,
             steps=steps,
@@ -141,13 +145,25 @@ def fit(
         )
         for kept in best if keep_best else ():
             kept.restore()
-    branch.passes = result.passes
-    branch.trained_as = branch.trained_as if loss is None else meaning_of(loss)
     return result
 
 
 class BranchObjective(Objective):
     """The loss of a branch, which records the size of the images that it learns from."""
+
+    def network(self) -> str:
+        """As `Objective`: the base, how the branch was built, and its laterals."""
+        model, task = self._task
+        assert isinstance(model, SideTuner) and isinstance(self.part, Branch)
+        told = [model.base.identity().digest(), asdict(self.part.config), model._laterals(task)]
+        return content_sha256(told)[:16]
+
+    def learned(self, passes: int) -> None:
+        """As `Objective`: the branch knows how often, and what its targets mean."""
+        assert isinstance(self.part, Branch)
+        self.part.passes = passes
+        if self.loss is not None:
+            self.part.trained_as = meaning_of(self.loss)
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """As `Objective`."""
@@ -196,31 +212,23 @@ def _optimizer(
     return optimizer(parameter_groups([*branch.parameters(), *own], weight_decay, branch.merge.parameters()), lr=lr)
 
 
-def _best(
-    branch: Branch, monitor: str, patience: int | None, resume: str | Path | None, validate: Iterable[Any] | None
-) -> Best:
-    """What keeps the best weights; its file lies beside that of the run's state."""
-    if validate is None:
-        raise TaskError("keep_best= and patience= look at validations: give validate=, a loader")
-    if patience is not None and patience < 1:
-        raise TaskError(f"patience must be 1 or more, not {patience}")
-    return Best(branch, monitor, patience, None if resume is None else Path(f"{resume}.best"))
-
-
 def _steps(loader: Iterable[Any], epochs: int | None, steps: int | None, accumulate: int) -> int:
     """Optimiser steps of so many passes over a loader, or as given."""
     if steps is not None and epochs is not None:
         raise TaskError("give epochs or steps, not both")
     for name, count in (("epochs", epochs), ("steps", steps)):
-        if count is not None and count < 1:
-            raise TaskError(f"{name} must be 1 or more, not {count}")
+        if count is not None and (not isinstance(count, Integral) or count < 1):
+            raise TaskError(f"{name} must be 1 or more, a whole number, not {count}")
     if steps is not None:
-        return steps
+        return int(steps)
     try:
-        return (epochs or 1) * -(-len(loader) // max(1, accumulate))  # type: ignore[arg-type]
+        batches = len(loader)  # type: ignore[arg-type]
     except TypeError as error:
         # A DataLoader has a length by type, but none over a stream.
         raise TaskError("a loader without a length needs steps=") from error
+    if not batches:
+        raise DataError("the loader has no batches: its data set is empty, or smaller than a batch with drop_last=True")
+    return int(epochs or 1) * -(-batches // max(1, accumulate))
 
 
 @torch.no_grad()
@@ -263,8 +271,8 @@ def evaluate(
     scores = Scores(metrics)
     with in_evaluation(branch):
         for batch, counting in Shares(loader, accelerator).read():
-            x, features, y = unpack(send_to_device(batch, accelerator.device))
-            output = model(x, task, features=features)
+            x, features, y = unpack(send_to_device(batch, accelerator.device), accelerator.device)
+            output = full(model(x, task, features=features))
             y = y if problem is None else problem.among(y, x)
             value, given, counts = loss_of(output, y, loss, problem)
             weight = weight_of(loss, y, counts) * counting
@@ -292,8 +300,8 @@ class Scores:
     """Sums of a loss and of metrics over batches, each with the weight of what counts in it."""
 
     def __init__(self, metrics: Mapping[str, Any] | None) -> None:
-        if metrics is not None and (not isinstance(metrics, Mapping) or metrics.keys() & {"loss", "samples"}):
-            raise DataError("metrics are given by name, as {'f1': f1}, and may not be called 'loss' or 'samples'")
+        if metrics is not None and (not isinstance(metrics, Mapping) or metrics.keys() & {"loss", "samples", "step"}):
+            raise DataError("metrics are given by name, as {'f1': f1}, but not 'loss', 'samples' or 'step'")
         self.metrics = None if metrics is None else dict(metrics)
         for metric in (metrics or {}).values():
             if hasattr(metric, "update") and hasattr(metric, "reset"):
@@ -316,7 +324,9 @@ class Scores:
         output, target = given
         if self.metrics is None:
             classes = isinstance(output, Tensor) and target.dtype == torch.int64 and classes_second(output, target)
-            self.metrics = problem.metrics() if problem is not None else {"accuracy": accuracy} if classes else {}
+            # Of maps each pixel counts by itself, where the loss tells which do.
+            right = Classes().metrics()["accuracy"] if counts.shape == target.shape else accuracy
+            self.metrics = problem.metrics() if problem is not None else {"accuracy": right} if classes else {}
             self.final = self.final if problem is None else problem.final
         self.sums["samples"] += len(target) * counting
         # Nothing weighs nothing, even where its mean is no number.
@@ -324,8 +334,8 @@ class Scores:
         self.weights["loss"] += float(weight)
         for name, metric in self.metrics.items():
             if hasattr(metric, "update") and hasattr(metric, "compute"):
-                # A row that stands in for an empty share is no sample.
-                metric.update(*given if counting else (output[:0], target[:0]))
+                for rows in rows_of_all(given, counts, metric):
+                    metric.update(*rows)
             else:
                 self._count(name, metric(output, target), counts)
 
@@ -361,6 +371,11 @@ class Scores:
         }
         found = {name: m for name, m in (self.metrics or {}).items() if hasattr(m, "update") and hasattr(m, "compute")}
         for name, metric in found.items():
-            averages[name] = float(metric.compute())
+            value = metric.compute()
+            try:
+                averages[name] = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                told = f"the metric '{name}' computes {value}; give one that computes a single number"
+                raise DataError(told) from error
             metric.reset()
         return {**self.final(averages), "samples": totals[-1][0]}

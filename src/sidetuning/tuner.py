@@ -199,17 +199,17 @@ class SideTuner(nn.Module):
             self.base = self.base.with_taps([tap for tap in self.base.tap_shapes if tap in needed])
 
     def users(self, name: str) -> list[str]:
-        """The tasks that have this one as a lateral; of those that are in memory."""
-        return [task for task, branch in self._in_memory().items() if name in branch.config.laterals]
+        """The tasks that have this one as a lateral."""
+        laterals = {} if self._shelf is None else self._shelf.laterals()
+        laterals |= {task: branch.config.laterals for task, branch in self._in_memory().items()}
+        return [task for task, read in laterals.items() if name in read]
 
     def _in_memory(self) -> dict[str, Branch]:
         return dict(self.branches._modules)  # type: ignore[arg-type]
 
     def freeze_task(self, name: str, frozen: bool = True) -> None:
         """Freeze the parameters of the task `name` (`fit` then refuses it), or thaw them with `frozen=False`."""
-        self[name].requires_grad_(not frozen)
-        if frozen:
-            self[name].eval()
+        self[name].requires_grad_(not frozen).train(self[name].training)
 
     @overload
     def forward(self, x: Input, task: str, *, features: Features | Tensor | None = None) -> Tensor: ...
@@ -396,5 +396,4 @@ class SideTuner(nn.Module):
 
     def summary(self) -> Summary:
         """Parameters and memory of the base and of every task; `print` it."""
-        tasks = [summarise(name, self[name]) for name in self.tasks]
-        return Summary(self.base.parameter_count(), tasks)
+        return Summary(self.base.parameter_count(), [summarise(name, self[name]) for name in self.tasks])

@@ -41,9 +41,9 @@ def measured(
 ) -> Iterator[Iterable[Any]]:
     """Let a task answer in the units of its targets, if it is to learn numbers for the first time in this block.
 
-    That is so where the problem is "numbers" or "pixels" and the head, "linear" or "pixels", has no units and is
-    neither trained nor frozen. A head of the user's own may already answer in units, and is left alone. The units are
-    taken back where nothing was learned in the block.
+    That is so where the problem is "numbers" or "pixels" and the head, "linear" or "pixels", has no units, is not
+    frozen, and its weights are as built: other weights may answer in units already, as may a head of the user's own.
+    The units are taken back where nothing was learned in the block.
 
     Yields:
         The loader to train with: what was read of an iterator, which cannot be read again, is put back.
@@ -52,9 +52,9 @@ def measured(
         DataError: targets that the problem does not take, or that float32 does not tell apart.
     """
     head = branch.head
-    fresh = isinstance(head, InUnits) and branch.config.head[0] in IN_UNITS and head.units is None
+    fresh = isinstance(head, InUnits) and head.units is None and head.built == head.weights_sha256()
     learns = not branch.passes and any(p.requires_grad for p in head.parameters())
-    if not (fresh and learns and isinstance(problem, Numbers)):
+    if not (fresh and learns and branch.config.head[0] in IN_UNITS and isinstance(problem, Numbers)):
         yield loader
         return
     # What is read here moves no running statistics.

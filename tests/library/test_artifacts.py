@@ -218,6 +218,19 @@ def test_a_missing_field_is_refused(field: str, tmp_path: Path) -> None:
     refused(tmp_path, field)
 
 
+def test_a_frozen_task_stays_frozen(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    model.save(tmp_path / "model")
+    model.freeze_task("pets")
+    model.save(tmp_path / "model")
+    for folder in (tmp_path, tmp_path / "model"):
+        again = st.load(folder, base=mlp_base())
+        assert again["pets"].frozen == (folder != tmp_path) and not again["pets"].training
+    again.freeze_task("pets", False)
+    again.save(tmp_path / "model")
+    assert not st.load(tmp_path / "model", base=mlp_base())["pets"].frozen
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", r"side\.json is missing")
     with pytest.raises(st.ArtifactError, match="no saved task"):

@@ -173,6 +173,8 @@ def test_laterals_are_detached_and_weighted_equally_at_the_start() -> None:
     second = model.add_task("b", side="fcn4", head=3, laterals=["a"])
     assert isinstance(second.merge, Alpha)
     assert torch.allclose(second.merge.weights, torch.full((3,), 1 / 3))
+    third = model.add_task("c", side="fcn4", head=3, laterals=["a"], merge_options={"init": 0.9})
+    assert isinstance(third.merge, Alpha) and torch.allclose(third.merge.weights, torch.tensor([0.9, 0.05, 0.05]))
     model.forward_all(inputs("conv"), tasks=["b"])["b"].sum().backward()
     assert all(p.grad is None for p in first.parameters())
 

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sidetuning as st
 from conftest import conv_base, inputs, map_base, mlp_base, sequence_base
+from sidetuning.callbacks import LOWER
 from sidetuning.problems import PROBLEMS
 
 NAN = float("nan")
@@ -200,6 +203,61 @@ def test_metrics_that_keep_a_state_are_updated_and_reset(made: Callable[[], Any]
     assert found == pytest.approx(expected, abs=1e-7)
 
 
+def test_metrics_that_keep_a_state_get_the_rows_that_count_and_compute_one_number() -> None:
+    model, targets = model_with("classes"), model_with("classes")(X, "t").argmax(1)
+    targets[:6] = -100
+    found = st.evaluate(model, "t", [(X, targets), (X[:2], targets[:2])], metrics={"running": Running()})
+    assert found["running"] == 1
+    running = Running()
+    running.compute = lambda: torch.tensor(0.5)  # type: ignore[method-assign, assignment, return-value]
+    assert st.evaluate(model, "t", [(X, targets)], metrics={"running": running})["running"] == 0.5
+    running.compute = lambda: torch.tensor([1.0, 2.0])  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(st.DataError, match=r"'running' computes tensor.*; give one that computes a single number"):
+        st.evaluate(model, "t", [(X, targets)], metrics={"running": running})
+
+
+def test_pixels_that_a_loss_ignores_weigh_nothing() -> None:
+    model = model_with(None, nn.Conv2d(16, 3, 1), map_base())
+    x = inputs("conv", 2)
+    targets = model(x, "t").argmax(1)
+    targets[0] = 255
+    targets[0, 0, 0] = (model(x, "t").argmax(1)[0, 0, 0] + 1) % 3
+    found = st.evaluate(model, "t", [(x, targets)], loss=nn.CrossEntropyLoss(ignore_index=255))
+    assert found["accuracy"] == pytest.approx(64 / 65)
+
+
+def test_every_score_is_known_as_one_of_which_less_or_more_is_better() -> None:
+    names = {name for problem in PROBLEMS.names() for name in PROBLEMS[problem]().metrics()}
+    assert names - set(LOWER) == {"accuracy", "exact"} and {"mae", "perplexity"} <= names
+
+
+class Half(nn.Module):
+    """Numbers that half precision rounds by 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 1)
+        nn.init.constant_(self.linear.bias, 2048.0)
+
+    def forward(self, code: Tensor) -> Tensor:
+        return self.linear(code)
+
+
+def test_targets_are_not_rounded_to_half_precision() -> None:
+    model, targets = model_with("numbers", Half()), torch.full((12, 1), 2051.0)
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision="bf16")
+    result = st.fit(model, "t", [(X, targets)], steps=1, lr=0.0, accelerator=accelerator, progress=False)
+    assert result.losses[0] == pytest.approx(9, abs=3)
+    # An accelerator of somebody else says nothing of this one.
+    model = model_with("numbers", Half())
+    plain = st.fit(model, "t", [(X, targets)], steps=1, lr=0.0, progress=False).losses[0]
+    AcceleratorState._reset_state()
+    assert st.fit(model, "t", [(X, targets)], steps=1, lr=0.0, progress=False).losses[0] == plain
+    model.bfloat16()
+    assert st.evaluate(model, "t", [(X.bfloat16(), targets)])["loss"] == pytest.approx(9, abs=3)
+
+
 class Prototypes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -297,6 +355,12 @@ def test_accuracy_never_takes_tokens_for_classes(tokens: int) -> None:
 def test_what_a_loss_does_not_take_is_a_sentence(loss: Any, targets: Tensor, sentence: str) -> None:
     with pytest.raises(st.DataError, match=sentence):
         st.fit(model_with(None), "t", [(X, targets)], loss=loss, progress=False)
+
+
+@pytest.mark.parametrize("loss", [nn.PoissonNLLLoss(), F.soft_margin_loss, nn.KLDivLoss(reduction="mean")])
+def test_no_loss_of_torch_spreads_a_column_over_a_row(loss: Any) -> None:
+    with pytest.raises(st.DataError, match=r"an output \(12, 1\) with a target \(12,\); they differ"):
+        st.evaluate(model_with(None, 1), "t", [(X, torch.ones(12))], loss=loss)
 
 
 def test_ignored_classes_of_a_loss_are_its_own() -> None:

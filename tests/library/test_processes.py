@@ -8,9 +8,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate.data_loader import (
+    BatchSamplerShard,
+    DataLoaderDispatcher,
+    IterableDatasetShard,
+    prepare_data_loader,
+)
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
+import sidetuning as st
+from conftest import inputs, mlp_base
+from sidetuning.processes import Shares
 
 SCRIPT = """
 import json, os, sys
@@ -134,6 +147,73 @@ def run(folder: Path, *launch: str) -> tuple[int, dict[str, Any]]:
     assert done.returncode == 0 and len(lines) == 1, done.stderr[-3000:]
     processes, found = json.loads(lines[0].removeprefix("RESULT"))
     return processes, found
+
+
+class Two:
+    """Stands for accelerate in the first of two processes."""
+
+    process_index, num_processes = 0, 2
+
+
+class Reversed(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return iter([batch.flip(0) for batch in super().__iter__()])
+
+
+def test_only_plain_loaders_are_shared_by_rows() -> None:
+    rows: Any = torch.arange(8)
+    plain = Shares(DataLoader(rows, 4, num_workers=1, prefetch_factor=3, timeout=9), Two())  # type: ignore[arg-type]
+    assert isinstance(plain.loader, DataLoader) and plain.loader.batch_sampler is plain
+    assert (plain.loader.prefetch_factor, plain.loader.timeout) == (3, 9)
+    for loader in (Reversed(rows, 4), DataLoader(rows.split(4), batch_size=None), [rows]):
+        assert Shares(loader, Two()).loader is loader  # type: ignore[arg-type]
+
+
+def test_a_loader_that_is_split_already_is_refused() -> None:
+    rows: Any = torch.arange(8)
+    sampler: Any = DistributedSampler(rows, num_replicas=2, rank=0)
+    loaders = [
+        DataLoader(rows, 4, sampler=sampler),
+        DataLoader(rows, batch_sampler=BatchSampler(sampler, 4, False)),
+        DataLoader(rows, batch_sampler=BatchSamplerShard(BatchSampler(range(8), 4, False), 2, 0)),
+        DataLoader(IterableDatasetShard(rows, num_processes=2)),
+        prepare_data_loader(DataLoader(rows, 4), num_processes=2, process_index=0),
+        DataLoaderDispatcher(rows),
+    ]
+    for loader in loaders:
+        with pytest.raises(st.DataError, match="give a loader that is not split by a"):
+            Shares(loader, Two())  # type: ignore[arg-type]
+    Shares(prepare_data_loader(DataLoader(rows, 4)), SimpleNamespace(process_index=0, num_processes=1))  # type: ignore
+
+
+def test_a_stream_that_each_process_reads_in_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(hashes: list[str], own: str) -> None:
+        hashes[:] = [own, other or own]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    batches, other = [torch.arange(3), torch.arange(2)], ""
+    found = list(Shares(batches, Two()).read())  # type: ignore[arg-type]
+    assert [len(batch) for batch, counts in found if counts] == [3, 2]
+    other = "another batch"
+    with pytest.raises(st.DataError, match="the processes read other batches"):
+        list(Shares(batches, Two()).read())  # type: ignore[arg-type]
+
+
+class Noisy(torch.utils.data.Dataset[Any]):
+    def __getitem__(self, i: int) -> Any:
+        return inputs("mlp", 8)[i] + torch.rand(12), i % 3  # type: ignore[index]
+
+    def __len__(self) -> int:
+        return 8
+
+
+def test_workers_that_stay_hear_the_seed() -> None:
+    ends, loader = [], DataLoader(Noisy(), 4, num_workers=1, persistent_workers=True)
+    for _ in range(2):
+        model = st.SideTuner(mlp_base())
+        model.add_task("t", side="mlp", head=3, seed=0)
+        ends.append(st.fit(model, "t", loader, epochs=2, progress=False).losses)
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.slow

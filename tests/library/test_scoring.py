@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,14 @@ def test_labels_and_numbers_are_scored_as_scikit_learn_does() -> None:
     assert scores["mae"] == pytest.approx(metrics.mean_absolute_error(truth, said), rel=1e-5)
     assert scores["rmse"] == pytest.approx(metrics.mean_squared_error(truth, said) ** 0.5, rel=1e-5)
     assert scores["r2"] == pytest.approx(metrics.r2_score(truth, said), rel=1e-4)
+
+
+def test_small_numbers_are_explained_as_large_ones_are() -> None:
+    found = scored("numbers")
+    small = replace(found, outputs=found.outputs * 1e-9, rows=replace(found.rows, targets=found.rows.targets * 1e-9))
+    assert small.scores()["r2"] == pytest.approx(found.scores()["r2"], rel=1e-3)
+    one = replace(found, outputs=found.outputs[:1], rows=found.rows.take([0]))
+    assert "r2" not in one.scores()
 
 
 def test_mistakes_are_the_most_certain_first() -> None:

@@ -47,6 +47,16 @@ def test_answers_are_those_of_a_model_in_memory(saved: Any, most: int) -> None:
     assert len(model.branches) <= most + 1
 
 
+def test_a_lateral_of_a_task_on_disk_is_neither_trained_nor_removed(saved: Any) -> None:
+    model = opened(saved[0], 1)
+    with pytest.raises(st.TaskError, match="lateral of t11"):
+        st.fit(model, "t00", [(X, torch.arange(5) % 3)], progress=False)
+    with pytest.raises(st.TaskError, match="lateral of t11"):
+        model.remove_task("t00")
+    model.remove_task("t11")
+    model.remove_task("t00")
+
+
 def test_the_most_used_stay(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = saved
     reads: list[str] = []

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sidetuning as st
-from conftest import TinyBert, sequence_base
+from conftest import TinyBert, conv_base, sequence_base
 from sidetuning.artifacts import read_task, write_files
 from sidetuning.folding import may_be_channels_last
 
@@ -171,6 +171,38 @@ def test_a_copy_of_strided_pointwise_convolutions_keeps_torchs_layout() -> None:
         weight = dict(side.named_parameters())["net.0.weight"]  # type: ignore[union-attr]
         assert weight.is_contiguous(memory_format=torch.channels_last) is last
         model(torch.rand(2, 3, 16, 16), "t").sum().backward()
+
+
+class Fixed(nn.Module):
+    """A layer without a gradient, of which zeros are zeros, and another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed, self.last = nn.Linear(12, 12, bias=False), nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.fixed(x)
+        return self.last(x)  # type: ignore[no-any-return]
+
+
+def test_a_copy_keeps_what_zeros_do_not_show() -> None:
+    base, x = st.Base(Fixed(), example=torch.zeros(1, 12)), torch.randn(4, 12)
+    assert torch.allclose(sided(base, "copy")(x, "t"), base(x).out, atol=1e-6)
+
+
+def test_a_fusion_side_takes_a_batch_of_one_on_taps_of_one_cell() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Flatten())
+    model = st.SideTuner(st.Base(net, example=torch.zeros(1, 3, 16, 16), taps=("0", "2")))
+    model.add_task("t", side="fusion", head=3)
+    assert st.fit(model, "t", [(torch.rand(1, 3, 16, 16), torch.tensor([1]))], progress=False).steps == 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 16)])
+def test_a_transformer_side_refuses_another_grid(size: tuple[int, int]) -> None:
+    model = sided(conv_base(), "transformer")
+    with pytest.raises(st.ShapeError, match=r"images of \(8, 8\) patches.*with_example"):
+        model(torch.rand(2, 3, *size), "t")
 
 
 def test_a_base_that_does_not_tell_its_vocabulary_is_refused_by_sides_with_a_table() -> None:

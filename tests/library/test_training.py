@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import random
@@ -84,17 +85,15 @@ class Stop(Exception):
     """What stands for a kill."""
 
 
-def stopping(after: int) -> Any:
-    calls = 0
+class StopAfter(st.Callback):
+    """Kills a run in the step after some."""
 
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > after:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step(self, step: int, loss: float) -> None:
+        if step == self.steps + 1:
             raise Stop
-        return F.cross_entropy(output, target)
-
-    return loss
 
 
 def decay(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -110,14 +109,14 @@ def test_an_interrupted_run_ends_bitwise_as_one_that_was_not(after: int, merge: 
     expected = st.fit(whole, "t", loader(), **options)
     file = tmp_path / "resume.pt"
     with pytest.raises(Stop):
-        st.fit(build(dropout=True, merge=merge), "t", loader(), resume=file, loss=stopping(after), **options)
+        st.fit(build(dropout=True, merge=merge), "t", loader(), resume=file, callbacks=[StopAfter(after)], **options)
     model = build(dropout=True, merge=merge)
-    result = st.fit(model, "t", loader(), resume=file, loss=stopping(99), **options)
+    result = st.fit(model, "t", loader(), resume=file, **options)
     assert same(state(model), state(whole))
     assert result.losses == expected.losses and result.steps == 20
-    calls = stopping(0)  # nothing is left to do
+    calls = [StopAfter(0)]  # nothing is left to do
     again = build(dropout=True, merge=merge)
-    assert st.fit(again, "t", loader(), resume=file, loss=calls, **options).losses == expected.losses
+    assert st.fit(again, "t", loader(), resume=file, callbacks=calls, **options).losses == expected.losses
     assert same(state(again), state(whole))
 
 
@@ -133,10 +132,10 @@ def test_a_run_resumes_over_cached_random_views(tmp_path: Path) -> None:
         if stop:
             loader = st.loader_over(cached, batch_size=32)
             with pytest.raises(Stop):
-                st.fit(model, "t", loader, resume=tmp_path / "r", loss=stopping(stop), **options)
+                st.fit(model, "t", loader, resume=tmp_path / "r", callbacks=[StopAfter(stop)], **options)
             model = build(dropout=True)
         resume = tmp_path / "r" if stop else None
-        st.fit(model, "t", st.loader_over(cached, batch_size=32), resume=resume, loss=stopping(99), **options)
+        st.fit(model, "t", st.loader_over(cached, batch_size=32), resume=resume, **options)
         ends.append(state(model))
     assert same(*ends)
 
@@ -144,15 +143,15 @@ def test_a_run_resumes_over_cached_random_views(tmp_path: Path) -> None:
 def test_python_and_numpy_draws_go_on_in_the_middle_of_a_pass(tmp_path: Path) -> None:
     """A loss that draws from all three generators, as augmentations do."""
 
-    def noisy(stop: int | None = None) -> Any:
-        inner = F.cross_entropy if stop is None else stopping(stop)
-        return lambda output, target: inner(output, target) * (1 + random.random() + np.random.rand() + torch.rand(()))
+    def noisy() -> Any:
+        noise = lambda: 1 + random.random() + np.random.rand() + torch.rand(())  # noqa: E731
+        return lambda output, target: F.cross_entropy(output, target) * noise()
 
     options: dict[str, Any] = {"steps": 20, "save_every": 0.0, "progress": False}
     whole = build()
     st.fit(whole, "t", loader(), loss=noisy(), **options)
     with pytest.raises(Stop):
-        st.fit(build(), "t", loader(), loss=noisy(stop=11), resume=tmp_path / "r", **options)
+        st.fit(build(), "t", loader(), loss=noisy(), resume=tmp_path / "r", callbacks=[StopAfter(11)], **options)
     model = build()
     st.fit(model, "t", loader(), loss=noisy(), resume=tmp_path / "r", **options)
     assert same(state(model), state(whole))
@@ -255,12 +254,13 @@ def test_whatever_bit_of_a_resume_file_is_flipped_nothing_is_loaded(tmp_path: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_between_two_steps_and_loses_none(number: int, tmp_path: Path) -> None:
-    calls: list[int] = []
+    calls = 0
     options: dict[str, Any] = {"steps": 20, "save_every": 999.0, "progress": False}
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        calls.append(1)
-        if len(calls) == 7:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
             os.kill(os.getpid(), number)
         return F.cross_entropy(output, target)
 
@@ -270,10 +270,10 @@ def test_a_signal_stops_between_two_steps_and_loses_none(number: int, tmp_path: 
     with pytest.raises(KeyboardInterrupt) as stopped:
         st.fit(build(dropout=True), "t", loader(), loss=loss, resume=tmp_path / "r", **options)
     assert stopped.value.code == 128 + number and signal.getsignal(number) is before  # type: ignore[attr-defined]
-    assert len(calls) == 7
+    assert calls == 7
     model = build(dropout=True)
     st.fit(model, "t", loader(), loss=loss, resume=tmp_path / "r", **options)
-    assert same(state(model), state(whole)) and len(calls) == 20
+    assert same(state(model), state(whole)) and calls == 20
 
 
 def test_the_resume_file_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -287,8 +287,101 @@ def test_the_resume_file_of_another_run_is_refused(tmp_path: Path) -> None:
     for other in others:
         with pytest.raises(st.TrainingError, match=r"holds the state of AdamW at 0\.001, 0\.001, not of AdamW at"):
             st.fit(build(), "t", loader(), steps=2, resume=file, progress=False, **other)
-    with pytest.raises(st.TrainingError, match="another network"):
+    with pytest.raises(st.TrainingError, match="a run on a base, parts and laterals with the hash"):
         st.fit(build(merge="film"), "t", loader(), steps=2, resume=file, progress=False)
+
+
+@pytest.mark.parametrize("what", ["base", "merge", "lateral"])
+def test_a_run_of_another_model_of_the_same_shapes_is_refused(what: str, tmp_path: Path) -> None:
+    def made(other: bool) -> st.SideTuner:
+        base = mlp_base()
+        if other and what == "base":
+            with torch.no_grad():
+                network(base)[0].weight.mul_(2)  # type: ignore[index, operator, union-attr]
+        model = st.SideTuner(base)
+        for seed, name in enumerate("ab"):
+            model.add_task(name, side="mlp", head=3, seed=seed)
+        merge = "product" if other and what == "merge" else "sum"
+        laterals = ["b" if other and what == "lateral" else "a"]
+        model.add_task("t", side="mlp", merge=merge, laterals=laterals, head=3, seed=9)
+        return model
+
+    how: dict[str, Any] = {"steps": 3, "resume": tmp_path / "r", "progress": False}
+    st.fit(made(False), "t", loader(), **how)
+    with pytest.raises(st.TrainingError, match="a run on a base, parts and laterals with the hash"):
+        st.fit(made(True), "t", loader(), **how)
+    assert st.fit(made(False), "t", loader(), **how).steps == 3
+
+
+class Weighted(nn.Module):
+    """A loss that learns a number, and holds others in its own way."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held, self.learned = held, nn.Parameter(torch.rand(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output * (1 + self.learned), target)
+
+
+def held_in(form: str, number: float) -> Any:
+    """A loss that depends on a number."""
+    model, given = nn.Linear(3, 3), argparse.Namespace(number=number, started=random.random())
+    forms: dict[str, Any] = {
+        "tensor": lambda: Weighted(torch.tensor(number)),
+        "list": lambda: Weighted([number]),
+        "part": lambda: Weighted(nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, number]))),
+        "array": lambda: partial(_scaled, factor=np.array([number])),
+        "closure": lambda: lambda output, target: F.cross_entropy(output * number, target) + 0 * model.weight.sum(),
+        "arguments": lambda: lambda output, target: F.cross_entropy(output * given.number, target),
+        "method": lambda: Scaled(number).loss,
+    }
+    return forms[form]()
+
+
+def _scaled(output: Tensor, target: Tensor, factor: Any) -> Tensor:
+    return F.cross_entropy(output * float(factor[0]), target)
+
+
+class Scaled:
+    """An experiment, with its own model and notes."""
+
+    def __init__(self, number: float) -> None:
+        self.number, self.model, self.notes = number, build(), [random.random()]
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output * self.number, target)
+
+
+@pytest.mark.parametrize("form", ["tensor", "list", "part", "array", "closure", "arguments", "method"])
+def test_whatever_a_loss_holds_makes_it_another(form: str, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"steps": 2, "resume": tmp_path / "r", "progress": False}
+    st.fit(build(), "t", loader(), loss=held_in(form, 2.0), **how)
+    with pytest.raises(st.TrainingError, match="holds a run with the loss of"):
+        st.fit(build(), "t", loader(), loss=held_in(form, 3.0), **how)
+    # What it learns, and a model that it looks at, start anew.
+    assert st.fit(build(), "t", loader(), loss=held_in(form, 2.0), **how).steps == 2
+
+
+@pytest.mark.parametrize("form", ["lambda", "chained", "sequential"])
+def test_whatever_a_schedule_is_made_of_makes_it_another(form: str, tmp_path: Path) -> None:
+    schedules = torch.optim.lr_scheduler
+
+    def made(number: int) -> Any:
+        parts: dict[str, Any] = {
+            "lambda": lambda o: schedules.LambdaLR(o, (lambda e: 0.9**e) if number == 4 else (lambda e: 0.5**e)),
+            "chained": lambda o: schedules.ChainedScheduler([schedules.StepLR(o, number)]),
+            "sequential": lambda o: schedules.SequentialLR(
+                o, [schedules.ConstantLR(o, total_iters=number), schedules.StepLR(o, 2)], [2]
+            ),
+        }
+        return parts[form]
+
+    how: dict[str, Any] = {"steps": 3, "resume": tmp_path / "r", "progress": False}
+    st.fit(build(), "t", loader(), scheduler=made(4), **how)
+    with pytest.raises(st.TrainingError, match="holds a run with the schedule of"):
+        st.fit(build(), "t", loader(), scheduler=made(5), **how)
+    assert st.fit(build(), "t", loader(), scheduler=made(4), **how).steps == 3
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text"])
@@ -423,6 +516,26 @@ def test_what_fit_cannot_do_is_said(tmp_path: Path) -> None:
     for match, options in (("epochs must be 1 or more", {"epochs": 0}), ("steps must be 1 or more", {"steps": -1})):
         with pytest.raises(st.TaskError, match=match):
             st.fit(model, "t", loader(), progress=False, **options)  # type: ignore[arg-type]
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("epochs must be .* not 1.5", {"epochs": 1.5}),
+        ("steps must be .* not 2.5", {"steps": 2.5}),
+        ("'no' or 'bf16', not 'fp16'", {"precision": "fp16"}),
+        ("clip must be more than 0, not -1", {"clip": -1.0}),
+        ("clip must be more than 0, not nan", {"clip": math.nan}),
+        ("give validate=", {"metrics": {"accuracy": st.accuracy}}),
+        ("give keep_best=True", {"monitor": "accuracy"}),
+    ]
+    for match, refused in wrong:
+        with pytest.raises(st.TaskError, match=match):
+            st.fit(model, "t", loader(), progress=False, **refused)
+    empty: list[Any] = [[], DataLoader(toy(20), batch_size=32, drop_last=True)]
+    for data in empty:
+        with pytest.raises(st.DataError, match="the loader has no batches"):
+            st.fit(model, "t", data, progress=False)
+    with pytest.raises(st.DataError, match="but not 'loss', 'samples' or 'step'"):
+        st.evaluate(model, "t", loader(), metrics={"step": st.accuracy})
+    seed: Any = np.int64(3)
+    assert st.fit(model, "t", loader(), seed=seed, resume=tmp_path / "r", progress=False).steps == 8
     with pytest.raises(st.TaskError, match="needs steps="):
         st.fit(model, "t", DataLoader(Stream(), batch_size=4), epochs=1, progress=False)
     with pytest.raises(st.TaskError, match="accumulates gradients by itself"):
@@ -500,7 +613,7 @@ def test_the_global_generators_are_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1] and np.array_equal(np.random.get_state()[1], before[2])  # type: ignore[index]
     with pytest.raises(Stop):
-        st.fit(model, "t", loader(), epochs=1, loss=stopping(2), progress=False)
+        st.fit(model, "t", loader(), epochs=1, callbacks=[StopAfter(2)], progress=False)
     assert torch.equal(torch.get_rng_state(), before[0])
 
 
@@ -637,6 +750,38 @@ def test_the_best_validation_is_kept_and_patience_stops(tmp_path: Path, resumed:
         other, _ = small_run()
         assert st.fit(other, "kind", batches, validate=batches, resume=state, **how).validation == result.validation
         assert st.evaluate(other, "kind", batches)["loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_weights_of_the_best_that_were_lost_are_missed(tmp_path: Path) -> None:
+    model, batches = small_run()
+    how: dict[str, Any] = {"epochs": 2, "keep_best": True, "validate": batches, "resume": tmp_path / "r"}
+    st.fit(model, "kind", batches, progress=False, **how)
+    (tmp_path / "r.best").unlink()
+    with pytest.raises(st.TrainingError, match="is missing, which held the weights of the best"):
+        st.fit(small_run()[0], "kind", batches, progress=False, **how)
+
+
+def test_what_a_loss_learned_is_kept_with_the_best_weights() -> None:
+    model, batches = small_run()
+    loss, flipped = Weighted(0), [(x, 1 - y) for x, y in batches]
+    how: dict[str, Any] = {"epochs": 5, "lr": 0.1, "keep_best": True, "validate": flipped, "progress": False}
+    rows = st.fit(model, "kind", batches, loss=loss, **how).validation
+    best = min(row["loss"] for row in rows)
+    assert st.evaluate(model, "kind", flipped, loss=loss)["loss"] == pytest.approx(best, rel=1e-5)
+    assert rows[-1]["loss"] > best
+
+
+def test_a_fit_that_fails_leaves_a_task_that_was_trained() -> None:
+    model = st.SideTuner(mlp_base())
+    model.add_task("t", side="mlp", head=3, seed=0)
+    data = [(x, F.one_hot(y, 3).float()) for x, y in loader()]
+    with pytest.raises(Stop):
+        st.fit(model, "t", data, epochs=3, loss=F.mse_loss, callbacks=[StopAfter(9)], progress=False)
+    assert (model["t"].passes, model["t"].trained_as) == (2, "numbers")
+    untouched = build()
+    with pytest.raises(st.TaskError, match="no number 'mae'; monitor= is one of loss, accuracy"):
+        st.fit(untouched, "t", loader(), validate=loader(), keep_best=True, monitor="mae", progress=False)
+    assert untouched["t"].passes == 0
 
 
 def test_a_number_that_is_none_is_never_the_best() -> None:

@@ -155,6 +155,30 @@ def test_a_task_that_was_trained_without_units_keeps_none() -> None:
     assert model["t"].units is None
 
 
+@pytest.mark.parametrize("how", ["as it is", "copied", "saved", "fresh"])
+def test_a_loop_of_ones_own_is_not_undone(how: str, tmp_path: Path) -> None:
+    x, y = rows()
+    model = build()
+    if how != "fresh":
+        optimizer = torch.optim.Adam(model["t"].parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.mse_loss(model(x, "t"), y).backward()
+            optimizer.step()
+    if how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "saved":
+        model.save_task("t", tmp_path)
+        model = st.SideTuner(model.base)
+        model.load_task(tmp_path)
+    elif how == "fresh":
+        model = copy.deepcopy(model).double().float()
+    before = model(x, "t")
+    fit(model, loader(x, y), steps=1, lr=1e-6)
+    assert (model["t"].units is None) == (how != "fresh")
+    assert torch.allclose(model(x, "t"), before, atol=0.1) == (how != "fresh")
+
+
 def test_units_are_saved_with_the_task_and_shown(tmp_path: Path) -> None:
     x, y = rows()
     model = build()
@@ -332,7 +356,8 @@ def test_a_fit_that_is_refused_leaves_no_units(tmp_path: Path) -> None:
             fit(model, data)
         assert model["t"].units is None
     model = build()
-    fit(model, [])
+    with pytest.raises(st.DataError, match="no batches"):
+        fit(model, [])
     assert model["t"].units is None
     with pytest.raises(st.DataError, match="real numbers"):
         fit(model, loader(x, y.to(torch.complex64)))
@@ -346,23 +371,18 @@ def test_a_fit_that_is_refused_leaves_no_units(tmp_path: Path) -> None:
 def test_a_run_resumes_bitwise_in_its_units(tmp_path: Path) -> None:
     x, y = rows()
 
-    def stopping(after: int) -> Callable[[Tensor, Tensor], Tensor]:
-        calls = iter(range(1000))
-
-        def loss(output: Tensor, target: Tensor) -> Tensor:
-            if next(calls) == after:
+    class StopAt(st.Callback):
+        def on_step(self, step: int, loss: float) -> None:
+            if step == 6:
                 raise KeyboardInterrupt
-            return F.l1_loss(output, target)
-
-        return loss
 
     options: dict[str, Any] = {"epochs": 2, "resume": tmp_path / "r", "save_every": 0.0}
     expected = build()
-    fit(expected, loader(x, y), epochs=2, loss=stopping(99))
+    fit(expected, loader(x, y), epochs=2, loss=F.l1_loss)
     with pytest.raises(KeyboardInterrupt):
-        fit(build(), loader(x, y), loss=stopping(5), **options)
+        fit(build(), loader(x, y), loss=F.l1_loss, callbacks=[StopAt()], **options)
     model = build()
-    fit(model, loader(x, y), loss=stopping(99), **options)
+    fit(model, loader(x, y), loss=F.l1_loss, **options)
     states = [m["t"].state_dict() for m in (model, expected)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1]) and "head.units" in states[0]
 

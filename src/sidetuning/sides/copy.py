@@ -14,6 +14,7 @@ from sidetuning.base import Base, Input
 from sidetuning.errors import ShapeError
 from sidetuning.folding import lay_channels_last, may_be_channels_last
 from sidetuning.inputs import call, map_input
+from sidetuning.probe import probe_input
 
 
 def copy(base: Base, width: float = 1.0, channels_last: bool | None = None) -> nn.Module:
@@ -50,10 +51,18 @@ class Dead(nn.Module):
 def _drop_dead(net: nn.Module, base: Base) -> None:
     """Take out parts that are run and change nothing. One that is not run, such as an expert, may be run next time."""
     ran: set[str] = set()
+    plain = inputs = base.prepare(base.example)
 
     def code() -> Tensor:
-        return base.select(call(net, map_input(base.prepare(base.example), torch.clone)))
+        return base.select(call(net, map_input(inputs, torch.clone)))
 
+    try:
+        # An example may be zeros, of which a part that matters makes nothing.
+        inputs = base.prepare(probe_input(base.example))
+        code()
+    except Exception:
+        # Some entries must fit each other, such as boxes.
+        inputs = plain
     weights = dict(net.named_parameters())
     handles = [part.register_forward_hook(partial(_note, ran, name)) for name, part in net.named_modules() if name]
     with torch.enable_grad():

@@ -65,3 +65,15 @@ def resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
     if x.shape[-2] >= size[0] and x.shape[-1] >= size[1]:
         return F.adaptive_avg_pool2d(x, (size[0], size[1]))
     return F.interpolate(x, (size[0], size[1]), mode="bilinear", align_corners=False)
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm of any dimensions, with its running statistics for one value a channel, which has no variance."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ShapeError
 from sidetuning.sides import Side
-from sidetuning.sides.fit import FitMap
+from sidetuning.sides.fit import BatchNorm, FitMap
 
 
 class Fusion(Side):
@@ -49,14 +49,14 @@ class Fusion(Side):
         self.taps = tuple(shapes)
         self.reduce = nn.ModuleList(self._reduce(shape, width) for shape in shapes.values())
         self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
+        self.norm = BatchNorm(width)
         self.fit = FitMap(base, width)
 
     def _reduce(self, shape: tuple[int, ...], width: int) -> nn.Module:
         channels, stride = shape[0], max(1, round(shape[1] / self.size[0]))
         kernel, padding = (3, 1) if stride > 1 else (1, 0)
         conv = nn.Conv2d(channels, width, kernel, stride=stride, padding=padding, bias=False)
-        return nn.Sequential(conv, nn.BatchNorm2d(width))
+        return nn.Sequential(conv, BatchNorm(width))
 
     def forward(self, inputs: Input, features: Features) -> Tensor:
         maps = [features.taps[name] for name in self.taps]

@@ -165,6 +165,11 @@ class Embed(nn.Module):
     def forward(self, inputs: Input) -> Tensor:
         tokens: Tensor = self.layer(_read(inputs))
         if self.grid is not None:
+            if tokens.shape[2:] != self.grid:
+                raise ShapeError(
+                    f"the side was built for images of {self.grid} patches, not {tuple(tokens.shape[2:])}; for another "
+                    "size build the model on base.with_example(x)"
+                )
             tokens = tokens.flatten(2).transpose(1, 2)
         elif tokens.ndim == 2:
             tokens = tokens.unsqueeze(1)
