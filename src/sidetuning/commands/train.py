@@ -116,7 +116,9 @@ def train(settings: Settings) -> AutoResult:
         model.save_task(settings.task, folder, metrics=result.scores[split])
         lost = forgotten(settings, model, data, tell) if settings.forgetting else None
         record = {**result.record(), "forgetting": lost}
-        about = {"data": str(settings.data), "columns": columns, "seed": settings.seed}
+        source = Path(settings.data).expanduser()
+        about = {"data": str(source.resolve()) if source.exists() else settings.data, "seed": settings.seed}
+        about["columns"] = {**columns, **data.columns, "problem": data.problem}
         write_json(folder / "training.json", {**record, **about})
         scored = score(model, settings.task, data.splits[split], progress=not settings.quiet)
         add_to_report(out, model, settings.task, scored, split, record)
