@@ -31,8 +31,6 @@ from sidetuning.tuner import SideTuner
 
 # Passes over the training rows at most, and validations without a better one after which a candidate ends.
 PASSES, PATIENCE = 60, 12
-# Rows that were left out which are named while a task is learned.
-MOST_SAID = 10
 # Steps whose time is measured first.
 MEASURED = 6
 Say = Callable[[str], None]
@@ -167,10 +165,8 @@ def auto(
     encoding = time.monotonic() - started
     left = [f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable]
     notes = [*data.notes, *left]
-    for told in left[:MOST_SAID]:
+    for told in left:
         say(told)
-    if len(left) > MOST_SAID:
-        say(f"left out: {len(left)} in all, which training.json and the report name")
     say(f"{sum(len(s.kept) for s in splits.values())} rows went through the base in {encoding:.0f} s")
     what = [base.identity().digest(), *(rows.fingerprint() for rows in data.splits.values())]
     how = f"{what} {balance} {mirror} {budget} {seed}"

@@ -17,9 +17,6 @@ OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
-# Columns of a table that no terminal shows.
-WIDEST = 10**5
-
 
 def plain(text: object) -> str:
     """A text without what a terminal obeys, and without halves of characters, which cannot be encoded."""
@@ -75,4 +72,4 @@ def say_table(columns: Sequence[str], rows: Iterable[Sequence[str] | None], righ
             # Text, in which rich looks for no markup.
             table.add_row(*(Text(plain(cell)) for cell in row))
     # A file or a pipe takes lines of any length.
-    Console(width=None if sys.stdout.isatty() else WIDEST).print(table)
+    Console(width=None if sys.stdout.isatty() else 10**5).print(table)

@@ -174,10 +174,11 @@ def _written(model: SideTuner, task: str, source: str, answer: Tensor, settings:
         return " ".join(names[k] if names else str(k) for k in answer.tolist())
     if settings.out is None:
         raise DataError(f"the task {task} answers with a picture: give --out, a folder for it, or choose other tasks")
-    stem = file_stem(f"{Path(source).stem}-{task}")
+    name = stem = file_stem(f"{Path(source).stem}-{task}")
     # Files of several folders may have one name, and to some systems a and A are one.
-    names = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
-    name = next(name for name in names if name.casefold() not in written)
+    number = itertools.count(2)
+    while name.casefold() in written:
+        name = f"{stem}-{next(number)}"
     written.add(name.casefold())
     return str(save_map(answer, Path(settings.out), name))
 

@@ -112,10 +112,9 @@ def train(settings: Settings) -> AutoResult:
             # Its files stay until the new task's replace them.
             model.remove_task(settings.task)
         work.mkdir(parents=True, exist_ok=True)
-        if not folder.exists():
+        begun.unlink(missing_ok=True)
+        if resumed or not folder.exists():
             write_json(begun, run)
-        elif not resumed:
-            begun.unlink(missing_ok=True)
         how: dict[str, Any] = {key: getattr(settings, key) for key in ("side", "balance", "mirror", "seed")}
         how |= {"cache": settings.cache or work, "budget": budget, "say": tell, "progress": not settings.quiet}
         result = auto(model, settings.task, data, first=lambda found: found.save_task(settings.task, folder), **how)

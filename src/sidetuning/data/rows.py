@@ -21,14 +21,12 @@ class Cells(Sequence[Any]):
     Args:
         table: the data set, whose column has features `Image(decode=False)`, or holds bytes.
         column: its name.
-        indices: the rows, by default all.
         folder: the table's, where the paths of files begin.
+        indices: the rows, by default all.
     """
 
-    def __init__(
-        self, table: Any, column: str, indices: Sequence[int] | None = None, folder: Path | None = None
-    ) -> None:
-        self.table, self.column, self.folder = table, column, folder or Path()
+    def __init__(self, table: Any, column: str, folder: Path, indices: Sequence[int] | None = None) -> None:
+        self.table, self.column, self.folder = table, column, folder
         self.indices = range(len(table)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -43,7 +41,7 @@ class Cells(Sequence[Any]):
 
     def take(self, rows: Sequence[int]) -> Cells:
         """Some of the rows."""
-        return Cells(self.table, self.column, [self.indices[row] for row in rows], self.folder)
+        return Cells(self.table, self.column, self.folder, [self.indices[row] for row in rows])
 
 
 @dataclass(frozen=True)

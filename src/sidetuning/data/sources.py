@@ -85,9 +85,7 @@ def open_source(
             tables = datasets.load_from_disk(str(path))
         elif path.exists():
             kind, files = files_of(path, notes)
-            folders = {
-                split: next(iter(of)) for split, some in files.items() if len(of := {f.parent for f in some}) == 1
-            }
+            folders = {split: some[0].parent for split, some in files.items() if len({f.parent for f in some}) == 1}
             tables = {split: read(datasets, kind, some) for split, some in files.items()}
         elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) and path.suffix.lower() not in KINDS:
             tables = datasets.load_dataset(str(source), configuration, revision=revision)
@@ -234,9 +232,8 @@ def _columns(
         opened.answers[split] = [table[column][:] for column in labels]
         if classes is not None:
             opened.answers[split] = [[_class_names(value, classes) for value in opened.answers[split][0]]]
-        opened.sources[split] = (
-            _images(datasets, table, image, folders.get(split, path)) if image else _texts(table, texts)
-        )
+        folder = folders.get(split, path)
+        opened.sources[split] = _images(datasets, table, image, folder) if image else _texts(table, texts)
         opened.places[split] = [f"row {i + 1} of {split}" for i in range(len(table))]
     return opened
 
@@ -318,8 +315,8 @@ def _texts(table: Any, columns: tuple[str, ...]) -> list[Any]:
 def _images(datasets: Any, table: Any, column: str, folder: Path) -> Sequence[Any]:
     """Images that lie in the table, read when asked for, or the paths of files; None where there is none."""
     if isinstance(table.features[column], datasets.Image):
-        return Cells(table.cast_column(column, datasets.Image(decode=False)), column, folder=folder)
+        return Cells(table.cast_column(column, datasets.Image(decode=False)), column, folder)
     cells = table[column][:]
     if not any(isinstance(cell, str) for cell in cells):
-        return Cells(table, column, folder=folder)
+        return Cells(table, column, folder)
     return [folder / cell if isinstance(cell, str) and cell else None for cell in cells]

@@ -60,12 +60,13 @@ def files_of(path: Path, notes: list[str]) -> tuple[str, dict[str, list[Path]]]:
             notes.append(f"left out: {shown(unnamed)}, whose names are of no split beside those of train")
         else:
             by_split["train"] = unnamed
-    notes.append("; ".join(f"{split} is read from {shown(of)}" for split, of in by_split.items()))
+    notes += [f"{split} is read from {shown(of)}" for split, of in by_split.items()]
     return kind, {split: [path / file for file in of] for split, of in by_split.items()}
 
 
 def shown(files: Sequence[Path]) -> str:
-    return ", ".join(map(str, files[:3])) + f" and {len(files) - 3} more" * (len(files) > 3)
+    """The first names of some files."""
+    return ", ".join(map(str, files[:3])) + ", …" * (len(files) > 3)
 
 
 def read(datasets: Any, kind: str, files: Sequence[Path]) -> Any:

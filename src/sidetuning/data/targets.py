@@ -58,9 +58,8 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
     flags = problem == "labels" and (len(opened.labels) > 1 or _are_flags(every, names))
     known = list(names) if names is not None else _names(problem, every, opened, flags)
     places = {_name(name): place for place, name in enumerate(known)}
-    if len(places) < len(known):
-        twice = next(name for name, count in Counter(map(_name, known)).items() if count > 1)
-        raise DataError(f"two classes, labels or columns are called '{twice}'; give each a name of its own")
+    if twice := [name for place, name in enumerate(known) if places[_name(name)] != place]:
+        raise DataError(f"two classes, labels or columns are called '{twice[0]}'; give each a name of its own")
     splits = {}
     for split, rows in values.items():
         reasons: dict[str, list[str]] = {}
@@ -190,7 +189,6 @@ def _names(problem: str, every: list[Any], opened: Opened, flags: bool) -> list[
     if problem == "labels" and not flags:
         found = {part for value in every for part in _parts(value)}
         return list(map(_name, opened.classes or dict.fromkeys(map(_name, sorted(found, key=_order)))))
-    # Rows of another length are left out.
     ((count, _),) = Counter(len(value) if isinstance(value, (list, tuple)) else 1 for value in every).most_common(1)
     return [opened.labels[0]] if count == 1 else [f"{opened.labels[0]} {k + 1}" for k in range(count)]
 
@@ -225,8 +223,7 @@ def _target(
         return (places[name], "") if name in places else (None, f"the unknown class '{name:.40}'")
     if problem == "labels":
         if flags or _are_flags([value], list(places)):
-            strange = [_name(cell) for cell in value if cell not in (0, 1)]
-            found = value
+            strange, found = [_name(cell) for cell in value if cell not in (0, 1)], value
         else:
             parts = {_name(part) for part in _parts(value)}
             strange, found = sorted(parts - set(places)), [name in parts for name in places]
@@ -281,10 +278,8 @@ def _balance(data: TaskData) -> list[str]:
         notes.append(f"{len(empty)} of {len(data.names)} classes or labels have no training {row} ({shown})")
     found = [count for count in counts if count]
     if data.problem in ("classes", "tokens") and len(found) < 2:
-        dropped = f" ({CSV})" * (CSV in data.notes)
-        raise DataError(
-            f"all {row}s are of one class, '{data.names[counts.index(max(counts))]}'; give two or more{dropped}"
-        )
+        only, why = data.names[counts.index(max(counts))], f" ({CSV})" * (CSV in data.notes)
+        raise DataError(f"all {row}s are of one class, '{only}'; give two or more{why}")
     if data.problem in ("classes", "tokens") and max(found) >= 5 * min(found):
         most, least = (data.names[counts.index(edge(found))] for edge in (max, min))
         mend = "; --balance gives all the same weight" if data.problem == "classes" else ""
