@@ -152,6 +152,8 @@ def auto(
     model._check_name(task)
     data = data if isinstance(data, TaskData) else load(data, seed=seed)
     check_kind(model.base, data)
+    if balance and data.problem != "classes":
+        raise TaskError(f"only classes are balanced, and these are {data.problem}; leave --balance out")
     data = complete(data, seed) if "validation" not in data.splits else data
     base = model.base
     if side != "none":
@@ -163,6 +165,8 @@ def auto(
     encoding = time.monotonic() - started
     left = [f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable]
     notes = [*data.notes, *left]
+    for told in left:
+        say(told)
     say(f"{sum(len(s.kept) for s in splits.values())} rows went through the base in {encoding:.0f} s")
     what = [base.identity().digest(), *(rows.fingerprint() for rows in data.splits.values())]
     how = f"{what} {balance} {mirror} {budget} {seed}"

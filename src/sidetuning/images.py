@@ -125,8 +125,8 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         if path.is_dir() and not hidden(path.name):
-            name = unicodedata.normalize("NFC", os.fsencode(path.name).decode("utf-8", "replace"))
-            found.setdefault(name, []).append(path)
+            name = unicodedata.normalize("NFC", os.fsencode(path.name).decode("utf-8", "backslashreplace"))
+            found.setdefault(name.strip(), []).append(path)
     copies = {name for name in found if (match := COPY.fullmatch(name)) and (match[1] or match[2]) in found}
     return {name: paths for name, paths in found.items() if name not in copies}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shutil
@@ -40,9 +42,18 @@ def size_text(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-def say_json(content: Any) -> None:
-    """Print JSON for other programs: indented, and in ASCII, which every terminal and pipe takes."""
-    print(json.dumps(content, indent=2), flush=True)
+def say_json(content: Any, indent: int | None = 2) -> None:
+    """Print JSON for other programs: in ASCII, which every terminal and pipe takes; on one line without `indent`."""
+    print(json.dumps(content, indent=indent), flush=True)
+
+
+def say_csv(rows: Iterable[Sequence[str]]) -> None:
+    """Print CSV: to programs in UTF-8 and as it is, names of files that are none included; to terminals plain."""
+    shown = sys.stdout.isatty()
+    if isinstance(sys.stdout, io.TextIOWrapper) and not shown:
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    csv.writer(sys.stdout, lineterminator="\n").writerows(map(plain, row) if shown else row for row in rows)
+    sys.stdout.flush()
 
 
 def say_table(columns: Sequence[str], rows: Iterable[Sequence[str] | None], right: Collection[str] = ()) -> None:
@@ -53,11 +64,12 @@ def say_table(columns: Sequence[str], rows: Iterable[Sequence[str] | None], righ
 
     table = Table()
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         if row is None:
             table.add_section()
         else:
             # Text, in which rich looks for no markup.
             table.add_row(*(Text(plain(cell)) for cell in row))
-    Console().print(table)
+    # A file or a pipe takes lines of any length.
+    Console(width=None if sys.stdout.isatty() else 10**5).print(table)

@@ -97,6 +97,8 @@ class ImageTransform:
         """A picture in RGB, resized and cropped."""
         from PIL import Image
 
+        if not (image.width and image.height):
+            raise DataError(f"the image is {image.width} x {image.height} pixels, and has none; give another")
         wide, high = self._resized(image.width, image.height)
         if wide * high > MOST_PIXELS:
             raise DataError(f"the image is {image.width} x {image.height} pixels, far from a square; crop it first")
@@ -293,13 +295,16 @@ def picture(source: Any) -> Image.Image:
     if isinstance(source, (str, PathLike)):
         try:
             return decode(Path(source))
-        except OSError as error:
-            mend = "give the path of an image file"
-            raise DataError(f"{source} cannot be read ({error.strerror or error}); {mend}") from error
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise DataError(f"{source} cannot be read ({why}); give the path of an image file") from error
     if isinstance(source, Image.Image):
-        return upright(source)
+        try:
+            return upright(source)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise error if isinstance(error, DataError) else DataError(f"the image cannot be read ({error})") from error
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
         source = source.transpose(1, 2, 0) if source.ndim == 3 else source

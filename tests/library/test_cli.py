@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import io
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import sidetuning_bench
 from sidetuning import cli
 from sidetuning.cli import guarded, main
 from sidetuning.errors import DataWarning
-from sidetuning.terminal import plain, say, say_markdown
+from sidetuning.terminal import plain, say, say_csv, say_json, say_markdown, say_table
 
 # Commands whose help text needs no torch.
 LIGHT = ("parts", "export", "list", "info", "rename", "remove", "push", "pull", "serve")
@@ -67,6 +69,21 @@ def test_every_text_is_printed_by_one_function() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "console.print", "sys.stdout.write"):
                 found.append(f"{file}:{node.lineno}")
     assert not found
+
+
+def test_programs_get_whole_texts_in_every_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "猫" * 100 + "\udce9\x1b.png"
+    for say_it, expected in (
+        (lambda: say_csv([[name, "1"]]), f"{name},1\n".encode("utf-8", "surrogateescape")),
+        (lambda: say_json(name, indent=None), json.dumps(name).encode() + b"\n"),
+    ):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
+        monkeypatch.setattr(sys, "stdout", stream)
+        say_it()
+        assert stream.buffer.getvalue() == expected  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "stdout", stream := io.StringIO())  # type: ignore[assignment]
+    say_table(["source"], [["x" * 300]])
+    assert "x" * 300 in stream.getvalue()  # type: ignore[attr-defined]
 
 
 def test_data_that_were_left_out_are_a_note(capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,3 +203,9 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path) -> None:
 def test_numbers_in_memory_whose_range_nobody_tells_are_refused() -> None:
     with pytest.raises(DataError, match="whose range no file tells"):
         upright(Image.fromarray(np.full((8, 8), 200, np.int32)))
+
+
+def test_names_that_are_no_utf_8_stay_apart(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", b"caf\xe8", b"tea "):
+        make(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)), "1.png")
+    assert image_folder(tmp_path).names == [r"caf\xe8", r"caf\xe9", "tea"]

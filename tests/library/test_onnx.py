@@ -120,6 +120,7 @@ def test_what_a_file_does_not_tell_is_asked_for(
     [
         (TensorProto.UINT8, IMAGES.float(), "was given floats from 0 to 255"),
         (TensorProto.UINT8, IMAGES.long() + 1, "give torch.uint8"),
+        (TensorProto.FLOAT16, IMAGES * 1e5, "was given 'x' with numbers beyond 65504; scale them"),
         (TensorProto.FLOAT, IMAGES.long(), "was given 'x' as torch.int64; give torch.float32"),
         (TensorProto.FLOAT, IMAGES[:, :2], r"cannot run on x \(5, 2, 8, 8\)"),
         (TensorProto.FLOAT, IMAGES[0], r"cannot run on x \(3, 8, 8\)"),

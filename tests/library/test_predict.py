@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 
 import sidetuning as st
-from sidetuning.commands.predict import Settings, answered
+from conftest import map_base
+from sidetuning.commands.predict import Answer, Settings, _texts, _written, answered, main
 
 
 def test_labels_have_a_probability_each_numbers_their_value_and_classes_the_first(tmp_path: Path) -> None:
@@ -34,3 +36,38 @@ def test_labels_have_a_probability_each_numbers_their_value_and_classes_the_firs
     assert answers["kind"] == pytest.approx(
         {["cat", "dog"][best]: float(expected["kind"].softmax(1).max().detach())}, abs=1e-4
     )
+
+
+def test_lines_of_a_file_are_read_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, long = tmp_path / "a.txt", "x" * 300 + ".txt"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        file.write_bytes("one\u2028 line\r\n\nnext".encode(encoding))
+        assert [name for name, _ in _texts([str(file), long], False)] == ["one\u2028 line", "next", long]
+    file.write_bytes("café".encode("latin-1"))
+    with file.open() as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        for source, name in ((str(file), str(file)), ("-", "standard input")):
+            with pytest.raises(st.DataError, match=f"{name} is no text in UTF-8 or UTF-16"):
+                list(_texts([source], False))
+
+
+def test_numbers_are_whole_for_programs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = Answer("a\u202e.png", "price", "price", 1253864.75, number=True), Answer("b", "kind", "cat", 1 / 3)
+    monkeypatch.setattr("sidetuning.commands.predict.answered", lambda settings: iter([[one] for one in answer]))
+    main(Settings("model", (), csv=True))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "a\u202e.png,price,price,1253864.75",
+        "b,kind,cat,0.3333333333333333",
+    ]
+    main(Settings("model", (), json=True))
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["source"] == "a\u202e.png"
+    main(Settings("model", ()))
+    shown = capsys.readouterr().out
+    assert "1.25386e+06" in shown and "0.33 " in shown
+
+
+def test_pictures_of_different_sources_have_different_names(tmp_path: Path) -> None:
+    model, settings, written = st.SideTuner(map_base()), Settings("m", (), out=str(tmp_path)), set[str]()
+    sources = [("p", "1/a.png"), ("p", "2/a.png"), ("p-2", "3/a.png"), ("P", "4/a.png")]
+    paths = [_written(model, task, source, torch.zeros(4, 4), settings, written) for task, source in sources]
+    assert len({path.lower() for path in paths}) == 4

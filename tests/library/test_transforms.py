@@ -353,3 +353,13 @@ def test_a_transform_of_words_is_recorded(text_base: st.Base) -> None:
     assert own is not None and transform_from(own.to_json(), text_base) == own
     with pytest.raises(st.ArtifactError, match="words"):
         transform_from({**words.to_json(), "words": "yes"}, text_base)
+
+
+def test_pictures_without_pixels_or_a_whole_file_are_refused() -> None:
+    buffer = io.BytesIO()
+    photo().save(buffer, "PNG")
+    part = Image.open(io.BytesIO(buffer.getvalue()[: len(buffer.getvalue()) // 2]))
+    wrong = (np.zeros((0, 10, 3), np.uint8), Image.new("RGB", (0, 5)), "a\x00b.png", part, Image.new("La", (8, 8)))
+    for source in wrong:
+        with pytest.raises(st.DataError, match=r"cannot be read|has none; give another"):
+            ImageTransform((8, 8))(source)

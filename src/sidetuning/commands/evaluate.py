@@ -45,13 +45,20 @@ class Settings:
 
 def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
     """The scored rows, and what was left out."""
+    from sidetuning.artifacts import CONFIG
     from sidetuning.commands.predict import averages_mirror_images
     from sidetuning.data import LOADED
     from sidetuning.data import load as load_data
+    from sidetuning.folder import task_root
+    from sidetuning.forgetting import COLUMNS
     from sidetuning.launch import on_device
     from sidetuning.loading import load
+    from sidetuning.report import TRAINING, add_to_report
     from sidetuning.scoring import score
 
+    alone = (Path(settings.model) / CONFIG).exists()
+    if alone and settings.report:
+        raise TaskError(f"the report is of a whole model, and {settings.model} holds one task; give the model folder")
     model = on_device(load(settings.model))
     branch = model[settings.task]
     problem = type(branch.problem).__name__.lower()
@@ -62,17 +69,20 @@ def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
         )
     columns: dict[str, Any] = {"image": settings.image, "text": settings.text, "label": settings.label}
     columns["problem"] = problem if problem in LOADED else None
-    data = load_data(settings.data, **columns, names=branch.labels, split=False)
+    training = (Path(settings.model) if alone else task_root(settings.model) / settings.task) / "training.json"
+    schema = {**TRAINING, "columns?": COLUMNS}
+    known = read_json(training, schema, "train the task again") if training.exists() else None
+    usual = dict((known or {}).get("columns") or {})
+    if problem in ("numbers", "labels"):
+        # Columns of numbers and of labels are what the outputs are called.
+        usual["label"] = usual.get("label") or branch.labels
+    data = load_data(settings.data, **columns, names=branch.labels, split=False, usual=usual)
     split = settings.split or ("test" if "test" in data.splits else "train")
     if split not in data.splits or (settings.split is None and split == "train" and len(data.splits) > 1):
         raise DataError(f"{settings.data} has the splits {', '.join(data.splits)}; choose one with --split")
     mirror = averages_mirror_images(Path(settings.model))
     scored = score(model, settings.task, data.splits[split], mirror=mirror, progress=not settings.quiet)
     if settings.report:
-        from sidetuning.report import TRAINING, add_to_report
-
-        training = Path(settings.model) / "tasks" / settings.task / "training.json"
-        known = read_json(training, TRAINING, "train the task again") if training.exists() else None
         add_to_report(settings.model, model, settings.task, scored, called(settings, split, known), known)
     return scored, [*data.notes, *(f"left out: {told}" for told in scored.unreadable)]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
 import json
+import os
+import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from sidetuning.errors import DataError
-from sidetuning.files import check_signed, read_json
-from sidetuning.terminal import say, say_table
+from sidetuning.files import check_signed, decode_text, read_json
+from sidetuning.terminal import say_csv, say_json, say_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +59,7 @@ class Answer:
     Attributes:
         value: the probability, or the number itself where the task's problem is "numbers"; None without an answer.
         word: the word of a text that it is about.
+        number: whether the value is a number, and no probability.
     """
 
     image: str
@@ -66,6 +67,7 @@ class Answer:
     label: str | None
     value: float | None
     word: str | None = None
+    number: bool = False
 
 
 def answered(settings: Settings) -> Iterator[list[Answer]]:
@@ -76,7 +78,7 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
     from sidetuning.launch import on_device
     from sidetuning.loading import load
     from sidetuning.predicting import Word, each_answered
-    from sidetuning.problems import Classes
+    from sidetuning.problems import Classes, Numbers
     from sidetuning.transforms import ImageTransform, WordTransform
 
     model = on_device(load(settings.model))
@@ -90,7 +92,7 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
     mirror = images and averages_mirror_images(Path(settings.model))
     # Of classes one is right, of labels any number.
     most = {task: settings.top or (1 if isinstance(b.problem, Classes) else None) for task, b in branches.items()}
-    off, unread, written = settings.quiet or len(named) <= CHUNK, list[str](), Counter[str]()
+    off, unread, written = settings.quiet or len(named) <= CHUNK, list[str](), set[str]()
     with tqdm(total=len(named), unit="image" if images else "text", disable=off, leave=False) as bar:
         for start in range(0, len(named), CHUNK):
             some = named[start : start + CHUNK]
@@ -105,7 +107,8 @@ def answered(settings: Settings) -> Iterator[list[Answer]]:
                         answers = [(_written(model, task, name, answers, settings, written), 1.0)]
                     for word, shown in answers if isinstance(answers[0], Word) else [(None, answers)]:
                         parts = shown[: most[task]] or [(None, None)]
-                        rows += [Answer(name, task, label, value, word) for label, value in parts]
+                        number = isinstance(branches[task].problem, Numbers)
+                        rows += [Answer(name, task, label, value, word, number) for label, value in parts]
                 if settings.out is not None and not written:
                     raise DataError("no task that was asked answers with a picture; leave --out out")
                 yield rows
@@ -136,14 +139,22 @@ def _images(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def _texts(sources: Sequence[str], words: bool) -> Iterator[tuple[str, Any]]:
     """Names and texts, or lists of `words` where tasks read them."""
     for source in sources:
-        path = Path(source)
         if source == STDIN:
-            lines = sys.stdin.read().splitlines()
-        elif source.endswith(".txt") and path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = _lines(sys.stdin.buffer.read(), "standard input")
+        # Which Path refuses to ask of a text that is too long for a name.
+        elif source.endswith(".txt") and os.path.isfile(source):  # noqa: PTH113
+            lines = _lines(Path(source).read_bytes(), source)
         else:
             lines = [source]
         yield from ((line, _words(line) if words else line) for line in lines if line.strip())
+
+
+def _lines(data: bytes, name: str) -> list[str]:
+    """The lines of a text file; DataError where it is none."""
+    try:
+        return re.split(r"\r\n?|\n", decode_text(data))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is no text in UTF-8 or UTF-16 ({error}); save it in UTF-8") from error
 
 
 def _words(line: str) -> str | list[str]:
@@ -154,9 +165,7 @@ def _words(line: str) -> str | list[str]:
     return line
 
 
-def _written(
-    model: SideTuner, task: str, source: str, answer: Tensor, settings: Settings, written: Counter[str]
-) -> str:
+def _written(model: SideTuner, task: str, source: str, answer: Tensor, settings: Settings, written: set[str]) -> str:
     """What is shown of a map or of tokens: the picture that was written, or the tokens' classes."""
     from sidetuning.pictures import file_stem, save_map
 
@@ -165,10 +174,13 @@ def _written(
         return " ".join(names[k] if names else str(k) for k in answer.tolist())
     if settings.out is None:
         raise DataError(f"the task {task} answers with a picture: give --out, a folder for it, or choose other tasks")
-    name = file_stem(f"{Path(source).stem}-{task}")
-    written[name] += 1
-    # Files of several folders may have one name.
-    return str(save_map(answer, Path(settings.out), name + f"-{written[name]}" * (written[name] > 1)))
+    name = stem = file_stem(f"{Path(source).stem}-{task}")
+    # Files of several folders may have one name, and to some systems a and A are one.
+    number = itertools.count(2)
+    while name.casefold() in written:
+        name = f"{stem}-{next(number)}"
+    written.add(name.casefold())
+    return str(save_map(answer, Path(settings.out), name))
 
 
 def averages_mirror_images(run: Path) -> bool:
@@ -193,22 +205,19 @@ def main(settings: Settings) -> None:
             for answer in answers:
                 word = {} if answer.word is None else {"word": answer.word}
                 tasks.setdefault(answer.task, []).append({**word, "label": answer.label, "value": answer.value})
-            say(json.dumps({"source": answers[0].image, "tasks": tasks}, ensure_ascii=False))
+            say_json({"source": answers[0].image, "tasks": tasks}, indent=None)
         return
     every = answered(settings)
     first = next(every)
     every, words = itertools.chain([first], every), ["word"] * any(answer.word is not None for answer in first)
 
     def cells(answer: Answer, form: str) -> list[str]:
-        value = "" if answer.value is None else format(answer.value, form)
+        value = "" if answer.value is None else format(answer.value, ".6g" if form and answer.number else form)
         return [answer.image, answer.task, *[answer.word or ""][: len(words)], answer.label or "", value]
 
     columns = ["source", "task", *words, "answer", "value"]
     if settings.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        for answers in every:
-            writer.writerows(cells(answer, ".6g") for answer in answers)
+        say_csv(itertools.chain([columns], (cells(answer, "") for answers in every for answer in answers)))
         return
     rows: list[Sequence[str] | None] = []
     try:

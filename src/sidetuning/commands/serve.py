@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -118,11 +119,11 @@ def limits_of(settings: Settings) -> Limits:
 
     least = {"max_batch": 1, "max_waiting": 1, "max_inputs": 1, "wait": 0, "watch": 0}
     for name, lowest in least.items():
-        if getattr(settings, name) < lowest:
-            raise TaskError(f"--{name.replace('_', '-')} is {lowest} or more, not {getattr(settings, name)}")
+        if not lowest <= getattr(settings, name) < math.inf:
+            raise TaskError(f"--{name.replace('_', '-')} is a number from {lowest} on, not {getattr(settings, name)}")
     for name in ("max_body", "max_pixels", "timeout"):
-        if getattr(settings, name) <= 0:
-            raise TaskError(f"--{name.replace('_', '-')} is positive, not {getattr(settings, name)}")
+        if not 0 < getattr(settings, name) < math.inf:
+            raise TaskError(f"--{name.replace('_', '-')} is a positive number, not {getattr(settings, name)}")
     for name in ("max_pixels", "watch") if settings.base_only else ():
         if getattr(settings, name) != getattr(Settings, name):
             raise TaskError(f"--base-only does not read --{name.replace('_', '-')}; leave it out")

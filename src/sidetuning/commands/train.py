@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,14 +88,17 @@ def train(settings: Settings) -> AutoResult:
     """Learn the task, and save it with its report's numbers."""
     from sidetuning.automatic import auto
     from sidetuning.data import load as load_data
-    from sidetuning.files import held_folder, write_json
+    from sidetuning.files import held_folder, read_json, write_json
     from sidetuning.report import add_to_report
     from sidetuning.scoring import score
 
     out, budget = Path(settings.out), seconds_of(settings.budget)
     folder, work = out / "tasks" / settings.task, out / ".work" / settings.task
     tell = (lambda text: None) if settings.quiet else (lambda text: say(text, error=True))
-    if folder.exists() and not settings.replace and not work.exists():
+    # What tells that this run began, where there was no such task.
+    begun, run = work / "run.json", {"run": str(replace(settings, cache=None, replace=False, quiet=False))}
+    resumed = begun.exists() and read_json(begun, {"run": str}, "delete it") == run
+    if folder.exists() and not settings.replace and not resumed:
         raise TaskError(
             f"{out} has a task '{settings.task}' already; choose another --task, or give --replace to learn it anew"
         )
@@ -109,6 +112,9 @@ def train(settings: Settings) -> AutoResult:
             # Its files stay until the new task's replace them.
             model.remove_task(settings.task)
         work.mkdir(parents=True, exist_ok=True)
+        begun.unlink(missing_ok=True)
+        if resumed or not folder.exists():
+            write_json(begun, run)
         how: dict[str, Any] = {key: getattr(settings, key) for key in ("side", "balance", "mirror", "seed")}
         how |= {"cache": settings.cache or work, "budget": budget, "say": tell, "progress": not settings.quiet}
         result = auto(model, settings.task, data, first=lambda found: found.save_task(settings.task, folder), **how)
@@ -116,7 +122,9 @@ def train(settings: Settings) -> AutoResult:
         model.save_task(settings.task, folder, metrics=result.scores[split])
         lost = forgotten(settings, model, data, tell) if settings.forgetting else None
         record = {**result.record(), "forgetting": lost}
-        about = {"data": str(settings.data), "columns": columns, "seed": settings.seed}
+        source = Path(settings.data).expanduser()
+        about = {"data": str(source.resolve()) if source.exists() else settings.data, "seed": settings.seed}
+        about["columns"] = {**columns, **data.columns, "problem": data.problem}
         write_json(folder / "training.json", {**record, **about})
         scored = score(model, settings.task, data.splits[split], progress=not settings.quiet)
         add_to_report(out, model, settings.task, scored, split, record)

@@ -5,13 +5,15 @@ What columns mean and what was left out is said in `TaskData.notes`; options ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sidetuning.data.rows import Rows as Rows
 from sidetuning.data.rows import TaskData as TaskData
-from sidetuning.data.sources import SPLITS, open_source
+from sidetuning.data.sources import open_source
 from sidetuning.data.splits import complete as complete
+from sidetuning.data.tables import SPLITS
 from sidetuning.data.targets import understand
 from sidetuning.errors import DataError
 
@@ -31,6 +33,7 @@ def load(
     revision: str | None = None,
     configuration: str | None = None,
     seed: int = 0,
+    usual: Mapping[str, Any] | None = None,
 ) -> TaskData:
     """Read the data of one task.
 
@@ -48,6 +51,8 @@ def load(
         revision: revision of a data set of the Hub.
         configuration: configuration of a data set of the Hub that has several.
         seed: seed of the splits.
+        usual: `TaskData.columns` of the data that a task was learned from: what image, text and label do not name is
+            taken from these columns where the data have them.
 
     Raises:
         DataError: nothing there, columns that cannot be told, or no row that can be used.
@@ -61,7 +66,10 @@ def load(
         raise DataError("a task reads images or texts: give image= or text=, not both")
     if len(texts) > 2:
         raise DataError(f"a row has one text or a pair, and text= names {len(texts)} columns")
-    opened = open_source(source, image, texts, labels, revision, configuration, problem)
+    opened = open_source(source, image, texts, labels, revision, configuration, problem, usual)
+    meant = [tuple(names or ()), tuple((usual or {}).get("label") or ())]
+    if problem == "numbers" and names and len(names) == 1 and not labels and opened.labels not in meant:
+        raise DataError(f"the task answers with '{names[0]}', and the data have no such column; name it with --label")
     data = understand(opened, problem, names)
     return complete(data, seed) if split else data
 

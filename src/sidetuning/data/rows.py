@@ -21,11 +21,12 @@ class Cells(Sequence[Any]):
     Args:
         table: the data set, whose column has features `Image(decode=False)`, or holds bytes.
         column: its name.
+        folder: the table's, where the paths of files begin.
         indices: the rows, by default all.
     """
 
-    def __init__(self, table: Any, column: str, indices: Sequence[int] | None = None) -> None:
-        self.table, self.column = table, column
+    def __init__(self, table: Any, column: str, folder: Path, indices: Sequence[int] | None = None) -> None:
+        self.table, self.column, self.folder = table, column, folder
         self.indices = range(len(table)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -35,12 +36,12 @@ class Cells(Sequence[Any]):
         cell = self.table[int(self.indices[index])][self.column]
         if isinstance(cell, dict):
             inner, path = cell.get("bytes"), cell.get("path")
-            return inner if inner is not None or path is None else Path(path)
+            return inner if inner is not None or path is None else self.folder / path
         return cell
 
     def take(self, rows: Sequence[int]) -> Cells:
         """Some of the rows."""
-        return Cells(self.table, self.column, [self.indices[row] for row in rows])
+        return Cells(self.table, self.column, self.folder, [self.indices[row] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class TaskData:
         problem: "classes", "labels", "numbers" or "tokens".
         names: of the classes, the labels or the numbers, in the order of the outputs.
         notes: sentences: what was guessed, made and left out.
+        columns: the columns of a table as `load` takes them: "image", "text" and "label".
     """
 
     splits: dict[str, Rows]
@@ -123,6 +125,7 @@ class TaskData:
     problem: str
     names: list[str]
     notes: list[str] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
 
     def counts(self, split: str = "train") -> list[int]:
         """Rows of each class or label in a split, or words of each class; of numbers nothing."""

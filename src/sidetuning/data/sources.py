@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sidetuning.data.rows import Cells
+from sidetuning.data.tables import KINDS, SPLITS, files_of, read, split_of
 from sidetuning.errors import DataError
 from sidetuning.images import class_folders, hidden, image_endings, image_folder
 
-SPLITS = ("train", "validation", "test")
-# Other names of splits.
-OTHERS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}
-OTHERS |= {"testing": "test", "holdout": "test"}
-KINDS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json"}
 IMAGES = ("image", "img", "file", "file_name", "filename", "image_path", "filepath", "path", "photo", "picture")
 PAIRS: tuple[tuple[str, str], ...] = (
     ("sentence1", "sentence2"),
@@ -48,6 +43,7 @@ class Opened:
         classes: names of the classes where the source tells them.
         notes, skipped: what was guessed, and by split what was left out already, with its count.
         csv: it is a table of texts, in which some words stand for empty cells.
+        columns: the columns of a table as `data.load` takes them: "image", "text" and "label".
     """
 
     sources: dict[str, Sequence[Any]]
@@ -60,6 +56,7 @@ class Opened:
     notes: list[str] = field(default_factory=list)
     skipped: dict[str, Counter[str]] = field(default_factory=dict)
     csv: bool = False
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 def open_source(
@@ -70,6 +67,7 @@ def open_source(
     revision: str | None,
     configuration: str | None,
     problem: str | None = None,
+    usual: Mapping[str, Any] | None = None,
 ) -> Opened:
     """Find out what a source is, and its columns; arguments as of `data.load`."""
     path = Path(source).expanduser()
@@ -81,19 +79,22 @@ def open_source(
             if image or texts or labels or revision or configuration or problem == "tokens":
                 raise DataError(f"{source} is a folder of images by class, which has no columns; leave them out")
             return _images_by_class(roots)
+    kind, notes, folders = "", list[str](), dict[str, Path]()
     with _quiet(str(source)) as datasets:
         if saved:
             tables = datasets.load_from_disk(str(path))
         elif path.exists():
-            tables = _read_files(datasets, path)
+            kind, files = files_of(path, notes)
+            folders = {split: some[0].parent for split, some in files.items() if len({f.parent for f in some}) == 1}
+            tables = {split: read(datasets, kind, some) for split, some in files.items()}
         elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) and path.suffix.lower() not in KINDS:
             tables = datasets.load_dataset(str(source), configuration, revision=revision)
         else:
             raise DataError(f"{source} does not exist; give a folder of images by class, a table, or a Hub name")
         tables = tables if isinstance(tables, Mapping) else {"train": tables}
         known = _named_splits(tables, str(source))
-        opened = _columns(datasets, known, path, image, texts, labels, problem)
-        opened.csv = path.is_file() and KINDS.get(path.suffix.lower()) == "csv"
+        opened = _columns(datasets, known, path, folders, image, texts, labels, problem, usual or {})
+        opened.csv, opened.notes = kind == "csv", [*notes, *opened.notes]
         if left := [str(name) for name, table in tables.items() if all(table is not one for one in known.values())]:
             opened.notes.append(f"left out: the splits {', '.join(left)}, which are not train, validation or test")
         return opened
@@ -106,9 +107,9 @@ def _split_folders(path: Path) -> dict[str, Path]:
         DataError: two folders of one split, or folders of classes beside those of splits.
     """
     inner = {f.name: f for f in sorted(path.iterdir()) if f.is_dir() and not hidden(f.name)}
-    found = {_split_of(name): folder for name, folder in inner.items() if _split_of(name)}
+    found = {split_of(name): folder for name, folder in inner.items() if split_of(name)}
     # A class may be called "train": its folder holds no folders of images.
-    if "train" not in found or (any(not _split_of(n) for n in inner) and not _holds_images(found["train"])):
+    if "train" not in found or (any(not split_of(n) for n in inner) and not _holds_images(found["train"])):
         return {"train": path}
     others = {name: folder for name, folder in inner.items() if folder not in found.values()}
     if more := [name for name, folder in others.items() if _holds_any_image(folder)]:
@@ -117,12 +118,6 @@ def _split_folders(path: Path) -> dict[str, Path]:
             f"{', '.join(more[:5])}{', …' * (len(more) > 5)}; move these elsewhere, since they are of no split"
         )
     return {split: found[split] for split in SPLITS if split in found}
-
-
-def _split_of(name: str) -> str:
-    """The split that a name stands for; empty for another name."""
-    name = OTHERS.get(name.lower(), name.lower())
-    return name if name in SPLITS else ""
 
 
 def _holds_images(root: Path) -> bool:
@@ -178,48 +173,11 @@ def _quiet(source: str) -> Iterator[Any]:
             datasets.enable_progress_bars()
 
 
-def _read_files(datasets: Any, path: Path) -> Any:
-    """A table, or a folder of tables by split."""
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and not hidden(f.name))
-    kinds = Counter(KINDS[f.suffix.lower()] for f in files if f.suffix.lower() in KINDS)
-    if not kinds:
-        what = path.suffix or "a file without an ending" if path.is_file() else "no image in a folder of its class"
-        raise DataError(
-            f"{path} holds {what}; give a folder with one folder of images a class, or a table that ends in "
-            f"{', '.join(KINDS)}"
-        )
-    if len(kinds) > 1:
-        raise DataError(f"{path} holds tables of several kinds ({', '.join(kinds)}); give one of the files")
-    (kind,) = kinds
-    files = [f for f in files if KINDS.get(f.suffix.lower()) == kind]
-    by_split: dict[str, list[str]] = {}
-    for file in files:
-        # By its name, or else by those of the folders that it is in.
-        within = file.relative_to(path).parts[-2::-1] if path.is_dir() else ()
-        words = [word for name in (file.stem, *within) for word in re.split(r"[^a-z]+", name.lower())]
-        split = next((found for word in words if (found := _split_of(word))), "train")
-        by_split.setdefault("train" if len(files) == 1 else split, []).append(str(file))
-    how = {"sep": _separator(files[0])} if kind == "csv" else {}
-    return datasets.load_dataset(kind, data_files=by_split, **how)
-
-
-def _separator(file: Path) -> str:
-    """What stands between the columns of a table, by its first line."""
-    if file.suffix.lower() == ".tsv":
-        return "\t"
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        first = lines.readline()
-    try:
-        return csv.Sniffer().sniff(first, ",;\t|").delimiter if "," not in first else ","
-    except csv.Error:
-        return ","
-
-
 def _named_splits(tables: Mapping[Any, Any], source: str) -> dict[str, Any]:
     """Tables by our names of splits; others are left out where there is a "train"."""
     # Of "dev" and "validation" the one with our name.
     names = sorted(map(str, tables), key=lambda name: name in SPLITS)
-    known = {_split_of(name): tables[name] for name in names if _split_of(name)}
+    known = {split_of(name): tables[name] for name in names if split_of(name)}
     if "train" not in known:
         if len(tables) != 1:
             raise DataError(f"{source} has the splits {', '.join(map(str, tables))}; one of them must be called train")
@@ -231,24 +189,29 @@ def _columns(
     datasets: Any,
     tables: dict[str, Any],
     path: Path,
+    folders: Mapping[str, Path],
     image: str | None,
     texts: tuple[str, ...],
     labels: tuple[str, ...],
     problem: str | None,
+    usual: Mapping[str, Any],
 ) -> Opened:
-    """Choose the columns of tables, and read them."""
+    """Choose the columns of tables, and read them; files of images lie in the `folders` of the splits, or in `path`."""
     first = tables["train"]
     for column in (*([image] if image else []), *texts, *labels):
         if column not in first.column_names:
             raise DataError(f"{path} has no column '{column}'; it has {', '.join(first.column_names)}")
     notes = []
     given = bool(image or texts)
+    lists = {key: (names,) if isinstance(names, str) else tuple(names or ()) for key, names in usual.items()}
+    usual = {key: names for key, names in lists.items() if {*names} <= {*first.column_names}}
     if not labels:
-        labels = (_label_column(datasets, first, {image, *texts}),)
-        notes.append(f"the answers are taken from the column '{labels[0]}' (--label)")
+        labels = usual.get("label") or (_label_column(datasets, first, {image, *texts}),)
+        notes.append(f"the answers are taken from {_quoted(labels)} (--label)")
     if not given:
-        texts = _words_column(first, labels, problem)
-        image = None if texts else _image_column(datasets, first, labels, path)
+        image = next(iter(usual.get("image", ())), None)
+        texts = () if image else usual.get("text") or _words_column(first, labels, problem)
+        image = image if image or texts else _image_column(datasets, first, labels, path)
         texts = texts if image or texts else _text_columns(first, labels)
         what, option, columns = ("images", "--image", (image,)) if image else ("texts", "--text", texts)
         notes.append(f"{what} are taken from {_quoted(columns)} ({option})")
@@ -262,11 +225,15 @@ def _columns(
     inner = getattr(first.features[labels[0]], "feature", first.features[labels[0]])
     classes = list(inner.names) if isinstance(inner, datasets.ClassLabel) and len(labels) == 1 else None
     opened = Opened({}, {}, {}, "image" if image else "text", words, labels, classes, notes)
+    opened.columns = {"image": image, "text": list(texts), "label": list(labels)}
     for split, table in tables.items():
+        if lost := [name for name in (image, *texts, *labels) if name and name not in table.column_names]:
+            raise DataError(f"{path}: {split} has no column '{lost[0]}', which train has; give only files that have it")
         opened.answers[split] = [table[column][:] for column in labels]
         if classes is not None:
             opened.answers[split] = [[_class_names(value, classes) for value in opened.answers[split][0]]]
-        opened.sources[split] = _images(datasets, table, image, path) if image else _texts(table, texts)
+        folder = folders.get(split, path)
+        opened.sources[split] = _images(datasets, table, image, folder) if image else _texts(table, texts)
         opened.places[split] = [f"row {i + 1} of {split}" for i in range(len(table))]
     return opened
 
@@ -345,12 +312,11 @@ def _texts(table: Any, columns: tuple[str, ...]) -> list[Any]:
     return [row if row is None or len(columns) > 1 else row[0] for row in whole]
 
 
-def _images(datasets: Any, table: Any, column: str, path: Path) -> Sequence[Any]:
+def _images(datasets: Any, table: Any, column: str, folder: Path) -> Sequence[Any]:
     """Images that lie in the table, read when asked for, or the paths of files; None where there is none."""
     if isinstance(table.features[column], datasets.Image):
-        return Cells(table.cast_column(column, datasets.Image(decode=False)), column)
+        return Cells(table.cast_column(column, datasets.Image(decode=False)), column, folder)
     cells = table[column][:]
     if not any(isinstance(cell, str) for cell in cells):
-        return Cells(table, column)
-    root = path if path.is_dir() else path.parent
-    return [root / cell if isinstance(cell, str) and cell else None for cell in cells]
+        return Cells(table, column, folder)
+    return [folder / cell if isinstance(cell, str) and cell else None for cell in cells]

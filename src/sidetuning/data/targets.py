@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,9 @@ MOST_CLASSES, ROWS_EACH = 50, 5
 BETWEEN = re.compile(r"\s*[;|]\s*")
 # Rows that are named of those left out for one reason.
 NAMED = 3
+# The largest number that a target can be.
+MOST = torch.finfo(torch.float32).max
+CSV = "in CSV an empty cell, None and NA are no answer and no text"
 
 
 def understand(opened: Opened, problem: str | None, names: Sequence[str] | None) -> TaskData:
@@ -34,7 +38,7 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
         DataError: answers that are of no problem or not of the given one, or no row that can be used.
     """
     notes = list(opened.notes)
-    if names is not None and len(opened.labels) > 1:
+    if names is not None and (len(opened.labels) > 1 or (problem == "numbers" and len(names) == 1)):
         opened = _in_order(opened, names, notes)
     values = {split: _values(columns) for split, columns in opened.answers.items()}
     every = [value for rows in values.values() for value in rows if value is not None]
@@ -53,21 +57,24 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
     # Of several columns each is a label.
     flags = problem == "labels" and (len(opened.labels) > 1 or _are_flags(every, names))
     known = list(names) if names is not None else _names(problem, every, opened, flags)
+    places = {_name(name): place for place, name in enumerate(known)}
+    if twice := [name for place, name in enumerate(known) if places[_name(name)] != place]:
+        raise DataError(f"two classes, labels or columns are called '{twice[0]}'; give each a name of its own")
     splits = {}
     for split, rows in values.items():
         reasons: dict[str, list[str]] = {}
         targets, kept = [], []
         for i, value in enumerate(rows):
             words = opened.sources[split][i] if problem == "tokens" else None
-            target, reason = _target(value, problem, known, words, flags)
+            target, reason = _target(value, problem, places, words, flags)
             reason = reason or _no_source(opened.sources[split], i)
             if reason:
                 reasons.setdefault(reason, []).append(opened.places[split][i])
             else:
                 targets.append(target)
                 kept.append(i)
-        if "no answer" in reasons and opened.csv:
-            notes.append("in CSV an empty cell, None and NA are no answer")
+        if opened.csv and {"no answer", "no image or text"} & set(reasons) and CSV not in notes:
+            notes.append(CSV)
         whence = "" if names is not None and len(values) == 1 else f" of {split}"
         notes += _left_out(whence, reasons, opened.skipped.get(split, Counter()))
         if kept:
@@ -81,7 +88,7 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
     if "train" not in splits:
         theirs = "" if names is None else f"; the task's answers are {', '.join(known[:5])}{', …' * (len(known) > 5)}"
         raise DataError(f"no row can be used: {'; '.join(notes)}{theirs}")
-    data = TaskData(splits, opened.kind, problem, known, notes)
+    data = TaskData(splits, opened.kind, problem, known, notes, opened.columns)
     # Rows of a task that is known are not learned from.
     notes += _balance(data) if names is None else []
     return data
@@ -89,7 +96,7 @@ def understand(opened: Opened, problem: str | None, names: Sequence[str] | None)
 
 def _values(columns: list[list[Any]]) -> list[Any]:
     """A value for each row: the cell, or a list of those of several columns; None where one is missing."""
-    cells = [[None if _missing(cell) else cell for cell in column] for column in columns]
+    cells = [[None if _missing(cell) else _decoded(cell) for cell in column] for column in columns]
     if len(cells) == 1:
         return cells[0]
     return [None if any(cell is None for cell in row) else list(row) for row in zip(*cells)]
@@ -100,6 +107,15 @@ def _missing(cell: Any) -> bool:
     return cell is None or blank or (isinstance(cell, float) and math.isnan(cell))
 
 
+def _decoded(cell: Any) -> Any:
+    """A cell, whose texts may be bytes."""
+    if isinstance(cell, dict):
+        raise DataError(f"an answer is a text, a number or a list, not {cell!s:.40}; name another column with --label")
+    if isinstance(cell, list):
+        return [_decoded(inner) for inner in cell]
+    return cell.decode("utf-8", "backslashreplace") if isinstance(cell, bytes) else cell
+
+
 def _guess(every: list[Any], train: list[Any], columns: int, classes: list[str] | None) -> tuple[str, str]:
     """The problem of some answers, and why."""
     first = every[0]
@@ -107,8 +123,15 @@ def _guess(every: list[Any], train: list[Any], columns: int, classes: list[str] 
         flags = all(cell in (0, 1) for row in every for cell in row)
         return ("labels", "every column is yes or no") if flags else ("numbers", "several columns hold numbers")
     if isinstance(first, (list, tuple)):
-        if all(isinstance(cell, float) for row in every for cell in row):
+        cells = [cell for row in every for cell in row if cell is not None]
+        if cells and all(isinstance(cell, float) for cell in cells):
             return "numbers", "each answer is a list of numbers"
+        boxes = len({len(row) for row in every}) == 1 and all(isinstance(cell, int) for cell in cells)
+        if boxes and len(set(cells)) > MOST_CLASSES:
+            raise DataError(
+                f"each answer is a list of {len(first)} whole numbers, which may be labels, or numbers such as the "
+                "corners of a box; give --problem labels or --problem numbers"
+            )
         return "labels", "each answer is a list"
     if classes is not None:
         return "classes", f"the data name {len(classes)} classes"
@@ -150,7 +173,7 @@ def _are_flags(every: list[Any], names: Sequence[str] | None) -> bool:
     if count < (2 if names is None else 1) or (names and (len(names) != count or set(names) <= {"0", "1"})):
         return False
     rows = [row for row in every if isinstance(row, (list, tuple)) and len(row) == count]
-    return len(rows) == len(every) and all(cell in (0, 1) for row in rows for cell in row)
+    return len(rows) == len(every) and all(cell in (0, 1, None) for row in rows for cell in row)
 
 
 def _names(problem: str, every: list[Any], opened: Opened, flags: bool) -> list[str]:
@@ -160,13 +183,13 @@ def _names(problem: str, every: list[Any], opened: Opened, flags: bool) -> list[
             raise DataError(
                 "a row has one class, and these are lists; give --problem labels, or one column with --label"
             )
-        return opened.classes or list(dict.fromkeys(_name(value) for value in sorted(set(every), key=_order)))
+        return list(map(_name, opened.classes or dict.fromkeys(map(_name, sorted(set(every), key=_order)))))
     if len(opened.labels) > 1:
         return list(opened.labels)
     if problem == "labels" and not flags:
         found = {part for value in every for part in _parts(value)}
-        return opened.classes or list(dict.fromkeys(_name(part) for part in sorted(found, key=_order)))
-    count = len(every[0]) if isinstance(every[0], (list, tuple)) else 1
+        return list(map(_name, opened.classes or dict.fromkeys(map(_name, sorted(found, key=_order)))))
+    ((count, _),) = Counter(len(value) if isinstance(value, (list, tuple)) else 1 for value in every).most_common(1)
     return [opened.labels[0]] if count == 1 else [f"{opened.labels[0]} {k + 1}" for k in range(count)]
 
 
@@ -176,51 +199,51 @@ def _order(value: Any) -> tuple[int, float, str]:
 
 
 def _name(value: Any) -> str:
-    """A class as a text; 3.0 is 3."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    """A class as a text: 3.0 is 3, and one name may be spelled in two ways in Unicode."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return unicodedata.normalize("NFC", str(value)).strip()
 
 
 def _parts(value: Any) -> list[Any]:
     """The labels of one row."""
-    return list(value) if isinstance(value, (list, tuple)) else [p for p in BETWEEN.split(str(value)) if p]
+    return [p for p in (value if isinstance(value, (list, tuple)) else BETWEEN.split(str(value))) if not _missing(p)]
 
 
 def _target(
-    value: Any, problem: str, names: list[str], words: list[str] | None, flags: bool = False
+    value: Any, problem: str, places: dict[str, int], words: list[str] | None, flags: bool = False
 ) -> tuple[Any, str]:
-    """The target of an answer, or why there is none."""
+    """The target of an answer, or why there is none; `places` are the numbers of the outputs by their names."""
     if value is None:
         return None, "no answer"
     if problem == "tokens":
-        return _classes_of(value, words, names)
+        return _classes_of(value, words, places)
     if problem == "classes":
         name = _name(value)
-        return (names.index(name), "") if name in names else (None, f"the unknown class '{name:.40}'")
+        return (places[name], "") if name in places else (None, f"the unknown class '{name:.40}'")
     if problem == "labels":
-        if flags and (strange := [cell for cell in value if cell not in (0, 1)]):
-            return None, f"the unknown label '{_name(strange[0]):.40}'"
-        if flags or _are_flags([value], names):
-            return [float(cell) for cell in value], ""
-        parts = {_name(part) for part in _parts(value)}
-        if strange := sorted(parts - set(names)):
-            return None, f"the unknown label '{strange[0]:.40}'"
-        return [float(name in parts) for name in names], ""
+        if flags or _are_flags([value], list(places)):
+            strange, found = [_name(cell) for cell in value if cell not in (0, 1)], value
+        else:
+            parts = {_name(part) for part in _parts(value)}
+            strange, found = sorted(parts - set(places)), [name in parts for name in places]
+        return (None, f"the unknown label '{strange[0]:.40}'") if strange else ([float(cell) for cell in found], "")
     try:
         numbers = [float(cell) for cell in (value if isinstance(value, (list, tuple)) else [value])]
     except (TypeError, ValueError):
         return None, f"an answer that is no number ('{value!s:.40}')"
-    if len(numbers) != len(names):
-        return None, f"{len(numbers)} numbers in place of {len(names)}"
-    return (numbers, "") if all(map(math.isfinite, numbers)) else (None, "an answer that is not finite")
+    if len(numbers) != len(places):
+        return None, f"{len(numbers)} numbers in place of {len(places)}"
+    # In single precision larger ones are infinite; nor is any comparison with NaN true.
+    return (numbers, "") if all(abs(number) <= MOST for number in numbers) else (None, "an answer that is not finite")
 
 
-def _classes_of(value: Any, words: list[str] | None, names: list[str]) -> tuple[Any, str]:
+def _classes_of(value: Any, words: list[str] | None, places: dict[str, int]) -> tuple[Any, str]:
     """The class numbers of a row's words, or why there are none."""
     if words is None or not isinstance(value, list):
         return None, "no list of words, or of classes"
     if len(value) != len(words):
         return None, "more or fewer classes than words"
-    places = {name: place for place, name in enumerate(names)}
     found = [IGNORED if _missing(cell) or cell == IGNORED else places.get(_name(cell)) for cell in value]
     if None in found:
         return None, f"the unknown class '{_name(value[found.index(None)]):.40}'"
@@ -255,7 +278,8 @@ def _balance(data: TaskData) -> list[str]:
         notes.append(f"{len(empty)} of {len(data.names)} classes or labels have no training {row} ({shown})")
     found = [count for count in counts if count]
     if data.problem in ("classes", "tokens") and len(found) < 2:
-        raise DataError(f"all {row}s are of one class, '{data.names[counts.index(max(counts))]}'; give two or more")
+        only, why = data.names[counts.index(max(counts))], f" ({CSV})" * (CSV in data.notes)
+        raise DataError(f"all {row}s are of one class, '{only}'; give two or more{why}")
     if data.problem in ("classes", "tokens") and max(found) >= 5 * min(found):
         most, least = (data.names[counts.index(edge(found))] for edge in (max, min))
         mend = "; --balance gives all the same weight" if data.problem == "classes" else ""
@@ -273,5 +297,7 @@ def stratum(targets: Tensor, problem: str) -> Tensor:
         return targets
     if problem == "labels":
         return torch.where(targets.any(1), targets.argmax(1), -1)
-    first = targets[:, 0]
-    return torch.bucketize(first, first.quantile(torch.tensor([0.2, 0.4, 0.6, 0.8])))
+    first = targets[:, 0].contiguous()
+    # Of at most 2^24 numbers, which is what torch takes.
+    some = first[:: len(first) // 2**24 + 1]
+    return torch.bucketize(first, some.quantile(torch.tensor([0.2, 0.4, 0.6, 0.8])))

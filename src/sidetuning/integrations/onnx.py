@@ -210,7 +210,9 @@ class Session:
         whole = not any((*both, tensor.dtype == torch.bool, kind == torch.bool))
         # All values of a batch fit in most cases; what does not must not wrap.
         if all(both) or (whole and bool((tensor.to(kind) == tensor).all())):
-            tensor = tensor.to(kind)
+            given, tensor = tensor, tensor.to(kind)
+            if all(both) and tensor is not given and not bool((tensor.isfinite() | ~given.isfinite()).all()):
+                raise ShapeError(f"{self} was given '{name}' with numbers beyond {torch.finfo(kind).max:g}; scale them")
         if tensor.dtype != kind:
             raise ShapeError(f"{self} was given '{name}' as {tensor.dtype}; give {kind}")
         return tensor
