@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, UnknownNameError, told
 from sidetuning.graphs import Graph, Pass, exporting, kept, longer, named, open_onnx, removed, samples, texts, write
-from sidetuning.inputs import map_input
+from sidetuning.inputs import map_input, to_device
 from sidetuning.language import LanguageModel
 from sidetuning.probe import MASKS
 from sidetuning.quantising import quantise_onnx, quantise_weights
@@ -147,7 +147,8 @@ def _built(
     again = partial(_built, name=name, precision=precision, batches=(), ranges=ranges)
     form = form_of(_probe(base, 2))
     bounds = {} if run is None or name == "folded" else _bounds(base)
-    other.engine = Engine(name, precision, 0.0, None, ranges, run, otherwise, form, bounds, None, again)
+    idle = () if run is None else _idle(base)
+    other.engine = Engine(name, precision, 0.0, None, ranges, run, otherwise, form, bounds, idle, None, again)
     with told(f"this base does not run by {name} ({{}}); choose another engine="):
         found = [other.encode(x) if run is None else run(x) for x in inputs]
     error = max(error_of(a, b) for a, b in zip(expected, found, strict=True))
@@ -176,9 +177,21 @@ def _probe(base: Base, rows: int, more: bool = False) -> Input:
     return base.prepare(named(base, list(given), list(given.values())))
 
 
+def _idle(base: Base) -> tuple[str, ...]:
+    """Entries that the tokenizer gives and the example lacks, and that change nothing where they are 0."""
+    x = _probe(base, 1)
+    names = [name for name in getattr(base.transform, "names", ()) if name not in tensors_of(x)]
+    zeros = {name: torch.zeros_like(tensors_of(x)["input_ids"]) for name in names}
+    plain = base.encode(x)
+    return tuple(name for name in names if error_of(plain, base.encode({**tensors_of(x), name: zeros[name]})) < 1e-6)
+
+
 def _bounds(base: Base) -> dict[str, int]:
     """What plain torch takes of whole numbers, such as ids, and of tokens: graphs do not look."""
-    x, found = _probe(base, 1), {}
+    x, found = to_device(_probe(base, 1), torch.device("cpu")), {}
+    if isinstance(base.net, nn.Module) and base.device.type != "cpu":
+        # Beyond a table, a GPU fails for the rest of the process.
+        base = base.with_net(copy.deepcopy(base.net).cpu())
     entries = {name: value for name, value in tensors_of(x).items() if isinstance(value, Tensor)}
     for name, value in entries.items():
         if value.dtype in (torch.int64, torch.int32) and name not in MASKS[:2]:

@@ -30,6 +30,7 @@ class Engine:
         otherwise: runs, in the same precision, what does not fit the engine; None where only plain torch could.
         form: of the inputs that fit, by `form_of`.
         bounds: the largest whole number in each entry, such as an id, that the network takes; "" is for tokens.
+        idle: entries that it was built without, and that say nothing where they are 0, such as "token_type_ids".
         sha256: of the weights that it was built from.
         again: builds the engine for another base, such as that of images of another size.
     """
@@ -43,6 +44,7 @@ class Engine:
     otherwise: Run | None = None
     form: Any = None
     bounds: Mapping[str, int] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
     sha256: str | None = None
     again: Callable[[Any], Any] | None = None
 
@@ -66,6 +68,7 @@ class Engine:
         """
         if self.run is None:
             return None
+        whole, inputs = inputs, self._without_idle(inputs)
         reason = "it gives no gradient of its input" if gradient else self._misfit(inputs)
         if not reason:
             try:
@@ -74,13 +77,18 @@ class Engine:
                 # Runtimes share no errors; whatever it was, plain torch tells it better, or can.
                 reason = str(error).strip().partition("\n")[0]
         if self.otherwise is not None:
-            return self.otherwise(inputs)
+            return self.otherwise(whole)
         if self.precision == "fp32":
             return None
         raise ShapeError(
             f"this base runs in {self}, and cannot take this input ({reason}); build it for inputs like this one "
             "with example=, or use engine='torch'"
         )
+
+    def _without_idle(self, inputs: Input) -> Input:
+        if isinstance(inputs, Tensor):
+            return inputs
+        return {name: x for name, x in inputs.items() if name not in self.idle or bool(x.any())}
 
     def moved(self, before: Tensor, after: Tensor) -> Engine:
         """What is left of it where its base goes to another device or type: in fp32, plain torch.

@@ -90,7 +90,7 @@ def test_padding_may_come_before_the_texts(base: st.Base, tmp_path: Path) -> Non
             cache_tokens(base, texts, labels, tmp_path, dtype="float32", batch_size=7, progress=False)
             for texts in (Lines(), Left())
         ]
-        (_, after, y), (inputs, before, z) = (each.__getitems__(rows) for each in cached)
+        (_, after, y), (_, before, z) = (each.__getitems__(rows) for each in cached)
         for k, row in enumerate(rows):
             n = len(Lines().ids[row])
             assert torch.allclose(before.out[k, -n:], after.out[k, :n], atol=1e-5) and not before.out[k, :-n].any()

@@ -136,6 +136,23 @@ def test_texts_of_any_length_with_padding(engine: str, text_base: st.Base) -> No
     assert torch.equal(base(more).out, plain(more).out)
 
 
+def test_texts_of_a_tokenizer_run_by_the_engine(text_base: st.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = st.SideTuner(st.with_engine(text_base, "folded"))
+    plain = st.SideTuner(text_base)
+    for each in (model, plain):
+        each.add_task("t", side=None, merge="base-only", head=2, labels=["a", "b"], seed=0)
+    assert text_base.transform is not None and "token_type_ids" in text_base.transform("old tower")
+    ran, run = [], model.base.engine.run
+    assert run is not None
+    counting = dataclasses.replace(model.base.engine, run=lambda inputs: ran.append(inputs) or run(inputs))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(model.base, "engine", counting)
+    assert model.predict(["the old tower", "who ?"]) == plain.predict(["the old tower", "who ?"])
+    assert len(ran) == 1
+    # Which of two texts a token is of says something.
+    assert model.predict(("the old tower", "who ?")) == plain.predict(("the old tower", "who ?"))
+    assert len(ran) == 1
+
+
 def test_a_task_learned_on_an_engine_is_the_plain_bases(tmp_path: Path) -> None:
     plain = seeded_base()
     model = st.SideTuner(st.with_engine(plain, "folded"))

@@ -91,7 +91,9 @@ def _places(inputs: dict[str, Tensor], lengths: NDArray[np.int64]) -> Tensor:
     """
     places = inputs["attention_mask"] != 0
     if (found := places.sum(1).tolist()) != lengths.tolist():
-        raise ShapeError(f"texts of {lengths.tolist()} tokens have a mask of {found}; let lengths() tell those of batch()")
+        raise ShapeError(
+            f"texts of {lengths.tolist()} tokens have a mask of {found}; let lengths() tell those of batch()"
+        )
     return places
 
 
