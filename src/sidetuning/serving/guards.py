@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -16,8 +17,21 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sidetuning.errors import TaskError
+
 # Anybody may ask these, with a token or without.
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
+# The status in the log of a request that a server which stops, or a client that left, has ended.
+CUT_OFF = 499
+
+
+def checked(token: str | None) -> str | None:
+    """The token; TaskError where a header cannot hold it, so that nobody could send it."""
+    if token is not None and not (token and token.isascii() and token.isprintable() and token == token.strip()):
+        raise TaskError(
+            "the token has letters that a header does not hold, or none; use printable ASCII without spaces"
+        )
+    return token
 
 
 class Body:
@@ -47,11 +61,20 @@ class Guard:
         app: the application.
         token: what clients send as "Authorization: Bearer …"; None lets everybody ask.
         max_body: bytes of a body at most; a body without a length is counted while it comes.
+        max_requests: requests with bodies that are under way at a time.
         done: called after each request with what is logged.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, max_body: int, done: Callable[[dict[str, Any]], None]) -> None:
-        self.app, self.token, self.max_body, self.done = app, token, max_body, done
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str | None,
+        max_body: int,
+        max_requests: int,
+        done: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.app, self.token, self.max_body, self.max_requests, self.done = app, token, max_body, max_requests, done
+        self.under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -84,6 +107,9 @@ class Guard:
             if body.too_large:
                 notes["status"] = 413
                 await self._refuse(send, 413, self._large())
+        except asyncio.CancelledError:
+            notes["status"] = CUT_OFF
+            raise
         finally:
             self.done({**notes, "seconds": round(time.perf_counter() - start, 6)})
 
@@ -94,8 +120,14 @@ class Guard:
             await self._refuse(send, 401, "send the server's token, Authorization: Bearer TOKEN")
         elif length.isdecimal() and int(length) > self.max_body:
             await self._refuse(send, 413, self._large())
+        elif scope["method"] == "POST" and self.under_way >= self.max_requests:
+            await self._refuse(send, 503, f"{self.under_way} requests are under way; ask again in a moment")
         else:
-            await self.app(scope, body, send)
+            self.under_way += scope["method"] == "POST"
+            try:
+                await self.app(scope, body, send)
+            finally:
+                self.under_way -= scope["method"] == "POST"
 
     def _knows(self, given: str) -> bool:
         kind, _, token = given.partition(" ")
@@ -110,6 +142,7 @@ class Guard:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         # What is left of the body is not read.
         headers += [(b"www-authenticate", b"Bearer")] if status == 401 else [(b"connection", b"close")]
+        headers += [(b"retry-after", b"1")] * (status == 503)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
