@@ -127,12 +127,17 @@ def _built(
     """The base with an engine, compared with plain torch."""
     # What it is, before it runs as something else.
     base.identity()
+    # Ranges of older versions are of a graph without what the example lacks.
+    plain, (base, idle) = base, _wide(base) if name != "torch" else (base, ())
+    if ranges is not None and not ranges.keys() >= set(idle):
+        base, idle = plain, ()
+    batches = [Engine(idle=idle).whole(x) for x in batches]
     # In fewer bits, what it was calibrated for tells its error.
     inputs = list(batches[:1])
     if precision == "fp32" or not batches:
         inputs += [_probe(base, 1), _probe(base, 3, more=True)]
     expected = [base.encode(x) for x in inputs]
-    other, otherwise, run = copy.copy(base), None, None
+    other, otherwise, run = copy.copy(plain), None, None
     with told(f"this base cannot be built for {name} ({{}}); choose another engine="):
         if name in ("onnxruntime", "openvino"):
             run, ranges = _graph(base, name, precision, batches, ranges)
@@ -144,10 +149,10 @@ def _built(
             else:
                 run = inner.encode if name == "folded" else _graph(inner, name, precision)[0]
                 otherwise = None if precision == "fp32" else inner.encode
-    again = partial(_built, name=name, precision=precision, batches=(), ranges=ranges)
     form = form_of(_probe(base, 2))
     bounds = {} if run is None or name == "folded" else _bounds(base)
-    idle = () if run is None else _idle(base)
+    ranges = None if ranges is None else {**ranges, **{key: [0, bounds[key]] for key in idle}}
+    again = partial(_built, name=name, precision=precision, batches=(), ranges=ranges)
     other.engine = Engine(name, precision, 0.0, None, ranges, run, otherwise, form, bounds, idle, None, again)
     with told(f"this base does not run by {name} ({{}}); choose another engine="):
         found = [other.encode(x) if run is None else run(x) for x in inputs]
@@ -177,13 +182,16 @@ def _probe(base: Base, rows: int, more: bool = False) -> Input:
     return base.prepare(named(base, list(given), list(given.values())))
 
 
-def _idle(base: Base) -> tuple[str, ...]:
-    """Entries that the tokenizer gives and the example lacks, and that change nothing where they are 0."""
-    x = _probe(base, 1)
-    names = [name for name in getattr(base.transform, "names", ()) if name not in tensors_of(x)]
-    zeros = {name: torch.zeros_like(tensors_of(x)["input_ids"]) for name in names}
-    plain = base.encode(x)
-    return tuple(name for name in names if error_of(plain, base.encode({**tensors_of(x), name: zeros[name]})) < 1e-6)
+def _wide(base: Base) -> tuple[Base, tuple[str, ...]]:
+    """The base whose example has all that its tokenizer gives, and what it lacked, where zeros there change nothing."""
+    x = tensors_of(base.prepare(base.example))
+    names = tuple(name for name in getattr(base.transform, "names", ()) if name not in x)
+    zeros = {name: torch.zeros_like(x["input_ids"]) for name in names}
+    if not names or error_of(base.encode(x), base.encode({**x, **zeros})) > 1e-6:
+        return base, ()
+    other = copy.copy(base)
+    other.example = {**tensors_of(base.example), **zeros}
+    return other, names
 
 
 def _bounds(base: Base) -> dict[str, int]:
@@ -273,7 +281,8 @@ def _graph(
         if not batches and ranges is None:
             raise ShapeError(f"{name} in int8 needs inputs like those to come: calibration=, a batch or a loader")
         feeds = [{k: v.numpy() for k, v in tensors_of(batch).items() if k in inputs} for batch in batches]
-        ranges = ranges or quantise_onnx(whole, None, feeds, None)
+        known = {k: v for k, v in (ranges or {}).items() if k not in inputs}
+        ranges = known or quantise_onnx(whole, None, feeds, None)
         file = kept([*named_by, ranges], ".onnx", lambda path: quantise_onnx(whole, path, [], ranges))
     with removed(file):
         run = open_onnx(graph, file) if name == "onnxruntime" else _open_openvino(graph, file, precision)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sidetuning.errors import ShapeError
@@ -30,7 +31,7 @@ class Engine:
         otherwise: runs, in the same precision, what does not fit the engine; None where only plain torch could.
         form: of the inputs that fit, by `form_of`.
         bounds: the largest whole number in each entry, such as an id, that the network takes; "" is for tokens.
-        idle: entries that it was built without, and that say nothing where they are 0, such as "token_type_ids".
+        idle: entries that inputs may lack, which are 0 then, such as "token_type_ids".
         sha256: of the weights that it was built from.
         again: builds the engine for another base, such as that of images of another size.
     """
@@ -68,7 +69,7 @@ class Engine:
         """
         if self.run is None:
             return None
-        whole, inputs = inputs, self._without_idle(inputs)
+        inputs = self.whole(inputs)
         reason = "it gives no gradient of its input" if gradient else self._misfit(inputs)
         if not reason:
             try:
@@ -77,7 +78,7 @@ class Engine:
                 # Runtimes share no errors; whatever it was, plain torch tells it better, or can.
                 reason = str(error).strip().partition("\n")[0]
         if self.otherwise is not None:
-            return self.otherwise(whole)
+            return self.otherwise(inputs)
         if self.precision == "fp32":
             return None
         raise ShapeError(
@@ -85,10 +86,11 @@ class Engine:
             "with example=, or use engine='torch'"
         )
 
-    def _without_idle(self, inputs: Input) -> Input:
-        if isinstance(inputs, Tensor):
+    def whole(self, inputs: Input) -> Input:
+        """An input with all entries of the graph."""
+        if isinstance(inputs, Tensor) or not self.idle:
             return inputs
-        return {name: x for name, x in inputs.items() if name not in self.idle or bool(x.any())}
+        return {**{name: torch.zeros_like(inputs["input_ids"]) for name in self.idle}, **inputs}
 
     def moved(self, before: Tensor, after: Tensor) -> Engine:
         """What is left of it where its base goes to another device or type: in fp32, plain torch.

@@ -105,8 +105,7 @@ def main(settings: Settings) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
     if not settings.quiet:
-        lost = service.unanswered
-        say(f"Stopped; {f'{lost} requests were not' if lost else 'every request was'} answered.", error=True)
+        say("Stopped.", error=True)
 
 
 def limits_of(settings: Settings) -> Limits:

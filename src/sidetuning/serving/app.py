@@ -29,7 +29,7 @@ from sidetuning.predicting import Answers, Word
 from sidetuning.registry import unknown
 from sidetuning.serving import schema, served
 from sidetuning.serving.batching import Batcher, BusyError
-from sidetuning.serving.guards import CUT_OFF, Guard, checked, logger
+from sidetuning.serving.guards import Guard, checked, logger
 from sidetuning.serving.numbers import Numbers
 from sidetuning.transforms import TextTransform
 
@@ -95,7 +95,6 @@ class Service:
         self.page, self.policy = page()
         self.app = self._application()
         self.paths = [str(getattr(route, "path", "")) for route in self.app.routes]
-        self.unanswered = 0
         self.app.add_middleware(Guard, token=checked(token), **self.limits.guarded(), done=self._done)
 
     def _application(self) -> FastAPI:
@@ -266,7 +265,6 @@ class Service:
 
     def _done(self, notes: dict[str, Any]) -> None:
         """Count and log a request that has ended."""
-        self.unanswered += notes["status"] == CUT_OFF
         self.numbers.request(notes, self.paths)
         self.log.log(40 if notes["status"] == 500 else 20, "request", extra={"fields": notes})
 

@@ -23,7 +23,7 @@ from sidetuning.heads import pooled
 from sidetuning.predicting import read
 from sidetuning.serving.app import Limits, refusal
 from sidetuning.serving.batching import Batcher
-from sidetuning.serving.guards import CUT_OFF, Guard, checked, logger
+from sidetuning.serving.guards import Guard, checked, logger
 from sidetuning.serving.schema import Given
 from sidetuning.transforms import TextTransform
 
@@ -72,7 +72,6 @@ class EmbeddingService:
         self.app.add_api_route("/healthz", self.healthz)
         for error in (SideTuningError, asyncio.TimeoutError, RequestValidationError):
             self.app.add_exception_handler(error, self._failed)
-        self.unanswered = 0
         self.app.add_middleware(Guard, token=checked(token), **self.limits.guarded(), done=self._done)
 
     @asynccontextmanager
@@ -117,7 +116,6 @@ class EmbeddingService:
 
     def _done(self, notes: dict[str, Any]) -> None:
         """Log a request that has ended."""
-        self.unanswered += notes["status"] == CUT_OFF
         self.log.log(40 if notes["status"] == 500 else 20, "request", extra={"fields": notes})
 
 

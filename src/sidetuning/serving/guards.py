@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import logging
@@ -21,8 +20,7 @@ from sidetuning.errors import TaskError
 
 # Anybody may ask these, with a token or without.
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
-# The status in the log of a request that a server which stops, or a client that left, has ended.
-CUT_OFF = 499
+Done = Callable[[dict[str, Any]], None]
 
 
 def checked(token: str | None) -> str | None:
@@ -65,14 +63,7 @@ class Guard:
         done: called after each request with what is logged.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        token: str | None,
-        max_body: int,
-        max_requests: int,
-        done: Callable[[dict[str, Any]], None],
-    ) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, max_body: int, max_requests: int, done: Done) -> None:
         self.app, self.token, self.max_body, self.max_requests, self.done = app, token, max_body, max_requests, done
         self.under_way = 0
 
@@ -87,7 +78,8 @@ class Guard:
         # Routes add what they know, such as the tasks.
         notes: dict[str, Any] = {"request": number, "method": scope["method"], "path": path, "status": 500}
         scope.setdefault("state", {})["notes"] = notes
-        body = Body(receive, self.max_body)
+        body, posts = Body(receive, self.max_body), scope["method"] == "POST"
+        self.under_way += posts
 
         async def answer(message: Message) -> None:
             # Whatever the application made of half a body is not sent.
@@ -107,10 +99,8 @@ class Guard:
             if body.too_large:
                 notes["status"] = 413
                 await self._refuse(send, 413, self._large())
-        except asyncio.CancelledError:
-            notes["status"] = CUT_OFF
-            raise
         finally:
+            self.under_way -= posts
             self.done({**notes, "seconds": round(time.perf_counter() - start, 6)})
 
     async def _guarded(self, scope: Scope, body: Body, send: Send, everybody: bool) -> None:
@@ -120,14 +110,10 @@ class Guard:
             await self._refuse(send, 401, "send the server's token, Authorization: Bearer TOKEN")
         elif length.isdecimal() and int(length) > self.max_body:
             await self._refuse(send, 413, self._large())
-        elif scope["method"] == "POST" and self.under_way >= self.max_requests:
-            await self._refuse(send, 503, f"{self.under_way} requests are under way; ask again in a moment")
+        elif scope["method"] == "POST" and self.under_way > self.max_requests:
+            await self._refuse(send, 503, f"{self.max_requests} requests are under way; ask again in a moment")
         else:
-            self.under_way += scope["method"] == "POST"
-            try:
-                await self.app(scope, body, send)
-            finally:
-                self.under_way -= scope["method"] == "POST"
+            await self.app(scope, body, send)
 
     def _knows(self, given: str) -> bool:
         kind, _, token = given.partition(" ")
