@@ -185,13 +185,12 @@ def _probe(base: Base, rows: int, more: bool = False) -> Input:
 def _wide(base: Base) -> tuple[Base, tuple[str, ...]]:
     """The base whose example has all that its tokenizer gives, and what it lacked, where zeros there change nothing."""
     x = tensors_of(base.prepare(base.example))
-    names = tuple(name for name in getattr(base.transform, "names", ()) if name not in x)
-    zeros = {name: torch.zeros_like(x["input_ids"]) for name in names}
-    if not names or error_of(base.encode(x), base.encode({**x, **zeros})) > 1e-6:
+    zeros = {name: torch.zeros_like(x["input_ids"]) for name in getattr(base.transform, "names", ()) if name not in x}
+    if not zeros or error_of(base.encode(x), base.encode({**x, **zeros})) > 1e-6:
         return base, ()
     other = copy.copy(base)
     other.example = {**tensors_of(base.example), **zeros}
-    return other, names
+    return other, tuple(zeros)
 
 
 def _bounds(base: Base) -> dict[str, int]:

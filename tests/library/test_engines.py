@@ -149,7 +149,10 @@ def test_texts_of_a_tokenizer_run_by_the_engine(text_base: st.Base, monkeypatch:
     assert model.predict(["the old tower", "who ?"]) == plain.predict(["the old tower", "who ?"])
     assert len(ran) == 1
     # Pairs, and inputs without what the tokenizer gives, run by it too.
-    pair, ids = ("the old tower", "who ?"), {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6)}
+    pair, ids = (
+        ("the old tower", "who ?"),
+        {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6).long()},
+    )
     assert model.predict(pair) == plain.predict(pair) and torch.equal(model(ids, "t"), plain(ids, "t"))
     assert len(ran) == 3 and model.base.identity() == text_base.identity()
 
