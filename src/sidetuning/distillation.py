@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidetuning.errors import TaskError
+from sidetuning.inputs import entry
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
 from sidetuning.objective import unpack
@@ -48,7 +49,7 @@ def distill(
         loader: batches as `fit` takes them; the labels are ignored.
         steps: optimiser steps.
         lr, optimizer, scheduler, clip, seed, resume, save_every, accelerator, progress: as in `fit`.
-        loss: `loss(side, base)` on codes.
+        loss: `loss(side, base)` on codes, a mean; of texts with a mask on those of their tokens, (tokens, d).
 
     Raises:
         TaskError: the task has no side, is frozen, or is a lateral of another.
@@ -87,11 +88,17 @@ class _Imitation(nn.Module):
         # A tuple: torch would register them.
         self._given = (model.base, model[task])
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The mean loss of a batch, and its weight in a mean over several: its samples, or its tokens."""
         base, branch = self._given
         x, features, _ = unpack(batch)
         inputs = base.prepare(x)
         known = base.features(inputs, features)
         side = branch.side_output(inputs, known)
         assert side is not None
-        return self.loss(side, known.out)
+        out, mask = known.out, entry(inputs, "attention_mask")
+        if base.kind == "sequence" and mask is not None and mask.shape == out.shape[:2]:
+            # What padding gives is nobody's, and 0 in a cache.
+            side, out = side[mask != 0], out[mask != 0]
+        weight = out[..., 0].numel() if base.kind == "sequence" else len(out)
+        return self.loss(side, out), torch.as_tensor(weight, device=out.device)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Features, Input
 from sidetuning.errors import ArtifactError, ShapeError, SideTuningError, UnknownNameError, told
 from sidetuning.graphs import Graph, Pass, exporting, kept, longer, named, open_onnx, removed, samples, texts, write
-from sidetuning.inputs import map_input
+from sidetuning.inputs import map_input, to_device
 from sidetuning.language import LanguageModel
 from sidetuning.probe import MASKS
 from sidetuning.quantising import quantise_onnx, quantise_weights
@@ -127,12 +127,17 @@ def _built(
     """The base with an engine, compared with plain torch."""
     # What it is, before it runs as something else.
     base.identity()
+    # Ranges of older versions are of a graph without what the example lacks.
+    plain, (base, idle) = base, _wide(base) if name != "torch" else (base, ())
+    if ranges is not None and not ranges.keys() >= set(idle):
+        base, idle = plain, ()
+    batches = [Engine(idle=idle).whole(x) for x in batches]
     # In fewer bits, what it was calibrated for tells its error.
     inputs = list(batches[:1])
     if precision == "fp32" or not batches:
         inputs += [_probe(base, 1), _probe(base, 3, more=True)]
     expected = [base.encode(x) for x in inputs]
-    other, otherwise, run = copy.copy(base), None, None
+    other, otherwise, run = copy.copy(plain), None, None
     with told(f"this base cannot be built for {name} ({{}}); choose another engine="):
         if name in ("onnxruntime", "openvino"):
             run, ranges = _graph(base, name, precision, batches, ranges)
@@ -144,10 +149,11 @@ def _built(
             else:
                 run = inner.encode if name == "folded" else _graph(inner, name, precision)[0]
                 otherwise = None if precision == "fp32" else inner.encode
-    again = partial(_built, name=name, precision=precision, batches=(), ranges=ranges)
     form = form_of(_probe(base, 2))
     bounds = {} if run is None or name == "folded" else _bounds(base)
-    other.engine = Engine(name, precision, 0.0, None, ranges, run, otherwise, form, bounds, None, again)
+    ranges = None if ranges is None else {**ranges, **{key: [0, bounds[key]] for key in idle}}
+    again = partial(_built, name=name, precision=precision, batches=(), ranges=ranges)
+    other.engine = Engine(name, precision, 0.0, None, ranges, run, otherwise, form, bounds, idle, None, again)
     with told(f"this base does not run by {name} ({{}}); choose another engine="):
         found = [other.encode(x) if run is None else run(x) for x in inputs]
     error = max(error_of(a, b) for a, b in zip(expected, found, strict=True))
@@ -176,9 +182,23 @@ def _probe(base: Base, rows: int, more: bool = False) -> Input:
     return base.prepare(named(base, list(given), list(given.values())))
 
 
+def _wide(base: Base) -> tuple[Base, tuple[str, ...]]:
+    """The base whose example has all that its tokenizer gives, and what it lacked, where zeros there change nothing."""
+    x = tensors_of(base.prepare(base.example))
+    zeros = {name: torch.zeros_like(x["input_ids"]) for name in getattr(base.transform, "names", ()) if name not in x}
+    if not zeros or error_of(base.encode(x), base.encode({**x, **zeros})) > 1e-6:
+        return base, ()
+    other = copy.copy(base)
+    other.example = {**tensors_of(base.example), **zeros}
+    return other, tuple(zeros)
+
+
 def _bounds(base: Base) -> dict[str, int]:
     """What plain torch takes of whole numbers, such as ids, and of tokens: graphs do not look."""
-    x, found = _probe(base, 1), {}
+    x, found = to_device(_probe(base, 1), torch.device("cpu")), {}
+    if isinstance(base.net, nn.Module) and base.device.type != "cpu":
+        # Beyond a table, a GPU fails for the rest of the process.
+        base = base.with_net(copy.deepcopy(base.net).cpu())
     entries = {name: value for name, value in tensors_of(x).items() if isinstance(value, Tensor)}
     for name, value in entries.items():
         if value.dtype in (torch.int64, torch.int32) and name not in MASKS[:2]:
@@ -260,7 +280,8 @@ def _graph(
         if not batches and ranges is None:
             raise ShapeError(f"{name} in int8 needs inputs like those to come: calibration=, a batch or a loader")
         feeds = [{k: v.numpy() for k, v in tensors_of(batch).items() if k in inputs} for batch in batches]
-        ranges = ranges or quantise_onnx(whole, None, feeds, None)
+        known = {k: v for k, v in (ranges or {}).items() if k not in inputs}
+        ranges = known or quantise_onnx(whole, None, feeds, None)
         file = kept([*named_by, ranges], ".onnx", lambda path: quantise_onnx(whole, path, [], ranges))
     with removed(file):
         run = open_onnx(graph, file) if name == "onnxruntime" else _open_openvino(graph, file, precision)

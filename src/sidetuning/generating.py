@@ -17,7 +17,7 @@ from sidetuning.base import Base, Features
 from sidetuning.branch import CUSTOM, Branch
 from sidetuning.errors import DataError, TaskError, told
 from sidetuning.heads import LanguageHead
-from sidetuning.inputs import original, take_rows, to_device
+from sidetuning.inputs import map_input, original, take_rows, to_device
 from sidetuning.predicting import run
 from sidetuning.sides import Side
 from sidetuning.transforms import TextTransform
@@ -52,7 +52,8 @@ def generate(
 
     Args:
         source: a text or a list of texts; a chat, a list of messages {"role": …, "content": …}, or a list of chats; or
-            ids (b, t), alone or in a mapping with their "attention_mask", padded before the text.
+            ids (b, t), alone, or in a mapping with their "attention_mask", (b, t) too: padding after a text is moved
+            before it, here and in what is returned.
         task: the task; None for the base alone, bit for bit as transformers writes; or one for each text, or several
             for the one text that is given.
         generation_config: transformers' settings of generation; by default those that came with the base.
@@ -221,6 +222,7 @@ def _tokenizer(base: Base) -> Any:
 
 def _given(source: Any, base: Base) -> tuple[dict[str, Tensor], bool]:
     """What transformers is given, on the base's device, and whether it is one text."""
+    one = False
     if isinstance(source, (Tensor, Mapping)):
         found = {"input_ids": source} if isinstance(source, Tensor) else dict(source)
         ids = found.get("input_ids")
@@ -243,7 +245,11 @@ def _given(source: Any, base: Base) -> tuple[dict[str, Tensor], bool]:
         else:
             raise DataError(f"a text to go on with is a str, a chat, a list of such, or ids (b, t), not {source!r:.60}")
         found = {key: found[key] for key in ("input_ids", "attention_mask")}
-        if not bool(found["attention_mask"].any(1).all()):
+    given, mask = to_device(found, base.device), found.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == found["input_ids"].shape:
+        if not bool(mask.any(1).all()):
             raise DataError("a text without a token cannot be gone on with; give one that begins")
-        return to_device(found, base.device), one  # type: ignore[return-value]
-    return to_device(found, base.device), False  # type: ignore[return-value]
+        # Transformers goes on after the last place, be it padding: padding goes before the text, as the tokens stand.
+        order = (mask != 0).int().argsort(dim=1, stable=True).to(base.device)
+        given = map_input(given, lambda values: values.gather(1, order))
+    return given, one  # type: ignore[return-value]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sidetuning.content import content_sha256
@@ -30,6 +31,7 @@ class Engine:
         otherwise: runs, in the same precision, what does not fit the engine; None where only plain torch could.
         form: of the inputs that fit, by `form_of`.
         bounds: the largest whole number in each entry, such as an id, that the network takes; "" is for tokens.
+        idle: entries that inputs may lack, which are 0 then, such as "token_type_ids".
         sha256: of the weights that it was built from.
         again: builds the engine for another base, such as that of images of another size.
     """
@@ -43,6 +45,7 @@ class Engine:
     otherwise: Run | None = None
     form: Any = None
     bounds: Mapping[str, int] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
     sha256: str | None = None
     again: Callable[[Any], Any] | None = None
 
@@ -66,6 +69,7 @@ class Engine:
         """
         if self.run is None:
             return None
+        inputs = self.whole(inputs)
         reason = "it gives no gradient of its input" if gradient else self._misfit(inputs)
         if not reason:
             try:
@@ -81,6 +85,12 @@ class Engine:
             f"this base runs in {self}, and cannot take this input ({reason}); build it for inputs like this one "
             "with example=, or use engine='torch'"
         )
+
+    def whole(self, inputs: Input) -> Input:
+        """An input with all entries of the graph."""
+        if isinstance(inputs, Tensor) or not self.idle:
+            return inputs
+        return {**{name: torch.zeros_like(inputs["input_ids"]) for name in self.idle}, **inputs}
 
     def moved(self, before: Tensor, after: Tensor) -> Engine:
         """What is left of it where its base goes to another device or type: in fp32, plain torch.

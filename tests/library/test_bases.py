@@ -78,6 +78,10 @@ def test_transformers_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         st.load_base(f"hf:{tmp_path}", output="last_hiden_state")
     with pytest.raises(st.ShapeError, match="tap a module in it"):
         st.load_base(f"hf:{tmp_path}", taps=["encoder"])
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:999])
+    with pytest.raises(st.UnknownNameError, match=r"transformers cannot load .*; check the name"):
+        st.load_base(f"hf:{tmp_path}")
 
 
 def test_image_models_of_transformers_are_given_what_they_were_trained_with(tmp_path: Path) -> None:

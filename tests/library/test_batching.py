@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
+import sidetuning as st
 from sidetuning.serving.batching import Batcher, BusyError
 
 
@@ -96,6 +97,9 @@ def test_too_many_are_refused_as_a_whole_and_none_after_it_was_closed() -> None:
     futures = batcher.submit([1, 2])
     with pytest.raises(BusyError, match="2 inputs wait already"):
         batcher.submit([3, 4])
+    # Asked again, there would be no more room.
+    with pytest.raises(st.TaskError, match="3 may wait; send several requests"):
+        batcher.submit([3, 4, 5, 6])
     assert batcher.waiting == 2
     closing = threading.Thread(target=batcher.close)
     closing.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,35 @@ def test_cached_features_are_those_of_each_text_alone(
     assert torch.equal(again.__getitems__([3])[1].out, cached.__getitems__([3])[1].out)
     files = [cached.folder / "out", *cached.folder.glob("tap.*")]
     assert sum(file.stat().st_size for file in files) == texts.lengths().sum() * 3 * 32 * 4
+
+
+class Left(Lines):
+    """Texts with their padding before them."""
+
+    def batch(self, rows: Sequence[int], pad: int = 0) -> dict[str, Tensor]:
+        found = super().batch(rows, pad)
+        order = found["attention_mask"].argsort(dim=1, stable=True)
+        return {name: values.gather(1, order) for name, values in found.items()}
+
+
+def test_padding_may_come_before_the_texts(base: st.Base, tmp_path: Path) -> None:
+    rows = [3, 17, 5]
+    for labels in (None, [torch.from_numpy(ids) for ids in Lines().ids]):
+        cached = [
+            cache_tokens(base, texts, labels, tmp_path, dtype="float32", batch_size=7, progress=False)
+            for texts in (Lines(), Left())
+        ]
+        (_, after, y), (_, before, z) = (each.__getitems__(rows) for each in cached)
+        for k, row in enumerate(rows):
+            n = len(Lines().ids[row])
+            assert torch.allclose(before.out[k, -n:], after.out[k, :n], atol=1e-5) and not before.out[k, :-n].any()
+            assert torch.allclose(before.taps["second"][k, -n:], after.taps["second"][k, :n], atol=1e-5)
+            assert torch.equal(z[k, -n:], y[k, :n])
+    # An older cache of such texts held padding.
+    assert cached[0].folder != cached[1].folder
+    cached[1].texts.ids[3] = cached[1].texts.ids[3][:-1]  # type: ignore[attr-defined]
+    with pytest.raises(ShapeError, match=r"let lengths\(\) tell"):
+        cached[1].__getitems__(rows)
 
 
 class Boxes(nn.Embedding):

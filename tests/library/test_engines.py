@@ -136,6 +136,44 @@ def test_texts_of_any_length_with_padding(engine: str, text_base: st.Base) -> No
     assert torch.equal(base(more).out, plain(more).out)
 
 
+def test_texts_of_a_tokenizer_run_by_the_engine(text_base: st.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = st.SideTuner(st.with_engine(text_base, "folded"))
+    plain = st.SideTuner(text_base)
+    for each in (model, plain):
+        each.add_task("t", side=None, merge="base-only", head=2, labels=["a", "b"], seed=0)
+    assert text_base.transform is not None and "token_type_ids" in text_base.transform("old tower")
+    ran, run = [], model.base.engine.run
+    assert run is not None
+    counting = dataclasses.replace(model.base.engine, run=lambda inputs: ran.append(inputs) or run(inputs))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(model.base, "engine", counting)
+    assert model.predict(["the old tower", "who ?"]) == plain.predict(["the old tower", "who ?"])
+    assert len(ran) == 1
+    # Pairs, and inputs without what the tokenizer gives, run by it too.
+    pair, ids = (
+        ("the old tower", "who ?"),
+        {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6).long()},
+    )
+    assert model.predict(pair) == plain.predict(pair) and torch.equal(model(ids, "t"), plain(ids, "t"))
+    assert len(ran) == 3 and model.base.identity() == text_base.identity()
+
+
+@pytest.mark.slow
+def test_a_tokenizers_texts_run_in_int8_and_older_ranges_are_read(text_base: st.Base) -> None:
+    installed("onnxruntime")
+    assert text_base.transform is not None
+    pairs = text_base.transform.batch([("the old tower", "who ?"), ("red", "it was made in 1822")])
+    base = st.with_engine(text_base, "onnxruntime", precision="int8", calibration=pairs)
+    assert base.engine.ranges is not None and base.engine.ranges["token_type_ids"] == [0, 1]
+    again = st.with_engine(text_base, "onnxruntime", precision="int8", calibration=base.engine.ranges)
+    assert torch.equal(base(pairs).out, again(pairs).out) and apart(base(pairs), text_base(pairs)) < 0.25
+    assert base.identity() == again.identity()
+    bare = st.Base(text_base.net, example=text_base.example, output="last_hidden_state")
+    ids = {name: pairs[name] for name in ("input_ids", "attention_mask")}
+    before = st.with_engine(bare, "onnxruntime", precision="int8", calibration=ids)
+    older = st.with_engine(text_base, "onnxruntime", precision="int8", calibration=before.engine.ranges)
+    assert torch.equal(older(ids).out, before(ids).out)
+
+
 def test_a_task_learned_on_an_engine_is_the_plain_bases(tmp_path: Path) -> None:
     plain = seeded_base()
     model = st.SideTuner(st.with_engine(plain, "folded"))

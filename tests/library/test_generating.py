@@ -164,6 +164,19 @@ def test_caches_beams_and_samples_are_those_of_whole_passes(task: str, base: st.
     assert torch.equal(*drawn)
 
 
+def test_padding_after_a_text_is_moved_before_it(base: st.Base) -> None:
+    model = learned(base)
+    for task in (*SIDES, None):
+        new = model.generate(IDS, task, max_new_tokens=4)[:, 7:]
+        ragged = text(IDS, after=2)
+        ragged["input_ids"][1] = F.pad(IDS[1], (2, 0))
+        ragged["attention_mask"][1] = F.pad(torch.ones(7, dtype=torch.long), (2, 0))
+        expected = torch.cat([F.pad(IDS, (2, 0)), new], 1)
+        assert torch.equal(model.generate(ragged, task, max_new_tokens=4), expected)
+    with pytest.raises(st.DataError, match="a text without a token"):
+        model.generate({"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}, "each")
+
+
 def test_texts_give_texts_and_chats_go_through_the_template(base: st.Base) -> None:
     model = learned(base)
     one = model.generate("what is the number", "each", max_new_tokens=5)

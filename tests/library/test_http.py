@@ -164,6 +164,13 @@ def test_another_model_is_refused(server: Server, tmp_path: Path) -> None:
     server.drift = 0.1
     with pytest.raises(st.SideTuningError, match="it is another model now"):
         st.load_base(server.address)
+    # A base that lives on keeps nothing of it, and still answers from what it has.
+    x = http.encode(TEXTS[:2], 100)
+    with pytest.raises(st.SideTuningError, match="it is another model now"):
+        base(x)
+    server.drift = 0.0
+    torch.testing.assert_close(base(x).out, torch.tensor([embed(text) for text in TEXTS[:2]]))
+    server.drift = 0.1
     # Where nothing is kept, the task itself tells.
     base.net.file.unlink()  # type: ignore[attr-defined]
     with pytest.raises(st.ArtifactError, match="another base"):
@@ -188,7 +195,13 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
     server.key = "secret-key"
     with pytest.raises(st.SideTuningError, match=f"refuses .*401.*set {http.KEY}"):
         st.load_base(server.address)
-    monkeypatch.setenv(http.KEY, "secret-key")
+    for wrong in ("secret\nword", "schlüssel"):
+        monkeypatch.setenv(http.KEY, wrong)
+        with pytest.raises(st.SideTuningError, match="set it again") as raised:
+            st.load_base(server.address)
+        assert wrong[-4:] not in str(raised.value)
+    # Files end with a line break.
+    monkeypatch.setenv(http.KEY, "secret-key\n")
     model = st.SideTuner(st.load_base(server.address))
     model.add_task("t", side=None, merge="base-only", head=2)
     model.save(tmp_path / "model")
@@ -199,7 +212,8 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
 def test_mistakes(server: Server) -> None:
     host = server.address.partition("?")[0]
     assert st.load_base(host).net.model == "tiny"  # type: ignore[attr-defined]
-    for address in ("http://", "http://user:word@host/v1", f"{host}?modle=tiny"):
+    blank = ("http://:word@host/v1", f"{host}?modle=", f"{host}?model=tiny&model=other")
+    for address in ("http://", "http://user:word@host/v1", f"{host}?modle=tiny", *blank):
         with pytest.raises(st.UnknownNameError, match="is no address of a server"):
             st.load_base(address)
     with pytest.raises(st.SideTuningError, match=r"refuses \(404.*look at the address"):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,9 @@ import torch
 import sidetuning as st
 from conftest import conv_base
 from sidetuning import folder
+from sidetuning.loading import load
 from sidetuning.predicting import Answer
+from sidetuning.problems import PROBLEMS, Classes
 from sidetuning.serving import served as served_module
 from sidetuning.serving.served import Moment, Served, reply
 from sidetuning.transforms import ImageTransform
@@ -134,6 +139,55 @@ def test_a_damaged_or_empty_folder_leaves_what_was_served(tmp_path: Path) -> Non
     assert served.refresh() and served.moment is before and "no task any more" in str(served.error)
     model.save(tmp_path)
     assert served.refresh() and served.error is None and set(served.moment.branches) == set(before.branches)
+
+
+def test_a_folder_that_cannot_be_read_for_a_moment_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_folder(tmp_path)
+    told: list[Any] = []
+    served = Served(tmp_path, base=conv_base(), told=told.append)
+
+    def broken(path: Path) -> list[Path]:
+        raise OSError(5, "Input/output error")
+
+    thread = served.watch(0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(served_module, "task_folders", broken)
+        until(lambda: served.error is not None)
+        time.sleep(0.05)
+        # Told once, however often it is met.
+        assert "Input/output error" in str(served.error) and len(told) == 1 and served.moment.branches
+    until(lambda: served.error is None)
+    model.remove_task("tapped")
+    model.save(tmp_path)
+    until(lambda: "tapped" not in served.moment.branches)
+    served.close()
+    thread.join(10)
+
+
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_only_engines_of_the_processor_keep_a_model_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_folder(tmp_path)
+    moved: list[Any] = []
+    monkeypatch.setattr(served_module, "on_device", lambda model: moved.append(model) or model)
+    monkeypatch.setattr(served_module, "load", lambda path, base, **how: load(path, base=conv_base(), **how))
+    monkeypatch.setattr(served_module, "with_engine", lambda base, engine: base)
+    for engine, count in (("onnxruntime", 0), ("openvino", 0), ("folded", 1), (None, 2)):
+        Served(tmp_path, engine=engine)
+        assert len(moved) == count
+
+
+def test_tasks_that_write_are_asked_only_where_they_are_named() -> None:
+    branches: Any = {"sea": SimpleNamespace(problem=PROBLEMS["next"]()), "mood": SimpleNamespace(problem=Classes())}
+    assert Moment(conv_base(), branches, {}).asked() == ["mood"]
+    assert Moment(conv_base(), {"sea": branches["sea"]}, {}).asked() == ["sea"]
 
 
 @pytest.mark.parametrize("function", ["load", "read_task"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sidetuning as st
@@ -33,7 +35,8 @@ httpx = pytest.importorskip("httpx")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from sidetuning.serving.app import Limits, Service  # noqa: E402
+from sidetuning.serving.app import Limits, Service, shown  # noqa: E402
+from sidetuning.serving.guards import Guard  # noqa: E402
 from sidetuning.serving.served import Served  # noqa: E402
 
 PICTURES = list(np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8))
@@ -121,6 +124,58 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
 def test_what_cannot_be_answered_is_one_sentence(given: Any, status: int, detail: str, web: TestClient) -> None:
     reply = web.post("/predict", json=given)
     assert reply.status_code == status and detail in reply.json()["detail"] and reply.headers["x-request-id"]
+
+
+def test_names_that_nobody_reads_are_refused(web: TestClient) -> None:
+    file = {"files": ("a.png", FILES[0])}
+    for reply in (
+        web.post("/predict/files", files=file, data={"task": "tags"}),
+        web.post("/predict/files?tasks=tags", files=file),
+        web.post("/predict?top=1", json=question(FILES[0])),
+    ):
+        assert reply.status_code == 422 and "is not read" in reply.json()["detail"]
+
+
+def test_a_map_has_null_where_it_has_no_number() -> None:
+    values = torch.tensor([[[1.0, float("nan")], [float("inf"), -2.0]]])
+    assert shown(values) == {"shape": [1, 2, 2], "values": [[[1.0, None], [None, -2.0]]]}
+
+
+def test_a_token_that_no_header_holds_is_refused_at_the_start(model: tuple[st.SideTuner, Path]) -> None:
+    for token in ("schlüssel", "", "a\n"):
+        with pytest.raises(st.TaskError, match="use printable ASCII"):
+            client(model[1], token=token)
+
+
+def test_no_more_bodies_than_may_wait_are_read_and_health_is_told_all_the_same() -> None:
+    sent: list[Any] = []
+    ended: list[dict[str, Any]] = []
+
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "POST":
+            await asyncio.Event().wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        guard = Guard(never, None, 9, 1, ended.append)
+
+        def ask(method: str) -> Any:
+            return guard({"type": "http", "method": method, "path": "/x", "headers": []}, never, send)  # type: ignore[arg-type]
+
+        waits = asyncio.create_task(ask("POST"))
+        await asyncio.sleep(0)
+        await ask("POST")
+        await ask("GET")
+        waits.cancel()
+        await asyncio.wait([waits])
+
+    asyncio.run(run())
+    assert [message["status"] for message in sent if "status" in message] == [503, 200]
+    assert (b"retry-after", b"1") in sent[0]["headers"] and b"ask again in a moment" in sent[1]["body"]
+    assert [notes["status"] for notes in ended] == [503, 200, 500]
 
 
 def test_a_body_without_a_length_is_counted_while_it_comes(web: TestClient) -> None:
@@ -243,7 +298,8 @@ def test_words_are_answered_each_and_are_no_whole_texts(encoder: Path, tmp_path:
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for option, value in (("--max-batch", "0"), ("--timeout", "0"), ("--wait", "-1")):
+    wrong = [("--max-batch", "0"), ("--timeout", "0"), ("--wait", "-1"), ("--wait", "nan"), ("--timeout", "inf")]
+    for option, value in (*wrong, ("--watch", "nan"), ("--max-body", "inf"), ("--max-pixels", "nan")):
         with pytest.raises(SystemExit, match="1"):
             main(["serve", str(tmp_path), f"{option}={value}"])
         assert f"{option} is " in capsys.readouterr().err
@@ -314,4 +370,4 @@ def test_a_process_that_is_told_to_stop_answers_what_is_under_way(tmp_path: Path
     assert lines[0]["address"] == address
     logged = [line for line in lines if line.get("path") == "/predict"]
     assert len(logged) == len(statuses) and all(line["status"] == 200 and line["rows"] >= 1 for line in logged)
-    assert errors.endswith("Stopped; every request was answered.\n")
+    assert errors.endswith("Stopped.\n")

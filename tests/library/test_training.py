@@ -25,6 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 import sidetuning as st
 from conftest import conv_base, inputs, mlp_base, network
 from sidetuning.callbacks import Best
+from sidetuning.distillation import _Imitation
 from sidetuning.objective import parameter_groups
 from sidetuning.seeding import seed_loader
 
@@ -463,6 +464,20 @@ def test_distilling_brings_the_side_to_the_base_and_touches_nothing_else() -> No
     assert distance() < 0.3 * before
     assert result.losses[-1] < result.losses[0]
     assert same(state(model["t"].head), head) and same(state(model["t"].merge), merge)
+
+
+def test_distilling_reads_no_padding_and_weighs_batches_by_what_they_hold(text_base: st.Base) -> None:
+    model = st.SideTuner(text_base)
+    model.add_task("t", side="transformer", head=2, seed=0)
+    objective = _Imitation(model, "t", F.mse_loss).eval()
+    ids = torch.randint(5, 30, (2, 7), generator=torch.Generator().manual_seed(0))
+    alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {name: F.pad(values, (0, 9)) for name, values in alone.items()}
+    loss, weight = objective((alone, torch.zeros(2)))
+    again, same_weight = objective((padded, torch.zeros(2)))
+    assert torch.allclose(loss, again, rtol=1e-4) and int(weight) == int(same_weight) == 14
+    images = build()
+    assert int(_Imitation(images, "t", F.mse_loss)((toy().tensors[0][:5], torch.zeros(5)))[1]) == 5
 
 
 def test_evaluate_is_what_a_hand_counts() -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 import sidetuning as st
 from conftest import conv_base, map_base, mlp_base, network, sequence_base
 from sidetuning.integrations.timm import transform_of
-from sidetuning.integrations.transformers import image_transform
+from sidetuning.integrations.transformers import image_transform, tokenizer_of
 from sidetuning.transforms import ImageTransform, TextTransform, Transform, WordTransform, transform_from
-from text_parts import write_encoder
+from text_parts import SPECIAL, WORDS, write_encoder, write_tokenizer
 
 
 def photo(width: int = 90, height: int = 60, seed: int = 0) -> Image.Image:
@@ -163,6 +163,44 @@ def test_a_base_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     assert base.transform is not None
     with pytest.raises(st.DataError, match="tokenizer"):
         base.transform("a")
+
+
+def test_the_tokenizer_is_that_of_the_folder_as_it_was_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bert", "elsewhere"):
+        (tmp_path / name).mkdir()
+    write_encoder(tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)
+    first, unread = st.load_base("hf:bert"), st.load_base("hf:bert")
+    # A relative name is read from where it was given.
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert first.transform is not None and unread.transform is not None
+    before = first.transform("the tower")["input_ids"].tolist()
+    write_tokenizer(tmp_path / "bert", [*SPECIAL, *WORDS[::-1]])
+    again = st.load_base(f"hf:{tmp_path / 'bert'}").transform
+    assert again is not None and again("the tower")["input_ids"].tolist() != before
+    tokenizer_of.cache_clear()
+    with pytest.raises(st.DataError, match="changed after the model was loaded; load it again"):
+        unread.transform("the tower")
+
+
+def test_a_tokenizer_pads_with_a_special_token_or_not_at_all(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    write_encoder(tmp_path)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "tower": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    for file in [*tmp_path.glob("*token*"), *tmp_path.glob("vocab*")]:
+        file.unlink()
+    for special in ({"unk_token": "<unk>"}, {}):
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+        transform = st.load_base(f"hf:{tmp_path}").transform
+        assert transform is not None
+        if special:
+            assert transform.batch(["the tower", "the"])["attention_mask"].tolist() == [[1, 1], [1, 0]]
+        else:
+            with pytest.raises(st.DataError, match="save it with a pad_token"):
+                transform.batch(["the tower", "the"])
 
 
 @pytest.mark.parametrize("make", [lambda: ImageTransform((24, 32), 0.9, "border", "bicubic", (1, 2, 3))])

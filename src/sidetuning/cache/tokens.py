@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sidetuning.base import Base, Features
 from sidetuning.cache.store import Put, Store, fields_of, folder_of
 from sidetuning.errors import CacheError, ShapeError
+from sidetuning.inputs import to_device
 from sidetuning.problems import IGNORED
 
 # Texts between two markers.
@@ -62,22 +62,39 @@ class CachedTokens(Dataset[Any]):
 
     def __getitems__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], Features, Tensor]:
         inputs = self.texts.batch(rows)
-        longest = inputs["attention_mask"].shape[1]
+        places = _places(inputs, self._starts[np.add(rows, 1)] - self._starts[rows])
         taps = {} if self._embeddings is None else {EMBEDDINGS: _embed(self._embeddings, inputs)}
-        taps.update({name: self._read(f"tap.{name}", rows, longest) for name in self.taps})
-        return inputs, Features(self._read("out", rows, longest), taps), self._labels(rows, inputs)
+        taps.update({name: self._read(f"tap.{name}", rows, places) for name in self.taps})
+        return inputs, Features(self._read("out", rows, places), taps), self._labels(rows, inputs, places)
 
-    def _labels(self, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-        if isinstance(self.labels, Sequence):
-            return pad_sequence([self.labels[row] for row in rows], batch_first=True, padding_value=IGNORED)
-        return inputs["input_ids"] if self.labels is None else self.labels[list(rows)]
-
-    def _read(self, name: str, rows: Sequence[int], longest: int) -> Tensor:
-        out = torch.zeros(len(rows), longest, *self._store.fields[name].shape)
+    def _labels(self, rows: Sequence[int], inputs: dict[str, Tensor], places: Tensor) -> Tensor:
+        if not isinstance(self.labels, Sequence):
+            return inputs["input_ids"] if self.labels is None else self.labels[list(rows)]
+        out = torch.full(places.shape, IGNORED, dtype=self.labels[0].dtype)
         for k, row in enumerate(rows):
-            first, last = int(self._starts[row]), int(self._starts[row + 1])
-            out[k, : last - first] = torch.from_numpy(self._store.read(name, np.arange(first, last)))
+            out[k, places[k]] = self.labels[row]
         return out
+
+    def _read(self, name: str, rows: Sequence[int], places: Tensor) -> Tensor:
+        out = torch.zeros(*places.shape, *self._store.fields[name].shape)
+        for k, row in enumerate(rows):
+            tokens = np.arange(self._starts[row], self._starts[row + 1])
+            out[k, places[k]] = torch.from_numpy(self._store.read(name, tokens)).float()
+        return out
+
+
+def _places(inputs: dict[str, Tensor], lengths: NDArray[np.int64]) -> Tensor:
+    """Where the tokens of a batch are, (b, t) of booleans: padding may stand before them or after.
+
+    Raises:
+        ShapeError: texts of other lengths than they told.
+    """
+    places = inputs["attention_mask"] != 0
+    if (found := places.sum(1).tolist()) != lengths.tolist():
+        raise ShapeError(
+            f"texts of {lengths.tolist()} tokens have a mask of {found}; let lengths() tell those of batch()"
+        )
+    return places
 
 
 @torch.no_grad()
@@ -137,13 +154,22 @@ def cache_tokens(
     taps = {name: shape for name, shape in base.tap_shapes.items() if name != EMBEDDINGS or found is None}
     if any(len(shape) != 2 for shape in taps.values()):
         raise ShapeError(f"cache_tokens keeps taps that are sequences, not {base.tap_shapes}")
-    content = [texts.fingerprint(), 1, "none", f"tokens {dtype}"]
+    # Older versions kept padding for tokens where it came before them.
+    form = f"tokens {dtype} after padding" if _pads_before(texts) else f"tokens {dtype}"
+    content = [texts.fingerprint(), 1, "none", form]
     folder = folder_of(path, base, taps, content, content)
     if not (folder / "meta.json").exists():
         fields = {name: np.dtype((dtype, shape[1:])) for name, shape in fields_of(base.output_shape, taps).items()}
         store = Store(folder, fields, len(texts), int(texts.lengths().sum()))
         store.write(partial(_fill, base, texts, taps, batch_size), CHUNK, progress)
     return CachedTokens(base, texts, labels, folder)
+
+
+def _pads_before(texts: Texts) -> bool:
+    """Whether padding comes before texts: the shortest one beside the longest tells."""
+    order = texts.lengths().argsort()
+    mask = texts.batch([int(order[0]), int(order[-1])])["attention_mask"]
+    return bool((mask[:, 0] == 0).any())
 
 
 def _fill(
@@ -154,10 +180,11 @@ def _fill(
     starts = np.cumsum(lengths) - lengths
     by_length = np.asarray(samples)[np.argsort(lengths[samples.start : samples.stop])]
     for rows in np.array_split(by_length, -(-len(samples) // size)):
-        features = base({name: value.to(base.device) for name, value in texts.batch(rows.tolist()).items()})
+        inputs = texts.batch(rows.tolist())
+        features, places = base(to_device(inputs, base.device)), _places(inputs, lengths[rows]).to(base.device)
         for name, value in fields_of(features.out, {tap: features.taps[tap] for tap in taps}).items():
             for k, row in enumerate(rows):
-                put(name, value[k, : lengths[row]], int(starts[row]))
+                put(name, value[k, places[k]], int(starts[row]))
         yield len(rows)
 
 

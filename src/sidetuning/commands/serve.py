@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Where the token is read from: arguments can be seen by everybody on a machine.
 TOKEN = "SIDETUNING_TOKEN"
+# Of every limit: clocks take no more seconds.
+MOST = 1e9
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,16 @@ def main(settings: Settings) -> None:
         from sidetuning.serving.embeddings import EmbeddingService
     except ImportError as error:
         raise ImportError("serving needs more packages: pip install 'sidetuning[serve]'") from error
+    from sidetuning.engines import with_engine
     from sidetuning.loading import load_base
-    from sidetuning.serving.served import Served
+    from sidetuning.serving.served import Served, placed
 
     limits = limits_of(settings)
     token = os.environ.get(TOKEN) or None
     service: Service | EmbeddingService
     name, engine, quiet = settings.model, settings.engine, settings.quiet
     if settings.base_only:
-        base = load_base(name, engine=engine or "torch")
+        base = with_engine(placed(load_base(name), engine), engine or "torch")
         service = EmbeddingService(base, name, limits, token=token, quiet=quiet)
     else:
         service = Service(Served(name, engine=engine), limits, token=token, watch=settings.watch, quiet=quiet)
@@ -88,8 +91,6 @@ def main(settings: Settings) -> None:
         service.app,
         log_config=None,
         access_log=False,
-        # Bodies that are read at a time.
-        limit_concurrency=settings.max_waiting,
         timeout_graceful_shutdown=int(settings.timeout) + 1,
     )
     logging.getLogger("uvicorn.error").handlers = service.log.handlers
@@ -105,7 +106,7 @@ def main(settings: Settings) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
     if not settings.quiet:
-        say("Stopped; every request was answered.", error=True)
+        say("Stopped.", error=True)
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -118,12 +119,12 @@ def limits_of(settings: Settings) -> Limits:
     from sidetuning.serving.app import Limits
 
     least = {"max_batch": 1, "max_waiting": 1, "max_inputs": 1, "wait": 0, "watch": 0}
+    least |= {"max_body": 1e-6, "max_pixels": 1e-6, "timeout": 1e-3}
     for name, lowest in least.items():
-        if not lowest <= getattr(settings, name) < math.inf:
-            raise TaskError(f"--{name.replace('_', '-')} is a number from {lowest} on, not {getattr(settings, name)}")
-    for name in ("max_body", "max_pixels", "timeout"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise TaskError(f"--{name.replace('_', '-')} is a positive number, not {getattr(settings, name)}")
+        # Not the other way round, so that NaN is refused too.
+        if not lowest <= getattr(settings, name) <= MOST:
+            option = f"--{name.replace('_', '-')}"
+            raise TaskError(f"{option} is from {lowest:g} to {MOST:g}, not {getattr(settings, name)}")
     for name in ("max_pixels", "watch") if settings.base_only else ():
         if getattr(settings, name) != getattr(Settings, name):
             raise TaskError(f"--base-only does not read --{name.replace('_', '-')}; leave it out")

@@ -69,8 +69,9 @@ class Embeddings:
 
     def __init__(self, address: str) -> None:
         parts = urlsplit(address)
-        options = parse_qs(parts.query)
-        if not parts.hostname or parts.username or parts.fragment or options.keys() - {"model"}:
+        options = parse_qs(parts.query, keep_blank_values=True)
+        strange = options.keys() - {"model"} or len(options.get("model", [])) > 1 or "@" in parts.netloc
+        if not parts.hostname or parts.fragment or strange:
             raise UnknownNameError(f"{address} is no address of a server; write http://host:port/v1?model=NAME")
         self.url = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
         self.model = options["model"][0] if "model" in options else self._only_model()
@@ -84,10 +85,12 @@ class Embeddings:
         with self._lock:
             known = self._read(texts)
             new = [text for text in dict.fromkeys(texts) if text not in known]
-            for first in range(0, len(new), BATCH):
-                # Each answer is kept before the next request.
-                some = new[first : first + BATCH]
-                known |= dict(zip(some, self._keep(some, self._ask(some)), strict=True))
+            for first in range(0, len(new), BATCH - 1):
+                # Each answer is kept before the next request, where a text that is known came back as it was.
+                some = new[first : first + BATCH - 1]
+                *rows, probe = self._ask([*some, PROBES[0]])
+                self._compare(self.probe, probe)
+                known |= dict(zip(some, self._keep(some, rows), strict=True))
         return torch.from_numpy(np.stack([known[text] for text in texts])).to(text.device)
 
     def fingerprint(self) -> str:
@@ -111,16 +114,19 @@ class Embeddings:
         """Ask for some texts anew; SideTuningError where the answers are not those that were kept."""
         fresh, kept = self._ask(PROBES), self._read(PROBES)
         for text, row in zip(PROBES, fresh, strict=True):
-            before = kept.get(text, row)
-            if before.shape != row.shape or np.linalg.norm(before - row) > DRIFT * np.linalg.norm(before):
-                raise SideTuningError(
-                    f"{self.url} answers otherwise than before for the model '{self.model}': it is another model now; "
-                    f"tasks that were learned on it would be wrong. Name the old one, or delete {self.file} to start "
-                    "over"
-                )
+            self._compare(kept.get(text, row), row)
         if not kept:
             # The first answers stay: many small drifts are a large one.
             self._keep(PROBES, fresh)
+        self.probe = kept.get(PROBES[0], fresh[0])
+
+    def _compare(self, before: NDArray[np.float32], row: NDArray[np.float32]) -> None:
+        """Raise SideTuningError where a text is embedded otherwise than before."""
+        if before.shape != row.shape or np.linalg.norm(before - row) > DRIFT * np.linalg.norm(before):
+            raise SideTuningError(
+                f"{self.url} answers otherwise than before for the model '{self.model}': it is another model now; "
+                f"tasks that were learned on it would be wrong. Name the old one, or delete {self.file} to start over"
+            )
 
     def _ask(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings (n, d) of texts, from the server."""
@@ -141,7 +147,10 @@ class Embeddings:
         """Ask, and ask again after a pause where the server is busy, or away."""
         import httpx
 
-        key = os.environ.get(KEY)
+        key = os.environ.get(KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            # Whoever refuses it would print it.
+            raise SideTuningError(f"{KEY} has letters that no key has, such as a line break; set it again")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         problem, pause = "", 0.5
         for _ in range(TRIES):
@@ -195,7 +204,7 @@ class Embeddings:
                     found[text] = np.frombuffer(row[0], np.float32)
         return found
 
-    def _keep(self, texts: Sequence[str], rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _keep(self, texts: Sequence[str], rows: Iterable[NDArray[np.float32]]) -> Iterable[NDArray[np.float32]]:
         known = [(_digest(text.encode()), row.tobytes()) for text, row in zip(texts, rows, strict=True)]
         signed = [(name, row, _digest(name + row)) for name, row in known]
         with self._open() as connection:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sidetuning.base import Base, Input
 from sidetuning.errors import DataError, ShapeError, UnknownNameError
@@ -52,6 +53,8 @@ def load(
         raise ImportError("transformers models need transformers: pip install 'sidetuning[transformers]'") from error
     # A model that is cached loads in a moment.
     logging.disable_progress_bar()
+    # The tokenizer is read later, when the process may be in another folder.
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
     missing: set[str] = set()
     how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
@@ -63,7 +66,7 @@ def load(
             net, missing = loaded[0], set(loaded[1]["missing_keys"])
         else:
             net = build.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).splitlines()[0]
         raise UnknownNameError(
             f"transformers cannot load '{name}' ({first}); check the name and the network, or give a local folder"
@@ -158,18 +161,27 @@ def text_transform(net: Any, name: str, revision: str | None) -> TextTransform |
     most = min(MOST_TOKENS, positions - (0 if offset is None else offset + 1))
     read = inspect.signature(net.forward).parameters
     names = tuple(key for key in ("input_ids", "attention_mask", "token_type_ids") if key in read)
-    return TextTransform(most, names, partial(tokenizer_of, name, revision, words))
+    return TextTransform(most, names, partial(tokenizer_of, name, revision, words, stamps_of(name)))
+
+
+def stamps_of(name: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, times and sizes of what stands beside a local model's weights; nothing for a model on the Hub."""
+    beside = [f for f in sorted(Path(name).glob("*")) if f.is_file() and f.suffix not in (".safetensors", ".bin")]
+    files = [(f.name, f.stat()) for f in beside if f.name not in ("config.json", "generation_config.json")]
+    return tuple((file, about.st_mtime_ns, about.st_size) for file, about in files)
 
 
 @lru_cache(maxsize=8)
-def tokenizer_of(name: str, revision: str | None, words: int) -> Any:
-    """The tokenizer of a model, which has `words` embeddings.
+def tokenizer_of(name: str, revision: str | None, words: int, stamps: tuple[tuple[str, int, int], ...]) -> Any:
+    """The tokenizer of a model, which has `words` embeddings and had files with these stamps when it was loaded.
 
     Raises:
-        DataError: there is none, or it is another network's.
+        DataError: there is none, it is another network's, or its files changed since.
     """
     from transformers import AutoTokenizer
 
+    if stamps_of(name) != stamps:
+        raise DataError(f"the files of the tokenizer of hf:{name} changed after the model was loaded; load it again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -183,8 +195,10 @@ def tokenizer_of(name: str, revision: str | None, words: int) -> Any:
     if (highest := max(tokenizer.get_vocab().values()) + 1) > words:
         raise DataError(f"the tokenizer of hf:{name} has {highest:,} tokens, its network {words:,}: it is another's")
     if tokenizer.pad_token is None:
-        # Its place is masked.
-        tokenizer.pad_token = tokenizer.eos_token
+        # Its place is masked; a token of words would leave the vocabulary.
+        tokenizer.pad_token = tokenizer.eos_token or next(iter(tokenizer.all_special_tokens), None)
+    if tokenizer.pad_token is None:
+        raise DataError(f"the tokenizer of hf:{name} has no token to pad texts with; save it with a pad_token")
     return tokenizer
 
 

@@ -8,10 +8,11 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ from sidetuning.predicting import Answers, Word
 from sidetuning.registry import unknown
 from sidetuning.serving import schema, served
 from sidetuning.serving.batching import Batcher, BusyError
-from sidetuning.serving.guards import Guard, logger
+from sidetuning.serving.guards import Guard, checked, logger
 from sidetuning.serving.numbers import Numbers
 from sidetuning.transforms import TextTransform
 
@@ -56,6 +57,10 @@ class Limits:
     max_pixels: int = 2**24
     max_inputs: int = 32
     timeout: float = 30.0
+
+    def guarded(self) -> dict[str, int]:
+        """What a `Guard` looks at; as many requests may come as can run and wait."""
+        return {"max_body": self.max_body, "max_requests": self.max_waiting + self.max_batch}
 
 
 class Service:
@@ -90,7 +95,7 @@ class Service:
         self.page, self.policy = page()
         self.app = self._application()
         self.paths = [str(getattr(route, "path", "")) for route in self.app.routes]
-        self.app.add_middleware(Guard, token=token, max_body=self.limits.max_body, done=self._done)
+        self.app.add_middleware(Guard, token=checked(token), **self.limits.guarded(), done=self._done)
 
     def _application(self) -> FastAPI:
         app = FastAPI(
@@ -130,6 +135,7 @@ class Service:
 
     async def predict(self, question: schema.Question, request: Request) -> schema.Reply:
         """Ask tasks about images or texts."""
+        self._check_names(request.query_params, ())
         self._check_count(len(question.inputs))
         sources = [source.value() for source in question.inputs]
         return await self._ask(sources, question.tasks, question.top, request)
@@ -142,8 +148,15 @@ class Service:
         top: Annotated[int | None, Form(description="This many of the most probable.", ge=1, le=10000)] = None,
     ) -> schema.Reply:
         """Ask tasks about image files, as forms send them."""
+        self._check_names(request.query_params, ())
+        self._check_names(await request.form(), ("files", "tasks", "top"))
         self._check_count(len(files))
         return await self._ask([await file.read() for file in files], tasks or None, top, request)
+
+    def _check_names(self, given: Iterable[str], read: Sequence[str]) -> None:
+        if strange := [name for name in given if name not in read]:
+            where = f"the form has {', '.join(read)}" if read else "the address has no parameters, the body has them"
+            raise DataError(f"'{strange[0]:.40}' is not read; {where}")
 
     def _check_count(self, count: int) -> None:
         if count > self.limits.max_inputs:
@@ -155,7 +168,7 @@ class Service:
         """Answer one request."""
         start = time.perf_counter()
         moment = self.model.moment
-        wanted = list(dict.fromkeys(tasks)) if tasks is not None else list(moment.branches)
+        wanted = list(dict.fromkeys(tasks)) if tasks is not None else moment.asked()
         for task in wanted:
             if task not in moment.branches:
                 raise UnknownNameError(unknown("task", task, moment.branches, verb="served"))
@@ -274,13 +287,18 @@ def in_order(replies: Sequence[served.Reply], tasks: Sequence[str]) -> dict[str,
 
 
 def shown(answers: Answers) -> list[schema.Label] | list[schema.Word] | dict[str, Any]:
-    """An answer as JSON has it, which knows no NaN."""
+    """An answer as JSON has it, with null for what is no finite number."""
     if isinstance(answers, Tensor):
-        return {"shape": list(answers.shape), "values": answers.nan_to_num(posinf=3e38, neginf=-3e38).tolist()}
+        values = answers.tolist()
+        return {"shape": list(answers.shape), "values": values if answers.isfinite().all() else _finite(values)}
     if any(isinstance(answer, Word) for answer in answers):
         return [schema.Word(word=word, answers=shown(inner)) for word, inner in answers]  # type: ignore[arg-type]
     labels: Any = answers
     return [schema.Label(label=label, value=value if abs(value) < float("inf") else None) for label, value in labels]
+
+
+def _finite(values: Any) -> Any:
+    return [_finite(each) for each in values] if isinstance(values, list) else values if isfinite(values) else None
 
 
 def page() -> tuple[str, str]:

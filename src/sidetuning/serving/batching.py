@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-from sidetuning.errors import SideTuningError
+from sidetuning.errors import SideTuningError, TaskError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,7 +66,10 @@ class Batcher(Generic[Item, Result]):
 
         Raises:
             BusyError: too many wait already, or the batcher was closed.
+            TaskError: there are more than may ever wait.
         """
+        if len(items) > self.max_waiting:
+            raise TaskError(f"{len(items)} inputs at a time, and {self.max_waiting} may wait; send several requests")
         with self._changed:
             if self._closed:
                 raise BusyError("the server is stopping; ask another one, or again in a moment")

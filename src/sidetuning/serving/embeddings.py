@@ -23,7 +23,7 @@ from sidetuning.heads import pooled
 from sidetuning.predicting import read
 from sidetuning.serving.app import Limits, refusal
 from sidetuning.serving.batching import Batcher
-from sidetuning.serving.guards import Guard, logger
+from sidetuning.serving.guards import Guard, checked, logger
 from sidetuning.serving.schema import Given
 from sidetuning.transforms import TextTransform
 
@@ -72,7 +72,7 @@ class EmbeddingService:
         self.app.add_api_route("/healthz", self.healthz)
         for error in (SideTuningError, asyncio.TimeoutError, RequestValidationError):
             self.app.add_exception_handler(error, self._failed)
-        self.app.add_middleware(Guard, token=token, max_body=self.limits.max_body, done=self._done)
+        self.app.add_middleware(Guard, token=checked(token), **self.limits.guarded(), done=self._done)
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:

@@ -16,8 +16,20 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sidetuning.errors import TaskError
+
 # Anybody may ask these, with a token or without.
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
+Done = Callable[[dict[str, Any]], None]
+
+
+def checked(token: str | None) -> str | None:
+    """The token; TaskError where a header cannot hold it, so that nobody could send it."""
+    if token is not None and not (token and token.isascii() and token.isprintable() and token == token.strip()):
+        raise TaskError(
+            "the token has letters that a header does not hold, or none; use printable ASCII without spaces"
+        )
+    return token
 
 
 class Body:
@@ -47,11 +59,13 @@ class Guard:
         app: the application.
         token: what clients send as "Authorization: Bearer …"; None lets everybody ask.
         max_body: bytes of a body at most; a body without a length is counted while it comes.
+        max_requests: requests with bodies that are under way at a time.
         done: called after each request with what is logged.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, max_body: int, done: Callable[[dict[str, Any]], None]) -> None:
-        self.app, self.token, self.max_body, self.done = app, token, max_body, done
+    def __init__(self, app: ASGIApp, token: str | None, max_body: int, max_requests: int, done: Done) -> None:
+        self.app, self.token, self.max_body, self.max_requests, self.done = app, token, max_body, max_requests, done
+        self.under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -64,7 +78,8 @@ class Guard:
         # Routes add what they know, such as the tasks.
         notes: dict[str, Any] = {"request": number, "method": scope["method"], "path": path, "status": 500}
         scope.setdefault("state", {})["notes"] = notes
-        body = Body(receive, self.max_body)
+        body, posts = Body(receive, self.max_body), scope["method"] == "POST"
+        self.under_way += posts
 
         async def answer(message: Message) -> None:
             # Whatever the application made of half a body is not sent.
@@ -85,6 +100,7 @@ class Guard:
                 notes["status"] = 413
                 await self._refuse(send, 413, self._large())
         finally:
+            self.under_way -= posts
             self.done({**notes, "seconds": round(time.perf_counter() - start, 6)})
 
     async def _guarded(self, scope: Scope, body: Body, send: Send, everybody: bool) -> None:
@@ -94,6 +110,8 @@ class Guard:
             await self._refuse(send, 401, "send the server's token, Authorization: Bearer TOKEN")
         elif length.isdecimal() and int(length) > self.max_body:
             await self._refuse(send, 413, self._large())
+        elif scope["method"] == "POST" and self.under_way > self.max_requests:
+            await self._refuse(send, 503, f"{self.max_requests} requests are under way; ask again in a moment")
         else:
             await self.app(scope, body, send)
 
@@ -110,6 +128,7 @@ class Guard:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         # What is left of the body is not read.
         headers += [(b"www-authenticate", b"Bearer")] if status == 401 else [(b"connection", b"close")]
+        headers += [(b"retry-after", b"1")] * (status == 503)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

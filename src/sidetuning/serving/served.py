@@ -16,13 +16,14 @@ from torch import Tensor
 from sidetuning.artifacts import CONFIG, TENSORS, read_task
 from sidetuning.base import Base
 from sidetuning.branch import Branch
-from sidetuning.engines import with_engine
+from sidetuning.engines import NEEDED, with_engine
 from sidetuning.errors import ArtifactError, DataError, SideTuningError
 from sidetuning.folder import task_folders
 from sidetuning.inputs import take_rows, to_device
-from sidetuning.launch import on_device
+from sidetuning.launch import M, on_device
 from sidetuning.loading import in_order, load
 from sidetuning.predicting import Answers, answers, groups, read, run
+from sidetuning.problems import Next
 from sidetuning.transforms import TextTransform, Transform, WordTransform
 from sidetuning.tuner import SideTuner
 
@@ -43,6 +44,11 @@ class Moment:
     base: Base
     branches: Mapping[str, Branch]
     versions: Mapping[str, str]
+
+    def asked(self) -> list[str]:
+        """The tasks that answer where none is named: not those that write, unless there is no other."""
+        answering = [name for name, branch in self.branches.items() if not isinstance(branch.problem, Next)]
+        return answering or list(self.branches)
 
     def queries(self, sources: Sequence[Any], tasks: Sequence[str], top: int | None) -> list[list[Query]]:
         """What to run for each source: a query for each preprocessing that its tasks were trained with.
@@ -191,7 +197,7 @@ class Served:
         self._stop = threading.Event()
         # Reads one task, for the base. Without the taps of tasks, which may go.
         model = load(path, base=base, max_tasks_in_memory=1)
-        model = on_device(model) if base is None and engine is None else model
+        model = placed(model, engine) if base is None else model
         self._base = model.base.with_taps(model._taps)
         # Of each task that is served: the stamps of its files, and what its text says.
         self._kept: dict[Path, tuple[Stamp, dict[str, Any]]] = {}
@@ -229,13 +235,18 @@ class Served:
 
     def refresh(self) -> bool:
         """Take over what changed in the folder; returns whether anything did."""
-        stamps = self._look()
+        failure: Exception | None = None
+        try:
+            stamps = self._look()
+        except OSError as error:
+            # It may be back in a moment, as a file system of another machine is.
+            stamps, failure = {}, error
         if stamps == self._seen:
             return False
         self._seen = stamps
         try:
             if not stamps:
-                raise ArtifactError(f"{self.path} holds no task any more; the last ones are served on")
+                raise failure or ArtifactError(f"{self.path} holds no task any more; the last ones are served on")
             self.moment, self._kept = self._rebuilt(stamps)
         except Exception as error:
             # Damaged files of any kind; what was served is served on.
@@ -278,6 +289,11 @@ class Served:
     def close(self) -> None:
         """Look no more."""
         self._stop.set()
+
+
+def placed(model: M, engine: str | None) -> M:
+    """A model, or a base, on the GPU where there is one, unless its engine runs on the CPU alone."""
+    return model if engine in NEEDED else on_device(model)
 
 
 def moment_of(model: SideTuner, kept: Mapping[Path, tuple[Stamp, dict[str, Any]]]) -> Moment:

@@ -32,6 +32,9 @@ def copy(base: Base, width: float = 1.0, channels_last: bool | None = None) -> n
         raise ShapeError(f"the copy side keeps a fraction of the channels in (0, 1], not {width}")
     try:
         net = copying.deepcopy(base.net).requires_grad_(True)
+        if base.dtype != base.like.dtype:
+            # A side of a network in half precision learns in full.
+            net = net.to(base.like.dtype)
     except Exception as error:
         # Compiled and quantised networks refuse it, each in its own way.
         raise ShapeError(f"the network cannot be copied and trained ({error}); use another side") from error
