@@ -153,9 +153,10 @@ class Peer(nn.Module):
 
     def __init__(self, base: st.Base, way: str, classes: int = CLASSES) -> None:
         super().__init__()
-        # Convolutions are faster so, and those of `Base.folded` run so too.
-        net, self.base = copy.deepcopy(base.net).to(memory_format=torch.channels_last), (base,)
+        net, self.base = copy.deepcopy(base.net), (base,)
         assert isinstance(net, nn.Module)
+        # Convolutions are faster so, and those of `Base.folded` run so too.
+        net = net.to(memory_format=torch.channels_last)
         self.heads = nn.ModuleDict({"0": nn.Linear(base.width, classes)})
         if way == "finetune":
             self.net: Any = net.requires_grad_(True)

@@ -114,7 +114,7 @@ def run(given: Settings) -> None:
     if recorded("processes", public(given)):
         return
     missing = cannot_join()
-    rows: dict[str, list[dict[str, Any]]] = {"one": [], "two": []} | ({} if missing else {"hosts": []})
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("one", "two", *([] if missing else ["hosts"]))}
     for number in range(given.rounds):
         rows["one"].append(one(given, 10 * number))
         rows["two"].append(one(given, 10 * number + 1, processes=2))

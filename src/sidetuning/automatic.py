@@ -189,13 +189,14 @@ def _try(
     say: Say,
 ) -> tuple[list[Attempt], tuple[Branch, Attempt]]:
     """Learn all candidates, and leave the best one in the model; other arguments are those of `auto`."""
+    # A side that does not fit is refused before anything takes a task's place.
+    tried = search.candidates(side)
     branch, attempt = search.solved(Recipe(None))
     attempts, best = [attempt], (branch, attempt)
     model.add_branch(task, branch)
     say(f"{search.told(attempt)}, in {attempt.seconds:.1f} s")
     if first is not None:
         first(model)
-    tried = search.candidates(side)
     share = budget / max(1, sum(recipe.side is not None for recipe in tried))
     for recipe in tried:
         if recipe.side is None:

@@ -64,6 +64,8 @@ class Branch(nn.Module):
         self.transform: Transform | None = None
         # A lateral of another task, which must not move.
         self.pinned = False
+        # How many calls learn it now: a model that keeps some tasks in memory keeps these.
+        self.learning = 0
         # Passes over data that it was trained for: the next ones draw other orders.
         self.passes = 0
         # The problem of the loss that it was trained with, where that was given.

@@ -304,7 +304,8 @@ class _Turn:
         if candidate.solve:
             self._solve(loader)
         if candidate.fit is not None:
-            resume = None if self.folder is None else self.folder / "resume"
+            # That of another candidate of this name is not gone on with.
+            resume = None if self.folder is None else self.folder / f"resume-{self.identity[:12]}"
             given = {"seed": candidate.seed, "save_every": 10.0, **candidate.fit}
             fit(model, name, loader, resume=resume, progress=False, **given)
         scores = evaluate(model, name, scored)

@@ -23,10 +23,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from sidetuning.content import content_sha256, structure_sha256, tensor_bytes
 from sidetuning.errors import TrainingError
 from sidetuning.files import atomic_write, read_safetensors, safetensors_header
-from sidetuning.identity import code_bytes, content_sha256, structure_sha256, tensor_bytes
-from sidetuning.inputs import PLAIN, globals_of, is_filled, names_in
+from sidetuning.inputs import PLAIN
+from sidetuning.reach import EMPTY, code_bytes, globals_of, names_in
 from sidetuning.seeding import Generators, seeded
 from sidetuning.sides.initialise import mismatch
 
@@ -139,7 +140,7 @@ def _still(value: Any, met: set[int]) -> Any:
         met.add(id(value))
         code, cells = value.__code__, dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
         free = cells.keys() - names_in(code, "STORE_DEREF")
-        read |= {key: cells[key].cell_contents for key in free if is_filled(cells[key])} | globals_of(value)
+        read |= {key: cells[key].cell_contents for key in free if cells[key] != EMPTY} | globals_of(value)
         read = {key: _named(inner, names_in(code)) for key, inner in read.items() if not _learns(inner)}
         return [code_bytes(code), _still([value.__defaults__, value.__kwdefaults__, read], met)]
     if isinstance(value, (list, tuple)):

@@ -208,8 +208,8 @@ def stamps(kept: Mapping[str, Kept]) -> dict[str, object]:
 
 def text_of(name: str, kept: Kept) -> dict[str, Any]:
     """What a task's route tells of its features and its base; ArtifactError where it does not."""
-    text, schema = read_beside(kept).text, {"width": int, "grid": int, "seed": int, "taps": dict}
-    schema = {"space": schema, "base": str, "identity?": dict}
+    text, space = read_beside(kept).text, {"width": int, "grid": int, "seed": int, "taps": dict}
+    schema = {"space": space, "base": str, "identity?": dict}
     check_json(text, f"the route of task '{name}'", schema, "learn_routes it again")
     return text
 

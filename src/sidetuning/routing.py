@@ -100,6 +100,8 @@ def learn_routes(
     lower = torch.tril_indices(space.width, space.width)
     tensors = {"counts": counts, "means": means.float(), "scatter": scatter[lower[0], lower[1]].float()}
     text = {"space": space.text, **base_text(model.base.identity())}
+    # It may have left memory since.
+    branch = model[task]
     branch.beside = {**branch.beside, "route": Beside(text, {**tensors, "held": torch.cat(held).float()})}
     return rows
 

@@ -81,7 +81,8 @@ class Shelf:
 
     def _unchanged(self, name: str, branch: nn.Module) -> bool:
         assert isinstance(branch, Branch)
-        return not branch.pinned and not branch.training and self._read[name] == _versions(branch)
+        busy = branch.pinned or branch.training or branch.learning
+        return not busy and self._read[name] == _versions(branch)
 
 
 def _versions(branch: nn.Module | None) -> Any:

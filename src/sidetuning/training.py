@@ -289,9 +289,13 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, and each of its parts back into its own when the block ends."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
+    if isinstance(module, Branch):
+        module.learning += 1
     try:
         yield
     finally:
+        if isinstance(module, Branch):
+            module.learning -= 1
         for part, training in modes:
             part.training = training
 

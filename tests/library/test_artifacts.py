@@ -20,7 +20,8 @@ from torch import nn
 
 import sidetuning as st
 from conftest import BASES, TAPS, conv_base, inputs, mlp_base, network
-from sidetuning import beside, checks, identity
+from sidetuning import beside, checks
+from sidetuning.content import weights_sha256
 from task_parts import edit, saved, scrambled
 
 
@@ -441,7 +442,7 @@ def test_an_empty_module_is_a_part_too(tmp_path: Path) -> None:
 def test_ten_tasks_hash_the_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = st.SideTuner(mlp_base())
     hashed: list[int] = []
-    hash_weights = identity.weights_sha256
+    hash_weights = weights_sha256
 
     def counted(*given: Any) -> str:
         hashed.append(1)

@@ -441,4 +441,4 @@ def test_weights_with_a_classifier_fit_whatever_the_classifier_is_called(name: s
 def test_a_long_example_of_one_value_is_written_as_that(tensor: torch.Tensor) -> None:
     record = json.loads(json.dumps(example_record({"mask": tensor})))
     found = example_from(record)
-    assert torch.equal(found["mask"], tensor) and len(str(record)) < 200  # type: ignore[call-overload]
+    assert torch.equal(found["mask"], tensor) and len(str(record)) < 200  # type: ignore[call-overload,index]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sidetuning as st
 from conftest import conv_base, inputs, mlp_base, sequence_base
+from sidetuning.beside import Beside
 
 CENTRES = 1.5 * torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
 NAMES = ("a", "b", "c")
@@ -206,7 +207,8 @@ def test_targets_and_views_are_those_that_solve_takes() -> None:
     expected = st.learn_routes(model, "a", [(x, y)], width=60, progress=False), model.route(x).probabilities
     found = st.learn_routes(model, "a", [(x, y.unsqueeze(1))], width=60, progress=False), model.route(x).probabilities
     assert expected[0] == found[0] and torch.equal(expected[1], found[1])
-    assert len(model["a"].beside["route"].tensors["means"]) == 2
+    kept = model["a"].beside["route"]
+    assert isinstance(kept, Beside) and len(kept.tensors["means"]) == 2
     twice = torch.cat([x, x.flip(0)]), torch.cat([y, 1 - y])
     for batch, views, told in (
         (twice, 2, "different targets"),
