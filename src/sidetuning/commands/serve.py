@@ -117,7 +117,7 @@ def limits_of(settings: Settings) -> Limits:
     from sidetuning.errors import TaskError
     from sidetuning.serving.app import Limits
 
-    least = {"max_batch": 1, "max_waiting": 1, "max_inputs": 1, "wait": 0, "watch": 0}
+    least: dict[str, float] = {"max_batch": 1, "max_waiting": 1, "max_inputs": 1, "wait": 0, "watch": 0}
     least |= {"max_body": 1e-6, "max_pixels": 1e-6, "timeout": 1e-3}
     for name, lowest in least.items():
         # Not the other way round, so that NaN is refused too.
