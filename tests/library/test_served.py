@@ -176,7 +176,12 @@ def until(done: Callable[[], bool]) -> None:
 def test_only_engines_of_the_processor_keep_a_model_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_folder(tmp_path)
     moved: list[Any] = []
-    monkeypatch.setattr(served_module, "on_device", lambda model: (moved.append(model), model)[1])
+
+    def passed(model: Any) -> Any:
+        moved.append(model)
+        return model
+
+    monkeypatch.setattr(served_module, "on_device", passed)
     monkeypatch.setattr(served_module, "load", lambda path, base, **how: load(path, base=conv_base(), **how))
     monkeypatch.setattr(served_module, "with_engine", lambda base, engine: base)
     for engine, count in (("onnxruntime", 0), ("openvino", 0), ("folded", 1), (None, 2)):
