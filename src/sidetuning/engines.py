@@ -280,8 +280,8 @@ def _graph(
         if not batches and ranges is None:
             raise ShapeError(f"{name} in int8 needs inputs like those to come: calibration=, a batch or a loader")
         feeds = [{k: v.numpy() for k, v in tensors_of(batch).items() if k in inputs} for batch in batches]
-        inner = {k: v for k, v in (ranges or {}).items() if k not in inputs}
-        ranges = inner or quantise_onnx(whole, None, feeds, None)
+        measured = {k: v for k, v in (ranges or {}).items() if k not in inputs or inputs[k].is_floating_point()}
+        ranges = measured or quantise_onnx(whole, None, feeds, None)
         file = kept([*named_by, ranges], ".onnx", lambda path: quantise_onnx(whole, path, [], ranges))
     with removed(file):
         run = open_onnx(graph, file) if name == "onnxruntime" else _open_openvino(graph, file, precision)

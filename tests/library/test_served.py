@@ -177,11 +177,11 @@ def test_only_engines_of_the_processor_keep_a_model_there(tmp_path: Path, monkey
     model_folder(tmp_path)
     moved: list[Any] = []
 
-    def move(model: Any) -> Any:
+    def passed(model: Any) -> Any:
         moved.append(model)
         return model
 
-    monkeypatch.setattr(served_module, "on_device", move)
+    monkeypatch.setattr(served_module, "on_device", passed)
     monkeypatch.setattr(served_module, "load", lambda path, base, **how: load(path, base=conv_base(), **how))
     monkeypatch.setattr(served_module, "with_engine", lambda base, engine: base)
     for engine, count in (("onnxruntime", 0), ("openvino", 0), ("folded", 1), (None, 2)):
