@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,8 @@ grep -qsF "$PWD" "/proc/$pid/cmdline" && kill -9 "$pid"
 rm -rf "$PWD"
 [ -n "$name" ] && rm -f "/dev/shm/ViZDoomSM$name" "/dev/shm/ViZDoomMQCtr$name" "/dev/shm/ViZDoomMQDoom$name"
 """
+# Two threads that start engines at the same moment may crash the process, within ViZDoom.
+STARTING = threading.Lock()
 
 
 @contextmanager
@@ -133,7 +136,8 @@ def _watched(folder: Path, game: Any) -> Iterator[None]:
         files: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         watcher = subprocess.Popen(["sh", "-c", WATCH], cwd=folder, start_new_session=True, **files)
     try:
-        game.init()
+        with STARTING:
+            game.init()
         yield
     finally:
         game.close()
