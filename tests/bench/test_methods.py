@@ -131,7 +131,7 @@ def test_solve_is_the_closed_form_of_the_library(width: int) -> None:
     head: dict[str, Any] = {"head": "random", "head_options": options} if width else {"head": 3}
     model.add_task("a", side=None, merge="base-only", problem="classes", **head)
     st.solve(model, "a", [(x, y)], progress=False)
-    assert torch.equal(method(x, "a"), model(x, "a")) and (width == 0 or (method(x, "a").argmax(1) == y).all())
+    assert torch.equal(method(x, "a"), model(x, "a"))
     with pytest.raises(st.TaskError, match="learns classes"):
         method.learn(Task("b", 3, F.mse_loss), [(x, y)], QUIET, progress=False)
 

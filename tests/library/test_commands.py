@@ -93,5 +93,5 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])
 @pytest.mark.parametrize("name", ["timeout", "wait", "max_body", "max_pixels", "watch"])
 def test_limits_are_numbers(name: str, value: float) -> None:
-    with pytest.raises(st.TaskError, match=f"--{name.replace('_', '-')} is a "):
+    with pytest.raises(st.TaskError, match=f"--{name.replace('_', '-')} is from "):
         serve.limits_of(serve.Settings("model", **{name: value}))  # type: ignore[arg-type]

@@ -239,7 +239,7 @@ def test_a_saved_example_is_checked(wrong: Any, tmp_path: Path) -> None:
     model.add_task("t", side=None, merge="base-only", head=2)
     model.save_task("t", tmp_path / "t")
     config, tensors = read_task(tmp_path / "t")
-    assert config["base"]["spec"]["options"] == {"example": {"shape": [1, 3, 8, 8], "dtype": "float32", "values": None}}
+    assert config["base"]["spec"]["options"] == {"example": {"shape": [1, 3, 8, 8], "dtype": "float32", "value": 0.0}}
     config["base"]["spec"]["options"]["example"] = wrong
     write_files(tmp_path / "t", json.loads(json.dumps(config)), tensors)
     with pytest.raises(st.ShapeError, match="recorded example of a base is damaged"):

@@ -163,7 +163,8 @@ def test_no_more_bodies_than_may_wait_are_read_and_health_is_told_all_the_same()
         guard = Guard(never, None, 9, 1, ended.append)
 
         def ask(method: str) -> Any:
-            return guard({"type": "http", "method": method, "path": "/x", "headers": []}, never, send)  # type: ignore[arg-type]
+            scope: Any = {"type": "http", "method": method, "path": "/x", "headers": []}
+            return guard(scope, never, send)  # type: ignore[arg-type]
 
         waits = asyncio.create_task(ask("POST"))
         await asyncio.sleep(0)

@@ -165,9 +165,9 @@ def text_transform(net: Any, name: str, revision: str | None) -> TextTransform |
 
 
 def stamps_of(name: str) -> tuple[tuple[str, int, int], ...]:
-    """Names, times and sizes of what stands beside a local model's weights; nothing for a model on the Hub."""
-    beside = [f for f in sorted(Path(name).glob("*")) if f.is_file() and f.suffix not in (".safetensors", ".bin")]
-    files = [(f.name, f.stat()) for f in beside if f.name not in ("config.json", "generation_config.json")]
+    """Names, times and sizes of the files of a local model's tokenizer; nothing for a model on the Hub."""
+    parts = ("token", "vocab", "merges", "template", ".model")
+    files = [(f.name, f.stat()) for f in sorted(Path(name).glob("*")) if any(part in f.name for part in parts)]
     return tuple((file, about.st_mtime_ns, about.st_size) for file, about in files)
 
 
