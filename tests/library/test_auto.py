@@ -160,6 +160,10 @@ def test_what_cannot_be_learned_is_said(digits: Path, text_base: st.Base, tmp_pa
         auto(st.SideTuner(stages_base()), "digits", digits, cache=tmp_path, budget=0)
     with pytest.raises(st.TaskError, match=r"the side 'fusoin' cannot be tried: .* did you mean 'fusion'"):
         learned(digits, tmp_path, side="fusoin")
+    model = st.SideTuner(stages_base())
+    with pytest.raises(st.TaskError, match="cannot be tried"):
+        auto(model, "digits", digits, cache=tmp_path, side="fusoin", progress=False)
+    assert not len(model)
 
 
 @pytest.fixture(scope="module")

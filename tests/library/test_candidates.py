@@ -159,6 +159,18 @@ def test_a_folder_resumes_where_the_budget_ended(data: Any, tmp_path: Path) -> N
     assert [t.seconds for t in st.sweep(base, cached, wanted, **given).trials] == [t.seconds for t in again.trials]
 
 
+def test_an_unfinished_candidate_is_not_gone_on_with_as_another(data: Any, tmp_path: Path) -> None:
+    base, cached, held = data
+    first, other = (st.Candidate("c", {**SIDE, "seed": seed}, {"lr": 0.1, "epochs": 40}) for seed in (5, 6))
+    first = replace(first, fit={"lr": 0.1, "epochs": 100_000, "save_every": 0.0})
+    given: dict[str, Any] = {"validation": held, "batch_size": 32, "progress": False}
+    # A busy machine makes no step in a second.
+    while not list((tmp_path / "sweep").rglob("resume-*")):
+        assert not st.sweep(base, cached, [first], out=tmp_path / "sweep", budget=1.0, **given).trials[0].scores
+    found = st.sweep(base, cached, [other], out=tmp_path / "sweep", **given)
+    assert found.best.scores == st.sweep(base, cached, [other], **given).best.scores
+
+
 def test_a_folder_is_not_believed_about_another_candidate(data: Any, tmp_path: Path) -> None:
     base, cached, held = data
     given: dict[str, Any] = {"validation": held, "out": tmp_path / "sweep", "progress": False}

@@ -194,3 +194,21 @@ def test_weights_that_were_written_through_data_stay(saved: Any) -> None:
     for other in ("t02", "t03"):
         model(X, other)
     assert torch.equal(model(X, "t01"), expected)
+
+
+def test_a_task_that_is_learned_stays_in_memory(saved: Any) -> None:
+    """Others are asked meanwhile: labels that another task makes, or a server's questions."""
+    model, plain = opened(saved[0], 1), opened(saved[0], 50)
+
+    class Asking:
+        def __iter__(self) -> Any:
+            for name in ("t01", "t02"):
+                model(X, name)
+                yield X, torch.arange(5) % 3
+
+    for one in (model, plain):
+        st.solve(one, "t05", Asking(), progress=False)
+    assert not torch.equal(plain(X, "t05"), saved[1]["t05"])
+    for name in ("t03", "t04"):
+        model(X, name)
+    assert torch.equal(model(X, "t05"), plain(X, "t05"))
