@@ -33,6 +33,8 @@ from sidetuning.tuner import SideTuner
 PASSES, PATIENCE = 60, 12
 # Steps whose time is measured first.
 MEASURED = 6
+# Rows that were left out are named up to so many; the report has all.
+SAID = 10
 Say = Callable[[str], None]
 
 
@@ -165,8 +167,10 @@ def auto(
     encoding = time.monotonic() - started
     left = [f"left out of {name}: {told}" for name, split in splits.items() for told in split.unreadable]
     notes = [*data.notes, *left]
-    for told in left:
+    for told in left[:SAID]:
         say(told)
+    if len(left) > SAID:
+        say(f"and {len(left) - SAID} more; the report names them")
     say(f"{sum(len(s.kept) for s in splits.values())} rows went through the base in {encoding:.0f} s")
     what = [base.identity().digest(), *(rows.fingerprint() for rows in data.splits.values())]
     how = f"{what} {balance} {mirror} {budget} {seed}"
