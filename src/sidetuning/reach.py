@@ -238,10 +238,11 @@ def is_installed(value: Any) -> bool:
     if isinstance(value, FunctionType):
         name, file = value.__module__, getattr(innermost(value), "__code__", value.__code__).co_filename
     else:
-        name = value.__name__ if isinstance(value, ModuleType) else value.__module__
-        # Modules without a file are Python's, or what somebody types.
+        name, file = value.__name__ if isinstance(value, ModuleType) else value.__module__, "<"
+    if file[:1] == "<" and file[:7] != "<frozen":
+        # Written by a program, a data class for example. Modules without a file are what somebody types.
         file = getattr(sys.modules.get(name), "__file__", None) or ""
-    ours = (name or "").partition(".")[0] == __name__.partition(".")[0]
+    ours = (name or "").partition(".")[0] == __name__.partition(".")[0] or value is object
     packaged = not INSTALLED.isdisjoint(file.replace("\\", "/").split("/"))
     return ours or packaged or file.startswith((STANDARD, "<frozen"))
 
