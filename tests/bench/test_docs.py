@@ -105,6 +105,7 @@ def test_the_table_of_the_zoo_is_made_from_the_results(printed: Callable[[str], 
         ("generators", "generate.md"),
         ("five-jobs", "peers.md"),
         ("own-data", "peers.md"),
+        ("serving", "serve.md"),
     ],
 )
 def test_the_tables_of_a_page_are_made_from_the_results(record: str, page: str, printed: Callable[[str], str]) -> None:
