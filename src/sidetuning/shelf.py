@@ -39,15 +39,15 @@ class Shelf:
         # When each task in memory was used last, and its weights as they were read.
         self._used: dict[str, int] = {}
         self._read: dict[str, Any] = {}
+        self._laterals: dict[str, list[str]] = {}
         self._clock = count()
 
     def laterals(self) -> dict[str, list[str]]:
-        """The laterals of each task, as the texts in the folders tell; a text that is damaged tells of none."""
-        found = dict[str, list[str]]()
-        for task, folder in self.folders.items():
+        """The laterals of each task, as the texts in the folders told once; a damaged one tells of none."""
+        for task in self.folders.keys() - self._laterals.keys():
             with contextlib.suppress(ArtifactError, OSError, KeyError, TypeError):
-                found[task] = list(read_json(folder / CONFIG, {}, MEND)["parts"]["laterals"])
-        return found
+                self._laterals[task] = list(read_json(self.folders[task] / CONFIG, {}, MEND)["parts"]["laterals"])
+        return {task: self._laterals[task] for task in self.folders if task in self._laterals}
 
     @contextlib.contextmanager
     def reads(self, task: str) -> Iterator[None]:

@@ -11,6 +11,7 @@ import torch
 import sidetuning as st
 from conftest import in_threads, mlp_base
 from sidetuning import artifacts, tuner
+from sidetuning.files import read_json
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
 MANY = [f"t{i:02}" for i in range(12)]
@@ -55,6 +56,20 @@ def test_a_lateral_of_a_task_on_disk_is_neither_trained_nor_removed(saved: Any) 
         model.remove_task("t00")
     model.remove_task("t11")
     model.remove_task("t00")
+
+
+def test_removing_a_task_does_not_read_all_others_again(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path, *given: Any) -> Any:
+        read.append(path)
+        return read_json(path, *given)
+
+    monkeypatch.setattr("sidetuning.shelf.read_json", counted)
+    model = opened(saved[0], 1)
+    for name in MANY[1:6]:
+        model.remove_task(name)
+    assert len(read) == len(MANY)
 
 
 def test_the_most_used_stay(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
