@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sidetuning.base import Base
-from sidetuning.beside import found_beside, hash_of, is_beside, write_beside
+from sidetuning.beside import found_beside, hash_of, hash_of_file, is_beside, write_beside
 from sidetuning.branch import CUSTOM, Branch, BranchConfig, build_branch
 from sidetuning.checks import Sized
 from sidetuning.errors import ArtifactError, SideTuningError, TaskError
@@ -39,7 +39,7 @@ from sidetuning.files import (
     safetensors_header,
     signed,
 )
-from sidetuning.heads import IN_UNITS, LanguageHead
+from sidetuning.heads import IN_UNITS, InUnits, LanguageHead
 from sidetuning.identity import Identity
 from sidetuning.outputs import Layout
 from sidetuning.sides.copy import Dead
@@ -66,6 +66,7 @@ SCHEMA = {
     "parameters?": int,
     "trained_as?": {"labels", "numbers", "own"},
     "frozen?": bool,
+    "fresh?": bool,
     "transform?": {"kind": str},
     "metrics?": dict,
     "parts": {
@@ -142,8 +143,8 @@ def write_task(
 
 def _notes(branch: Branch) -> dict[str, Any]:
     """What is saved of a branch beside its parts and weights."""
-    names = ("labels", "passes", "trained_as", "frozen")
-    return {name: getattr(branch, name) for name in names}
+    notes = {name: getattr(branch, name) for name in ("labels", "passes", "trained_as", "frozen")}
+    return {**notes, "fresh": isinstance(branch.head, InUnits) and branch.head.fresh}
 
 
 @functools.cache
@@ -233,14 +234,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {plain(key): value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
 
 
-def _sha256_of(data: bytes) -> str:
-    """What `hash_of` gives of the tensors in a safetensors file, without writing them again."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps({**json.loads(data[8 : 8 + size]), "__metadata__": {"format": "pt"}}, separators=(",", ":"))
-    text = header.encode() + b" " * (-len(header.encode()) % 8)
-    return hashlib.sha256(len(text).to_bytes(8, "little") + text + data[8 + size :]).hexdigest()
-
-
 def read_task(path: str | Path) -> SavedTask:
     """What the task at `path` is, and its tensors, of one version even while another process saves it anew.
 
@@ -277,7 +270,7 @@ def read_task(path: str | Path) -> SavedTask:
         if inner != {key: value for key, value in notes.items() if key not in NOTES}:
             check_json(inner, str(tensor_file), SCHEMA, MEND)
         config = {key: notes[key] for key in NOTES if key in notes} | inner
-        sha256 = _sha256_of(data)
+        sha256 = hash_of_file(data)
         # Another version of safetensors may have written the same tensors in another order.
         sha256 = sha256 if sha256 == config["tensors_sha256"] else hash_of(values)
     if sha256 != config["tensors_sha256"]:
@@ -353,6 +346,8 @@ def read_branch(
         branch.transform = transform_from(config["transform"], base)
     branch.beside, branch.written = found_beside(path), {config["tensors_sha256"]}
     _fill(path, branch, tensors, base.like.dtype, any_base)
+    if config.get("fresh") and isinstance(branch.head, InUnits):
+        branch.head.built = branch.head.weights_sha256()
     return branch.requires_grad_(False) if config.get("frozen") else branch
 
 

@@ -7,6 +7,7 @@ other tasks'. They are never published with a task, and gone when its folder is.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,11 @@ def _bytes(beside: Beside) -> bytes:
 def hash_of(tensors: dict[str, Tensor]) -> str:
     """sha256 over names, types, shapes and values."""
     return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()
+
+
+def hash_of_file(data: bytes) -> str:
+    """What `hash_of` gives of the tensors in a safetensors file, without writing them again."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps({**json.loads(data[8 : 8 + size]), "__metadata__": {"format": "pt"}}, separators=(",", ":"))
+    text = header.encode() + b" " * (-len(header.encode()) % 8)
+    return hashlib.sha256(len(text).to_bytes(8, "little") + text + data[8 + size :]).hexdigest()

@@ -5,6 +5,7 @@ A plain module is called as `head(code)`; one that reads more of the input deriv
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidetuning.base import Base, Features, Input, Kind
+from sidetuning.content import tensor_bytes
 from sidetuning.errors import ArtifactError, TaskError
 from sidetuning.expansion import Expansion
-from sidetuning.identity import content_sha256
 from sidetuning.inputs import entry, original
 from sidetuning.language import LanguageModel
 from sidetuning.problems import along
@@ -89,7 +90,12 @@ class InUnits(nn.Module):
 
     def weights_sha256(self) -> str:
         """A hash of its weights, of few bits: another type of the same weights is the same."""
-        return content_sha256([p.detach().bfloat16() for p in self.parameters()])
+        return hashlib.sha256(b"".join(tensor_bytes(p.bfloat16()).numpy().data for p in self.parameters())).hexdigest()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was learned: it has no units, and its weights are as they were built."""
+        return self.units is None and self.built == self.weights_sha256()
 
     def in_units(self, out: Tensor) -> Tensor:
         """The layer's numbers (b, channels, …) in the units of the targets, in float32 at least."""

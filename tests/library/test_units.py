@@ -345,6 +345,26 @@ def test_an_order_without_end_and_sorted_labels() -> None:
     assert float(units_in(model)[0, 1]) == pytest.approx(float(y[:, 1].median()), rel=0.01)
 
 
+def test_a_task_that_was_saved_before_it_learned_is_measured_as_it_would_have_been(tmp_path: Path) -> None:
+    x, y = rows()
+    model = build()
+    model.save_task("t", tmp_path)
+    loaded = st.SideTuner(mlp_base())
+    loaded.load_task(tmp_path)
+    for one in (model, loaded):
+        fit(one, DataLoader(TensorDataset(x, y), batch_size=32))
+    assert torch.equal(units_in(model), units_in(loaded))
+    # What learned is no more what was built, whoever taught it.
+    model = build()
+    with torch.no_grad():
+        next(model["t"].head.parameters()).add_(1.0)
+    model.save_task("t", tmp_path)
+    loaded = st.SideTuner(mlp_base())
+    assert loaded.load_task(tmp_path) and json.loads((tmp_path / "side.json").read_text())["fresh"] is False
+    fit(loaded, DataLoader(TensorDataset(x, y), batch_size=32))
+    assert loaded["t"].units is None
+
+
 def test_a_fit_that_is_refused_leaves_no_units(tmp_path: Path) -> None:
     x, y = rows()
     for data, error in (
