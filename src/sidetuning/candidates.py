@@ -149,10 +149,8 @@ def _about(cached: Any) -> str:
     if folder is None:
         return data_identity(cached)
     # A folder's name tells no labels that are not in it, as those of texts are not, and no view that was chosen.
-    labels = getattr(cached, "__dict__", {}).get("labels")
-    view = cached.view if getattr(cached, "views", 1) > 1 else None
-    chosen = labels is not None or view is not None
-    return f"{Path(folder).name} {content_sha256([labels, view])}" if chosen else Path(folder).name
+    told = [getattr(cached, "__dict__", {}).get("labels"), cached.view if getattr(cached, "views", 1) > 1 else None]
+    return Path(folder).name + (f" {content_sha256(told)}" if any(part is not None for part in told) else "")
 
 
 def _take_turns(turns: list[_Turn], data: list[_Shared], budget: float | None, progress: bool) -> None:

@@ -155,8 +155,9 @@ class _Ridge:
             span = torch.linalg.qr(xx @ some).Q
             values, vectors = torch.linalg.eigh(span.T @ xx @ span)
             self.spectrum = values.clamp(min=0), span @ vectors
-        signs = torch.randint(0, 2, (len(xx), PROBES), generator=generator)
-        self.probes = (2.0 * signs - 1).to(xx)
+        else:
+            signs = torch.randint(0, 2, (len(xx), PROBES), generator=generator)
+            self.probes = (2.0 * signs - 1).to(xx)
 
     def solution(self, strength: float) -> tuple[Tensor, float] | None:
         """The weights (d, k), and the share of the rows' degrees of freedom that is left to judge them by.

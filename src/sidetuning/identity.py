@@ -11,11 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sidetuning.content import content_sha256 as content_sha256
-from sidetuning.content import function_name as function_name
-from sidetuning.content import tensor_bytes as tensor_bytes
+from sidetuning.content import function_name
 from sidetuning.probe import same_summary
-from sidetuning.reach import code_bytes as code_bytes
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from sidetuning.content import content_sha256
 from sidetuning.errors import DataError
-from sidetuning.identity import content_sha256
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

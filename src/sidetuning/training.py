@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sidetuning.base import Base, Input
 from sidetuning.branch import Branch
 from sidetuning.callbacks import Callback, Tracker, best_of
+from sidetuning.content import content_sha256
 from sidetuning.errors import DataError, TaskError
-from sidetuning.identity import content_sha256
 from sidetuning.launch import default_accelerator
 from sidetuning.loop import TrainResult, train
 from sidetuning.objective import (

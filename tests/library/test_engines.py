@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import sidetuning as st
 from conftest import conv_net, in_threads, inputs, mlp_base, network
 from sidetuning import engines
-from sidetuning.identity import tensor_bytes
+from sidetuning.content import tensor_bytes
 from sidetuning.running import Engine
 from text_parts import write_encoder
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import sidetuning as st
 from conftest import conv_net, inputs
-from sidetuning.identity import content_sha256, function_name
+from sidetuning.content import content_sha256, function_name
 from sidetuning.reach import methods_of
 
 
@@ -297,7 +297,7 @@ def test_functions_have_one_name_in_every_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from functools import partial\n"
-        "from sidetuning.identity import content_sha256, function_name\n"
+        "from sidetuning.content import content_sha256, function_name\n"
         "def pick(x, f): return x if f else None\n"
         "inner = lambda x: x in {'a', 'b', 'c', 'd'}\n"
         "print(function_name(partial(pick, f=inner)), function_name(inner), content_sha256({'a', 'b', 'c'}))\n"

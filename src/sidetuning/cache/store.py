@@ -316,9 +316,8 @@ def _computed_by(folder: Path, identity: Identity) -> bool:
     told = len(probe) > 0 and all(map(math.isfinite, probe))
     if not file.exists() and told and not (folder / "meta.json").exists() and processes().is_main_process:
         with disk_errors(folder):
-            write_json(
-                own := folder / f"{uuid.uuid4().hex}.{PROBE}", {"probe": probe, "input_shape": identity.input_shape}
-            )
+            about = {"probe": probe, "input_shape": identity.input_shape}
+            write_json(own := folder / f"{uuid.uuid4().hex}.{PROBE}", about)
             try:
                 # Of two processes with different bases, the first one has it.
                 os.link(own, file)

@@ -69,9 +69,8 @@ def evaluate(settings: Settings) -> tuple[Scored, list[str]]:
         )
     columns: dict[str, Any] = {"image": settings.image, "text": settings.text, "label": settings.label}
     columns["problem"] = problem if problem in LOADED else None
-    training = (Path(settings.model) if alone else task_root(settings.model) / settings.task) / "training.json"
-    schema = {**TRAINING, "columns?": COLUMNS}
-    known = read_json(training, schema, "train the task again") if training.exists() else None
+    file = (Path(settings.model) if alone else task_root(settings.model) / settings.task) / "training.json"
+    known = read_json(file, {**TRAINING, "columns?": COLUMNS}, "train the task again") if file.exists() else None
     usual = dict((known or {}).get("columns") or {})
     if problem in ("numbers", "labels"):
         # Columns of numbers and of labels are what the outputs are called.

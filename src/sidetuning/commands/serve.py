@@ -122,8 +122,7 @@ def limits_of(settings: Settings) -> Limits:
     for name, lowest in least.items():
         # Not the other way round, so that NaN is refused too.
         if not lowest <= getattr(settings, name) <= MOST:
-            option = f"--{name.replace('_', '-')}"
-            raise TaskError(f"{option} is from {lowest:g} to {MOST:g}, not {getattr(settings, name)}")
+            raise TaskError(f"--{name.replace('_', '-')} is from {lowest:g} to {MOST:g}, not {getattr(settings, name)}")
     for name in ("max_pixels", "watch") if settings.base_only else ():
         if getattr(settings, name) != getattr(Settings, name):
             raise TaskError(f"--base-only does not read --{name.replace('_', '-')}; leave it out")
